@@ -1,0 +1,163 @@
+"""What is refused, and the words for it.
+
+Every check runs before anything is computed or stored, so that a refused call leaves everything as it was. A message
+says what was given, what is needed and how to get there.
+"""
+
+import math
+import numbers
+import operator
+from typing import Any
+
+from mbn.contract import Array, Backend, dtype_name
+from mbn.state import State
+
+_INPUT_DTYPES = {
+    "float32": frozenset({"float16", "bfloat16", "float32"}),
+    "float64": frozenset({"float16", "bfloat16", "float32", "float64"}),
+}
+"""By dtype of the statistics: what x may be without losing precision."""
+
+
+def num_features(value: Any) -> int | None:
+    """Return the number of channels as an int; None means that the first input will tell."""
+    if value is None:
+        return None
+    if isinstance(value, bool | float | str) or not hasattr(value, "__index__"):
+        message = f"num_features is an int or None (taken from the first input), not {value!r}."
+        raise TypeError(message)
+    count = operator.index(value)
+    if count <= 0:
+        message = f"num_features is the number of channels C of the input, at least 1, not {count}."
+        raise ValueError(message)
+    return count
+
+
+def eps(value: Any) -> float:
+    """Return eps as a float: finite and not negative."""
+    number = _real("eps", value)
+    if not (0 <= number < math.inf):
+        message = f"eps is added to a variance and is at least 0 and finite, not {number}."
+        raise ValueError(message)
+    return number
+
+
+def momentum(value: Any) -> float | None:
+    """Return momentum as a float, or None for the cumulative average."""
+    if value is None:
+        return None
+    number = _real("momentum", value, or_none=True)
+    if not math.isfinite(number):
+        message = f"momentum is the weight of the new value and is finite, not {number}."
+        raise ValueError(message)
+    return number
+
+
+def axis(value: Any) -> int:
+    """Return the channel axis, 1 or -1."""
+    if isinstance(value, bool) or value not in (1, -1):
+        message = f"axis is 1 for (N, C) and (N, C, L) or -1 for (N, C) and (N, L, C), not {value!r}."
+        raise ValueError(message)
+    return int(value)
+
+
+def correction(value: Any) -> int:
+    """Return what is subtracted from the number of values for running_var: 1 (unbiased) or 0 (biased)."""
+    if isinstance(value, bool) or value not in (0, 1):
+        message = f"correction is 1 for the unbiased running_var (torch's) or 0 for the biased one, not {value!r}."
+        raise ValueError(message)
+    return int(value)
+
+
+def statistics_dtype(value: Any) -> str:
+    """Return the name of the dtype of parameters and statistics: float32 (also for None) or float64."""
+    name = "float32" if value is None else dtype_name(value)
+    if name not in _INPUT_DTYPES:
+        message = (
+            f"dtype is that of parameters and statistics, float32 or float64, not {name}. float16 and bfloat16 inputs "
+            "go into a float32 layer, which keeps their statistics in float32."
+        )
+        raise TypeError(message)
+    return name
+
+
+def rank(x: Array, axis: int) -> None:
+    """Check that x has two or three axes."""
+    if len(x.shape) not in (2, 3):
+        layout = "(N, C) or (N, C, L)" if axis == 1 else "(N, C) or (N, L, C)"
+        message = f"x has shape {tuple(x.shape)}; BatchNorm1d takes {layout}: reshape it."
+        raise ValueError(message)
+
+
+def batch(backend: Backend, x: Array, *, num_features: int, axis: int, dtype: str) -> None:
+    """Check an input of ``backend`` against a layer of ``num_features`` channels whose statistics are ``dtype``."""
+    rank(x, axis)
+    shape = x.shape
+    name = dtype_name(x.dtype)
+    if name not in _INPUT_DTYPES[dtype] or name not in backend.capabilities.dtypes:
+        raise TypeError(_wrong_dtype(name, dtype, backend))
+    if shape[axis] != num_features:
+        message = (
+            f"x has shape {tuple(shape)}, so {shape[axis]} channels on axis {axis}; num_features is {num_features}."
+        )
+        other = {1: -1, -1: 1}[axis]
+        if len(shape) == 3 and shape[other] == num_features:  # noqa: PLR2004 - the rank with two possible layouts
+            message += f" For channels on axis {other}, make the layer with axis={other}."
+        raise ValueError(message)
+
+
+def more_than_one_value(x: Array, num_features: int) -> None:
+    """Check that training sees more than one value per channel: one value has no variance."""
+    if math.prod(x.shape) == num_features:
+        message = (
+            f"x has shape {tuple(x.shape)}: one value per channel has no variance to train on. Give more values, or "
+            "normalise by the running statistics: eval() or freeze()."
+        )
+        raise ValueError(message)
+
+
+def device(name: str, given: Any, needed: Any) -> None:
+    """Check that an array lies where the others do. None is anywhere."""
+    if given is not None and given != needed:
+        message = f"{name} is on {given}, the layer on {needed}. Move one of them: bn.to(device=...) or {name}."
+        raise ValueError(message)
+
+
+def running_statistics(state: State, *, needed: bool) -> None:
+    """Check that there are both running statistics, or none where they are not ``needed``."""
+    if (state.running_mean is None) != (state.running_var is None):
+        message = "running_mean and running_var go together: give both or neither."
+        raise ValueError(message)
+    if needed and state.running_mean is None:
+        message = (
+            "there are no running statistics to normalise by: give running_mean and running_var, or training=True."
+        )
+        raise ValueError(message)
+
+
+def vector(name: str, value: Array, num_features: int, dtype: str) -> None:
+    """Check a parameter or statistic of the functional API or of ``apply``."""
+    shape, given = tuple(value.shape), dtype_name(value.dtype)
+    if shape != (num_features,):
+        message = f"{name} has shape {shape}; it needs one value per channel: ({num_features},)."
+        raise ValueError(message)
+    if given != dtype:
+        message = f"{name} is {given} and the other parameters and statistics are {dtype}: convert it to {dtype}."
+        raise TypeError(message)
+
+
+def _wrong_dtype(given: str, dtype: str, backend: Backend) -> str:
+    usable = sorted(_INPUT_DTYPES[dtype] & backend.capabilities.dtypes)
+    if given == "float64" and given in backend.capabilities.dtypes:
+        return (
+            "x is float64 and the statistics are float32, which would lose its precision. Convert x to float32, or make "
+            "the layer dtype='float64' (bn.to(dtype='float64') for one that exists)."
+        )
+    return f"x is {given}; {backend.name} takes {', '.join(usable)}. Convert x, to float32 say."
+
+
+def _real(name: str, value: Any, *, or_none: bool = False) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        message = f"{name} is a real number{' or None' if or_none else ''}, not {value!r}."
+        raise TypeError(message)
+    return float(value)

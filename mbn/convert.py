@@ -1,0 +1,101 @@
+"""Data across the border between frameworks.
+
+Crossing is explicit, except that any backend takes host data (NumPy arrays, lists, scalars). What a layer keeps is a
+copy of its own, so that nobody's array changes behind anybody's back.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from mbn import checks, registry
+from mbn.contract import Array, Backend, dtype_name
+
+
+def asarray(x: Any, dtype: Any = None, *, backend: str | Backend | None = None, device: Any = None) -> Array:
+    """Bring an array of any known framework to a backend: the explicit way over the border.
+
+    Args:
+        x: an array of any known framework, nested lists or a scalar.
+        dtype: the new dtype, of any framework or by name; by default that of ``x``.
+        backend: where to; by default the chosen backend, or ``x``'s own where nothing is chosen.
+        device: the new device; by default that of ``x`` within one framework, else the framework's default.
+
+    Returns:
+        An array of the backend. It may share memory with ``x``.
+
+    Raises:
+        BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
+        TypeError: nobody knows such an array, or the backend has no such dtype.
+        ValueError: the backend has no such device.
+    """
+    owner = registry.owner_of(x)
+    target = registry.get_backend(backend) if backend is not None else registry.chosen_backend() or owner
+    host_or_own = x if target is owner or registry.is_host_data(x) else owner.to_numpy(x)
+    return target.asarray(host_or_own, None if dtype is None else dtype_name(dtype), device)
+
+
+def to_numpy(x: Any) -> np.ndarray:
+    """Bring an array of any known framework, nested lists or a scalar to NumPy. It may share memory with ``x``.
+
+    Raises:
+        TypeError: nobody knows such an array.
+    """
+    return registry.owner_of(x).to_numpy(x)
+
+
+def received(backend: Backend, name: str, x: Any, dtype: str, device: Any) -> Array:
+    """Return an input as an array of ``backend``: its own as it is, host data brought over, anything else refused.
+
+    ``name`` is what messages call it. Lists and scalars have no dtype of their own, so numbers in them take that of the
+    layer, ``dtype``.
+    """
+    owner = registry.owner_of(x)
+    if owner is backend and hasattr(x, "dtype"):
+        if device is not None:
+            checks.device(name, backend.device(x), device)
+        return x
+    if not registry.is_host_data(x):
+        message = (
+            f"{name} is an array of {owner.name} and the backend is {backend.name}. Move the layer: "
+            f"bn.to(backend={owner.name!r}); or the array: mbn.asarray({name}, backend={backend.name!r})."
+        )
+        raise TypeError(message)
+    if not hasattr(x, "dtype"):
+        x = np.asarray(x)
+        if x.dtype.kind in "fiu":
+            x = x.astype(dtype)
+    if dtype_name(x.dtype) not in backend.capabilities.dtypes:
+        return x  # refused by its dtype, in the words that every backend has for it, before anything is moved
+    return backend.asarray(x, device=device)
+
+
+def owned(
+    name: str, value: Any, *, backend: Backend, shape: tuple[int, ...], dtype: str, device: Any, fill: bool
+) -> Array:
+    """Return a layer's own copy of a parameter or statistic, on its backend.
+
+    Args:
+        name: what messages call it.
+        value: real numbers, of any known framework.
+        backend, shape, dtype, device: those of the layer; ``"int64"`` is a count.
+        fill: let one number stand for all.
+
+    Raises:
+        TypeError: ``value`` is no array of real numbers, or a count is no integer.
+        ValueError: it has another shape, or a count is negative.
+    """
+    host = np.array(to_numpy(value))
+    if fill and host.shape == ():
+        host = np.full(shape, host)
+    if host.shape != shape:
+        message = f"{name} has shape {host.shape}; this layer needs {shape}."
+        raise ValueError(message)
+    is_count = dtype == "int64"
+    if host.dtype.kind not in ("iu" if is_count else "fiu") and (is_count or dtype_name(host.dtype) != "bfloat16"):
+        message = f"{name} is made of {'integers' if is_count else 'real numbers'}, not {host.dtype}."
+        raise TypeError(message)
+    if is_count and host < 0:
+        message = f"{name} counts batches and is at least 0, not {host}."
+        raise ValueError(message)
+    return backend.asarray(host.astype(dtype), dtype, device)

@@ -1,0 +1,381 @@
+"""The layer: arguments, mode and state, and no arithmetic.
+
+A call, load or move that fails must leave the layer as it was, and two threads must never see half an update. Both
+follow from one rule: whatever is new is made completely first and stored in one assignment.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+import numpy as np
+
+from mbn import checks, registry
+from mbn.contract import Array, Backend
+from mbn.convert import owned, received
+from mbn.functional import forward, received_vectors
+from mbn.state import IncompatibleKeys, Params, State, compare_keys, to_dict
+
+
+class _Entry:
+    """A parameter or statistic as an attribute: reading gives the live array, setting stores a checked copy."""
+
+    def __init__(self, doc: str) -> None:
+        self.__doc__ = doc
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+        self._group = "_params" if name in Params._fields else "_state"
+
+    def __get__(self, layer: "BatchNorm1d | None", owner: type) -> Any:
+        if layer is None:
+            return self
+        layer._channels()
+        return getattr(getattr(layer, self._group), self._name)
+
+    def __set__(self, layer: "BatchNorm1d", value: Any) -> None:
+        if self.__get__(layer, type(layer)) is None:
+            message = f"this layer has no {self._name} to set: {layer!r}."
+            raise ValueError(message)
+        layer._store({self._name: layer._own(self._name, value, fill=True)})
+
+
+class BatchNorm1d:
+    """Batch normalisation of (N, C) or (N, C, L) inputs, with the semantics of ``torch.nn.BatchNorm1d``.
+
+    In training, each channel is normalised by its own mean and biased variance over all other axes, and the running
+    statistics move towards them; in evaluation, it is normalised by the running statistics::
+
+        y = (x - mean) / sqrt(var + eps) * weight + bias
+        running_mean = (1 - momentum) * running_mean + momentum * mean
+        running_var  = (1 - momentum) * running_var  + momentum * var * n / (n - correction)
+
+    where n is the number of values per channel.
+
+    Args:
+        num_features: the number of channels C, or None to take it from the first input.
+        eps: added to the variance; 0 is allowed. Where variance + eps is 0 the output is the bias.
+        momentum: the weight of the new value in the running statistics; None for the average over all batches.
+        affine: have a weight and a bias, (C,), initially 1 and 0.
+        track_running_stats: have running statistics; without them, evaluation uses those of its batch.
+        device: a device of the backend; by default the backend's, or that of the first input.
+        dtype: that of parameters and statistics: float32 (the default) or float64.
+        bias: with ``affine``, have a bias too.
+        axis: where the channels are: 1, or -1 for (N, C) and (N, L, C).
+        correction: 1 for the unbiased running variance (torch's), 0 for the biased one (flax's, Keras's, ONNX's).
+        backend: a name or a Backend. By default the one chosen by :func:`mbn.use_backend`,
+            :func:`mbn.set_default_backend` or ``MBN_BACKEND``; else the layer takes that of its first input.
+
+    Raises:
+        BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
+        TypeError, ValueError: an argument is not what it should be.
+
+    Source: Ioffe and Szegedy, Batch Normalization, 2015 (arXiv:1502.03167), algorithms 1 and 2.
+    """
+
+    weight = _Entry("The scale, (C,), or None. Set it to an array or to one number for all channels.")
+    bias = _Entry("The shift, (C,), or None. Set it to an array or to one number for all channels.")
+    running_mean = _Entry("The running mean, (C,), or None. Set it to an array or to one number for all channels.")
+    running_var = _Entry("The running variance, (C,), or None. Set it to an array or to one number for all channels.")
+    num_batches_tracked = _Entry("The number of batches trained on, an integer scalar, or None. Settable.")
+
+    def __init__(
+        self,
+        num_features: int | None,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,  # noqa: FBT001, FBT002 - torch's signature
+        track_running_stats: bool = True,  # noqa: FBT001, FBT002
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        axis: int = 1,
+        correction: int = 1,
+        backend: str | Backend | None = None,
+    ) -> None:
+        self.num_features = checks.num_features(num_features)
+        self.eps = eps
+        self.momentum = momentum
+        self.affine = bool(affine)
+        self.track_running_stats = bool(track_running_stats)
+        self.training = True
+        self._has_bias = bool(bias)
+        self._axis = checks.axis(axis)
+        self._correction = checks.correction(correction)
+        self._dtype = checks.statistics_dtype(dtype)
+        self._frozen = False
+        self._params = Params(None, None)
+        self._state = State(None, None, None)
+        chosen = registry.get_backend(backend) if backend is not None else registry.chosen_backend()
+        if chosen is not None:
+            self._bind(chosen, device)
+        else:  # until the first input chooses, the state is NumPy's
+            self._is_bound, self._backend, self._device = False, registry.get_backend(), device
+        if self.num_features is not None:
+            self.reset_parameters()
+
+    @property
+    def eps(self) -> float:
+        """What is added to the variance."""
+        return self._eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self._eps = checks.eps(value)
+
+    @property
+    def momentum(self) -> float | None:
+        """The weight of the new value in the running statistics, or None for the average over all batches."""
+        return self._momentum
+
+    @momentum.setter
+    def momentum(self, value: float | None) -> None:
+        self._momentum = checks.momentum(value)
+
+    @property
+    def axis(self) -> int:
+        """Where the channels are: 1 or -1."""
+        return self._axis
+
+    @property
+    def correction(self) -> int:
+        """What is subtracted from the number of values in running_var: 1 or 0."""
+        return self._correction
+
+    @property
+    def backend(self) -> str | None:
+        """The name of the backend, or None while the first input has yet to choose it."""
+        return self._backend.name if self._is_bound else None
+
+    @property
+    def params(self) -> Params:
+        """Weight and bias, for :meth:`apply`."""
+        self._channels()
+        return self._params
+
+    @property
+    def state(self) -> State:
+        """The running statistics and the count of batches, for :meth:`apply`."""
+        self._channels()
+        return self._state
+
+    def __call__(self, x: Any) -> Array:
+        """Normalise ``x``; in training, update the running statistics.
+
+        Args:
+            x: (N, C) or (N, C, L); with ``axis=-1`` (N, C) or (N, L, C). An array of the layer's backend, or host data
+                (a NumPy array, nested lists), which is brought there. float16, bfloat16 or float32; float64 too where
+                the layer's dtype is float64.
+
+        Returns:
+            An array of the layer's backend with the shape, dtype, device and memory order of ``x``.
+
+        Raises:
+            TypeError: another framework's array, or a dtype that is not floating or would lose precision.
+            ValueError: a wrong shape or device, or one value per channel in training. The layer is unchanged.
+        """
+        if not self._is_bound or self.num_features is None:
+            return self._first_call(x)
+        before = self._state
+        x = received(self._backend, "x", x, self._dtype, self._device)
+        y, after = self._forward(self._backend, self._params, before, x, training=self.training)
+        if after is not before:
+            self._state = after
+        return y
+
+    def apply(self, params: Params, state: State, x: Any, *, training: bool) -> tuple[Array, State]:
+        """Do what a call does, as a pure function: from given parameters and state to the output and the new state.
+
+        Args:
+            params, state: as :attr:`params` and :attr:`state`.
+            x: as in a call.
+            training: by which statistics, in place of the layer's mode. A frozen layer stays frozen.
+
+        Raises:
+            TypeError, ValueError: as in a call, and for parameters or statistics of a wrong shape or dtype.
+        """
+        num_features = self._channels()
+        backend = self._backend if self._is_bound else registry.owner_of(x)
+        device = self._device if self._is_bound else None
+        x = received(backend, "x", x, self._dtype, device)
+        params, state = received_vectors(backend, params, state, num_features, self._dtype, device)
+        checks.running_statistics(state, needed=False)
+        return self._forward(backend, params, state, x, training=training)
+
+    def _forward(
+        self, backend: Backend, params: Params, state: State, x: Array, *, training: bool
+    ) -> tuple[Array, State]:
+        return forward(
+            backend,
+            x,
+            params,
+            state,
+            num_features=self._channels(),
+            dtype=self._dtype,
+            training=(training and not self._frozen) or state.running_mean is None,
+            momentum=self._momentum,
+            eps=self._eps,
+            axis=self._axis,
+            correction=self._correction,
+        )
+
+    def _first_call(self, x: Any) -> Array:
+        trial = copy.copy(self)
+        if not trial._is_bound:
+            backend = registry.owner_of(x)
+            trial._bind(backend, backend.device(x) if self._device is None else self._device)
+        if trial.num_features is None:
+            x = received(trial._backend, "x", x, trial._dtype, None)
+            checks.rank(x, self._axis)
+            trial.num_features = checks.num_features(x.shape[self._axis])
+            trial.reset_parameters()
+        y = trial(x)
+        self.__dict__.update(trial.__dict__)
+        return y
+
+    def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002 - torch's signature
+        """Switch to training, or to evaluation with ``mode=False``; return the layer."""
+        if not isinstance(mode, bool):
+            message = f"mode is True or False, not {mode!r}."
+            raise ValueError(message)  # noqa: TRY004 - as torch
+        self.training = mode
+        return self
+
+    def eval(self) -> Self:
+        """Switch to evaluation: normalise by the running statistics and leave them alone; return the layer."""
+        return self.train(mode=False)
+
+    def freeze(self) -> Self:
+        """Normalise by the running statistics in training too, and leave them alone, until :meth:`unfreeze`.
+
+        Raises:
+            ValueError: the layer has no running statistics.
+        """
+        if not self.track_running_stats:
+            message = "a layer with track_running_stats=False has no running statistics to be frozen on."
+            raise ValueError(message)
+        self._frozen = True
+        return self
+
+    def unfreeze(self) -> Self:
+        """Take :meth:`freeze` back; return the layer."""
+        self._frozen = False
+        return self
+
+    def parameters(self) -> Iterator[Array]:
+        """Iterate over the weight and the bias, as far as there are any."""
+        return (parameter for parameter in self.params if parameter is not None)
+
+    def reset_parameters(self) -> None:
+        """Set the weight to 1 and the bias to 0, and reset the running statistics."""
+        self._params = Params(
+            self._own("weight", np.ones(self._channels())) if self.affine else None,
+            self._own("bias", np.zeros(self._channels())) if self.affine and self._has_bias else None,
+        )
+        self.reset_running_stats()
+
+    def reset_running_stats(self) -> None:
+        """Set the running mean to 0, the running variance to 1 and the count of batches to 0."""
+        if self.track_running_stats:
+            self._state = State(
+                self._own("running_mean", np.zeros(self._channels())),
+                self._own("running_var", np.ones(self._channels())),
+                self._own("num_batches_tracked", 0),
+            )
+
+    def state_dict(self) -> dict[str, Array]:
+        """Return the live parameters and statistics under torch's keys, in torch's order."""
+        return to_dict(self.params, self.state)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:  # noqa: FBT001, FBT002
+        """Take over copies of the entries of a state_dict, from this class or from ``torch.nn.BatchNorm1d``.
+
+        Args:
+            state_dict: arrays of any known framework by torch's keys. A layer with ``num_features=None`` takes its
+                number of features from them.
+            strict: refuse missing and unexpected keys; otherwise load what fits and return the rest.
+
+        Raises:
+            TypeError: not a mapping, or entries that are not real numbers.
+            ValueError: missing, unexpected or misshapen entries. The layer is unchanged.
+        """
+        if not isinstance(state_dict, Mapping):
+            message = f"state_dict is a mapping from names to arrays, not {type(state_dict).__name__}."
+            raise TypeError(message)
+        trial = copy.copy(self)
+        if trial.num_features is None:
+            shapes = [np.shape(state_dict[key]) for key in ("weight", "running_mean") if key in state_dict]
+            trial.num_features = checks.num_features(shapes[0][0]) if shapes and len(shapes[0]) == 1 else None
+            trial.reset_parameters()
+        expected = trial.state_dict()
+        incompatible = compare_keys(expected, state_dict, strict=strict)
+        trial._store({key: trial._own(key, state_dict[key]) for key in expected if key in state_dict})
+        self.__dict__.update(trial.__dict__)
+        return incompatible
+
+    def to(self, *, backend: str | Backend | None = None, device: Any = None, dtype: Any = None) -> Self:
+        """Move the layer with its state to another backend, device or dtype; return it.
+
+        Raises:
+            BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
+            TypeError, ValueError: the backend has no such dtype or device. The layer is unchanged.
+        """
+        trial = copy.copy(self)
+        if dtype is not None:
+            trial._dtype = checks.statistics_dtype(dtype)
+        target = self._backend if backend is None else registry.get_backend(backend)
+        if device is None and target is self._backend:
+            device = self._device
+        if self._is_bound or backend is not None:
+            trial._bind(target, device)
+        else:
+            trial._device = device
+            trial._own_all()
+        self.__dict__.update(trial.__dict__)
+        return self
+
+    def __repr__(self) -> str:
+        """Return torch's text and what this layer adds to it."""
+        added = f", axis={self._axis}" * (self._axis != 1) + f", correction={self._correction}" * (
+            self._correction != 1
+        )
+        return (
+            f"BatchNorm1d({self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"bias={self.affine and self._has_bias}, track_running_stats={self.track_running_stats}{added}, "
+            f"backend={self.backend!r})"
+        )
+
+    def _bind(self, backend: Backend, device: Any) -> None:
+        """Settle on a backend and a device, and bring there what the layer holds."""
+        self._backend, self._is_bound = backend, True
+        # An empty array finds the device that the backend makes of this one, or its default, before anything moves.
+        self._device = backend.device(backend.asarray(np.zeros(0, np.float32), device=device))
+        self._own_all()
+
+    def _own_all(self) -> None:
+        self._store({key: self._own(key, value) for key, value in to_dict(self._params, self._state).items()})
+
+    def _own(self, name: str, value: Any, *, fill: bool = False) -> Array:
+        return owned(
+            name,
+            value,
+            backend=self._backend,
+            shape=() if name == "num_batches_tracked" else (self._channels(),),
+            dtype="int64" if name == "num_batches_tracked" else self._dtype,
+            device=self._device if self._is_bound else None,
+            fill=fill,
+        )
+
+    def _store(self, entries: Mapping[str, Array]) -> None:
+        self._params = self._params._replace(**{key: entries[key] for key in Params._fields if key in entries})
+        self._state = self._state._replace(**{key: entries[key] for key in State._fields if key in entries})
+
+    def _channels(self) -> int:
+        if self.num_features is None:
+            message = (
+                "num_features is not known yet, so there are no parameters and statistics: call the layer on an input "
+                "or load a state_dict first."
+            )
+            raise AttributeError(message)
+        return self.num_features

@@ -1,0 +1,279 @@
+"""From names and arrays to backends.
+
+A framework is imported only when a backend is asked for by name, or when one of its arrays turns up and the framework
+is therefore there already. One backend that is missing or broken must never hide another, nor pass for something else.
+The choice of a backend is one immutable value in a ContextVar: threads and asyncio tasks do not see each other's.
+"""
+
+import importlib
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple, TypeAlias
+
+from mbn.contract import Backend
+
+ENTRY_POINTS = "mbn.backends"
+ENVIRONMENT_VARIABLE = "MBN_BACKEND"
+
+Target: TypeAlias = str | Backend | Callable[[], Backend]
+"""Where a backend comes from: ``"module:attribute"``, a Backend, or what returns one (its class)."""
+
+
+class BackendNotFoundError(ValueError):
+    """No backend has this name."""
+
+
+class BackendUnavailableError(ImportError):
+    """The backend is known, but not installed, not usable on this machine, or broken; the cause is chained."""
+
+
+class Known(NamedTuple):
+    """What is known of a backend before anything of it is imported."""
+
+    target: Target
+    source: str
+    framework: str | None = None
+    install: str | None = None
+
+
+_BUILT_IN = {
+    "numpy": Known("mbn_numpy.backend:NumpyBackend", "built in", "numpy", "pip install mbn"),
+    "torch": Known("mbn_torch.backend:TorchBackend", "built in", "torch", "pip install 'mbn[torch]'"),
+    "jax": Known("mbn_jax.backend:JaxBackend", "built in", "jax", "pip install 'mbn[jax]'"),
+    "cupy": Known(
+        "mbn_cupy.backend:CupyBackend",
+        "built in",
+        "cupy",
+        "pip install cupy-cuda13x (or cupy-cuda12x, to match the CUDA driver)",
+    ),
+}
+_HOST = "numpy"
+"""The backend of data that has no framework yet."""
+_registered: dict[str, Known] = {}
+_loaded: dict[str, Backend] = {}
+_owners: dict[type, Backend] = {}
+_lock = threading.RLock()
+_context: ContextVar[Backend | None] = ContextVar("mbn.use_backend", default=None)
+_default: Backend | None = None
+
+
+def register_backend(name: str, target: Target) -> None:
+    """Make a backend known under ``name`` for this process.
+
+    Args:
+        name: what ``backend=`` will take; letters, digits, ``_`` and ``-``.
+        target: an import string ``"module:attribute"``, which is imported when the backend is first asked for; a
+            :class:`mbn.contract.Backend`; or its class. Registering a name again replaces the earlier target.
+
+    Raises:
+        ValueError: ``name`` is no name, or belongs to a built-in backend.
+        TypeError: ``target`` is none of these.
+    """
+    if not isinstance(name, str) or not name.replace("-", "_").isidentifier():
+        message = f"a backend's name is made of letters, digits, '_' and '-', not {name!r}."
+        raise ValueError(message)
+    if name in _BUILT_IN:
+        message = f"{name!r} is built in and can't be replaced; register the backend under a name of its own."
+        raise ValueError(message)
+    if not (isinstance(target, Backend) or callable(target) or (isinstance(target, str) and ":" in target)):
+        message = f"a backend is registered by 'module:attribute', a Backend or its class, not {target!r}."
+        raise TypeError(message)
+    with _lock:
+        _registered[name] = Known(target, "register_backend")
+        _forget(name)
+
+
+def list_backends() -> list[str]:
+    """Return the names of all known backends, usable or not: built in, registered, and from entry points.
+
+    Nothing is imported; ``get_backend(name)`` tells whether one works here.
+    """
+    return list(known_backends())
+
+
+def known_backends() -> dict[str, Known]:
+    """Return what is known of every backend, by name; built-in names and registered ones go before entry points."""
+    return {**_entry_points(), **_registered, **_BUILT_IN}
+
+
+def get_backend(backend: str | Backend | None = None) -> Backend:
+    """Return a backend, ready for use.
+
+    Args:
+        backend: a name; a Backend, returned as it is; or None for the one chosen by :func:`use_backend`,
+            :func:`set_default_backend` or ``MBN_BACKEND``, and NumPy's where nothing is chosen.
+
+    Raises:
+        BackendNotFoundError: nothing of this name is known.
+        BackendUnavailableError: it is known, but not installed, not usable here, or broken.
+        TypeError: ``backend`` is neither name, Backend nor None.
+    """
+    if backend is None:
+        return chosen_backend() or get_backend(_HOST)
+    if isinstance(backend, Backend):
+        return backend
+    if not isinstance(backend, str):
+        message = f"backend is a name or a mbn.contract.Backend, not {type(backend).__name__}."
+        raise TypeError(message)
+    return _loaded.get(backend) or _load(backend)
+
+
+def chosen_backend() -> Backend | None:
+    """Return the backend chosen by context, default or environment, in this order; None where there is no choice."""
+    chosen = _context.get() or _default
+    if chosen is not None:
+        return chosen
+    name = os.environ.get(ENVIRONMENT_VARIABLE)
+    if not name:
+        return None
+    try:
+        return get_backend(name)
+    except BackendNotFoundError as error:
+        message = f"the environment variable {ENVIRONMENT_VARIABLE} is {name!r}: {error}"
+        raise BackendNotFoundError(message) from error
+
+
+@contextmanager
+def use_backend(backend: str | Backend) -> Iterator[Backend]:
+    """Choose the backend for layers and functions within a ``with`` block, in this thread or task alone.
+
+    Layers made within the block stay bound to it after the block.
+
+    Raises:
+        BackendNotFoundError, BackendUnavailableError: as :func:`get_backend`; the choice is then unchanged.
+    """
+    if backend is None:
+        message = "use_backend needs a backend's name or a mbn.contract.Backend, not None."
+        raise TypeError(message)
+    chosen = get_backend(backend)
+    token = _context.set(chosen)
+    try:
+        yield chosen
+    finally:
+        _context.reset(token)
+
+
+def set_default_backend(backend: str | Backend | None) -> None:
+    """Choose the backend for the whole process where no context says otherwise; None takes the choice back.
+
+    Raises:
+        BackendNotFoundError, BackendUnavailableError: as :func:`get_backend`; the choice is then unchanged.
+    """
+    global _default  # noqa: PLW0603 - the process-wide default is one global by its nature
+    _default = None if backend is None else get_backend(backend)
+
+
+def owner_of(x: object) -> Backend:
+    """Return the backend whose array ``x`` is; lists and scalars, having no framework, are NumPy's.
+
+    The answer is kept for each class of array, so this is one dictionary look-up from the second call on.
+
+    Raises:
+        TypeError: no backend knows such arrays.
+        BackendUnavailableError: its framework is there, but the backend does not work.
+    """
+    return _owners.get(type(x)) or _find_owner(x)
+
+
+def is_host_data(x: object) -> bool:
+    """Tell whether ``x`` is a NumPy array, list or scalar, which any bound layer takes."""
+    return owner_of(x) is get_backend(_HOST)
+
+
+def _find_owner(x: object) -> Backend:
+    if isinstance(x, list | tuple | int | float | complex):
+        return get_backend(_HOST)
+    kind = type(x)
+    for name in _candidates():
+        backend = get_backend(name)
+        if backend.owns(x):
+            _owners[kind] = backend
+            return backend
+    # Only an array that nobody knows is worth the import of strangers' plug-ins; a broken one must not hide the others.
+    for name in _entry_points():
+        try:
+            backend = get_backend(name)
+        except BackendUnavailableError:
+            continue
+        if backend.owns(x):
+            _owners[kind] = backend
+            return backend
+    message = (
+        f"no backend knows arrays of type {kind.__module__}.{kind.__qualname__}. Known backends: "
+        f"{', '.join(list_backends())}; convert x, or register a backend with mbn.register_backend."
+    )
+    raise TypeError(message)
+
+
+def _candidates() -> list[str]:
+    """Return the backends that may own an array without importing anything new: an array's framework is imported."""
+    built_in = [name for name, known in _BUILT_IN.items() if known.framework in sys.modules]
+    return built_in + list(_registered)
+
+
+def _load(name: str) -> Backend:
+    with _lock:
+        known = _BUILT_IN.get(name) or _registered.get(name) or _entry_points().get(name)
+        if known is None:
+            raise BackendNotFoundError(_not_found(name))
+        if name not in _loaded:
+            _loaded[name] = _construct(name, known)
+        return _loaded[name]
+
+
+def _construct(name: str, known: Known) -> Backend:
+    try:
+        target = _import(known.target) if isinstance(known.target, str) else known.target
+        backend = target if isinstance(target, Backend) else target()
+    except Exception as error:  # whatever a plug-in or a framework raises, the user is told which one and why
+        raise BackendUnavailableError(_unavailable(name, known, error)) from error
+    if not isinstance(backend, Backend):
+        message = (
+            f"backend {name!r} ({known.source}) is broken: {known.target!r} gives a {type(backend).__name__}, which is "
+            "not a mbn.contract.Backend."
+        )
+        raise BackendUnavailableError(message)
+    return backend
+
+
+def _import(target: str) -> Any:
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _forget(name: str) -> None:
+    backend = _loaded.pop(name, None)
+    for kind in [kind for kind, owner in _owners.items() if owner is backend]:
+        del _owners[kind]
+
+
+def _entry_points() -> dict[str, Known]:
+    from importlib import metadata  # noqa: PLC0415 - 20 ms that only a look at the plug-ins should cost
+
+    return {
+        point.name: Known(point.value, f"entry point of {point.dist.name if point.dist else 'an unknown distribution'}")
+        for point in metadata.entry_points(group=ENTRY_POINTS)
+    }
+
+
+def _not_found(name: str) -> str:
+    from difflib import get_close_matches  # noqa: PLC0415 - needed for this message alone
+
+    names = list_backends()
+    close = get_close_matches(name.strip().lower(), names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"there is no backend {name!r}.{hint} Known backends: {', '.join(names)}."
+
+
+def _unavailable(name: str, known: Known, error: Exception) -> str:
+    cause = f"{type(error).__name__}: {error}"
+    way_out = f" To install it: {known.install}." if known.install else ""
+    if isinstance(error, ModuleNotFoundError) and known.framework and error.name == known.framework:
+        return f"backend {name!r} is known but {known.framework} is not installed.{way_out}"
+    if known.framework:
+        return f"backend {name!r}: {known.framework} is installed but cannot be used here: {cause}.{way_out}"
+    return f"backend {name!r} ({known.source}) is broken: {cause}"

@@ -1,0 +1,56 @@
+"""The parameters and statistics of a layer as values.
+
+NamedTuples, because JAX and Torch take those as pytrees without registration, and because a layer that stores its
+state in one assignment can never be seen half updated. Keys and their order are torch's.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Params(NamedTuple):
+    """What training learns: each (C,) in the layer's dtype, or None where the layer has none."""
+
+    weight: Any
+    bias: Any
+
+
+class State(NamedTuple):
+    """What training tracks: two (C,) vectors in the layer's dtype and an integer scalar, or None for each."""
+
+    running_mean: Any
+    running_var: Any
+    num_batches_tracked: Any
+
+
+class IncompatibleKeys(NamedTuple):
+    """What a load with ``strict=False`` passed over."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def to_dict(params: Params, state: State) -> dict[str, Any]:
+    """Return the entries that exist, under torch's keys and in torch's order."""
+    entries = {**params._asdict(), **state._asdict()}
+    return {key: value for key, value in entries.items() if value is not None}
+
+
+def compare_keys(expected: Mapping[str, Any], given: Mapping[str, Any], *, strict: bool) -> IncompatibleKeys:
+    """Return the keys that are missing and those that are too many.
+
+    Raises:
+        ValueError: there are any, and the load is ``strict``.
+    """
+    missing = [key for key in expected if key not in given]
+    unexpected = [key for key in given if key not in expected]
+    if strict and (missing or unexpected):
+        problems = [f"missing {', '.join(missing)}"] * bool(missing) + [
+            f"unexpected {', '.join(map(str, unexpected))}"
+        ] * bool(unexpected)
+        message = (
+            f"state_dict does not fit this layer: {'; '.join(problems)}. It needs exactly "
+            f"{', '.join(expected) or 'no entries'}; strict=False loads what fits."
+        )
+        raise ValueError(message)
+    return IncompatibleKeys(missing, unexpected)

@@ -1,0 +1,33 @@
+"""What runs here, for bug reports: it must never raise, and never import a framework, which can take seconds."""
+
+import platform
+import sys
+from importlib import metadata
+
+from mbn.registry import list_backends
+
+_DISTRIBUTIONS = ("mbn", "numpy", "torch", "jax", "jaxlib", "cupy-cuda12x", "cupy-cuda13x", "numba", "ml_dtypes")
+
+
+def show_versions() -> None:
+    """Print the versions of Python, mbn and the frameworks, and the known backends."""
+    print(f"python: {sys.version.split()[0]} ({platform.platform()})")
+    for distribution in _DISTRIBUTIONS:
+        print(f"{distribution}: {_version(distribution)}")
+    print(f"backends: {_backends()}")
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+    except Exception as error:  # noqa: BLE001 - a bug report must come out even where the metadata are broken
+        return f"unreadable ({type(error).__name__}: {error})"
+
+
+def _backends() -> str:
+    try:
+        return ", ".join(list_backends())
+    except Exception as error:  # noqa: BLE001 - as above
+        return f"unreadable ({type(error).__name__}: {error})"
