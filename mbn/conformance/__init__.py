@@ -1,0 +1,1 @@
+"""The shared suite: what every backend must do, ours or a stranger's."""

@@ -1,0 +1,163 @@
+"""The truth that backends are held to.
+
+It must be independent: it follows the definition in arithmetic of its own, about twice float64's precision, and never
+calls a backend. Sums are exact (math.fsum), figures of a channel have 50 digits (decimal), and outputs are pairs of
+float64.
+"""
+
+import math
+from collections.abc import Iterable
+from decimal import Decimal, localcontext
+from typing import NamedTuple
+
+import numpy as np
+
+from mbn.conformance.ulp import Exact
+
+_DIGITS = 50
+_SPLITTER = 2.0**27 + 1
+
+
+class Step(NamedTuple):
+    """What one training step gives."""
+
+    y: Exact
+    running_mean: Exact
+    running_var: Exact
+
+
+def train(
+    x: np.ndarray,
+    running_mean: np.ndarray,
+    running_var: np.ndarray,
+    weight: np.ndarray | None = None,
+    bias: np.ndarray | None = None,
+    *,
+    momentum: float,
+    eps: float,
+    correction: int = 1,
+) -> Step:
+    """Return a training step on finite ``x``, (N, C) or (N, C, L) with more than one value per channel.
+
+    The statistics given are (C,); the new ones are what a backend stores, before it rounds them.
+    """
+    channels = _channels(x)
+    means, variances, new_means, new_variances = [], [], [], []
+    with localcontext(prec=_DIGITS):
+        step = Decimal(momentum)
+        for values, old_mean, old_var in zip(channels, running_mean.tolist(), running_var.tolist(), strict=True):
+            mean = _sum(values) / len(values)
+            m2 = _sum_of_squares(values, mean)
+            means.append(mean)
+            variances.append(m2 / len(values))
+            var = m2 / (len(values) - correction)
+            new_means.append(_blend(step, old_mean, mean, size=Decimal(math.fsum(abs(values))) / len(values)))
+            new_variances.append(_blend(step, old_var, var, size=var))
+        y = _normalize(x, means, variances, weight, bias, eps)
+    return Step(y, _exact(new_means), _exact(new_variances))
+
+
+def evaluate(
+    x: np.ndarray,
+    running_mean: np.ndarray,
+    running_var: np.ndarray,
+    weight: np.ndarray | None = None,
+    bias: np.ndarray | None = None,
+    *,
+    eps: float,
+) -> Exact:
+    """Return the output of evaluation on finite ``x``, (N, C) or (N, C, L)."""
+    with localcontext(prec=_DIGITS):
+        means = [Decimal(value) for value in running_mean.tolist()]
+        variances = [Decimal(value) for value in running_var.tolist()]
+        return _normalize(x, means, variances, weight, bias, eps)
+
+
+def _channels(x: np.ndarray) -> np.ndarray:
+    """Return the values of each channel as a row of float64."""
+    return np.moveaxis(x, 1, 0).reshape(x.shape[1], -1).astype(np.float64)
+
+
+def _sum(values: Iterable[float]) -> Decimal:
+    """Return a sum to twice float64's precision: fsum rounds the exact sum once, and again what that left."""
+    terms = list(values)
+    rounded = math.fsum(terms)
+    return Decimal(rounded) + Decimal(math.fsum([*terms, -rounded]))
+
+
+def _sum_of_squares(values: np.ndarray, mean: Decimal) -> Decimal:
+    hi, lo = _difference(values, mean)
+    square, rest = _product(hi, hi)
+    return _sum([*square.tolist(), *rest.tolist(), *(2 * hi * lo).tolist()])
+
+
+def _blend(step: Decimal, old: float, new: Decimal, size: Decimal) -> tuple[Decimal, Decimal]:
+    """Return the weighted mean of old and new, and the size of the terms that it is added from."""
+    kept = (1 - step) * Decimal(old)
+    return kept + step * new, abs(kept) + abs(step) * size
+
+
+def _exact(figures: list[tuple[Decimal, Decimal]]) -> Exact:
+    pairs = [_pair(value) for value, _ in figures]
+    return Exact(
+        np.array([hi for hi, _ in pairs]),
+        np.array([lo for _, lo in pairs]),
+        np.array([float(magnitude) for _, magnitude in figures]),
+    )
+
+
+def _normalize(
+    x: np.ndarray,
+    means: list[Decimal],
+    variances: list[Decimal],
+    weight: np.ndarray | None,
+    bias: np.ndarray | None,
+    eps: float,
+) -> Exact:
+    c = x.shape[1]
+    weights = np.ones(c) if weight is None else weight.astype(np.float64)
+    biases = np.zeros(c) if bias is None else bias.astype(np.float64)
+    hi, lo, magnitude = (np.empty((c, x.size // c)) for _ in range(3))
+    for channel, values in enumerate(_channels(x)):
+        spread = variances[channel] + Decimal(eps)
+        invstd = 1 / spread.sqrt() if spread else Decimal(0)
+        scale, scale_rest = _pair(invstd * Decimal(float(weights[channel])))
+        d, d_rest = _difference(values, means[channel])
+        product, product_rest = _product(d, np.float64(scale))
+        product_rest = product_rest + (d * scale_rest + d_rest * scale)
+        total, total_rest = _two_sum(product, biases[channel])
+        hi[channel], lo[channel] = _two_sum(total, total_rest + product_rest)
+        magnitude[channel] = np.maximum(abs(d * float(invstd)), 1) * abs(weights[channel]) + abs(biases[channel])
+    shape = (c, x.shape[0], *x.shape[2:])
+    return Exact(*(np.moveaxis(values.reshape(shape), 0, 1) for values in (hi, lo, magnitude)))
+
+
+def _pair(value: Decimal) -> tuple[float, float]:
+    hi = float(value)
+    return hi, float(value - Decimal(hi))
+
+
+def _difference(values: np.ndarray, mean: Decimal) -> tuple[np.ndarray, np.ndarray]:
+    """Return values - mean as a pair."""
+    hi, lo = _pair(-mean)
+    total, rest = _two_sum(values, hi)
+    return _two_sum(total, rest + lo)
+
+
+def _two_sum(a: np.ndarray, b: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
+    """Return a + b and its rounding error, exactly (Knuth, The Art of Computer Programming 2, 4.2.2)."""
+    total = a + b
+    b_part = total - a
+    return total, (a - (total - b_part)) + (b - b_part)
+
+
+def _product(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return a * b and its rounding error, exactly (Dekker, A floating-point technique, 1971)."""
+    product = a * b
+    (a_hi, a_lo), (b_hi, b_lo) = _split(a), _split(b)
+    return product, ((a_hi * b_hi - product) + a_hi * b_lo + a_lo * b_hi) + a_lo * b_lo
+
+
+def _split(a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    hi = a * _SPLITTER - (a * _SPLITTER - a)
+    return hi, a - hi

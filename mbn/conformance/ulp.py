@@ -1,0 +1,43 @@
+"""One measure of error for the suite, the command line and the benchmarks.
+
+An error is counted in units in the last place, of the terms that a result is added from: for an output,
+``max(|normalised|, 1) * |weight| + |bias|``; for a running statistic, its old part and the mean size of the values (or
+squares) in its new one. Cancellation between terms is a property of the data, not of a backend.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+_PRECISION = {"float16": (11, -24), "bfloat16": (8, -133), "float32": (24, -149), "float64": (53, -1074)}
+"""By dtype: bits of the significand, and the exponent of the least positive number."""
+
+
+class Exact(NamedTuple):
+    """A result known beyond float64: ``hi + lo``, and the size of the terms it is added from."""
+
+    hi: np.ndarray
+    lo: np.ndarray
+    magnitude: np.ndarray
+
+
+def spacing(magnitude: np.ndarray, dtype: str) -> np.ndarray:
+    """Return the distance between neighbouring numbers of a dtype around ``magnitude``."""
+    precision, least = _PRECISION[dtype]
+    _, exponent = np.frexp(magnitude)
+    return np.ldexp(1.0, np.maximum(exponent - precision, least))
+
+
+def error(actual: np.ndarray, exact: Exact, dtype: str) -> float:
+    """Return the largest error of an array against the truth, in ulp of ``dtype``; inf where it is NaN; 0 if empty."""
+    return _largest((actual.astype(np.float64) - exact.hi) - exact.lo, exact.magnitude, dtype)
+
+
+def distance(a: np.ndarray, b: np.ndarray, magnitude: np.ndarray, dtype: str) -> float:
+    """Return the largest difference between two arrays, measured as :func:`error` measures it."""
+    return _largest(a.astype(np.float64) - b.astype(np.float64), magnitude, dtype)
+
+
+def _largest(difference: np.ndarray, magnitude: np.ndarray, dtype: str) -> float:
+    ulps = np.abs(difference) / spacing(magnitude, dtype)
+    return float(np.max(np.where(np.isnan(ulps), np.inf, ulps), initial=0.0))
