@@ -150,8 +150,8 @@ def _wrong_dtype(given: str, dtype: str, backend: Backend) -> str:
     usable = sorted(_INPUT_DTYPES[dtype] & backend.capabilities.dtypes)
     if given == "float64" and given in backend.capabilities.dtypes:
         return (
-            "x is float64 and the statistics are float32, which would lose its precision. Convert x to float32, or make "
-            "the layer dtype='float64' (bn.to(dtype='float64') for one that exists)."
+            "x is float64 and the statistics are float32, which would lose its precision. Convert x to float32, or "
+            "make the layer dtype='float64' (bn.to(dtype='float64') for one that exists)."
         )
     return f"x is {given}; {backend.name} takes {', '.join(usable)}. Convert x, to float32 say."
 

@@ -123,7 +123,7 @@ def _normalize(
         invstd = 1 / spread.sqrt() if spread else Decimal(0)
         scale, scale_rest = _pair(invstd * Decimal(float(weights[channel])))
         d, d_rest = _difference(values, means[channel])
-        product, product_rest = _product(d, np.float64(scale))
+        product, product_rest = _product(d, np.array(scale))
         product_rest = product_rest + (d * scale_rest + d_rest * scale)
         total, total_rest = _two_sum(product, biases[channel])
         hi[channel], lo[channel] = _two_sum(total, total_rest + product_rest)

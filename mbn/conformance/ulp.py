@@ -12,6 +12,11 @@ import numpy as np
 _PRECISION = {"float16": (11, -24), "bfloat16": (8, -133), "float32": (24, -149), "float64": (53, -1074)}
 """By dtype: bits of the significand, and the exponent of the least positive number."""
 
+OUTPUT_BOUNDS = {"float16": 1.0, "bfloat16": 1.0, "float32": 4.0, "float64": 4.0}
+"""The largest error allowed in an output, in ulp, by x's dtype."""
+STATISTICS_BOUNDS = {"float32": 2.0, "float64": 4.0}
+"""The largest error allowed in a running statistic, in ulp, by its dtype."""
+
 
 class Exact(NamedTuple):
     """A result known beyond float64: ``hi + lo``, and the size of the terms it is added from."""
@@ -25,7 +30,8 @@ def spacing(magnitude: np.ndarray, dtype: str) -> np.ndarray:
     """Return the distance between neighbouring numbers of a dtype around ``magnitude``."""
     precision, least = _PRECISION[dtype]
     _, exponent = np.frexp(magnitude)
-    return np.ldexp(1.0, np.maximum(exponent - precision, least))
+    step: np.ndarray = np.ldexp(1.0, np.maximum(exponent - precision, least))
+    return step
 
 
 def error(actual: np.ndarray, exact: Exact, dtype: str) -> float:

@@ -1,0 +1,36 @@
+"""The suite as a function, for the command line: the same run wherever it is started from."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+
+def run(
+    backend: str, *, json: Path | None = None, junit_xml: Path | None = None, pytest_args: Sequence[str] = ()
+) -> int:
+    """Run the suite against ``NAME`` or ``NAME:DEVICE`` and return pytest's exit code: 0 passed, 1 failed, 4 unusable.
+
+    Args:
+        backend: a registered backend.
+        json: where to write the report as JSON.
+        junit_xml: where to write it in JUnit's form.
+        pytest_args: more options for pytest, ``-k NAME`` say.
+    """
+    arguments = [
+        "--pyargs",
+        "mbn.conformance",
+        *("-p", "mbn.conformance.plugin"),
+        *("-p", "no:cacheprovider"),
+        *("-c", os.devnull),  # a pytest configuration that happens to lie around must not change the verdict
+        *("--rootdir", str(Path(__file__).parent)),
+        *("--backend", backend),
+        "--quiet",
+        "--tb=short",
+    ]
+    if json is not None:
+        arguments += ["--conformance-json", str(json)]
+    if junit_xml is not None:
+        arguments += [f"--junit-xml={junit_xml}"]
+    return int(pytest.main([*arguments, *pytest_args]))

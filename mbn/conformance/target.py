@@ -1,0 +1,94 @@
+"""The backend under test, as tests see it: a backend on one device, reached only through the public names."""
+
+import copy
+from typing import Any, NamedTuple
+
+import ml_dtypes  # noqa: F401 - teaches NumPy the name "bfloat16"
+import numpy as np
+import pytest
+
+import mbn
+from mbn.conformance import ulp
+from mbn.contract import Array, Backend, Capabilities
+
+
+class Target(NamedTuple):
+    """A backend on one of its devices; None is the default one."""
+
+    backend: Backend
+    device: str | None
+
+    @classmethod
+    def parse(cls, text: str) -> "Target":
+        """Return the target that ``NAME`` or ``NAME:DEVICE`` names.
+
+        Raises:
+            BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
+            ValueError: the backend has no such device.
+        """
+        name, _, device = text.partition(":")
+        target = cls(mbn.get_backend(name), device or None)
+        target.array(np.zeros((1, 1), np.float32))
+        return target
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the backend declares."""
+        return self.backend.capabilities
+
+    def layer(self, num_features: int | None, **arguments: Any) -> mbn.BatchNorm1d:
+        """Make a layer on this backend and device."""
+        return mbn.BatchNorm1d(num_features, backend=self.backend, device=self.device, **arguments)
+
+    def array(self, host: np.ndarray) -> Array:
+        """Return a new array of the backend with the values and dtype of a NumPy array."""
+        return self.backend.asarray(np.array(host), device=self.device)
+
+    def numpy(self, array: Array) -> np.ndarray:
+        """Return a NumPy array of its own with the values of an array of the backend."""
+        assert self.backend.owns(array), f"{type(array)} is no array of {self.backend.name}"
+        return np.array(self.backend.to_numpy(array))
+
+    def require_dtype(self, dtype: str) -> None:
+        """Skip the test where the backend declares no such dtype."""
+        if dtype not in self.capabilities.dtypes:
+            pytest.skip(f"{self.backend.name} declares no {dtype}")
+
+    def snapshot(self, layer: mbn.BatchNorm1d) -> dict[str, np.ndarray]:
+        """Return copies of all that a layer holds, to see later whether anything has changed."""
+        return {key: self.numpy(value) for key, value in layer.state_dict().items()}
+
+    def assert_output(self, y: Array, exact: ulp.Exact, dtype: str) -> None:
+        """Check the type, dtype, shape and values of an output, in this order."""
+        self._assert_array(y, exact, dtype, ulp.OUTPUT_BOUNDS[dtype])
+
+    def assert_statistic(self, statistic: Array, exact: ulp.Exact, dtype: str) -> None:
+        """Check the type, dtype, shape and values of a running statistic, in this order."""
+        self._assert_array(statistic, exact, dtype, ulp.STATISTICS_BOUNDS[dtype])
+
+    def _assert_array(self, array: Array, exact: ulp.Exact, dtype: str, bound: float) -> None:
+        host = self.numpy(array)
+        assert host.dtype.name == dtype, f"dtype is {host.dtype}, not {dtype}"
+        assert host.shape == exact.hi.shape, f"shape is {host.shape}, not {exact.hi.shape}"
+        error = ulp.error(host, exact, dtype)
+        assert error <= bound, f"{error:.3g} ulp from the truth; {bound} are allowed"
+
+
+def assert_same(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> None:
+    """Check that two snapshots of a layer are the same to the bit."""
+    assert list(before) == list(after)
+    for key, value in before.items():
+        assert value.dtype == after[key].dtype, f"{key} changed its dtype"
+        np.testing.assert_array_equal(after[key], value, err_msg=f"{key} changed", strict=True)
+
+
+def configured(layer: mbn.BatchNorm1d, seed: int) -> mbn.BatchNorm1d:
+    """Give a layer parameters and statistics that are not the initial ones, and return it."""
+    generator = np.random.default_rng(seed)
+    for key, value in copy.copy(layer.state_dict()).items():
+        if key == "num_batches_tracked":
+            layer.num_batches_tracked = 3
+        else:
+            drawn = generator.uniform(0.5, 2.0, size=tuple(value.shape))
+            setattr(layer, key, drawn if key in {"weight", "running_var"} else drawn - 1)
+    return layer

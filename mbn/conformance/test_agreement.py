@@ -1,0 +1,105 @@
+"""Agreement: the same numbers by every route, on every backend and in every memory layout."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mbn
+from mbn.conformance import oracle, strategies, ulp
+from mbn.conformance.target import Target, assert_same, configured
+from mbn.contract import Backend
+
+X = np.random.default_rng(13).normal(100, 3, (12, 5, 8)).astype(np.float32)
+
+
+@given(data=st.data())
+def test_with_numpy(target: Target, data: st.DataObject) -> None:
+    batch = data.draw(strategies.batches(target.capabilities.dtypes))
+    c = batch.x.shape[1]
+    bn = configured(target.layer(c, dtype=batch.layer_dtype), seed=c)
+    host = configured(mbn.BatchNorm1d(c, dtype=batch.layer_dtype, backend="numpy"), seed=c)
+    exact = oracle.train(batch.x, host.running_mean, host.running_var, *host.params, momentum=0.1, eps=1e-5)
+    y, expected = target.numpy(bn(batch.x)), host(batch.x)
+    # Each may be at its bound from the truth, on either side of it.
+    assert ulp.distance(y, expected, exact.y.magnitude, batch.dtype) <= 2 * ulp.OUTPUT_BOUNDS[batch.dtype]
+    for name in ("running_mean", "running_var"):
+        given_statistic, magnitude = target.numpy(getattr(bn, name)), getattr(exact, name).magnitude
+        distance = ulp.distance(given_statistic, getattr(host, name), magnitude, batch.layer_dtype)
+        assert distance <= 2 * ulp.STATISTICS_BOUNDS[batch.layer_dtype], name
+
+
+def test_a_layer_moves_to_numpy_and_back(target: Target) -> None:
+    bn = configured(target.layer(5), seed=1)
+    before = target.snapshot(bn)
+    bn.to(backend="numpy")
+    assert bn.backend == "numpy"
+    assert all(isinstance(value, np.ndarray | np.generic) for value in bn.state_dict().values())
+    bn.to(backend=target.backend, device=target.device)
+    assert_same(before, target.snapshot(bn))
+    bn(target.array(X))
+
+
+def test_a_layer_moves_to_float64_and_back(target: Target) -> None:
+    target.require_dtype("float64")
+    bn = configured(target.layer(5), seed=2)
+    before = target.snapshot(bn)
+    bn.to(dtype="float64")
+    assert target.numpy(bn.running_mean).dtype == np.float64
+    bn(target.array(X.astype(np.float64)))
+    bn.load_state_dict(before)
+    assert_same(before, target.snapshot(bn.to(dtype="float32")))
+
+
+def test_arrays_cross_the_border_unchanged(target: Target) -> None:
+    for dtype in sorted(target.capabilities.dtypes):
+        host = X.astype(dtype)
+        array = mbn.asarray(host, backend=target.backend, device=target.device)
+        np.testing.assert_array_equal(mbn.to_numpy(array) if target.backend.owns(array) else array, host, strict=True)
+
+
+@pytest.mark.parametrize("layout", strategies.LAYOUTS)
+@pytest.mark.parametrize("training", [True, False])
+def test_memory_layouts_of_host_data(target: Target, layout: str, *, training: bool) -> None:
+    x = strategies.laid_out(X.copy(), layout)
+    bn, contiguous = target.layer(5).train(training), target.layer(5).train(training)
+    expected = target.numpy(contiguous(target.array(np.ascontiguousarray(x))))
+    np.testing.assert_array_equal(target.numpy(bn(x)), expected, strict=True)
+    assert_same(target.snapshot(contiguous), target.snapshot(bn))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_memory_layouts_of_own_arrays(target: Target, *, training: bool) -> None:
+    contiguous = target.layer(5).train(training)
+    expected = target.numpy(contiguous(target.array(X)))
+    padded = target.array(np.repeat(X, 2, axis=0))
+    transposed = target.array(np.ascontiguousarray(X.swapaxes(1, 2)))
+    for x in (padded[::2], transposed.mT):
+        bn = target.layer(5).train(training)
+        np.testing.assert_array_equal(target.numpy(bn(x)), expected, strict=True)
+        assert_same(target.snapshot(contiguous), target.snapshot(bn))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_the_fused_whole_is_the_verbs_composed(target: Target, momentum: float | None) -> None:
+    bn = configured(target.layer(5), seed=3)
+    held = target.snapshot(bn)
+    count = int(held["num_batches_tracked"]) + 1
+    statistics, parameters = (held["running_mean"], held["running_var"]), (held["weight"], held["bias"])
+    weight = 1 / count if momentum is None else momentum
+    exact = oracle.train(X, *statistics, *parameters, momentum=weight, eps=1e-5)
+    for batch_norm in (type(target.backend).batch_norm, Backend.batch_norm):
+        y, state = batch_norm(
+            target.backend,
+            target.array(X),
+            bn.params,
+            bn.state,
+            training=True,
+            momentum=momentum,
+            eps=1e-5,
+            correction=1,
+        )
+        target.assert_output(y, exact.y, "float32")
+        target.assert_statistic(state.running_mean, exact.running_mean, "float32")
+        target.assert_statistic(state.running_var, exact.running_var, "float32")
+        assert int(state.num_batches_tracked) == count

@@ -1,0 +1,215 @@
+"""Errors: every misuse is refused by one clear, typed error, and leaves everything as it was."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mbn
+from mbn.conformance.target import Target, assert_same, configured
+
+X = np.random.default_rng(10).standard_normal((5, 4, 3)).astype(np.float32)
+
+
+class Stranger:
+    """An array of a framework that nobody knows."""
+
+    shape = (5, 4)
+    dtype = np.dtype(np.float32)
+
+
+INPUTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "scalar": (lambda: 1.0, ValueError, r"shape \(\)"),
+    "one axis": (lambda: X[0, :, 0], ValueError, r"shape \(4,\)"),
+    "four axes": (lambda: X[None], ValueError, r"shape \(1, 5, 4, 3\)"),
+    "wrong C": (lambda: X[:, :3], ValueError, "3 channels.*num_features is 4"),
+    "wrong C and empty": (lambda: X[:0, :3], ValueError, "3 channels.*num_features is 4"),
+    "channels last": (lambda: X.swapaxes(1, 2), ValueError, "axis=-1"),
+    "one value per channel": (lambda: X[:1, :, 0], ValueError, "one value per channel"),
+    "one value per channel of a sequence": (lambda: X[:1, :, :1], ValueError, "one value per channel"),
+    "integers": (lambda: np.ones((5, 4), int), TypeError, "int64"),
+    "booleans": (lambda: np.ones((5, 4), bool), TypeError, "bool"),
+    "complex": (lambda: np.ones((5, 4), complex), TypeError, "complex128"),
+    "objects": (lambda: np.full((5, 4), None), TypeError, "object"),
+    "strings": (lambda: np.full((5, 4), "1"), TypeError, "str"),
+    "float64": (lambda: X.astype(float), TypeError, "float64"),
+    "nested booleans": (lambda: [[True] * 4] * 5, TypeError, "bool"),
+    "masked array": (lambda: np.ma.masked_array(X), TypeError, "MaskedArray"),
+    "unknown array": (Stranger, TypeError, "Stranger"),
+    "None": (lambda: None, TypeError, "NoneType"),
+}
+
+
+def assert_refused(error: type[Exception], words: str, call: Callable[[], Any]) -> None:
+    """Check that a call raises exactly this error, not a kind of it, with these words."""
+    with pytest.raises(error, match=words) as caught:
+        call()
+    assert caught.type is error, f"{caught.type.__name__} passes for {error.__name__}"
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_input(target: Target, name: str) -> None:
+    make, error, words = INPUTS[name]
+    bn = configured(target.layer(4), seed=5)
+    before = target.snapshot(bn)
+    assert_refused(error, words, lambda: bn(make()))
+    assert_refused(error, words, lambda: bn.apply(bn.params, bn.state, make(), training=True))
+    assert_same(before, target.snapshot(bn))
+
+
+@pytest.mark.parametrize("name", ["one axis", "wrong C", "one value per channel"])
+def test_own_array(target: Target, name: str) -> None:
+    make, error, words = INPUTS[name]
+    bn = configured(target.layer(4), seed=5)
+    before = target.snapshot(bn)
+    assert_refused(error, words, lambda: bn(target.array(make())))
+    assert_same(before, target.snapshot(bn))
+
+
+def test_refused_first_input_leaves_the_layer_open(target: Target) -> None:
+    bn = target.layer(None)
+    for refused in (X[0, :, 0], X.astype(int), X[:1, :, 0]):
+        with pytest.raises((TypeError, ValueError)):
+            bn(refused)
+        assert bn.num_features is None
+    bn(target.array(X))
+    assert int(bn.num_batches_tracked) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"num_features": 0}, ValueError, "at least 1, not 0"),
+        ({"num_features": -3}, ValueError, "at least 1, not -3"),
+        ({"num_features": 4.0}, TypeError, "int.*4.0"),
+        ({"num_features": "4"}, TypeError, "int.*'4'"),
+        ({"num_features": True}, TypeError, "int.*True"),
+        ({"eps": -1e-5}, ValueError, "at least 0"),
+        ({"eps": math.nan}, ValueError, "nan"),
+        ({"eps": math.inf}, ValueError, "inf"),
+        ({"eps": "small"}, TypeError, "real number.*'small'"),
+        ({"eps": None}, TypeError, "real number.*None"),
+        ({"momentum": "0.1"}, TypeError, "real number or None.*'0.1'"),
+        ({"momentum": True}, TypeError, "real number or None.*True"),
+        ({"momentum": math.nan}, ValueError, "nan"),
+        ({"axis": 0}, ValueError, "1 or -1|-1 .*not 0"),
+        ({"correction": 2}, ValueError, "not 2"),
+        ({"dtype": "float16"}, TypeError, "float32 or float64, not float16"),
+        ({"dtype": "int32"}, TypeError, "float32 or float64, not int32"),
+    ],
+)
+def test_argument(target: Target, arguments: dict[str, Any], error: type[Exception], words: str) -> None:
+    assert_refused(error, words, lambda: target.layer(**{"num_features": 4, **arguments}))
+
+
+@pytest.mark.parametrize(("name", "value"), [("eps", -1.0), ("eps", math.nan), ("momentum", math.inf)])
+def test_changed_argument(target: Target, name: str, value: float) -> None:
+    bn = target.layer(4)
+    before = getattr(bn, name)
+    assert_refused(ValueError, name, lambda: setattr(bn, name, value))
+    assert getattr(bn, name) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "words"),
+    [
+        ("running_mean", np.zeros(3), ValueError, r"\(3,\).*\(4,\)"),
+        ("running_var", np.zeros((4, 1)), ValueError, r"\(4, 1\).*\(4,\)"),
+        ("weight", np.full(4, "1"), TypeError, "real numbers"),
+        ("bias", np.zeros(4, complex), TypeError, "real numbers"),
+        ("weight", None, TypeError, "NoneType"),
+        ("num_batches_tracked", 1.5, TypeError, "integers"),
+        ("num_batches_tracked", -1, ValueError, "at least 0"),
+        ("num_batches_tracked", np.zeros(4, int), ValueError, r"\(4,\).*\(\)"),
+    ],
+)
+def test_assignment(target: Target, name: str, value: Any, error: type[Exception], words: str) -> None:
+    bn = configured(target.layer(4), seed=6)
+    before = target.snapshot(bn)
+    assert_refused(error, words, lambda: setattr(bn, name, value))
+    assert_same(before, target.snapshot(bn))
+
+
+def test_assignment_to_what_a_layer_does_not_have(target: Target) -> None:
+    bn = target.layer(4, affine=False, track_running_stats=False)
+    for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+        assert_refused(ValueError, f"no {name}", partial(setattr, bn, name, 1))
+    assert_refused(ValueError, "no running statistics", bn.freeze)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda entries: entries.pop("running_var"), ValueError, "missing running_var"),
+        (lambda entries: entries.pop("num_batches_tracked"), ValueError, "missing num_batches_tracked"),
+        (lambda entries: entries.update(gamma=np.ones(4)), ValueError, "unexpected gamma"),
+        (lambda entries: entries.update(weight=np.ones(5)), ValueError, r"weight.*\(5,\).*\(4,\)"),
+        (lambda entries: entries.update(weight=np.float32(1)), ValueError, r"weight.*\(\).*\(4,\)"),
+        (lambda entries: entries.update(bias=np.full(4, "x")), TypeError, "bias.*real numbers"),
+        (lambda entries: entries.update(num_batches_tracked=np.array(0.5)), TypeError, "integers"),
+    ],
+)
+def test_state_dict(
+    target: Target, change: Callable[[dict[str, Any]], object], error: type[Exception], words: str
+) -> None:
+    bn = configured(target.layer(4), seed=7)
+    before = target.snapshot(bn)
+    entries: dict[str, Any] = target.snapshot(configured(target.layer(4), seed=8))
+    change(entries)
+    assert_refused(error, words, lambda: bn.load_state_dict(entries))
+    assert_same(before, target.snapshot(bn))
+
+
+def test_state_dict_that_is_none(target: Target) -> None:
+    assert_refused(TypeError, "mapping", lambda: target.layer(4).load_state_dict([("weight", np.ones(4))]))  # type: ignore[arg-type]
+
+
+def test_unknown_number_of_features(target: Target) -> None:
+    bn = target.layer(None)
+    assert_refused(AttributeError, "num_features is not known", lambda: bn.weight)
+    assert_refused(AttributeError, "num_features is not known", bn.state_dict)
+
+
+def test_mode_that_is_no_mode(target: Target) -> None:
+    bn = target.layer(4)
+    assert_refused(ValueError, "True or False", lambda: bn.train("yes"))  # type: ignore[arg-type]
+    assert bn.training is True
+
+
+FUNCTIONAL: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "no statistics": ({}, ValueError, "no running statistics"),
+    "one statistic": ({"running_mean": np.zeros(4, np.float32)}, ValueError, "both or neither"),
+    "misshapen": (
+        {"running_mean": np.zeros(4, np.float32), "running_var": np.ones(3, np.float32)},
+        ValueError,
+        r"running_var has shape \(3,\)",
+    ),
+    "mixed dtypes": (
+        {"training": True, "weight": np.ones(4, np.float32), "bias": np.ones(4, np.float16)},
+        TypeError,
+        "bias is float16",
+    ),
+    "momentum": ({"training": True, "momentum": None}, TypeError, "cumulative"),
+    "eps": ({"training": True, "eps": -1.0}, ValueError, "at least 0"),
+    "axis": ({"training": True, "axis": 2}, ValueError, "axis"),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONAL)
+def test_functional(target: Target, name: str) -> None:
+    arguments, error, words = FUNCTIONAL[name]
+    assert_refused(
+        error, words, lambda: mbn.functional.batch_norm(target.array(X), **arguments, backend=target.backend)
+    )
+
+
+def test_apply_checks_what_it_is_given(target: Target) -> None:
+    bn = target.layer(4)
+    x = target.array(X)
+    short = bn.state._replace(running_mean=target.array(np.zeros(3, np.float32)))
+    assert_refused(ValueError, r"running_mean has shape \(3,\)", lambda: bn.apply(bn.params, short, x, training=True))
+    half = bn.params._replace(weight=target.array(np.ones(4, np.float16)))
+    assert_refused(TypeError, "weight is float16", lambda: bn.apply(half, bn.state, x, training=True))

@@ -1,0 +1,215 @@
+"""State: what a layer keeps, who may change it, and that nothing else ever does."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mbn
+from mbn.conformance import oracle, strategies
+from mbn.conformance.target import Target, assert_same, configured
+from mbn.state import State
+
+X = np.random.default_rng(12).normal(2, 3, (9, 4)).astype(np.float32)
+STEPS = ["train", "train", "evaluate", "load", "reset", "freeze", "unfreeze"]
+
+
+@given(data=st.data())
+def test_sequence_of_steps(target: Target, data: st.DataObject) -> None:
+    shape = data.draw(st.sampled_from([(5, 3), (4, 3, 2)]))
+    momentum = data.draw(st.sampled_from([None, 0.1, 1.0]))
+    bn = target.layer(3, momentum=momentum)
+    count, frozen = 0, False
+    for step in data.draw(st.lists(st.sampled_from(STEPS), min_size=2, max_size=7)):
+        before = target.snapshot(bn)
+        if step in {"train", "evaluate"}:
+            batch = data.draw(strategies.batches(frozenset({"float32"}), shape))
+            learns = step == "train" and not frozen
+            count += learns
+            _assert_step(target, bn.train(step == "train"), batch.x, before, learns=learns, count=count)
+            continue
+        if step == "load":
+            count = data.draw(st.integers(0, 9))
+            entries = target.snapshot(configured(target.layer(3), seed=count))
+            bn.load_state_dict({**entries, "num_batches_tracked": np.array(count)})
+        elif step == "reset":
+            count = 0
+            bn.reset_running_stats()
+            assert target.numpy(bn.running_mean).tolist() == [0, 0, 0]
+            assert target.numpy(bn.running_var).tolist() == [1, 1, 1]
+        else:
+            frozen = step == "freeze"
+            (bn.freeze if frozen else bn.unfreeze)()
+        assert int(bn.num_batches_tracked) == count
+
+
+def _assert_step(
+    target: Target, bn: mbn.BatchNorm1d, x: np.ndarray, before: dict[str, np.ndarray], *, learns: bool, count: int
+) -> None:
+    y = bn(target.array(x))
+    after = target.snapshot(bn)
+    values = before["running_mean"], before["running_var"], before["weight"], before["bias"]
+    if not learns:
+        target.assert_output(y, oracle.evaluate(x, *values, eps=bn.eps), "float32")
+        assert_same(before, after)
+        return
+    momentum = 1 / count if bn.momentum is None else bn.momentum
+    exact = oracle.train(x, *values, momentum=momentum, eps=bn.eps)
+    target.assert_output(y, exact.y, "float32")
+    target.assert_statistic(target.array(after["running_mean"]), exact.running_mean, "float32")
+    target.assert_statistic(target.array(after["running_var"]), exact.running_var, "float32")
+    assert int(after["num_batches_tracked"]) == count
+
+
+def test_state_dict_has_the_keys_shapes_and_order_of_torch(target: Target) -> None:
+    entries = target.snapshot(target.layer(4))
+    assert [(key, value.shape) for key, value in entries.items()] == [
+        ("weight", (4,)),
+        ("bias", (4,)),
+        ("running_mean", (4,)),
+        ("running_var", (4,)),
+        ("num_batches_tracked", ()),
+    ]
+    assert [value.tolist() for value in entries.values()] == [[1] * 4, [0] * 4, [0] * 4, [1] * 4, 0]
+
+
+def test_state_dict_goes_round(target: Target) -> None:
+    source, copied = configured(target.layer(4), seed=1), target.layer(4)
+    assert copied.load_state_dict(source.state_dict()) == ([], [])
+    assert_same(target.snapshot(source), target.snapshot(copied))
+    source(target.array(X))
+    assert int(copied.num_batches_tracked) == 3  # a load copies: the two are not tied together
+    lazy = target.layer(None)
+    lazy.load_state_dict(source.state_dict())
+    assert_same(target.snapshot(source), target.snapshot(lazy))
+
+
+def test_lenient_load_takes_what_fits(target: Target) -> None:
+    bn = target.layer(4)
+    result = bn.load_state_dict({"weight": np.full(4, 2.0), "gamma": np.ones(4)}, strict=False)
+    assert result.missing_keys == ["bias", "running_mean", "running_var", "num_batches_tracked"]
+    assert result.unexpected_keys == ["gamma"]
+    assert target.numpy(bn.weight).tolist() == [2] * 4
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+def test_entries_can_be_set(target: Target, name: str) -> None:
+    bn = target.layer(4)
+    values = np.array([1, 2, 3, 4])
+    for given_value in (values, target.array(values.astype(np.float32)), values.astype(float)):
+        setattr(bn, name, given_value)
+        stored = target.numpy(getattr(bn, name))
+        assert stored.dtype == np.float32
+        assert stored.tolist() == [1, 2, 3, 4]
+    setattr(bn, name, 7)
+    assert target.numpy(getattr(bn, name)).tolist() == [7] * 4
+
+
+def test_set_values_are_copied(target: Target) -> None:
+    bn = target.layer(4).eval()
+    values = np.full(4, 5, np.float32)
+    bn.running_mean = values
+    values[:] = 99
+    assert target.numpy(bn.running_mean).tolist() == [5] * 4
+
+
+def test_set_statistics_take_effect(target: Target) -> None:
+    bn = target.layer(4, eps=0.0).eval()
+    bn(target.array(X))
+    bn.running_mean = 10
+    np.testing.assert_array_equal(target.numpy(bn(target.array(X))), X - 10)
+
+
+def test_edits_in_place_are_seen(target: Target) -> None:
+    if not target.capabilities.mutable:
+        pytest.skip(f"{target.backend.name} declares immutable arrays")
+    bn = target.layer(4, eps=0.0).eval()
+    bn.running_mean[:] = 10
+    np.testing.assert_array_equal(target.numpy(bn(target.array(X))), X - 10)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_given_is_written_to(target: Target, *, training: bool) -> None:
+    bn = configured(target.layer(4), seed=2).train(training)
+    x = target.array(X)
+    held = bn.params, bn.state
+    before = [target.numpy(value) for group in held for value in group]
+    bn(x)
+    bn.apply(*held, x, training=training)
+    np.testing.assert_array_equal(target.numpy(x), X)
+    for value, old in zip([value for group in held for value in group], before, strict=True):
+        np.testing.assert_array_equal(target.numpy(value), old)
+
+
+def test_host_input_is_not_written_to(target: Target) -> None:
+    x = X.copy()
+    bn = target.layer(4)
+    for _ in range(2):
+        bn(x)
+    np.testing.assert_array_equal(x, X)
+    y = target.numpy(bn(x))
+    x[:] = 0
+    bn.eval()
+    assert not np.array_equal(y, target.numpy(bn(x)))
+
+
+def test_evaluation_changes_nothing(target: Target) -> None:
+    bn = configured(target.layer(4), seed=3).eval()
+    before = target.snapshot(bn)
+    bn(target.array(X))
+    assert_same(before, target.snapshot(bn))
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.copy, copy.deepcopy, lambda bn: pickle.loads(pickle.dumps(bn))],  # noqa: S301 - its own pickle
+    ids=["copy", "deepcopy", "pickle"],
+)
+def test_layers_are_copied(target: Target, duplicate: Callable[[mbn.BatchNorm1d], mbn.BatchNorm1d]) -> None:
+    bn = configured(target.layer(4, momentum=0.5), seed=4)
+    twin = duplicate(bn)
+    assert repr(twin) == repr(bn)
+    before = target.snapshot(bn)
+    assert_same(before, target.snapshot(twin))
+    y = target.numpy(twin(target.array(X)))
+    assert_same(before, target.snapshot(bn))  # the copy learns alone
+    np.testing.assert_array_equal(target.numpy(bn(target.array(X))), y)
+
+
+def test_reset_parameters(target: Target) -> None:
+    bn = configured(target.layer(4), seed=5)
+    bn.reset_parameters()
+    assert_same(target.snapshot(target.layer(4)), target.snapshot(bn))
+
+
+def test_evaluation_from_many_threads(target: Target) -> None:
+    bn = configured(target.layer(4), seed=6).eval()
+    expected = target.numpy(bn(target.array(X)))
+    before = target.snapshot(bn)
+    with ThreadPoolExecutor(8) as pool:
+        outputs = list(pool.map(lambda _: target.numpy(bn(target.array(X))), range(64)))
+    for y in outputs:
+        np.testing.assert_array_equal(y, expected)
+    assert_same(before, target.snapshot(bn))
+
+
+def test_training_from_many_threads_never_mixes_updates(target: Target) -> None:
+    bn = target.layer(1, momentum=1.0)
+    inputs = [target.array(np.array([[0], [2 * k]], np.float32)) for k in range(1, 33)]  # mean k, variance 2k²
+    bn(inputs[0])
+    seen: list[State] = []
+
+    def train(x: object) -> None:
+        bn(x)
+        seen.append(bn.state)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(train, inputs * 4))
+    for state in [*seen, bn.state]:
+        mean, var = target.numpy(state.running_mean), target.numpy(state.running_var)
+        np.testing.assert_allclose(var, 2 * mean**2, rtol=1e-6)
