@@ -75,6 +75,17 @@ def test_constant_channel_gives_exactly_the_bias(target: Target, dtype: str, con
     np.testing.assert_array_equal(target.numpy(bn.running_var), np.zeros(3))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_halves_are_computed_in_float32(target: Target, dtype: str) -> None:
+    target.require_dtype(dtype)
+    x = (100 + np.random.default_rng(4).standard_normal((512, 3))).astype(dtype)
+    bn = target.layer(3, momentum=1.0)
+    exact = oracle.train(x, np.zeros(3), np.ones(3), momentum=1.0, eps=1e-5)
+    target.assert_output(bn(target.array(x)), exact.y, dtype)
+    target.assert_statistic(bn.running_mean, exact.running_mean, "float32")
+    target.assert_statistic(bn.running_var, exact.running_var, "float32")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_long_channels(target: Target, dtype: str) -> None:
     target.require_dtype(dtype)

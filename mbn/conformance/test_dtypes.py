@@ -19,6 +19,7 @@ def test_output_has_the_dtype_of_the_input(target: Target, dtype: str, *, traini
     y = bn(x)
     assert type(y) is type(x)
     assert y.dtype == x.dtype
+    assert target.numpy(y).dtype.name == dtype
     assert tuple(y.shape) == X.shape
 
 
