@@ -29,8 +29,8 @@ class Exact(NamedTuple):
 def spacing(magnitude: np.ndarray, dtype: str) -> np.ndarray:
     """Return the distance between neighbouring numbers of a dtype around ``magnitude``."""
     precision, least = _PRECISION[dtype]
-    _, exponent = np.frexp(magnitude)
-    step: np.ndarray = np.ldexp(1.0, np.maximum(exponent - precision, least))
+    _, exponent = np.frexp(magnitude)  # which is 0 for 0
+    step: np.ndarray = np.ldexp(1.0, np.where(magnitude == 0, least, np.maximum(exponent - precision, least)))
     return step
 
 

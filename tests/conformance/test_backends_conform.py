@@ -1,0 +1,59 @@
+"""Every backend passes the suite, each in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STANDINS = Path(__file__).parents[1] / "standins"
+
+
+@pytest.mark.parametrize(
+    ("backend", "environment"),
+    [
+        ("numpy", {}),
+        ("torch", {}),
+        ("jax", {}),
+        ("jax", {"JAX_ENABLE_X64": "1"}),
+        ("cupy", {"PYTHONPATH": os.pathsep.join([str(STANDINS), os.environ.get("PYTHONPATH", "")])}),
+        ("strict", {}),
+    ],
+    ids=["numpy", "torch", "jax", "jax in 64 bits", "cupy's stand-in", "the plug-in"],
+)
+def test_backend_conforms(backend: str, environment: dict[str, str], tmp_path: Path) -> None:
+    report, junit = tmp_path / "report.json", tmp_path / "junit.xml"
+    command = [sys.executable, "-m", "mbn", "conform", backend, "--json", report, "--junit-xml", junit]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)  # noqa: S603
+    assert run.returncode == 0, run.stdout + run.stderr
+    written = json.loads(report.read_text())
+    assert list(written["areas"]) == ["semantics", "accuracy", "errors", "state", "dtypes", "agreement"]
+    assert all(area["passed"] > 0 for area in written["areas"].values())
+    assert all(f"{backend} declares" in skip["reason"] for skip in written["skipped"])
+    assert junit.read_text().startswith("<?xml")
+
+
+def test_runs_as_plain_pytest(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "--pyargs", "mbn.conformance", "-p", "mbn.conformance.plugin"]
+    options = ["--backend", "numpy", "-k", "rows_example", "-p", "no:cacheprovider"]
+    run = subprocess.run([*command, *options], capture_output=True, text=True, check=False, cwd=tmp_path)  # noqa: S603
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "semantics  passed     1 passed" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--backend", "numpi"], "Did you mean 'numpy'"),
+        (["--backend", "numpy:cuda"], "only device is 'cpu'"),
+        ([], "needs --backend NAME; known backends: numpy"),
+    ],
+)
+def test_wrong_names_are_one_line(arguments: list[str], words: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "--pyargs", "mbn.conformance", "-p", "mbn.conformance.plugin"]
+    run = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, cwd=tmp_path)  # noqa: S603
+    assert run.returncode == pytest.ExitCode.USAGE_ERROR
+    assert words in run.stderr
+    assert "Traceback" not in run.stderr

@@ -1,0 +1,167 @@
+"""The layer apart from any backend's arithmetic: how it binds, moves and describes itself."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+
+import mbn
+from mbn.conformance.target import configured
+
+torch = pytest.importorskip("torch", reason="the tests of foreign arrays need a second framework")
+
+X = np.random.default_rng(1).standard_normal((5, 4)).astype(np.float32)
+
+
+def test_repr_is_torchs_and_the_backend() -> None:
+    theirs = repr(torch.nn.BatchNorm1d(4, momentum=None, affine=False))
+    assert repr(mbn.BatchNorm1d(4, momentum=None, affine=False)) == f"{theirs[:-1]}, backend=None)"
+    assert repr(mbn.BatchNorm1d(4, backend="torch")).endswith("backend='torch')")
+    assert "axis=-1, correction=0, " in repr(mbn.BatchNorm1d(4, axis=-1, correction=0))
+    assert repr(mbn.BatchNorm1d(None)).startswith("BatchNorm1d(None, eps=1e-05, ")
+
+
+def test_first_input_binds() -> None:
+    bn = mbn.BatchNorm1d(4)
+    assert isinstance(bn.running_mean, np.ndarray)
+    y = bn(torch.from_numpy(X))
+    assert bn.backend == "torch"
+    assert isinstance(y, torch.Tensor)
+    assert isinstance(bn.running_mean, torch.Tensor)
+    assert int(bn.num_batches_tracked) == 1
+
+
+def test_state_set_before_the_first_input_is_kept() -> None:
+    bn = configured(mbn.BatchNorm1d(4), seed=1).eval()
+    expected = {key: value.copy() for key, value in bn.state_dict().items()}
+    bn(torch.from_numpy(X))
+    for key, value in bn.state_dict().items():
+        np.testing.assert_array_equal(value.numpy(), expected[key])
+
+
+@pytest.mark.parametrize("first", [X[0], X.astype(int), X[:1], X[:, :3]])
+def test_refused_first_input_does_not_bind(first: np.ndarray) -> None:
+    bn = mbn.BatchNorm1d(4)
+    with pytest.raises((TypeError, ValueError)):
+        bn(torch.from_numpy(first))
+    assert bn.backend is None
+    assert isinstance(bn.running_mean, np.ndarray)
+
+
+def test_lists_bind_to_numpy() -> None:
+    bn = mbn.BatchNorm1d(2)
+    y = bn([[1, 2], [3, 6]])
+    assert bn.backend == "numpy"
+    assert y.dtype == np.float32
+
+
+def test_foreign_arrays_are_refused_with_the_way_out() -> None:
+    bn = configured(mbn.BatchNorm1d(4, backend="numpy"), seed=2)
+    before = copy.deepcopy(bn.state_dict())
+    x = torch.from_numpy(X)
+    with pytest.raises(
+        TypeError, match=r"x is an array of torch and the backend is numpy.*bn\.to\(backend='torch'\).*mbn\.asarray"
+    ):
+        bn(x)
+    with pytest.raises(TypeError, match="running_mean is an array of numpy|x is an array of torch"):
+        mbn.functional.batch_norm(x, bn.running_mean, bn.running_var, backend="numpy")
+    for key, value in bn.state_dict().items():
+        np.testing.assert_array_equal(value, before[key])
+    np.testing.assert_array_equal(bn(mbn.asarray(x, backend="numpy")), copy.copy(bn)(X))
+
+
+def test_bound_layer_takes_host_data() -> None:
+    y = mbn.BatchNorm1d(4, backend="torch")(X)
+    assert isinstance(y, torch.Tensor)
+    np.testing.assert_allclose(y.numpy(), mbn.BatchNorm1d(4)(X), atol=1e-6)
+
+
+def test_moving_takes_the_state_along() -> None:
+    bn = configured(mbn.BatchNorm1d(4), seed=3)
+    expected = {key: value.copy() for key, value in bn.state_dict().items()}
+    assert bn.to(backend="torch") is bn
+    assert all(isinstance(value, torch.Tensor) for value in bn.state_dict().values())
+    bn.to(backend="numpy", dtype="float64")
+    for key, value in bn.state_dict().items():
+        np.testing.assert_array_equal(value, expected[key])
+    assert bn.running_mean.dtype == np.float64
+
+
+def test_dtype_of_an_open_layer() -> None:
+    bn = mbn.BatchNorm1d(4).to(dtype=torch.float64)
+    assert bn.backend is None
+    assert bn.running_mean.dtype == np.float64
+    assert bn(torch.from_numpy(X.astype(float))).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "move",
+    [{"backend": "nowhere"}, {"device": "nowhere"}, {"dtype": "int8"}, {"backend": "torch", "device": "nowhere"}],
+)
+def test_refused_move_changes_nothing(move: dict[str, str]) -> None:
+    bn = configured(mbn.BatchNorm1d(4, backend="numpy"), seed=4)
+    before = copy.deepcopy(bn.__dict__)
+    with pytest.raises((TypeError, ValueError)):
+        bn.to(**move)
+    assert bn.backend == "numpy"
+    for key, value in mbn.state.to_dict(before["_params"], before["_state"]).items():
+        np.testing.assert_array_equal(value, bn.state_dict()[key])
+
+
+def test_device_of_an_open_layer_waits_for_the_backend() -> None:
+    bn = mbn.BatchNorm1d(4, device="cpu")
+    assert bn(torch.from_numpy(X)).device == torch.device("cpu")
+    open_layer = mbn.BatchNorm1d(4, device="cuda:99")
+    with pytest.raises(ValueError, match="cuda:99"):
+        open_layer(X)
+    assert open_layer.backend is None
+
+
+def test_state_dict_of_torch_loads_everywhere() -> None:
+    theirs = torch.nn.BatchNorm1d(4)
+    theirs(torch.from_numpy(X))
+    for backend in ("numpy", "torch"):
+        bn = mbn.BatchNorm1d(4, backend=backend)
+        assert bn.load_state_dict(theirs.state_dict()) == ([], [])
+        y = mbn.to_numpy(bn.eval()(X))
+        np.testing.assert_allclose(y, theirs.eval()(torch.from_numpy(X)).detach().numpy(), atol=1e-6)
+
+
+def test_state_dict_loads_into_torch() -> None:
+    bn = configured(mbn.BatchNorm1d(4), seed=5)
+    theirs = torch.nn.BatchNorm1d(4).eval()
+    theirs.load_state_dict(bn.to(backend="torch").state_dict())
+    np.testing.assert_allclose(bn.eval()(X).numpy(), theirs(torch.from_numpy(X)).detach().numpy(), atol=1e-6)
+
+
+def test_pickles_of_a_backend_are_its_name() -> None:
+    backend = mbn.get_backend("numpy")
+    assert pickle.loads(pickle.dumps(backend)) is backend  # noqa: S301 - its own pickle
+    assert copy.deepcopy(backend) is backend
+
+
+def test_open_layer_survives_copies() -> None:
+    for twin in (copy.deepcopy(mbn.BatchNorm1d(None)), pickle.loads(pickle.dumps(mbn.BatchNorm1d(None)))):  # noqa: S301
+        assert twin.backend is None
+        assert twin(X).shape == X.shape
+
+
+def test_modes_and_moves_chain() -> None:
+    bn = mbn.BatchNorm1d(4).eval().freeze().train().unfreeze().to(backend="numpy")
+    assert bn.training
+    assert [parameter.shape for parameter in bn.parameters()] == [(4,), (4,)]
+
+
+def test_arguments_can_be_changed() -> None:
+    bn = mbn.BatchNorm1d(4)
+    bn.momentum = None
+    bn.eps = 1
+    assert (bn.momentum, bn.eps) == (None, 1.0)
+    assert (bn.axis, bn.correction) == (1, 1)
+
+
+def test_nested_foreign_state_is_taken_by_a_load_alone() -> None:
+    bn = mbn.BatchNorm1d(4, backend="numpy")
+    with pytest.raises(TypeError, match="weight is an array of torch"):
+        bn.apply(bn.params._replace(weight=torch.ones(4)), bn.state, X, training=True)

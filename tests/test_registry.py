@@ -1,0 +1,225 @@
+"""From names and arrays to backends: every way of choosing, in its order, and every way that it can fail."""
+
+import asyncio
+import sys
+import types
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from toy import Toy
+
+import mbn
+from mbn import registry
+
+
+@pytest.fixture(autouse=True)
+def _toys() -> Iterator[None]:
+    for name in ("toy", "context", "default", "environment"):
+        mbn.register_backend(name, type(name, (Toy,), {"name": name}))
+    return
+
+
+def test_order_of_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(**arguments: str) -> str | None:
+        return mbn.BatchNorm1d(4, **arguments).backend
+
+    assert chosen() is None
+    monkeypatch.setenv("MBN_BACKEND", "environment")
+    assert chosen() == "environment"
+    mbn.set_default_backend("default")
+    assert chosen() == "default"
+    with mbn.use_backend("context"):
+        assert chosen() == "context"
+        assert chosen(backend="toy") == "toy"
+        with mbn.use_backend("numpy"):
+            assert chosen() == "numpy"
+        assert chosen() == "context"
+    assert chosen() == "default"
+    mbn.set_default_backend(None)
+    assert chosen() == "environment"
+
+
+def test_layers_stay_with_the_choice_they_were_made_by() -> None:
+    with mbn.use_backend("toy"):
+        bn = mbn.BatchNorm1d(4)
+    assert bn.backend == "toy"
+    bn(np.ones((2, 4), np.float32))
+    assert bn.backend == "toy"
+
+
+def test_functional_follows_the_choice() -> None:
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    calls = []
+
+    class Recording(Toy):
+        def moments(self, x: np.ndarray) -> object:
+            calls.append(x.shape)
+            return super().moments(x)
+
+    mbn.register_backend("recording", Recording)
+    with mbn.use_backend("recording"):
+        mbn.functional.batch_norm(x, training=True)
+    mbn.functional.batch_norm(x, training=True, backend="recording")
+    mbn.functional.batch_norm(x, training=True)
+    assert calls == [(2, 4), (2, 4)]
+
+
+def test_get_backend() -> None:
+    assert mbn.get_backend("toy") is mbn.get_backend("toy")
+    assert mbn.get_backend(mbn.get_backend("toy")) is mbn.get_backend("toy")
+    assert mbn.get_backend().name == "numpy"
+    with mbn.use_backend("toy") as chosen:
+        assert mbn.get_backend() is chosen
+    with pytest.raises(TypeError, match="a name or a mbn.contract.Backend, not int"):
+        mbn.get_backend(3)
+    with pytest.raises(TypeError, match="not None"), mbn.use_backend(None):
+        pass
+
+
+def test_choice_is_each_threads_own() -> None:
+    with mbn.use_backend("toy"), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: mbn.BatchNorm1d(4).backend).result() is None
+
+
+def test_choice_is_each_tasks_own() -> None:
+    async def choose(name: str) -> str | None:
+        with mbn.use_backend(name):
+            await asyncio.sleep(0)
+            return mbn.BatchNorm1d(4).backend
+
+    async def both() -> list[str | None]:
+        return await asyncio.gather(choose("toy"), choose("context"))
+
+    assert asyncio.run(both()) == ["toy", "context"]
+
+
+def test_choice_ends_with_the_block_even_on_an_error() -> None:
+    with pytest.raises(KeyError), mbn.use_backend("toy"):
+        raise KeyError
+    assert mbn.BatchNorm1d(4).backend is None
+
+
+@pytest.mark.parametrize(
+    "choose", [mbn.get_backend, mbn.set_default_backend, lambda name: mbn.BatchNorm1d(4, backend=name)]
+)
+def test_unknown_name(choose: object) -> None:
+    with pytest.raises(
+        mbn.BackendNotFoundError, match=r"no backend 'numpi'\. Did you mean 'numpy'\?.*numpy, torch"
+    ) as caught:
+        choose("numpi")
+    assert isinstance(caught.value, ValueError)
+    with pytest.raises(mbn.BackendNotFoundError, match=r"no backend 'xyzzy'\. Known backends"):
+        choose("xyzzy")
+    assert mbn.BatchNorm1d(4).backend is None
+
+
+@pytest.mark.parametrize("nonsense", ["False", "0", " torch", "numpy,torch"])
+def test_nonsense_in_the_environment(monkeypatch: pytest.MonkeyPatch, nonsense: str) -> None:
+    monkeypatch.setenv("MBN_BACKEND", nonsense)
+    with pytest.raises(mbn.BackendNotFoundError, match=f"MBN_BACKEND is '{nonsense}'"):
+        mbn.BatchNorm1d(4)
+    assert mbn.BatchNorm1d(4, backend="numpy").backend == "numpy"
+
+
+def test_empty_environment_variable_is_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MBN_BACKEND", "")
+    assert mbn.BatchNorm1d(4).backend is None
+
+
+def test_framework_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)  # what the import system takes for "not there"
+    for module in ("mbn_torch.backend", "mbn_torch.kernels"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    registry._loaded.pop("torch", None)
+    with pytest.raises(
+        mbn.BackendUnavailableError, match=r"torch is not installed.*pip install 'mbn\[torch\]'"
+    ) as caught:
+        mbn.BatchNorm1d(4, backend="torch")
+    assert isinstance(caught.value, ImportError)
+    assert isinstance(caught.value.__cause__, ModuleNotFoundError)
+
+
+def test_framework_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_device() -> None:
+        raise RuntimeError("no device today")
+
+    module = types.ModuleType("mbn_torch.backend")
+    module.TorchBackend = no_device
+    monkeypatch.setitem(sys.modules, "mbn_torch.backend", module)
+    registry._loaded.pop("torch", None)
+    with pytest.raises(mbn.BackendUnavailableError, match="torch is installed but cannot be used.*no device today"):
+        mbn.get_backend("torch")
+
+
+@pytest.mark.parametrize(
+    ("target", "cause"),
+    [
+        ("no_such_module:Backend", "ModuleNotFoundError"),
+        ("json:NoBackend", "AttributeError"),
+        (lambda: 1 / 0, "ZeroDivision"),
+    ],
+)
+def test_broken_backend(target: object, cause: str) -> None:
+    mbn.register_backend("broken", target)
+    with pytest.raises(mbn.BackendUnavailableError, match=f"'broken' .* is broken: {cause}") as caught:
+        mbn.get_backend("broken")
+    assert caught.value.__cause__ is not None
+    assert "broken" in mbn.list_backends()
+    assert mbn.get_backend("toy").name == "toy"
+
+
+def test_backend_that_is_none() -> None:
+    mbn.register_backend("dictionary", dict)
+    with pytest.raises(mbn.BackendUnavailableError, match="gives a dict, which is not a mbn.contract.Backend"):
+        mbn.get_backend("dictionary")
+
+
+def test_registering() -> None:
+    mbn.register_backend("by-string", "toy:Toy")
+    mbn.register_backend("instance", Toy())
+    assert type(mbn.get_backend("by-string")) is Toy
+    assert type(mbn.get_backend("instance")) is Toy
+    mbn.register_backend("instance", "toy:InputMutated")
+    assert type(mbn.get_backend("instance")) is not Toy
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "error"),
+    [
+        ("numpy", Toy, ValueError),
+        ("", Toy, ValueError),
+        ("a b", Toy, ValueError),
+        (3, Toy, ValueError),
+        ("ok", "toy", TypeError),
+        ("ok", 3, TypeError),
+    ],
+)
+def test_refused_registration(name: str, target: object, error: type[Exception]) -> None:
+    before = mbn.list_backends()
+    with pytest.raises(error):
+        mbn.register_backend(name, target)
+    assert mbn.list_backends() == before
+
+
+def test_owner_of_own_array_types() -> None:
+    class Array:
+        shape = (2, 4)
+
+    class ArrayBackend(Toy):
+        def owns(self, x: object) -> bool:
+            asked.append(x)
+            return isinstance(x, Array)
+
+    asked: list[object] = []
+    mbn.register_backend("arrays", ArrayBackend)
+    x = Array()
+    assert registry.owner_of(x) is mbn.get_backend("arrays")
+    assert registry.owner_of(x) is mbn.get_backend("arrays")
+    assert asked.count(x) == 1  # the answer is kept for the class
+
+
+def test_lists_and_scalars_are_numpys() -> None:
+    for x in ([[1.0]], (1.0,), 1, 1.0, np.float32(1), np.ones(3)):
+        assert registry.owner_of(x).name == "numpy"
