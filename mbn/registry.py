@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
 from mbn.contract import Backend
@@ -96,8 +97,11 @@ def list_backends() -> list[str]:
 
 
 def known_backends() -> dict[str, Known]:
-    """Return what is known of every backend, by name; built-in names and registered ones go before entry points."""
-    return {**_entry_points(), **_registered, **_BUILT_IN}
+    """Return what is known of every backend, by name: built in, then registered, then entry points, as they prevail."""
+    known = dict(_BUILT_IN)
+    for name, other in chain(_registered.items(), _entry_points().items()):
+        known.setdefault(name, other)
+    return known
 
 
 def get_backend(backend: str | Backend | None = None) -> Backend:
@@ -173,8 +177,7 @@ def owner_of(x: object) -> Backend:
     The answer is kept for each class of array, so this is one dictionary look-up from the second call on.
 
     Raises:
-        TypeError: no backend knows such arrays.
-        BackendUnavailableError: its framework is there, but the backend does not work.
+        TypeError: no backend that works here knows such arrays; one that does not work is the cause.
     """
     return _owners.get(type(x)) or _find_owner(x)
 
@@ -188,16 +191,13 @@ def _find_owner(x: object) -> Backend:
     if isinstance(x, list | tuple | int | float | complex):
         return get_backend(_HOST)
     kind = type(x)
-    for name in _candidates():
-        backend = get_backend(name)
-        if backend.owns(x):
-            _owners[kind] = backend
-            return backend
-    # Only an array that nobody knows is worth the import of strangers' plug-ins; a broken one must not hide the others.
-    for name in _entry_points():
+    broken: BackendUnavailableError | None = None
+    # Only an array that nobody knows is worth the import of strangers' plug-ins: they come last.
+    for name in chain(_candidates(), _entry_points()):
         try:
             backend = get_backend(name)
-        except BackendUnavailableError:
+        except BackendUnavailableError as error:  # it may not hide another, which comes after it
+            broken = broken or error
             continue
         if backend.owns(x):
             _owners[kind] = backend
@@ -206,7 +206,7 @@ def _find_owner(x: object) -> Backend:
         f"no backend knows arrays of type {kind.__module__}.{kind.__qualname__}. Known backends: "
         f"{', '.join(list_backends())}; convert x, or register a backend with mbn.register_backend."
     )
-    raise TypeError(message)
+    raise TypeError(message) from broken
 
 
 def _candidates() -> list[str]:

@@ -1,0 +1,7 @@
+"""``python -m mbn`` is ``mbn``."""
+
+import sys
+
+from mbn.cli import main
+
+sys.exit(main())

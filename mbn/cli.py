@@ -1,0 +1,147 @@
+"""The command line: what is asked for is said in one place, and done elsewhere.
+
+A wrong request ends with one line on standard error and exit code 2, never with a traceback.
+"""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import mbn
+from mbn.compare import command
+from mbn.compare.errors import UsageError
+from mbn.compare.examples import DTYPES
+from mbn.registry import BackendNotFoundError
+
+_COMPARE = """\
+Run training and evaluation steps of the same BatchNorm1d on every backend, each in a process of its own, and measure
+outputs and running statistics against an exact reference, and the backends against each other.
+
+Without --shape or --input, the examples are three easy textbook ones and a hard one, whose mean is 10 000 standard
+deviations.
+
+Errors are in ulp (units in the last place) of the terms a result is added from. The bounds: outputs 4 ulp in float32
+and float64, 1 ulp in float16 and bfloat16; running statistics 2 ulp in float32, 4 ulp in float64. Every backend
+evaluates from the reference's running statistics, so that no error is counted twice.
+"""
+_COMPARE_EXITS = "exit codes: 0 agreement; 1 a disagreement, or a backend failed; 2 bad usage, or no backend could run"
+_CONFORM = """\
+Hold a backend to the contract: run the conformance suite that every backend of mbn must pass. Whatever else is given
+goes to pytest: `mbn conform numpy -x -k float16`.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command != "conform":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.pytest_args = rest
+    try:
+        return int(options.run(options))
+    except (UsageError, BackendNotFoundError) as error:
+        print(f"mbn {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mbn", description="Batch normalisation with the same numbers on every array library."
+    )
+    parser.add_argument("--version", action="version", version=f"mbn {mbn.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_compare(commands)
+    _add_backends(commands)
+    _add_conform(commands)
+    return parser
+
+
+def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="compare the backends with an exact reference and with each other",
+        description=_COMPARE,
+        epilog=_COMPARE_EXITS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--backends",
+        type=_names,
+        metavar="A,B",
+        help="NAME or NAME:DEVICE, separated by commas: numpy,torch:cuda (default: every known backend)",
+    )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--shape", type=_shape, metavar="N,C[,L]", help="compare on seeded random data of this shape")
+    source.add_argument("--input", type=Path, metavar="FILE", help="compare on the array(s) of a .npy or .npz file")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, metavar="DTYPE", help=f"{', '.join(DTYPES)} (default: the file's, or float32)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured as JSON")
+    parser.add_argument("--plot", type=_png, metavar="FILE.png", help="draw the agreement (needs mbn[plot])")
+    parser.set_defaults(run=command.run)
+
+
+def _add_backends(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    text = "list the known backends: what they can do, or why they cannot be used here"
+    parser = commands.add_parser("backends", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    parser.set_defaults(run=_backends)
+
+
+def _add_conform(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "conform",
+        help="run the conformance suite on a backend",
+        description=_CONFORM,
+        usage="%(prog)s NAME[:DEVICE] [--json FILE] [--junit-xml FILE] [pytest options]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", metavar="NAME", help="the backend, or NAME:DEVICE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--junit-xml", type=Path, metavar="FILE", help="write the results as JUnit XML")
+    parser.set_defaults(run=_conform)
+
+
+def _backends(_: argparse.Namespace) -> int:
+    from mbn import listing  # noqa: PLC0415 - one command's own
+
+    listing.show()
+    return 0
+
+
+def _conform(options: argparse.Namespace) -> int:
+    missing = [module for module in ("pytest", "hypothesis") if importlib.util.find_spec(module) is None]
+    if missing:
+        message = f"the suite needs {' and '.join(missing)}, not installed here: pip install 'mbn[conformance]'."
+        raise UsageError(message)
+    from mbn.conformance import runner  # noqa: PLC0415 - which needs these
+
+    return runner.run(options.name, json=options.json, junit_xml=options.junit_xml, pytest_args=options.pytest_args)
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        message = f"{text!r} is no list of backends, such as numpy,torch:cuda"
+        raise argparse.ArgumentTypeError(message)
+    return list(dict.fromkeys(names))
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    message = f"{text!r} is no shape N,C or N,C,L, such as 256,32"
+    try:
+        shape = tuple(int(size) for size in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(message) from error
+    if len(shape) not in (2, 3) or min(shape) < 1:
+        raise argparse.ArgumentTypeError(message)
+    return shape
+
+
+def _png(text: str) -> Path:
+    if not text.lower().endswith(".png"):
+        message = f"{text!r}: the picture is a PNG, FILE.png"
+        raise argparse.ArgumentTypeError(message)
+    return Path(text)

@@ -1,0 +1,40 @@
+"""What the processes of a comparison tell each other: plain data."""
+
+from collections.abc import Mapping
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+
+from mbn.compare.examples import Example
+
+QUANTITIES = ("train_output", "eval_output", "running_mean", "running_var")
+"""What is compared."""
+
+
+class Job(NamedTuple):
+    """What a backend is asked: to run an example."""
+
+    example: Example
+    statistics: tuple[np.ndarray, np.ndarray]
+    """The running mean and variance to evaluate with."""
+
+
+class Measured(NamedTuple):
+    """What a backend answers when it ran."""
+
+    version: str
+    device: str
+    arrays: Mapping[str, np.ndarray]
+    """By quantity."""
+    seconds: Mapping[str, float]
+    """The time of a call, by mode: train, eval."""
+
+
+class NotRun(NamedTuple):
+    """What stands for an answer: the backend cannot run here, or it is ``broken``, having claimed that it can."""
+
+    why: str
+    broken: bool
+
+
+Outcome: TypeAlias = Measured | NotRun

@@ -1,0 +1,119 @@
+"""A comparison for people: readable at 80 columns, in colour or piped, with nothing cut off.
+
+It writes ASCII alone, which every terminal, pipe and log takes.
+"""
+
+import math
+import re
+import textwrap
+from collections.abc import Iterable
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from mbn.compare.comparison import NOTHING_RAN, Comparison, Ulps, Verdict, bounds, largest, ran
+from mbn.compare.messages import QUANTITIES, Measured, NotRun
+
+_HEADS = ("y train", "y eval", "running_mean", "running_var")
+_REASON_LENGTH = 200
+
+
+def show(console: Console, comparisons: list[Comparison], verdict: Verdict) -> None:
+    """Print the backends, the errors and times of each example, the distances between backends and the verdict."""
+    print_filled(console, _backends(comparisons), _not_run(comparisons))
+    if verdict.exit_code != NOTHING_RAN:
+        console.print("Largest error against the exact reference, in ulp; median time of a call, in ms:\n")
+        for number, comparison in enumerate(comparisons, 1):
+            console.print(f"{number}. {comparison.example.name} ({comparison.example.dtype})", style="bold")
+            print_filled(console, _example(comparison, ran(comparisons)))
+    pairs = _pairs(comparisons)
+    if pairs.row_count:
+        console.print("Largest distance between backends over these examples, in ulp", style="bold")
+        print_filled(console, pairs)
+    console.print(verdict.text, style="bold red" if verdict.exit_code else "bold green")
+
+
+def print_filled(console: Console, *tables: Table) -> None:
+    """Print those tables that have rows, each with an empty line below."""
+    for filled in tables:
+        if filled.row_count:
+            console.print(filled)
+            console.print()
+
+
+def essence(why: str) -> str:
+    """Return a reason without what its place in a table says already, on one line, and short."""
+    return textwrap.shorten(re.sub(r"^backend '[^']*':? (is known but )?", "", why), _REASON_LENGTH, placeholder=" ...")
+
+
+def table(*columns: str, numbers: Iterable[str] = ()) -> Table:
+    """Return an empty table with columns of text, then of numbers."""
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    for column in columns:
+        made.add_column(column, overflow="fold")
+    for column in numbers:
+        made.add_column(column, justify="right", no_wrap=True)
+    return made
+
+
+def _backends(comparisons: list[Comparison]) -> Table:
+    made = table("backend", "version", "device")
+    for name in ran(comparisons):
+        outcomes = (comparison.outcomes[name] for comparison in comparisons)
+        measured = next(outcome for outcome in outcomes if isinstance(outcome, Measured))
+        made.add_row(name, measured.version, measured.device)
+    return made
+
+
+def _not_run(comparisons: list[Comparison]) -> Table:
+    made = table("backend", "why it did not run")
+    for name in comparisons[0].outcomes:
+        outcomes = [comparison.outcomes[name] for comparison in comparisons]
+        for reason in dict.fromkeys(_reason(outcome) for outcome in outcomes if isinstance(outcome, NotRun)):
+            made.add_row(name, reason)
+    return made
+
+
+def _reason(outcome: NotRun) -> str:
+    return f"failed: {essence(outcome.why)}" if outcome.broken else essence(outcome.why)
+
+
+def _example(comparison: Comparison, backends: list[str]) -> Table:
+    made = table("backend", numbers=(*_HEADS, "ms train", "ms eval"))
+    for name in backends:
+        made.add_row(name, *_figures(comparison, name))
+    made.add_row("bound", *(f"{limit:g}" for limit in bounds(comparison.example).values()), style="dim")
+    return made
+
+
+def _figures(comparison: Comparison, name: str) -> list[str]:
+    outcome = comparison.outcomes[name]
+    if isinstance(outcome, NotRun):
+        return ["-"] * 6
+    times = (outcome.seconds[mode] for mode in ("train", "eval"))
+    return [*_ulps(comparison.errors[name]), *(_milliseconds(seconds) for seconds in times)]
+
+
+def _pairs(comparisons: list[Comparison]) -> Table:
+    made = table("backends", numbers=_HEADS)
+    for pair in dict.fromkeys(pair for comparison in comparisons for pair in comparison.distances):
+        distances = [comparison.distances[pair] for comparison in comparisons if pair in comparison.distances]
+        made.add_row(" - ".join(pair), *_ulps(largest(distances)))
+    return made
+
+
+def _ulps(ulps: Ulps) -> list[str]:
+    return [format_ulp(ulps[quantity]) for quantity in QUANTITIES]
+
+
+def format_ulp(ulp: float) -> str:
+    """Return an error as text; an exact 0 is told from a small one."""
+    if ulp == 0 or math.isinf(ulp):
+        return f"{ulp:.0f}"
+    return f"{ulp:.2f}" if ulp < 1000 else f"{ulp:.1e}"  # noqa: PLR2004 - where decimals stop to matter
+
+
+def _milliseconds(seconds: float) -> str:
+    milliseconds = 1000 * seconds
+    return f"{milliseconds:.3g}" if milliseconds < 100 else f"{milliseconds:.0f}"  # noqa: PLR2004 - no exponents

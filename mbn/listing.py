@@ -1,0 +1,32 @@
+"""``mbn backends``: what is known, what works here and why the rest does not. One broken backend hides no other."""
+
+from rich.console import Console
+
+from mbn.compare.report import essence, print_filled, table
+from mbn.registry import get_backend, known_backends
+
+
+def show() -> None:
+    """Print the usable backends with what they can do, and the others with the reason."""
+    usable = table("backend", "version", "devices", "dtypes", "mutable", "strided", "from")
+    others = table("backend", "cannot be used here", "from")
+    for name, known in known_backends().items():
+        try:
+            row = _row(name)
+        except Exception as error:  # noqa: BLE001 - a plug-in may raise anything, and the next one may work
+            others.add_row(name, essence(str(error)), known.source)
+        else:
+            usable.add_row(name, *row, known.source)
+    print_filled(Console(markup=False, highlight=False), usable, others)
+
+
+def _row(name: str) -> list[str]:
+    backend = get_backend(name)
+    can = backend.capabilities
+    return [
+        backend.version,
+        "\n".join(can.devices),
+        " ".join(sorted(can.dtypes)),
+        "yes" if can.mutable else "no",
+        "yes" if can.strided else "no",
+    ]

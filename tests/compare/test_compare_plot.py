@@ -1,0 +1,27 @@
+"""The picture."""
+
+import struct
+
+import numpy as np
+import pytest
+
+from mbn.compare import examples
+from mbn.compare.comparison import compare
+from mbn.compare.messages import Measured
+from mbn.compare.reference import reference
+
+plot = pytest.importorskip("mbn.compare.plot")
+
+
+@pytest.mark.parametrize("names", [["numpy"], ["numpy", "torch", "jax", "cupy", "a-plug-in:with-a-long-device:0"]])
+def test_the_picture_is_a_png_of_sensible_size(tmp_path, names):
+    example = examples.seeded((16, 3), "float32")
+    truth = reference(example)
+    arrays = {quantity: exact.hi.astype(np.float32) for quantity, exact in truth.exact.items()}
+    outcomes = {name: Measured("1", "cpu", arrays, {"train": 1.0, "eval": 1.0}) for name in names}
+    plot.save([compare(example, truth, outcomes)], tmp_path / "p.png")
+    data = (tmp_path / "p.png").read_bytes()
+    width, height = struct.unpack(">II", data[16:24])
+    assert data.startswith(b"\x89PNG")
+    assert 600 < width < 6000
+    assert 600 < height < 6000

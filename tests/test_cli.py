@@ -1,0 +1,243 @@
+"""The command line as its user meets it: output, files and exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import mbn
+from mbn import registry
+from mbn.cli import main
+from mbn.compare import process, worker
+from mbn_numpy.backend import NumpyBackend
+
+
+class Planted(NumpyBackend):
+    """A backend whose outputs are a little off."""
+
+    name = "planted"
+
+    def normalize(self, *args):
+        return super().normalize(*args) + np.float32(1e-5)
+
+
+class Raising(NumpyBackend):
+    """A backend that gives up."""
+
+    name = "raising"
+
+    def normalize(self, *_):
+        message = "out of luck"
+        raise RuntimeError(message)
+
+
+@pytest.fixture
+def plug_ins(monkeypatch):
+    """Known in this process alone, so the workers run here."""
+    mbn.get_backend("numpy")
+    monkeypatch.setattr(registry, "_loaded", dict(registry._loaded))
+    for backend in (Planted, Raising):
+        monkeypatch.setitem(registry._registered, backend.name, registry.Known(backend, "a test"))
+    monkeypatch.setitem(registry._registered, "nowhere", registry.Known("mbn_nowhere:Backend", "a test"))
+    monkeypatch.setattr(process, "run", worker.outcomes)
+
+
+def compare(tmp_path, *arguments):
+    """Return the exit code and the JSON of a comparison."""
+    path = tmp_path / "out.json"
+    return main(["compare", "--json", str(path), *arguments]), json.loads(path.read_text())
+
+
+def refused(capsys, *arguments):
+    """Return the one line with which a command is refused."""
+    try:
+        code = main(arguments)
+    except SystemExit as end:
+        code = end.code
+    assert code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    return err.strip().rpartition("\n")[2]
+
+
+def test_built_in_examples_in_a_real_process(tmp_path):
+    path = tmp_path / "out.json"
+    command = [sys.executable, "-m", "mbn", "compare", "--backends", "numpy", "--json", str(path)]
+    ended = subprocess.run(  # noqa: S603 - our own command
+        command, capture_output=True, text=True, check=False, env={**os.environ, "NO_COLOR": "1", "COLUMNS": "80"}
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "AGREEMENT with the exact reference, within the bounds: numpy." in ended.stdout
+    assert max(map(len, ended.stdout.splitlines())) <= 80
+    assert "\x1b" not in ended.stdout
+    record = json.loads(path.read_text())
+    assert record["verdict"]["agreement"]
+    assert record["versions"]["mbn"] == mbn.__version__
+    assert len(record["examples"]) == 4
+    for example in record["examples"]:
+        (row,) = example["backends"]
+        assert (row["status"], row["version"], row["device"]) == ("ran", np.__version__, "cpu")
+        assert all(row["error_ulp"][quantity] <= bound for quantity, bound in example["bounds_ulp"].items())
+        assert all(0 < seconds < 1 for seconds in row["seconds_per_call"].values())
+    assert record["examples"][2]["backends"][0]["error_ulp"]["eval_output"] == 0  # x - 10, exactly
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bounds"),
+    [("float16", (1, 2)), ("bfloat16", (1, 2)), ("float32", (4, 2)), ("float64", (4, 4))],
+)
+def test_every_dtype_has_its_bounds(tmp_path, dtype, bounds):
+    code, record = compare(tmp_path, "--backends", "numpy", "--shape", "20,3,2", "--dtype", dtype)
+    (example,) = record["examples"]
+    assert code == 0
+    assert (example["dtype"], example["shape"]) == (dtype, [20, 3, 2])
+    assert (example["bounds_ulp"]["eval_output"], example["bounds_ulp"]["running_var"]) == bounds
+
+
+def test_input_npy(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(8.0).reshape(4, 2))
+    code, record = compare(tmp_path, "--backends", "numpy", "--input", str(tmp_path / "x.npy"))
+    assert (code, record["examples"][0]["dtype"]) == (0, "float64")
+
+
+def test_input_npz_has_an_example_for_each_array(tmp_path):
+    np.savez(tmp_path / "x.npz", a=np.eye(3, dtype="float32"), b=np.ones((2, 3, 4)))
+    code, record = compare(tmp_path, "--backends", "numpy", "--input", str(tmp_path / "x.npz"))
+    assert code == 0
+    assert [(e["name"], e["dtype"]) for e in record["examples"]] == [
+        ("a (3, 3)", "float32"),
+        ("b (2, 3, 4)", "float64"),
+    ]
+
+
+def test_integers_are_compared_once_their_dtype_is_given(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.arange(8).reshape(4, 2))
+    file = str(tmp_path / "x.npy")
+    assert "--dtype float32" in refused(capsys, "compare", "--input", file)
+    code, record = compare(tmp_path, "--backends", "numpy", "--input", file, "--dtype", "float16")
+    assert (code, record["examples"][0]["dtype"]) == (0, "float16")
+
+
+@pytest.mark.usefixtures("plug_ins")
+def test_a_backend_that_cannot_run_is_a_row_that_says_why(tmp_path, capsys):
+    code, record = compare(tmp_path, "--backends", "numpy,numpy:cpu,numpy:cuda,nowhere", "--shape", "4,3")
+    rows = {row["backend"]: row for row in record["examples"][0]["backends"]}
+    assert code == 0
+    assert [row["status"] for row in rows.values()] == ["ran", "ran", "cannot run", "cannot run"]
+    assert rows["numpy:cuda"]["why"] == "NumPy's only device is 'cpu', not 'cuda'."
+    assert "mbn_nowhere" in rows["nowhere"]["why"]
+    assert "No module named 'mbn_nowhere'" in " ".join(capsys.readouterr().out.split())
+    assert record["examples"][0]["pairs"][0] == {
+        "backends": ["numpy", "numpy:cpu"],
+        "distance_ulp": {"train_output": 0, "eval_output": 0, "running_mean": 0, "running_var": 0},
+    }
+
+
+@pytest.mark.usefixtures("plug_ins")
+def test_a_disagreement_gives_exit_code_1(tmp_path, capsys):
+    code, record = compare(tmp_path, "--backends", "numpy,planted", "--shape", "64,3")
+    good, bad = record["examples"][0]["backends"]
+    assert code == 1
+    assert good["error_ulp"]["train_output"] < 4 < bad["error_ulp"]["train_output"]
+    assert not record["verdict"]["agreement"]
+    assert "planted: train_output is" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("plug_ins")
+def test_a_broken_backend_does_not_pass_for_agreement(tmp_path):
+    code, record = compare(tmp_path, "--backends", "numpy,raising", "--shape", "4,3")
+    assert code == 1
+    assert record["examples"][0]["backends"][1] == {
+        "backend": "raising",
+        "status": "failed",
+        "why": "RuntimeError: out of luck",
+    }
+
+
+@pytest.mark.usefixtures("plug_ins")
+def test_nothing_to_run_gives_exit_code_2(tmp_path):
+    picture = tmp_path / "p.png"
+    code, record = compare(tmp_path, "--backends", "nowhere", "--shape", "4,3", "--plot", str(picture))
+    assert (code, record["verdict"]["exit_code"]) == (2, 2)
+    assert not picture.exists()
+
+
+def test_plot(tmp_path):
+    picture = tmp_path / "p.png"
+    assert compare(tmp_path, "--backends", "numpy", "--shape", "4,3", "--plot", str(picture))[0] == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--backends", "numpi"), "there is no backend 'numpi'. Did you mean 'numpy'?"),
+        (("--backends", "numpi:cpu"), "there is no backend 'numpi'"),
+        (("--backends", "numpy,,jax"), "no list of backends"),
+        (("--shape", "4"), "no shape N,C or N,C,L"),
+        (("--shape", "4,-1"), "no shape N,C or N,C,L"),
+        (("--shape", "a,b"), "no shape N,C or N,C,L"),
+        (("--shape", "1,3"), "more than one value per channel"),
+        (("--shape", "4,3", "--input", "x.npy"), "not allowed with"),
+        (("--dtype", "int8"), "invalid choice"),
+        (("--input", "/nowhere/x.npy"), "cannot be read: No such file or directory"),
+        (("--json", "/nowhere/x.json"), "cannot be written"),
+        (("--json", "/"), "cannot be written"),
+        (("--plot", "x.svg"), "the picture is a PNG"),
+        (("--nonsense",), "unrecognized arguments"),
+    ],
+)
+def test_bad_usage_is_one_line(capsys, arguments, message):
+    assert message in refused(capsys, "compare", *arguments)
+
+
+def test_plot_without_matplotlib(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert "pip install 'mbn[plot]'" in refused(capsys, "compare", "--plot", str(tmp_path / "p.png"))
+
+
+@pytest.mark.usefixtures("plug_ins")
+def test_backends_lists_the_usable_and_the_others(capsys):
+    assert main(["backends"]) == 0
+    out = capsys.readouterr().out
+    usable, _, others = out.partition("cannot be used here")
+    assert np.__version__ in usable
+    assert "planted" in usable
+    assert "nowhere" in others
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_conform_hands_over_to_the_suite(tmp_path, monkeypatch):
+    calls = []
+    runner = pytest.importorskip("mbn.conformance.runner")
+    monkeypatch.setattr(runner, "run", lambda *args, **kwargs: calls.append((args, kwargs)) or 3)
+    path = tmp_path / "c.json"
+    assert main(["conform", "numpy", "-x", "--json", str(path), "-k", "float16"]) == 3
+    assert calls == [(("numpy",), {"json": path, "junit_xml": None, "pytest_args": ["-x", "-k", "float16"]})]
+
+
+def test_conform_without_its_extra(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert "pip install 'mbn[conformance]'" in refused(capsys, "conform", "numpy")
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"mbn {mbn.__version__}\n"
+
+
+@pytest.mark.parametrize("command", [(), ("compare",), ("backends",), ("conform",)])
+def test_help(capsys, command):
+    with pytest.raises(SystemExit, match="0"):
+        main([*command, "--help"])
+    assert capsys.readouterr().out.startswith("usage: mbn")
+
+
+def test_the_core_imports_nothing_of_this():
+    code = "import sys, mbn; sys.exit(not {'rich', 'mbn.cli', 'mbn.compare', 'mbn.listing'}.isdisjoint(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0  # noqa: S603 - our own code
