@@ -1,0 +1,208 @@
+"""What is Torch's own: autograd, memory formats, its border with NumPy, threads, and torch.nn next door."""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import mbn
+
+torch = pytest.importorskip("torch")
+backend = mbn.get_backend("torch")
+
+_BITS = """
+import hashlib, torch, mbn
+torch.set_num_threads({threads})
+digest = hashlib.sha256()
+for shape in [(70_001, 37), (1500, 12, 33)]:
+    for dtype in ("float32", "float64"):
+        x = torch.rand(shape, generator=torch.Generator().manual_seed(1), dtype=getattr(torch, dtype)) + 1000
+        bn = mbn.BatchNorm1d(shape[1], dtype=dtype, backend="torch")
+        for result in (bn(x), bn.running_mean, bn.running_var):
+            digest.update(mbn.to_numpy(result).tobytes())
+print(digest.hexdigest())
+"""
+
+
+def _sample(*shape, dtype=torch.float32, seed=0):
+    return 3 + 2 * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (4, 3, 2)])
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_are_those_of_finite_differences(shape, training):
+    bn = mbn.BatchNorm1d(3, dtype="float64", backend="torch")
+
+    def output(x, weight, bias):
+        return bn.apply(mbn.Params(weight, bias), bn.state, x, training=training)[0]
+
+    arguments = [_sample(*size, dtype=torch.float64).requires_grad_() for size in (shape, (3,), (3,))]
+    assert torch.autograd.gradcheck(output, arguments)
+
+
+def test_gradients_of_many_blocks_are_those_of_torch_nn(monkeypatch):
+    monkeypatch.setattr("mbn_torch.kernels.CPU_BLOCK", 12)
+    monkeypatch.setattr("mbn_torch.kernels.RUN", 3)
+    x, dy = _sample(50, 3, 2), _sample(50, 3, 2, seed=1)
+    gradients = []
+    for bn in (torch.nn.BatchNorm1d(3), mbn.BatchNorm1d(3, backend="torch")):
+        leaf = x.clone().requires_grad_()
+        bn.weight.requires_grad_()
+        bn.bias.requires_grad_()
+        bn(leaf).backward(dy)
+        gradients.append((leaf.grad, bn.weight.grad, bn.bias.grad))
+    for expected, actual in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_of_a_constant_channel_without_eps_is_zero():
+    x = torch.ones(6, 2, requires_grad=True)
+    bn = mbn.BatchNorm1d(2, eps=0, backend="torch")
+    bn(x).sum().backward()
+    assert torch.equal(x.grad, torch.zeros(6, 2))
+
+
+def test_output_is_the_same_with_and_without_autograd():
+    x = _sample(3000, 70)
+    outputs = [mbn.BatchNorm1d(70, backend="torch")(leaf) for leaf in (x, x.clone().requires_grad_())]
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_state_is_detached(momentum):
+    bn = mbn.BatchNorm1d(3, momentum=momentum, backend="torch")
+    bn.weight.requires_grad_()
+    y = bn(_sample(5, 3).requires_grad_())
+    assert y.requires_grad
+    assert not any(array.requires_grad for array in bn.state)
+    pickle.loads(pickle.dumps(copy.deepcopy(bn)))  # noqa: S301 - its own
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x: x,
+        lambda x: x.mT.contiguous().mT,
+        lambda x: x.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+        lambda x: x[::2, :, 1::3],
+        lambda x: x[:, :, :1].expand(-1, -1, 9),
+        lambda x: x[:, :, 0].T.contiguous().T,
+        lambda x: x[:1, :, 0].expand(5, -1),
+    ],
+    ids=["contiguous", "channels last", "rows last", "sliced", "expanded", "transposed", "expanded rows"],
+)
+def test_output_has_the_memory_format_of_x(form, dtype, needs_grad):
+    x = form(_sample(8, 4, 9, dtype=dtype))
+    before = x.clone()
+    y = mbn.BatchNorm1d(4, backend="torch")(x.detach().requires_grad_(needs_grad))
+    assert (y.dtype, y.device, y.stride()) == (x.dtype, x.device, torch.empty_like(x).stride())
+    assert torch.equal(x, before)
+    expected = mbn.BatchNorm1d(4, backend="torch")(x.contiguous())
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6, check_stride=False)
+
+
+def _read_only(x):
+    x.flags.writeable = False
+    return x
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        _read_only,
+        lambda x: x[::-1, ::-1],
+        lambda x: x.astype(">f4"),
+        lambda x: np.rec.fromarrays([x, x.astype("i1")], names="x,rest").x,
+        np.asfortranarray,
+    ],
+    ids=["read-only", "reversed", "big-endian", "packed record", "Fortran order"],
+)
+def test_numpy_input_of_any_form(form):
+    x = form(np.arange(12, dtype="f4").reshape(4, 3))
+    brought = backend.asarray(x)
+    assert brought.dtype == torch.float32
+    assert np.array_equal(backend.to_numpy(brought), x)
+
+
+def test_bfloat16_crosses_the_border_both_ways():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    x = np.arange(12).reshape(4, 3).astype(ml_dtypes.bfloat16).T
+    brought = mbn.asarray(x, backend="torch")
+    assert brought.dtype == torch.bfloat16
+    assert brought.tolist() == x.tolist()
+    back = mbn.to_numpy(brought.requires_grad_())
+    assert back.dtype == x.dtype
+    assert np.array_equal(back, x)
+
+
+def test_bfloat16_without_ml_dtypes_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    with pytest.raises(TypeError, match="pip install ml_dtypes"):
+        mbn.to_numpy(torch.zeros(2, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", ["float128", "nonsense", "nn"])
+def test_unknown_dtype(name):
+    with pytest.raises(TypeError, match=name):
+        backend.asarray([1.0], dtype=name)
+
+
+@pytest.mark.parametrize("device", ["nonsense", "meta", f"cuda:{torch.cuda.device_count()}", 3.5])
+def test_unusable_device_names_the_usable_ones(device):
+    with pytest.raises(ValueError, match="Torch's devices here are cpu"):
+        mbn.BatchNorm1d(3, backend="torch", device=device)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:0", torch.device("cpu"), *backend.capabilities.devices])
+def test_usable_devices(device):
+    bn = mbn.BatchNorm1d(3, backend="torch", device=device)
+    assert bn.running_mean.device.type == torch.device(device).type
+
+
+def test_bits_do_not_depend_on_the_number_of_threads():
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    digests = {
+        subprocess.run(  # noqa: S603 - this Python and the program above
+            [sys.executable, "-c", _BITS.format(threads=threads)],
+            env=environment,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for threads in (1, 2)
+    }
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("shape", [(64, 5), (16, 5, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_agrees_with_torch_nn(shape, dtype, momentum):
+    reference = torch.nn.BatchNorm1d(5, momentum=momentum, dtype=dtype)
+    bn = mbn.BatchNorm1d(5, momentum=momentum, dtype=dtype, backend="torch")
+    for seed in range(3):
+        x = _sample(*shape, dtype=dtype, seed=seed)
+        torch.testing.assert_close(bn(x), reference(x).detach())
+    for name, expected in reference.state_dict().items():
+        torch.testing.assert_close(bn.state_dict()[name], expected)
+    torch.testing.assert_close(bn.eval()(x), reference.eval()(x).detach())
+
+
+def test_state_dict_goes_to_torch_nn_and_back():
+    ours, theirs = mbn.BatchNorm1d(5, backend="torch"), torch.nn.BatchNorm1d(5)
+    ours(_sample(64, 5))
+    theirs.load_state_dict(ours.state_dict())
+    x = _sample(8, 5, seed=1)
+    torch.testing.assert_close(theirs.eval()(x).detach(), ours.eval()(x))
+    theirs.train()(x)
+    ours.load_state_dict(theirs.state_dict())
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for name, expected in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], expected)
+        assert ours.state_dict()[name].dtype == expected.dtype
