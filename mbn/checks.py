@@ -81,18 +81,20 @@ def statistics_dtype(value: Any) -> str:
     return name
 
 
-def rank(x: Array, axis: int) -> None:
+def rank(shape: tuple[int, ...], axis: int) -> None:
     """Check that x has two or three axes."""
-    if len(x.shape) not in (2, 3):
+    if len(shape) not in (2, 3):
         layout = "(N, C) or (N, C, L)" if axis == 1 else "(N, C) or (N, L, C)"
-        message = f"x has shape {tuple(x.shape)}; BatchNorm1d takes {layout}: reshape it."
+        message = f"x has shape {tuple(shape)}; BatchNorm1d takes {layout}: reshape it."
         raise ValueError(message)
 
 
-def batch(backend: Backend, x: Array, *, num_features: int, axis: int, dtype: str) -> None:
-    """Check an input of ``backend`` against a layer of ``num_features`` channels whose statistics are ``dtype``."""
-    rank(x, axis)
-    shape = x.shape
+def batch(backend: Backend, x: Array, shape: tuple[int, ...], *, num_features: int, axis: int, dtype: str) -> None:
+    """Check an input of ``backend`` against a layer of ``num_features`` channels whose statistics are ``dtype``.
+
+    ``shape`` is that of ``x``, which some frameworks take long to tell.
+    """
+    rank(shape, axis)
     name = dtype_name(x.dtype)
     if name not in _INPUT_DTYPES[dtype] or name not in backend.capabilities.dtypes:
         raise TypeError(_wrong_dtype(name, dtype, backend))
@@ -106,11 +108,11 @@ def batch(backend: Backend, x: Array, *, num_features: int, axis: int, dtype: st
         raise ValueError(message)
 
 
-def more_than_one_value(x: Array, num_features: int) -> None:
+def more_than_one_value(shape: tuple[int, ...], num_features: int) -> None:
     """Check that training sees more than one value per channel: one value has no variance."""
-    if math.prod(x.shape) == num_features:
+    if math.prod(shape) == num_features:
         message = (
-            f"x has shape {tuple(x.shape)}: one value per channel has no variance to train on. Give more values, or "
+            f"x has shape {tuple(shape)}: one value per channel has no variance to train on. Give more values, or "
             "normalise by the running statistics: eval() or freeze()."
         )
         raise ValueError(message)

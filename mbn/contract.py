@@ -15,7 +15,7 @@ from mbn.state import Params, State
 Array: TypeAlias = Any
 """An array of some framework; only the backend that owns it knows more."""
 
-_DTYPE_NAMES: dict[Hashable, str] = {}
+_DTYPE_NAMES: dict[tuple[type, Hashable], str] = {}
 
 
 def dtype_name(dtype: Any) -> str:
@@ -23,13 +23,14 @@ def dtype_name(dtype: Any) -> str:
 
     ``dtype`` is a dtype of any framework, a NumPy scalar type or a name.
     """
-    name = _DTYPE_NAMES.get(dtype)
+    key = type(dtype), dtype  # equal dtypes of two frameworks may refuse to be compared
+    name = _DTYPE_NAMES.get(key)
     if name is None:
         try:
             name = np.dtype(dtype).name
         except TypeError:  # torch.float32, array_api_strict.float32, "bfloat16": the last word is the name
             name = str(dtype).rpartition(".")[2]
-        _DTYPE_NAMES[dtype] = name
+        _DTYPE_NAMES[key] = name
     return name
 
 

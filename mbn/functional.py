@@ -69,7 +69,7 @@ def batch_norm(
     state = State(running_mean, running_var, None)
     dtype = _statistics_dtype(running_mean, running_var, weight, bias, x)
     x = received(chosen, "x", x, dtype, None)
-    checks.rank(x, axis)
+    checks.rank(x.shape, axis)
     params, state = received_vectors(chosen, Params(weight, bias), state, x.shape[axis], dtype, chosen.device(x))
     checks.running_statistics(state, needed=not training)
     y, state = forward(
@@ -127,14 +127,15 @@ def forward(
 
     ``training`` says by which statistics: those of ``x`` or the running ones.
     """
-    checks.batch(backend, x, num_features=num_features, axis=axis, dtype=dtype)
+    shape = x.shape
+    checks.batch(backend, x, shape, num_features=num_features, axis=axis, dtype=dtype)
     if training:
-        checks.more_than_one_value(x, num_features)
-    if 0 in x.shape:
+        checks.more_than_one_value(shape, num_features)
+    if 0 in shape:
         # An empty batch has no statistics and no output to compute; torch counts it all the same.
         counted = training and state.num_batches_tracked is not None
         return x, state._replace(num_batches_tracked=state.num_batches_tracked + 1) if counted else state
-    channels_last = axis == -1 and len(x.shape) == 3  # noqa: PLR2004 - (N, L, C)
+    channels_last = axis == -1 and len(shape) == 3  # noqa: PLR2004 - (N, L, C)
     y, state = backend.batch_norm(
         x.mT if channels_last else x,
         params,

@@ -227,7 +227,7 @@ class BatchNorm1d:
             trial._bind(backend, backend.device(x) if self._device is None else self._device)
         if trial.num_features is None:
             x = received(trial._backend, "x", x, trial._dtype, None)
-            checks.rank(x, self._axis)
+            checks.rank(x.shape, self._axis)
             trial.num_features = checks.num_features(x.shape[self._axis])
             trial.reset_parameters()
         y = trial(x)

@@ -74,7 +74,7 @@ def test_memory_layouts_of_own_arrays(target: Target, *, training: bool) -> None
     expected = target.numpy(contiguous(target.array(X)))
     padded = target.array(np.repeat(X, 2, axis=0))
     transposed = target.array(np.ascontiguousarray(X.swapaxes(1, 2)))
-    for x in (padded[::2], transposed.mT):
+    for x in (padded[::2, ...], transposed.mT):
         bn = target.layer(5).train(training)
         np.testing.assert_array_equal(target.numpy(bn(x)), expected, strict=True)
         assert_same(target.snapshot(contiguous), target.snapshot(bn))

@@ -211,5 +211,5 @@ def test_apply_checks_what_it_is_given(target: Target) -> None:
     x = target.array(X)
     short = bn.state._replace(running_mean=target.array(np.zeros(3, np.float32)))
     assert_refused(ValueError, r"running_mean has shape \(3,\)", lambda: bn.apply(bn.params, short, x, training=True))
-    half = bn.params._replace(weight=target.array(np.ones(4, np.float16)))
+    half = bn.params._replace(weight=np.ones(4, np.float16))
     assert_refused(TypeError, "weight is float16", lambda: bn.apply(half, bn.state, x, training=True))
