@@ -1,0 +1,56 @@
+"""How far each backend is from the truth, so that a loss of digits shows in the history as a loss of speed does."""
+
+import numpy as np
+
+import mbn
+from mbn.conformance import oracle, ulp
+from mbn.contract import Array
+
+from ._backends import NAMES, Subject
+from ._data import batch
+
+SHAPE = (1024, 16)
+OFFSETS = [0.0, 1e4]
+"""The second is where sums of squares, and float32 sums of values, have lost most of their digits."""
+
+
+class Float32:
+    """Largest errors of one training step and of one evaluation, measured as the conformance suite measures them."""
+
+    params = (NAMES, OFFSETS)
+    param_names = ("backend", "offset")
+    unit = "ulp"
+
+    def setup(self, name: str, offset: float) -> None:
+        subject = Subject(name)
+        generator = np.random.default_rng(1)
+        weight, bias, noise, running_var = generator.uniform(0.5, 2, (4, SHAPE[1])).astype(np.float32)
+        running_mean = np.float32(offset) + noise
+        x = batch(SHAPE, "float32", offset)
+        self._arguments = (x, running_mean, running_var, weight, bias)
+        self._x = subject.array(x)
+        self._layer = subject.layer(SHAPE[1])
+        self._layer.load_state_dict(
+            {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}, strict=False
+        )
+
+    def track_train(self, *_: object) -> float:
+        return _error(self._layer(self._x), self._step().y)
+
+    def track_eval(self, *_: object) -> float:
+        return _error(self._layer.eval()(self._x), oracle.evaluate(*self._arguments, eps=self._layer.eps))
+
+    def track_running_mean(self, *_: object) -> float:
+        self._layer(self._x)
+        return _error(self._layer.running_mean, self._step().running_mean)
+
+    def track_running_var(self, *_: object) -> float:
+        self._layer(self._x)
+        return _error(self._layer.running_var, self._step().running_var)
+
+    def _step(self) -> oracle.Step:
+        return oracle.train(*self._arguments, momentum=self._layer.momentum, eps=self._layer.eps)
+
+
+def _error(actual: Array, exact: ulp.Exact) -> float:
+    return round(ulp.error(mbn.to_numpy(actual), exact, "float32"), 2)

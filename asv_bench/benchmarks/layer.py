@@ -1,0 +1,60 @@
+"""What a call of the layer costs: time by backend, shape and dtype; memory for an input that outgrows the caches."""
+
+from ._backends import NAMES, Subject
+from ._data import batch
+
+INPUTS = {
+    "(32, 64) float32": ((32, 64), "float32"),
+    "(65536, 256) float32": ((65536, 256), "float32"),
+    "(65536, 256) float16": ((65536, 256), "float16"),
+    "(4096, 64, 16) float32": ((4096, 64, 16), "float32"),
+    "(4096, 64, 16) float64": ((4096, 64, 16), "float64"),
+}
+
+
+class _Layer:
+    """A layer and its input on a backend."""
+
+    param_names = ("backend", "x")
+
+    def setup(self, name: str, description: str) -> None:
+        shape, dtype = INPUTS[description]
+        subject = Subject(name, dtype)
+        self._wait = subject.wait
+        self._x = subject.array(batch(shape, dtype))
+        self._layer = subject.layer(shape[1], dtype="float64" if dtype == "float64" else "float32")
+
+    def _train(self) -> None:
+        self._wait((self._layer.train()(self._x), self._layer.state))
+
+    def _evaluate(self) -> None:
+        self._wait(self._layer.eval()(self._x))
+
+
+class Speed(_Layer):
+    """Time of a call, without compilation."""
+
+    params = (NAMES, list(INPUTS))
+
+    def setup(self, name: str, description: str) -> None:
+        super().setup(name, description)
+        self._train()
+        self._evaluate()
+
+    def time_train(self, *_: str) -> None:
+        self._train()
+
+    def time_eval(self, *_: str) -> None:
+        self._evaluate()
+
+
+class Memory(_Layer):
+    """Peak memory of a process that makes one call; most of what is beyond the arrays is the framework itself."""
+
+    params = (NAMES, ["(65536, 256) float32"])
+
+    def peakmem_train(self, *_: str) -> None:
+        self._train()
+
+    def peakmem_eval(self, *_: str) -> None:
+        self._evaluate()

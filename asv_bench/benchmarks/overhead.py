@@ -1,0 +1,58 @@
+"""What the frontend adds to a backend: a call on an input so small that it is mostly overhead."""
+
+from timeit import timeit
+
+from ._backends import NAMES, Subject
+from ._data import batch
+
+SHAPE = (32, 64)
+CALLS = 5
+REPEATS = 1000
+
+
+class Call:
+    """The layer's call, the backend's work in it, and the difference."""
+
+    params = (NAMES, ["train", "eval"])
+    param_names = ("backend", "mode")
+
+    def setup(self, name: str, mode: str) -> None:
+        subject = Subject(name)
+        self._backend, self._wait = subject.backend, subject.wait
+        self._training = mode == "train"
+        self._x = subject.array(batch(SHAPE, "float32"))
+        self._layer = subject.layer(SHAPE[1]).train(self._training)
+        self._params, self._state = self._layer.params, self._layer.state
+        self._call_layer()
+        self._call_backend()
+
+    def time_layer(self, *_: str) -> None:
+        self._call_layer()
+
+    def time_backend(self, *_: str) -> None:
+        self._call_backend()
+
+    def track_overhead(self, *_: str) -> float:
+        # Taken in turns, both see the same machine; whatever disturbs a measurement only ever makes it longer.
+        pairs = [
+            (timeit(self._call_layer, number=CALLS), timeit(self._call_backend, number=CALLS)) for _ in range(REPEATS)
+        ]
+        layer, backend = map(min, zip(*pairs, strict=True))
+        return (layer - backend) / CALLS
+
+    track_overhead.unit = "seconds"
+
+    def _call_layer(self) -> None:
+        self._wait(self._layer(self._x))
+
+    def _call_backend(self) -> None:
+        y, _ = self._backend.batch_norm(
+            self._x,
+            self._params,
+            self._state,
+            training=self._training,
+            momentum=0.1,
+            eps=1e-5,
+            correction=1,
+        )
+        self._wait(y)

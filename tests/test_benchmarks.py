@@ -1,0 +1,92 @@
+"""The benchmarks run: one that is broken has to fail here, since in asv it is a line that nobody reads."""
+
+import importlib
+import inspect
+import math
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import mbn
+
+ASV_BENCH = Path(__file__).parents[1] / "asv_bench"
+IS_BENCHMARK = re.compile("(time|timeraw|peakmem|track)_").match
+
+
+def _modules():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ASV_BENCH)
+        package = importlib.import_module("benchmarks")
+        return {
+            info.name: importlib.import_module(f"benchmarks.{info.name}")
+            for info in pkgutil.iter_modules(package.__path__)
+        }
+
+
+MODULES = _modules()
+
+
+def _benchmarks():
+    """Yield what asv would find: how to run it with its first parameters, and its name."""
+    for module_name, module in MODULES.items():
+        for name, found in vars(module).items():
+            if inspect.isclass(found) and hasattr(found, "params"):
+                for method in filter(IS_BENCHMARK, dir(found)):
+                    yield pytest.param(partial(_run, found, method), method, id=f"{module_name}.{name}.{method}")
+            elif IS_BENCHMARK(name):
+                yield pytest.param(found, name, id=f"{module_name}.{name}")
+
+
+def _run(cls, method):
+    arguments = [values[0] for values in cls.params]
+    assert arguments[0] == "numpy"
+    assert len(cls.param_names) == len(arguments)
+    benchmark = cls()
+    benchmark.setup(*arguments)
+    return getattr(benchmark, method)(*arguments)
+
+
+@pytest.mark.parametrize(("run", "name"), list(_benchmarks()))
+def test_benchmark_runs_on_numpy(run, name):
+    result = run()
+    if name.startswith("track_"):
+        assert math.isfinite(result)
+    if name.startswith("timeraw_"):
+        subprocess.run([sys.executable, "-c", result], check=True)  # noqa: S603
+
+
+@pytest.mark.parametrize("error", [mbn.BackendNotFoundError("unknown"), mbn.BackendUnavailableError("no GPU")])
+def test_unusable_backend_is_not_measured(monkeypatch, error):
+    def get_backend(_):
+        raise error
+
+    monkeypatch.setattr(mbn, "get_backend", get_backend)
+    with pytest.raises(NotImplementedError, match=str(error)):
+        MODULES["_backends"].Subject("numpy")
+
+
+def test_dtype_that_a_backend_lacks_is_not_measured():
+    with pytest.raises(NotImplementedError, match="numpy takes no float8"):
+        MODULES["_backends"].Subject("numpy", "float8")
+
+
+@pytest.mark.skipif(find_spec("asv") is None, reason="asv is not installed")
+def test_asv_accepts_the_benchmarks():
+    # asv takes PYTHONPATH out of the environment; this is how it is told where an mbn lies that is not installed.
+    sources = {str(Path(find_spec(package).origin).parents[1]) for package in ("mbn", "mbn_numpy")}
+    check = subprocess.run(
+        [sys.executable, "-m", "asv", "check", "-E", "existing"],
+        cwd=ASV_BENCH,
+        env=os.environ | {"ASV_PYTHONPATH": os.pathsep.join(sorted(sources))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert check.returncode == 0, check.stdout + check.stderr
