@@ -5,14 +5,14 @@ of threads: sums are fixed trees of elementwise additions. Temporaries stay with
 """
 
 import math
-from collections.abc import Iterator
+from itertools import product
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from mbn.contract import Moments
 
-BLOCK = 1 << 16
+TILE = 1 << 16
 """Values converted to float64 at a time: 512 KiB, which a core's second-level cache holds."""
 
 WIDE = np.float64
@@ -73,11 +73,11 @@ def normalize(
         shift += bias
     rounded, scale, shift = (_column(v.astype(compute), x.ndim) for v in (rounded, scale, shift))
     y = np.empty_like(x)
-    for rows, channels in _blocks(x.shape):
-        block = np.subtract(x[rows, channels], rounded[channels], dtype=compute)
-        block *= scale[channels]
-        block += shift[channels]
-        y[rows, channels] = block
+    for rows, channels in product(*_tiles(x.shape)):
+        tile = np.subtract(x[rows, channels], rounded[channels], dtype=compute)
+        tile *= scale[channels]
+        tile += shift[channels]
+        y[rows, channels] = tile
     return y
 
 
@@ -89,16 +89,16 @@ def lerp(start: np.ndarray, end: Mean, weight: float | np.ndarray) -> np.ndarray
     return ((1 - weight) * start.astype(WIDE) + weight * end).astype(start.dtype)
 
 
-def _shifted_sums(x: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sums of x - shift and of its squares for each channel, in float64."""
+def _shifted_sums(x: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """Return the sums of x - shift and of its squares for each channel, (2, C) in float64."""
     shift = _column(shift, x.ndim)
-    partial: dict[int, list[np.ndarray]] = {}  # by first channel: the sums of each block of rows
-    for rows, channels in _blocks(x.shape):
-        d = x[rows, channels] - shift[channels]
-        squares = d * d
-        partial.setdefault(channels.start, []).append(np.stack([_fold(d), _fold(squares)]))
-    total, squares = np.concatenate([_fold_rows(np.stack(sums)) for sums in partial.values()], axis=-1)
-    return total, squares
+    rows, channels = _tiles(x.shape)
+    sums = np.empty((len(rows), 2, x.shape[1]))
+    for (i, row), channel in product(enumerate(rows), channels):
+        d = x[row, channel] - shift[channel]
+        sums[i, 1, channel] = _fold(d * d)
+        sums[i, 0, channel] = _fold(d)
+    return _fold_rows(sums)
 
 
 def _fold(d: np.ndarray) -> np.ndarray:
@@ -117,14 +117,12 @@ def _fold_rows(d: np.ndarray) -> np.ndarray:
     return d[0]
 
 
-def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
-    """Yield (rows, channels) that together cover an array, BLOCK values or a single channel's row at a time."""
+def _tiles(shape: tuple[int, ...]) -> tuple[list[slice], list[slice]]:
+    """Return slices of rows and of channels whose tiles cover an array, with TILE values or a single channel's row."""
     n, c, length = shape[0], shape[1], math.prod(shape[2:])
-    width = min(c, max(1, BLOCK // length))
-    height = max(1, BLOCK // (width * length))
-    for channel in range(0, c, width):
-        for row in range(0, n, height):
-            yield slice(row, row + height), slice(channel, channel + width)
+    width = min(c, max(1, TILE // length))
+    height = max(1, TILE // (width * length))
+    return [slice(i, i + height) for i in range(0, n, height)], [slice(i, i + width) for i in range(0, c, width)]
 
 
 def _column(vector: np.ndarray, ndim: int) -> np.ndarray:
