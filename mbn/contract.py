@@ -144,7 +144,7 @@ class Backend(ABC):
         state: State,
         *,
         training: bool,
-        momentum: float | Array | None,
+        momentum: float | None,
         eps: float,
         correction: int,
     ) -> tuple[Array, State]:
@@ -158,12 +158,13 @@ class Backend(ABC):
         if not training:
             return self.normalize(x, running_mean, running_var, weight, bias, eps), state
         count, mean, m2 = self.moments(x)
-        y = self.normalize(x, mean, m2 / count, weight, bias, eps)
+        n = float(count)  # an int may be too large for a framework's integers
+        y = self.normalize(x, mean, m2 / n, weight, bias, eps)
         if num_batches_tracked is not None:
             num_batches_tracked = num_batches_tracked + 1
         if running_mean is not None:
-            if momentum is None:  # the cumulative average: each batch so far weighs the same
-                momentum = self.reciprocal(num_batches_tracked)
-            running_mean = self.lerp(running_mean, mean, momentum)
-            running_var = self.lerp(running_var, m2 / (count - correction), momentum)
+            # Without a momentum it is the cumulative average: each batch so far weighs the same.
+            step = self.reciprocal(num_batches_tracked) if momentum is None else momentum
+            running_mean = self.lerp(running_mean, mean, step)
+            running_var = self.lerp(running_var, m2 / (n - correction), step)
         return y, State(running_mean, running_var, num_batches_tracked)

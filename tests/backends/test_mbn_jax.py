@@ -1,0 +1,331 @@
+"""What JAX's kernels and border are required to do beyond what the conformance suite asks of every backend."""
+
+import copy
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import mbn
+from mbn.conformance import oracle, ulp
+from mbn.state import Params, State
+
+jax = pytest.importorskip("jax")
+jnp = jax.numpy
+
+from mbn_jax import kernels  # noqa: E402 - without JAX there is nothing to import
+from mbn_jax.backend import JaxBackend, _batch_norm  # noqa: E402
+
+OPTIONS = {"training": True, "momentum": 0.1, "eps": 1e-5, "correction": 1}
+NOTHING = Params(None, None), State(None, None, None)
+
+
+@pytest.fixture
+def backend():
+    return JaxBackend()
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def new_state(num_features):
+    return State(jnp.zeros(num_features), jnp.ones(num_features), jnp.asarray(0))
+
+
+def exact(pair):
+    return np.asarray(pair.hi, np.float64) + np.asarray(pair.lo, np.float64)
+
+
+def wide_range(rng, size=10_000):
+    return (rng.standard_normal(size) * 2.0 ** rng.integers(-20, 20, size)).astype(np.float32)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_two_sum_is_exact(rng, compiled):
+    a, b = wide_range(rng), wide_range(rng)
+    two_sum = jax.jit(kernels.two_sum) if compiled else kernels.two_sum
+    total, rest = two_sum(jnp.asarray(a), jnp.asarray(b))
+    np.testing.assert_array_equal(np.asarray(total), a + b)
+    sums = [math.fsum(terms) for terms in zip(a.tolist(), b.tolist(), -np.asarray(total, np.float64), strict=True)]
+    np.testing.assert_array_equal(np.asarray(rest), sums)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_two_prod_is_exact(rng, compiled):
+    a, b = wide_range(rng), wide_range(rng)
+    two_prod = jax.jit(kernels.two_prod) if compiled else kernels.two_prod
+    np.testing.assert_array_equal(exact(two_prod(jnp.asarray(a), jnp.asarray(b))), a.astype(np.float64) * b)
+
+
+def test_products_stay_exact_where_their_sum_could_be_contracted(rng):
+    a, b, c = wide_range(rng), wide_range(rng), wide_range(rng)
+
+    @jax.jit
+    def multiply_add(a, b, c):
+        pairs = (kernels.as_pair(value, a.dtype) for value in (a, b, c))
+        return kernels.add(kernels.multiply(next(pairs), next(pairs)), next(pairs))
+
+    truth = a.astype(np.float64) * b + c
+    error = np.abs(exact(multiply_add(*map(jnp.asarray, (a, b, c)))) - truth)
+    assert np.max(error / (np.abs(a.astype(np.float64) * b) + np.abs(c))) < 2.0**-44
+
+
+def test_division_is_exact_to_a_pair(rng):
+    a = wide_range(rng)
+    quotient = jax.jit(lambda a: kernels.divide(kernels.as_pair(a, a.dtype), kernels.as_pair(49.0, a.dtype)))(a)
+    np.testing.assert_allclose(exact(quotient), a.astype(np.float64) / 49, rtol=2.0**-44)
+
+
+def test_constants_do_not_tempt_the_compiler(rng):
+    a = rng.uniform(0.0, 1.0, 1000).astype(np.float32)
+
+    @jax.jit
+    def one_minus(a):
+        return kernels.add(kernels.as_pair(1.0, a.dtype), kernels.as_pair(-a, a.dtype))
+
+    np.testing.assert_array_equal(exact(one_minus(a)), 1 - a.astype(np.float64))
+
+
+def test_floats_keep_what_float32_would_round_away():
+    assert exact(kernels.as_pair(0.1, np.dtype("float32"))) == pytest.approx(0.1, rel=2.0**-47)
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 3), (37, 5), (64, 2), (65, 2), (4099, 3), (200_001, 1), (5, 3, 7), (2, 2, 70_001)]
+)
+@pytest.mark.parametrize("offset", [0, 1e6])
+def test_moments_against_fsum(backend, rng, shape, offset):
+    x = (offset + rng.standard_normal(shape)).astype(np.float32)
+    count, mean, m2 = backend.moments(jnp.asarray(x))
+    channels = np.moveaxis(x, 1, 0).reshape(shape[1], -1).astype(np.float64)
+    assert count == channels.shape[1]
+    means = np.array([math.fsum(channel) / count for channel in channels])
+    sizes = np.mean(np.abs(channels), axis=1)
+    assert np.max(np.abs(exact(mean) - means) / sizes) < 2.0**-40
+    squares = [math.fsum((channel - mean) ** 2) for channel, mean in zip(channels, means, strict=True)]
+    np.testing.assert_allclose(np.asarray(m2), squares, rtol=2.0**-23)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 64, 65, 129, kernels.BLOCK - 1, 3 * kernels.BLOCK + 5])
+@pytest.mark.parametrize("shape", [(-1, 1), (1, 1, -1)])
+def test_every_value_is_summed_once(n, shape):
+    x = jnp.arange(n, dtype=jnp.float32).reshape(shape)
+    total = jax.jit(lambda x: kernels._channel_sums(x, lambda values: kernels.as_pair(values, x.dtype)))(x)
+    assert exact(total) == n * (n - 1) // 2
+
+
+@pytest.mark.parametrize("n", [2, 3, 1001, 65_537])
+def test_constant_channel_is_exactly_the_bias(backend, n):
+    x = jnp.broadcast_to(jnp.asarray([0.1, 1e6 + 0.0625], jnp.float32), (n, 2))
+    bias = jnp.asarray([0.3, -7.0], jnp.float32)
+    y, _ = backend.batch_norm(x, Params(None, bias), State(None, None, None), **OPTIONS)
+    np.testing.assert_array_equal(np.asarray(y), np.broadcast_to(np.asarray(bias), (n, 2)))
+
+
+@pytest.mark.parametrize("outlier", [1e4, 1e8, 1e12])
+def test_outlier_as_the_first_value(backend, rng, outlier):
+    x = rng.standard_normal((1000, 3)).astype(np.float32)
+    x[0] = outlier
+    y, state = backend.batch_norm(jnp.asarray(x), NOTHING[0], new_state(3), **OPTIONS)
+    truth = oracle.train(x, np.zeros(3), np.ones(3), momentum=0.1, eps=1e-5)
+    for actual, expected in (
+        (y, truth.y),
+        (state.running_mean, truth.running_mean),
+        (state.running_var, truth.running_var),
+    ):
+        assert ulp.error(np.asarray(actual), expected, "float32") <= 4
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_narrow_dtypes_are_rounded_once(backend, rng, dtype):
+    x = (3 + rng.standard_normal((501, 7))).astype(dtype)
+    y, state = backend.batch_norm(jnp.asarray(x), NOTHING[0], new_state(7), **OPTIONS)
+    truth = oracle.train(x, np.zeros(7), np.ones(7), momentum=0.1, eps=1e-5)
+    assert y.dtype == x.dtype
+    assert ulp.error(np.asarray(y), truth.y, np.dtype(dtype).name) < 0.51
+    assert ulp.error(np.asarray(state.running_mean), truth.running_mean, "float32") <= 1
+
+
+def test_no_variance_and_no_eps_is_the_bias_and_nan_stays_nan(backend):
+    x, mean, bias = jnp.ones((2, 2)), jnp.zeros(2), jnp.asarray([3.0, 4.0])
+    y = backend.normalize(x, mean, jnp.asarray([0.0, jnp.nan]), None, bias, 0.0)
+    np.testing.assert_array_equal(np.asarray(y), [[3, np.nan], [3, np.nan]])
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.1, 0.0])
+def test_lerp_rounds_about_once(backend, rng, weight):
+    start, end = wide_range(rng), wide_range(rng)
+    actual = np.asarray(backend.lerp(jnp.asarray(start), jnp.asarray(end), weight))
+    truth = (1 - weight) * start.astype(np.float64) + weight * end.astype(np.float64)
+    ulps = np.abs(actual - truth) / np.spacing(np.abs(truth.astype(np.float32)))
+    assert np.max(ulps) < 0.5 + 1e-6
+
+
+def test_lerp_takes_reciprocals(backend):
+    weight = backend.reciprocal(jnp.asarray(4))
+    np.testing.assert_array_equal(backend.lerp(jnp.ones(2), jnp.full(2, 5.0), weight), [2, 2])
+
+
+def test_dtypes_are_stable_and_nothing_is_compiled_twice(backend, rng):
+    x, state = jnp.asarray(rng.standard_normal((8, 3)).astype(np.float32)), new_state(3)
+    _, state = backend.batch_norm(x, NOTHING[0], state, **OPTIONS)
+    compiled = _batch_norm._cache_size()
+    for _ in range(3):
+        _, after = backend.batch_norm(x, NOTHING[0], state, **OPTIONS)
+        assert [(a.dtype, a.weak_type) for a in after] == [(b.dtype, b.weak_type) for b in state]
+        state = after
+    assert _batch_norm._cache_size() == compiled
+    assert state.running_mean.dtype == jnp.float32
+    assert state.num_batches_tracked == 4
+
+
+def test_another_momentum_or_eps_compiles_nothing(backend):
+    x, state = jnp.ones((8, 3)), new_state(3)
+    backend.batch_norm(x, NOTHING[0], state, **OPTIONS)
+    compiled = _batch_norm._cache_size()
+    for momentum, eps in ((0.2, 1e-5), (0.1, 0.0), (1.0, 1.0)):
+        backend.batch_norm(x, NOTHING[0], state, **OPTIONS | {"momentum": momentum, "eps": eps})
+    assert _batch_norm._cache_size() == compiled
+
+
+def test_layers_on_a_device_of_their_own_are_copied():
+    bn = mbn.BatchNorm1d(3, backend="jax", device="cpu")
+    for twin in (copy.deepcopy(bn), pickle.loads(pickle.dumps(bn))):  # noqa: S301 - its own
+        assert twin(jnp.ones((2, 3))).shape == (2, 3)
+
+
+def test_cumulative_average(backend):
+    state = new_state(1)
+    for value in (1.0, 2.0, 6.0):
+        x = jnp.full((4, 1), value)
+        _, state = backend.batch_norm(x, NOTHING[0], state, **{**OPTIONS, "momentum": None})
+    assert state.running_mean[0] == pytest.approx(3.0, rel=1e-6)
+
+
+def test_traced_calls_give_the_same_bits_and_leak_nothing(backend, rng):
+    x, state = jnp.asarray(rng.standard_normal((9, 3, 4)).astype(np.float32)), new_state(3)
+
+    def train(x, state):
+        return backend.batch_norm(x, NOTHING[0], state, **OPTIONS)
+
+    with jax.checking_leaks():
+        traced = jax.jit(train)(x, state)
+        batched = jax.vmap(train, in_axes=(0, None))(x[None], state)
+    for leaf, other, one in zip(*map(jax.tree.leaves, (train(x, state), traced, batched)), strict=True):
+        np.testing.assert_array_equal(leaf, other)
+        np.testing.assert_allclose(leaf, one[0], rtol=1e-6, atol=1e-6)
+
+
+def test_gradient(backend, rng):
+    x, g = (rng.standard_normal((50, 4)).astype(np.float32) for _ in range(2))
+    weight = rng.standard_normal(4).astype(np.float32)
+
+    def loss(x, weight):
+        return jnp.sum(g * backend.batch_norm(x, Params(weight, None), NOTHING[1], **OPTIONS)[0])
+
+    dx, dweight = jax.grad(loss, (0, 1))(jnp.asarray(100 + x), jnp.asarray(weight))
+    x = (100 + x).astype(np.float64)
+    invstd = 1 / np.sqrt(x.var(axis=0) + 1e-5)
+    xhat = (x - x.mean(axis=0)) * invstd
+    expected = weight * invstd * (g - g.mean(axis=0) - xhat * (g * xhat).mean(axis=0))
+    np.testing.assert_allclose(np.asarray(dx), expected, atol=3e-6)
+    np.testing.assert_allclose(np.asarray(dweight), (g * xhat).sum(axis=0), rtol=3e-6)
+
+
+def test_gradient_is_finite_where_nothing_varies(backend):
+    def loss(x):
+        return jnp.sum(backend.batch_norm(x, *NOTHING, **{**OPTIONS, "eps": 0.0})[0])
+
+    np.testing.assert_array_equal(jax.grad(loss)(jnp.ones((4, 2))), np.zeros((4, 2)))
+
+
+def test_asarray_copies_host_data(backend):
+    host = np.ones(1 << 16, np.float32)
+    for device in (None, "cpu"):
+        array = backend.asarray(host, device=device)
+        host[:] = 2
+        assert np.all(np.asarray(array) == 1)
+        host[:] = 1
+
+
+def test_asarray_dtypes(backend):
+    assert backend.asarray(np.asarray(3), "int64").dtype == jnp.int32
+    assert backend.asarray([1.5, 2]).dtype == jnp.float32
+    assert backend.asarray(np.ones(2), "bfloat16").dtype == jnp.bfloat16
+    assert backend.asarray(jnp.ones(2), "float16").dtype == jnp.float16
+
+
+@pytest.mark.parametrize(
+    ("x", "dtype"), [(np.ones(2), None), (np.ones(2, np.float32), "float64"), (jnp.ones(2), "float64")]
+)
+def test_float64_is_refused_with_the_way_out(backend, x, dtype):
+    with pytest.raises(TypeError, match=r"JAX_ENABLE_X64=1.*jax\.config.*float32"):
+        backend.asarray(x, dtype)
+
+
+def test_devices(backend):
+    cpu = jax.local_devices(backend="cpu")[0]
+    for given in (cpu, "cpu", "cpu:0", *backend.capabilities.devices):
+        assert backend.device(backend.asarray([1.0], device=given)) is not None
+    assert backend.device(backend.asarray([1.0], device=cpu)) == "cpu:0"
+    assert backend.device(backend.asarray([1.0])) is None
+    assert jax.jit(lambda x: x + (backend.device(x) is None))(1.0) == 2
+
+
+@pytest.mark.parametrize("device", ["abacus", "cpu:99", "cpu:-1", "cpu:first", 3])
+def test_unknown_devices_are_refused_by_the_names_there_are(backend, device):
+    with pytest.raises(ValueError, match="it has .*cpu"):
+        backend.asarray([1.0], device=device)
+
+
+def test_owns_traced_arrays(backend):
+    assert backend.owns(jnp.ones(1))
+    assert not backend.owns(np.ones(1))
+    jax.jit(lambda x: x if backend.owns(x) else None)(jnp.ones(1)).block_until_ready()
+
+
+X64 = """
+import json
+import numpy as np
+from mbn.conformance import oracle, ulp
+from mbn.state import Params, State
+from mbn_jax.backend import JaxBackend
+
+backend, rng, errors = JaxBackend(), np.random.default_rng(0), {}
+for dtype in ("float64", "float32"):
+    for offset in (0, 1e6):
+        x = (offset + rng.standard_normal((1001, 3))).astype(dtype)
+        state = State(*map(backend.asarray, (np.zeros(3), np.ones(3), np.asarray(0))))
+        y, state = backend.batch_norm(
+            backend.asarray(x), Params(None, None), state, training=True, momentum=0.1, eps=1e-5, correction=1
+        )
+        assert (y.dtype, state.running_var.dtype, state.num_batches_tracked.dtype) == (dtype, "float64", "int64")
+        truth = oracle.train(x, np.zeros(3), np.ones(3), momentum=0.1, eps=1e-5)
+        errors[f"{dtype} {offset}"] = [
+            ulp.error(np.asarray(y), truth.y, dtype),
+            float(np.max(np.abs(np.asarray(state.running_mean) / truth.running_mean.hi - 1))) if offset else 0.0,
+            float(np.max(np.abs(np.asarray(state.running_var) / truth.running_var.hi - 1))),
+        ]
+assert "float64" in backend.capabilities.dtypes
+print(json.dumps(errors))
+"""
+
+
+def test_with_64_bit_numbers_everything_is_exact_to_float64():
+    # A process of its own: the switch belongs to the user.
+    environment = {**os.environ, "JAX_ENABLE_X64": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-W", "error", "-c", X64]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603 - ours
+    assert done.returncode == 0, done.stderr
+    for dtype_and_offset, (output, mean, var) in json.loads(done.stdout).items():
+        assert output <= 4, dtype_and_offset
+        # Statistics of float32 values are pairs of float32, in a float64 layer too.
+        assert max(mean, var) < (1e-14 if dtype_and_offset.startswith("float64") else 2.0**-40), dtype_and_offset
