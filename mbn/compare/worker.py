@@ -18,7 +18,7 @@ from mbn import BackendUnavailableError, BatchNorm1d, get_backend
 from mbn.compare.messages import Job, Measured, NotRun, Outcome
 from mbn.contract import Backend
 
-_SECONDS = 0.05
+_SECONDS = 0.02
 """How long each thing is timed."""
 _CALLS = range(5, 1000)
 """How often it is called, at least and at most."""
