@@ -112,9 +112,9 @@ def _backends(_: argparse.Namespace) -> int:
 
 
 def _conform(options: argparse.Namespace) -> int:
-    missing = [module for module in ("pytest", "hypothesis") if importlib.util.find_spec(module) is None]
+    missing = [module for module in ("pytest", "hypothesis", "ml_dtypes") if importlib.util.find_spec(module) is None]
     if missing:
-        message = f"the suite needs {' and '.join(missing)}, not installed here: pip install 'mbn[conformance]'."
+        message = f"the suite needs {' and '.join(missing)}, not installed here: pip install {' '.join(missing)}."
         raise UsageError(message)
     from mbn.conformance import runner  # noqa: PLC0415 - which needs these
 

