@@ -125,8 +125,8 @@ def device(name: str, given: Any, needed: Any) -> None:
         raise ValueError(message)
 
 
-def running_statistics(state: State, *, needed: bool) -> None:
-    """Check that there are both running statistics, or none where they are not ``needed``."""
+def running_statistics(state: State, *, needed: bool, counted: bool = False) -> None:
+    """Check that both running statistics are there, or none if not ``needed``; and their count if that is."""
     if (state.running_mean is None) != (state.running_var is None):
         message = "running_mean and running_var go together: give both or neither."
         raise ValueError(message)
@@ -134,6 +134,9 @@ def running_statistics(state: State, *, needed: bool) -> None:
         message = (
             "there are no running statistics to normalise by: give running_mean and running_var, or training=True."
         )
+        raise ValueError(message)
+    if counted and state.running_mean is not None and state.num_batches_tracked is None:
+        message = "momentum=None averages over all batches and needs num_batches_tracked, which is None."
         raise ValueError(message)
 
 
@@ -145,6 +148,15 @@ def vector(name: str, value: Array, num_features: int, dtype: str) -> None:
         raise ValueError(message)
     if given != dtype:
         message = f"{name} is {given} and the other parameters and statistics are {dtype}: convert it to {dtype}."
+        raise TypeError(message)
+
+
+def count(value: Any) -> None:
+    """Check the count of batches of ``apply``: an integer, or an array of one."""
+    kind = dtype_name(value.dtype) if hasattr(value, "dtype") else type(value).__name__
+    shape = tuple(getattr(value, "shape", ()))
+    if not kind.startswith("int") or shape != ():
+        message = f"num_batches_tracked is an integer scalar, not {kind} of shape {shape}."
         raise TypeError(message)
 
 

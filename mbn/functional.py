@@ -100,11 +100,16 @@ def received_vectors(
         checks.vector(name, vector, num_features, dtype)
         return vector
 
+    count = state.num_batches_tracked
+    if count is not None:
+        checks.count(count)
+        count = backend.asarray(count, "int64", device) if registry.is_host_data(count) else count
     return (
         Params(receive("weight", params.weight), receive("bias", params.bias)),
         state._replace(
             running_mean=receive("running_mean", state.running_mean),
             running_var=receive("running_var", state.running_var),
+            num_batches_tracked=count,
         ),
     )
 

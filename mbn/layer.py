@@ -200,7 +200,7 @@ class BatchNorm1d:
         device = self._device if self._is_bound else None
         x = received(backend, "x", x, self._dtype, device)
         params, state = received_vectors(backend, params, state, num_features, self._dtype, device)
-        checks.running_statistics(state, needed=False)
+        checks.running_statistics(state, needed=False, counted=self._momentum is None)
         return self._forward(backend, params, state, x, training=training)
 
     def _forward(
@@ -306,7 +306,10 @@ class BatchNorm1d:
         trial = copy.copy(self)
         if trial.num_features is None:
             shapes = [np.shape(state_dict[key]) for key in ("weight", "running_mean") if key in state_dict]
-            trial.num_features = checks.num_features(shapes[0][0]) if shapes and len(shapes[0]) == 1 else None
+            if not shapes or len(shapes[0]) != 1:
+                message = "num_features is to come from this state_dict, but it has no weight or running_mean of (C,)."
+                raise ValueError(message)
+            trial.num_features = checks.num_features(shapes[0][0])
             trial.reset_parameters()
         expected = trial.state_dict()
         incompatible = compare_keys(expected, state_dict, strict=strict)

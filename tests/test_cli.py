@@ -222,7 +222,7 @@ def test_conform_hands_over_to_the_suite(tmp_path, monkeypatch):
 
 def test_conform_without_its_extra(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    assert "pip install " in refused(capsys, "conform", "numpy")
+    assert "pip install pytest hypothesis ml_dtypes" in refused(capsys, "conform", "numpy")
 
 
 def test_version(capsys):

@@ -167,8 +167,17 @@ def test_state_dict_that_is_none(target: Target) -> None:
     assert_refused(TypeError, "mapping", lambda: target.layer(4).load_state_dict([("weight", np.ones(4))]))  # type: ignore[arg-type]
 
 
+def test_apply_needs_a_count_to_average_over_batches(target: Target) -> None:
+    bn = target.layer(4, momentum=None)
+    uncounted = bn.state._replace(num_batches_tracked=None)
+    assert_refused(ValueError, "needs num_batches_tracked", lambda: bn.apply(bn.params, uncounted, X, training=True))
+
+
 def test_unknown_number_of_features(target: Target) -> None:
     bn = target.layer(None)
+    without: list[dict[str, Any]] = [{}, {"weight": 1.0}, {"bias": np.zeros(4)}]
+    for entries in without:
+        assert_refused(ValueError, "num_features is to come from", partial(bn.load_state_dict, entries))
     assert_refused(AttributeError, "num_features is not known", lambda: bn.weight)
     assert_refused(AttributeError, "num_features is not known", bn.state_dict)
 
@@ -211,5 +220,7 @@ def test_apply_checks_what_it_is_given(target: Target) -> None:
     x = target.array(X)
     short = bn.state._replace(running_mean=target.array(np.zeros(3, np.float32)))
     assert_refused(ValueError, r"running_mean has shape \(3,\)", lambda: bn.apply(bn.params, short, x, training=True))
+    uncounted = bn.state._replace(num_batches_tracked=1.5)
+    assert_refused(TypeError, "integer scalar, not float", lambda: bn.apply(bn.params, uncounted, x, training=True))
     half = bn.params._replace(weight=np.ones(4, np.float16))
     assert_refused(TypeError, "weight is float16", lambda: bn.apply(half, bn.state, x, training=True))

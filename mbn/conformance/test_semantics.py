@@ -222,6 +222,15 @@ def test_functional_is_the_layer(target: Target, *, training: bool) -> None:
     np.testing.assert_array_equal(target.numpy(result.running_var), target.numpy(bn.running_var), strict=True)
 
 
+def test_apply_takes_host_data(target: Target) -> None:
+    bn = configured(target.layer(4, momentum=None), seed=3)
+    host = bn.state._replace(**{key: target.numpy(value) for key, value in bn.state._asdict().items()})
+    y, state = bn.apply(bn.params, host._replace(num_batches_tracked=3), NOISE, training=True)
+    np.testing.assert_array_equal(target.numpy(y), target.numpy(bn(target.array(NOISE))), strict=True)
+    for given, own in zip(state, bn.state, strict=True):
+        np.testing.assert_array_equal(target.numpy(given), target.numpy(own), strict=True)
+
+
 def test_functional_needs_no_statistics_in_training(target: Target) -> None:
     result = mbn.functional.batch_norm(target.array(NOISE), training=True, backend=target.backend)
     plain = target.layer(4, affine=False)
