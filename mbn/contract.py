@@ -54,8 +54,8 @@ class Moments(NamedTuple):
     """Values per channel."""
     mean: Any
     """The mean, in whatever form this backend's ``normalize`` and ``lerp`` read: it may carry more precision than x."""
-    m2: Array
-    """Sum of squared deviations from the mean, shape (C,). ``m2 / count`` is the biased variance."""
+    m2: Any
+    """Sum of squared deviations from the mean; ``m2 / n`` is a variance in a form that the two read as well."""
 
 
 class Backend(ABC):
@@ -119,18 +119,18 @@ class Backend(ABC):
         """Return the statistics of each channel over all other axes."""
 
     @abstractmethod
-    def normalize(self, x: Array, mean: Any, var: Array, weight: Array | None, bias: Array | None, eps: float) -> Array:
+    def normalize(self, x: Array, mean: Any, var: Any, weight: Array | None, bias: Array | None, eps: float) -> Array:
         """Return ``(x - mean) / sqrt(var + eps) * weight + bias``, rounded once to x's dtype.
 
-        ``mean`` is ``Moments.mean`` or a (C,) vector. Where ``var + eps`` is 0 the result is the bias. Memory order and
-        device are those of ``x``.
+        ``mean`` and ``var`` are (C,) vectors, or ``Moments.mean`` and ``Moments.m2 / n``. Where ``var + eps`` is 0 the
+        result is the bias. Memory order and device are those of ``x``.
         """
 
     @abstractmethod
     def lerp(self, start: Array, end: Any, weight: Any) -> Array:
         """Return ``(1 - weight) * start + weight * end`` for (C,) statistics, rounded once to the dtype of ``start``.
 
-        ``end`` is a vector or ``Moments.mean``; ``weight`` is a float, or what ``reciprocal`` returned.
+        ``end`` is a vector, ``Moments.mean`` or ``Moments.m2 / n``; ``weight`` is a float, or from ``reciprocal``.
         """
 
     @abstractmethod

@@ -49,15 +49,15 @@ class JaxBackend(Backend):
     def normalize(
         self,
         x: jax.Array,
-        mean: kernels.Mean,
-        var: jax.Array,
+        mean: kernels.Statistic,
+        var: kernels.Statistic,
         weight: jax.Array | None,
         bias: jax.Array | None,
         eps: float | kernels.Pair,
     ) -> jax.Array:
         return kernels.normalize(x, mean, var, weight, bias, _argument(eps))
 
-    def lerp(self, start: jax.Array, end: kernels.Mean, weight: float | kernels.Pair | jax.Array) -> jax.Array:
+    def lerp(self, start: jax.Array, end: kernels.Statistic, weight: float | kernels.Pair | jax.Array) -> jax.Array:
         return kernels.lerp(start, end, _argument(weight))
 
     def reciprocal(self, count: jax.Array) -> jax.Array:

@@ -27,45 +27,46 @@ class Pair(NamedTuple):
     hi: jax.Array
     lo: jax.Array
 
+    def __truediv__(self, divisor: float) -> "Pair":
+        """Return a sum divided by the number of its terms."""
+        return divide(self, as_pair(divisor, self.hi.dtype))
 
-Mean: TypeAlias = Pair | jax.Array
+
+Statistic: TypeAlias = Pair | jax.Array
 Tree = TypeVar("Tree", jax.Array, Pair)
 
 
 @jax.custom_jvp
 @jax.jit
-def moments(x: jax.Array) -> tuple[Pair, jax.Array]:
-    """Return mean (a Pair) and m2 (in the widest dtype there is) of each channel of x, (N, C) or (N, C, L).
+def moments(x: jax.Array) -> tuple[Pair, Pair]:
+    """Return mean and m2 of each channel of x, (N, C) or (N, C, L).
 
     The mean comes from the differences to the first value, so that it is exact for a constant channel; m2 from the
     differences to the mean.
     """
     compute = _compute_dtype(x)
-    count = as_pair(float(x.size // x.shape[1]), compute)
     first = as_pair(x[0].reshape(x.shape[1], -1)[:, 0], compute)
-    mean = add(first, divide(_channel_sums(x, partial(_difference, first)), count))
-    m2 = _channel_sums(x, lambda values: _square(_difference(mean, values)))
-    wide = widest_dtype()
-    return mean, m2.hi.astype(wide) + m2.lo.astype(wide)
+    mean = add(first, _channel_sums(x, partial(_difference, first)) / float(x.size // x.shape[1]))
+    return mean, _channel_sums(x, lambda values: _square(_difference(mean, values)))
 
 
 @moments.defjvp
-def _moments_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[tuple[Pair, jax.Array], ...]:
+def _moments_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[tuple[Pair, Pair], ...]:
     """Differentiate the definitions, not the sums: backwards, that broadcasts and has nothing to add up."""
     (x,), (dx,) = primals, tangents
     mean, m2 = moments(x)
     deviation = _difference(mean, x).hi
     axes = (0, *range(2, x.ndim))
     dmean = jnp.mean(dx, axes, mean.hi.dtype)
-    dm2 = 2 * jnp.sum(deviation * dx, axes, m2.dtype)
-    return (mean, m2), (Pair(dmean, jnp.zeros_like(dmean)), dm2)
+    dm2 = 2 * jnp.sum(deviation * dx, axes, m2.hi.dtype)
+    return (mean, m2), (Pair(dmean, jnp.zeros_like(dmean)), Pair(dm2, jnp.zeros_like(dm2)))
 
 
 @jax.jit
 def normalize(
     x: jax.Array,
-    mean: Mean,
-    var: jax.Array,
+    mean: Statistic,
+    var: Statistic,
     weight: jax.Array | None,
     bias: jax.Array | None,
     eps: Pair,
@@ -88,7 +89,7 @@ def normalize(
 
 
 @jax.jit
-def lerp(start: jax.Array, end: Mean, weight: Pair | jax.Array) -> jax.Array:
+def lerp(start: jax.Array, end: Statistic, weight: Pair | jax.Array) -> jax.Array:
     """Return (1 - weight) * start + weight * end, computed in pairs and rounded once to the dtype of start."""
     one, old, new, step = (as_pair(value, start.dtype) for value in (1.0, start, end, weight))
     kept = add(one, Pair(-step.hi, -step.lo))
