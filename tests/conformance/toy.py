@@ -1,6 +1,7 @@
 """A toy backend, correct but for one planted bug, and a run of the suite against it.
 
-``python toy.py BUG REPORT.json`` runs the suite; without a bug (``none``) it has to pass.
+``python toy.py none REPORT.json`` runs the whole suite, which has to pass; ``python toy.py BUG REPORT.json`` runs the
+test that has to name the bug.
 """
 
 import sys
@@ -232,5 +233,6 @@ if __name__ == "__main__":
     planted, report = sys.argv[1:]
     # What fails is named all the same; the smallest example that fails is of no interest here.
     settings.register_profile("planted", deadline=None, derandomize=True, max_examples=20, phases=[Phase.generate])
-    mbn.register_backend("toy", Toy if planted == "none" else BUGS[planted][0])
-    sys.exit(run("toy", json=Path(report), pytest_args=["--hypothesis-profile", "planted"]))
+    bug, named_by = BUGS.get(planted, (Toy, "test"))
+    mbn.register_backend("toy", bug)
+    sys.exit(run("toy", json=Path(report), pytest_args=["--hypothesis-profile", "planted", "-k", named_by]))
