@@ -34,6 +34,11 @@ def dtype_name(dtype: Any) -> str:
     return name
 
 
+def layer_dtype(dtype: str) -> str:
+    """Return the dtype of the parameters and statistics that an input of ``dtype`` needs."""
+    return "float64" if dtype == "float64" else "float32"
+
+
 class Capabilities(NamedTuple):
     """What a backend can do. Tests, benchmarks, the command line and the docs read it here and nowhere else."""
 

@@ -6,7 +6,7 @@ Everything is checked here before a backend sees it; nothing that is passed in i
 from typing import Any, NamedTuple
 
 from mbn import checks, registry
-from mbn.contract import Array, Backend, dtype_name
+from mbn.contract import Array, Backend, dtype_name, layer_dtype
 from mbn.convert import received
 from mbn.state import Params, State
 
@@ -155,5 +155,5 @@ def forward(
 
 def _statistics_dtype(*arrays: Any) -> str:
     """Return the dtype that parameters and statistics must share: that of the first array given, x coming last."""
-    given = next((dtype_name(array.dtype) for array in arrays if hasattr(array, "dtype")), "float32")
-    return "float64" if given == "float64" else "float32"
+    given = (dtype_name(array.dtype) for array in arrays if hasattr(array, "dtype"))
+    return layer_dtype(next(given, "float32"))

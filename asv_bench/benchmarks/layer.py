@@ -1,5 +1,7 @@
 """What a call of the layer costs: time by backend, shape and dtype; memory for an input that outgrows the caches."""
 
+from mbn.contract import layer_dtype
+
 from ._backends import NAMES, Subject
 from ._data import batch
 
@@ -22,7 +24,7 @@ class _Layer:
         subject = Subject(name, dtype)
         self._wait = subject.wait
         self._x = subject.array(batch(shape, dtype))
-        self._layer = subject.layer(shape[1], dtype="float64" if dtype == "float64" else "float32")
+        self._layer = subject.layer(shape[1], dtype=layer_dtype(dtype))
 
     def _train(self) -> None:
         self._wait((self._layer.train()(self._x), self._layer.state))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mbn.compare.errors import UsageError
-from mbn.contract import dtype_name
+from mbn.contract import dtype_name, layer_dtype
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 _SEED = 0
@@ -39,11 +39,6 @@ class Example(NamedTuple):
     def layer_dtype(self) -> str:
         """The dtype of parameters and running statistics."""
         return layer_dtype(self.dtype)
-
-
-def layer_dtype(dtype: str) -> str:
-    """Return the dtype that a layer needs for inputs of a dtype."""
-    return "float64" if dtype == "float64" else "float32"
 
 
 def built_in(dtype: str) -> list[Example]:

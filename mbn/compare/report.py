@@ -16,7 +16,7 @@ from mbn.compare.comparison import NOTHING_RAN, Comparison, Ulps, Verdict, bound
 from mbn.compare.messages import QUANTITIES, Measured, NotRun
 
 _HEADS = ("y train", "y eval", "running_mean", "running_var")
-_REASON_LENGTH = 200
+_REASON_LENGTH = 300
 
 
 def show(console: Console, comparisons: list[Comparison], verdict: Verdict) -> None:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
+from mbn.contract import layer_dtype
+
 SHAPES = [(2, 1), (3, 4), (7, 3), (64, 5), (257, 2), (1, 3, 2), (3, 4, 5), (2, 1, 33), (16, 2, 9)]
 LAYOUTS = ["C", "Fortran", "strided", "reversed", "read-only", "broadcast"]
 PATTERNS = ["normal", "outlier first", "constant", "ramp", "two values"]
@@ -24,11 +26,6 @@ class Batch(NamedTuple):
     x: np.ndarray
     dtype: str
     layer_dtype: str
-
-
-def layer_dtype(dtype: str) -> str:
-    """Return the dtype of the layer that an input of ``dtype`` goes into."""
-    return "float64" if dtype == "float64" else "float32"
 
 
 @st.composite

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from mbn.conformance import oracle, strategies, ulp
 from mbn.conformance.target import Target, configured
+from mbn.contract import layer_dtype
 
 
 @given(data=st.data())
@@ -65,13 +66,12 @@ def test_float32_with_a_large_mean(target: Target, shape: tuple[int, ...], offse
 )
 def test_constant_channel_gives_exactly_the_bias(target: Target, dtype: str, constant: float) -> None:
     target.require_dtype(dtype)
-    layer_dtype = strategies.layer_dtype(dtype)
-    bn = target.layer(3, momentum=1.0, dtype=layer_dtype)
+    bn = target.layer(3, momentum=1.0, dtype=layer_dtype(dtype))
     bn.bias = np.array([0.0, 0.5, -2.0])
     x = np.full((101, 3, 7), constant).astype(dtype)
     y = target.numpy(bn(target.array(x))).astype(np.float64)
     np.testing.assert_array_equal(y, np.broadcast_to(np.array([0.0, 0.5, -2.0])[:, None], x.shape))
-    np.testing.assert_array_equal(target.numpy(bn.running_mean), x[0, :, 0].astype(layer_dtype))
+    np.testing.assert_array_equal(target.numpy(bn.running_mean), x[0, :, 0].astype(layer_dtype(dtype)))
     np.testing.assert_array_equal(target.numpy(bn.running_var), np.zeros(3))
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mbn.conformance import strategies
 from mbn.conformance.target import Target
+from mbn.contract import layer_dtype
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 X = np.random.default_rng(9).normal(1, 2, (6, 3, 4))
@@ -14,7 +14,7 @@ X = np.random.default_rng(9).normal(1, 2, (6, 3, 4))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_output_has_the_dtype_of_the_input(target: Target, dtype: str, *, training: bool) -> None:
     target.require_dtype(dtype)
-    bn = target.layer(3, dtype=strategies.layer_dtype(dtype)).train(training)
+    bn = target.layer(3, dtype=layer_dtype(dtype)).train(training)
     x = target.array(X.astype(dtype))
     y = bn(x)
     assert type(y) is type(x)
@@ -26,15 +26,14 @@ def test_output_has_the_dtype_of_the_input(target: Target, dtype: str, *, traini
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_statistics_keep_the_dtype_of_the_layer(target: Target, dtype: str) -> None:
     target.require_dtype(dtype)
-    layer_dtype = strategies.layer_dtype(dtype)
-    bn = target.layer(3, dtype=layer_dtype)
+    bn = target.layer(3, dtype=layer_dtype(dtype))
     before = target.snapshot(bn)
     for _ in range(2):
         bn(target.array(X.astype(dtype)))
     for key, value in target.snapshot(bn).items():
         assert value.dtype == before[key].dtype
         assert value.shape == before[key].shape
-        assert key == "num_batches_tracked" or value.dtype == layer_dtype
+        assert key == "num_batches_tracked" or value.dtype == layer_dtype(dtype)
     assert before["num_batches_tracked"].dtype in (np.int64, np.int32)
 
 
