@@ -35,10 +35,18 @@ def test_backend_conforms(backend: str, environment: dict[str, str], tmp_path: P
     assert junit.read_text().startswith("<?xml")
 
 
-def test_runs_as_plain_pytest(tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["cupy", "torch:cuda", "jax:cuda"])
+def test_gpu_conforms(target: str) -> None:
+    run = subprocess.run([sys.executable, "-m", "mbn", "conform", target], capture_output=True, text=True, check=False)  # noqa: S603
+    if run.returncode == pytest.ExitCode.USAGE_ERROR:
+        pytest.skip(f"no GPU to run {target} on: {run.stderr.strip()}")
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_runs_as_plain_pytest() -> None:
     command = [sys.executable, "-m", "pytest", "--pyargs", "mbn.conformance", "-p", "mbn.conformance.plugin"]
     options = ["--backend", "numpy", "-k", "rows_example", "-p", "no:cacheprovider"]
-    run = subprocess.run([*command, *options], capture_output=True, text=True, check=False, cwd=tmp_path)  # noqa: S603
+    run = subprocess.run([*command, *options], capture_output=True, text=True, check=False)  # noqa: S603
     assert run.returncode == 0, run.stdout + run.stderr
     assert "semantics  passed     1 passed" in run.stdout
 
@@ -51,9 +59,9 @@ def test_runs_as_plain_pytest(tmp_path: Path) -> None:
         ([], "needs --backend NAME; known backends: numpy"),
     ],
 )
-def test_wrong_names_are_one_line(arguments: list[str], words: str, tmp_path: Path) -> None:
+def test_wrong_names_are_one_line(arguments: list[str], words: str) -> None:
     command = [sys.executable, "-m", "pytest", "--pyargs", "mbn.conformance", "-p", "mbn.conformance.plugin"]
-    run = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, cwd=tmp_path)  # noqa: S603
+    run = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)  # noqa: S603
     assert run.returncode == pytest.ExitCode.USAGE_ERROR
     assert words in run.stderr
     assert "Traceback" not in run.stderr
