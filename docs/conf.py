@@ -12,5 +12,4 @@ html_title = "mbn"
 autodoc_typehints = "none"  # the docstrings say shapes and dtypes, which types cannot
 autodoc_member_order = "bysource"
 napoleon_use_rtype = False
-myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3

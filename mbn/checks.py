@@ -10,7 +10,7 @@ import operator
 from typing import Any
 
 from mbn.contract import Array, Backend, dtype_name
-from mbn.state import State
+from mbn.state import Settings, State
 
 _INPUT_DTYPES = {
     "float32": frozenset({"float16", "bfloat16", "float32"}),
@@ -89,28 +89,20 @@ def rank(shape: tuple[int, ...], axis: int) -> None:
         raise ValueError(message)
 
 
-def batch(backend: Backend, x: Array, shape: tuple[int, ...], *, num_features: int, axis: int, dtype: str) -> None:
-    """Check an input of ``backend`` against a layer of ``num_features`` channels whose statistics are ``dtype``.
+def batch(backend: Backend, x: Array, shape: tuple[int, ...], settings: Settings, *, training: bool) -> None:
+    """Check an input of ``backend`` against the settings of a layer.
 
-    ``shape`` is that of ``x``, which some frameworks take long to tell.
+    ``shape`` is that of ``x``, which some frameworks take long to tell. ``training`` by the statistics of ``x`` takes
+    more than one value per channel, since one has no variance.
     """
+    axis = settings.axis
     rank(shape, axis)
-    name = dtype_name(x.dtype)
-    if name not in _INPUT_DTYPES[dtype] or name not in backend.capabilities.dtypes:
-        raise TypeError(_wrong_dtype(name, dtype, backend))
-    if shape[axis] != num_features:
-        message = (
-            f"x has shape {tuple(shape)}, so {shape[axis]} channels on axis {axis}; num_features is {num_features}."
-        )
-        other = {1: -1, -1: 1}[axis]
-        if len(shape) == 3 and shape[other] == num_features:  # noqa: PLR2004 - the rank with two possible layouts
-            message += f" For channels on axis {other}, make the layer with axis={other}."
-        raise ValueError(message)
-
-
-def more_than_one_value(shape: tuple[int, ...], num_features: int) -> None:
-    """Check that training sees more than one value per channel: one value has no variance."""
-    if math.prod(shape) == num_features:
+    dtype = dtype_name(x.dtype)
+    if dtype not in _INPUT_DTYPES[settings.dtype] or dtype not in backend.capabilities.dtypes:
+        raise TypeError(_wrong_dtype(dtype, settings.dtype, backend))
+    if shape[axis] != settings.num_features:
+        raise ValueError(_wrong_channels(shape, settings))
+    if training and math.prod(shape) == settings.num_features:
         message = (
             f"x has shape {tuple(shape)}: one value per channel has no variance to train on. Give more values, or "
             "normalise by the running statistics: eval() or freeze()."
@@ -158,6 +150,15 @@ def count(value: Any) -> None:
     if not kind.startswith("int") or shape != ():
         message = f"num_batches_tracked is an integer scalar, not {kind} of shape {shape}."
         raise TypeError(message)
+
+
+def _wrong_channels(shape: tuple[int, ...], settings: Settings) -> str:
+    axis, other = settings.axis, -settings.axis
+    needed = settings.num_features
+    message = f"x has shape {tuple(shape)}, so {shape[axis]} channels on axis {axis}; num_features is {needed}."
+    if len(shape) == 3 and shape[other] == needed:  # noqa: PLR2004 - the rank with two layouts
+        message += f" For channels on axis {other}, make the layer with axis={other}."
+    return message
 
 
 def _wrong_dtype(given: str, dtype: str, backend: Backend) -> str:

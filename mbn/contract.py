@@ -117,7 +117,7 @@ class Backend(ABC):
 
     @abstractmethod
     def device(self, x: Array) -> Any:
-        """Return where ``x`` lies, comparable with ``==``; None where it is traced, or free to move."""
+        """Return where ``x`` lies, comparable with ``==``; None where that binds nobody: traced, or free to move."""
 
     @abstractmethod
     def moments(self, x: Array) -> Moments:

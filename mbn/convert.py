@@ -11,6 +11,8 @@ import numpy as np
 from mbn import checks, registry
 from mbn.contract import Array, Backend, dtype_name
 
+_WITHOUT_DTYPE = frozenset({list, tuple, int, float, bool, complex})
+
 
 def asarray(x: Any, dtype: Any = None, *, backend: str | Backend | None = None, device: Any = None) -> Array:
     """Bring an array of any known framework to a backend: the explicit way over the border.
@@ -50,10 +52,14 @@ def received(backend: Backend, name: str, x: Any, dtype: str, device: Any) -> Ar
     ``name`` is what messages call it. Lists and scalars have no dtype of their own, so numbers in them take that of the
     layer, ``dtype``.
     """
+    if type(x) in _WITHOUT_DTYPE:
+        x = np.asarray(x)
+        if x.dtype.kind in "fiu":
+            x = x.astype(dtype)
     owner = registry.owner_of(x)
-    if owner is backend and hasattr(x, "dtype"):
-        if device is not None:
-            checks.device(name, backend.device(x), device)
+    if owner is backend:
+        if device is not None and (given := backend.device(x)) != device:
+            checks.device(name, given, device)
         return x
     if not registry.is_host_data(x):
         message = (
@@ -61,10 +67,6 @@ def received(backend: Backend, name: str, x: Any, dtype: str, device: Any) -> Ar
             f"bn.to(backend={owner.name!r}); or the array: mbn.asarray({name}, backend={backend.name!r})."
         )
         raise TypeError(message)
-    if not hasattr(x, "dtype"):
-        x = np.asarray(x)
-        if x.dtype.kind in "fiu":
-            x = x.astype(dtype)
     if dtype_name(x.dtype) not in backend.capabilities.dtypes:
         return x  # refused by its dtype, in the words that every backend has for it, before anything is moved
     return backend.asarray(x, device=device)

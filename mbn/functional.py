@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from mbn import checks, registry
 from mbn.contract import Array, Backend, dtype_name, layer_dtype
 from mbn.convert import received
-from mbn.state import Params, State
+from mbn.state import Params, Settings, State
 
 
 class BatchNormResult(NamedTuple):
@@ -72,19 +72,15 @@ def batch_norm(
     checks.rank(x.shape, axis)
     params, state = received_vectors(chosen, Params(weight, bias), state, x.shape[axis], dtype, chosen.device(x))
     checks.running_statistics(state, needed=not training)
-    y, state = forward(
-        chosen,
-        x,
-        params,
-        state,
+    settings = Settings(
         num_features=x.shape[axis],
         dtype=dtype,
-        training=training,
-        momentum=checks.momentum(momentum),
         eps=checks.eps(eps),
+        momentum=checks.momentum(momentum),
         axis=axis,
         correction=checks.correction(correction),
     )
+    y, state = forward(chosen, x, params, state, settings, training=training)
     return BatchNormResult(y, state.running_mean, state.running_var)
 
 
@@ -115,40 +111,27 @@ def received_vectors(
 
 
 def forward(
-    backend: Backend,
-    x: Array,
-    params: Params,
-    state: State,
-    *,
-    num_features: int,
-    dtype: str,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    axis: int,
-    correction: int,
+    backend: Backend, x: Array, params: Params, state: State, settings: Settings, *, training: bool
 ) -> tuple[Array, State]:
     """Check ``x``, an array of ``backend``, and normalise it. Everything else has been checked.
 
     ``training`` says by which statistics: those of ``x`` or the running ones.
     """
     shape = x.shape
-    checks.batch(backend, x, shape, num_features=num_features, axis=axis, dtype=dtype)
-    if training:
-        checks.more_than_one_value(shape, num_features)
+    checks.batch(backend, x, shape, settings, training=training)
     if 0 in shape:
         # An empty batch has no statistics and no output to compute; torch counts it all the same.
         counted = training and state.num_batches_tracked is not None
         return x, state._replace(num_batches_tracked=state.num_batches_tracked + 1) if counted else state
-    channels_last = axis == -1 and len(shape) == 3  # noqa: PLR2004 - (N, L, C)
+    channels_last = settings.axis == -1 and len(shape) == 3  # noqa: PLR2004 - (N, L, C)
     y, state = backend.batch_norm(
         x.mT if channels_last else x,
         params,
         state,
         training=training,
-        momentum=momentum,
-        eps=eps,
-        correction=correction,
+        momentum=settings.momentum,
+        eps=settings.eps,
+        correction=settings.correction,
     )
     return y.mT if channels_last else y, state
 

@@ -14,7 +14,7 @@ from mbn import checks, registry
 from mbn.contract import Array, Backend
 from mbn.convert import owned, received
 from mbn.functional import forward, received_vectors
-from mbn.state import IncompatibleKeys, Params, State, compare_keys, to_dict
+from mbn.state import IncompatibleKeys, Params, Settings, State, compare_keys, to_dict
 
 
 class _Entry:
@@ -94,16 +94,18 @@ class BatchNorm1d:
         correction: int = 1,
         backend: str | Backend | None = None,
     ) -> None:
-        self.num_features = checks.num_features(num_features)
-        self.eps = eps
-        self.momentum = momentum
+        self._settings = Settings(
+            num_features=checks.num_features(num_features),
+            dtype=checks.statistics_dtype(dtype),
+            eps=checks.eps(eps),
+            momentum=checks.momentum(momentum),
+            axis=checks.axis(axis),
+            correction=checks.correction(correction),
+        )
         self.affine = bool(affine)
         self.track_running_stats = bool(track_running_stats)
         self.training = True
         self._has_bias = bool(bias)
-        self._axis = checks.axis(axis)
-        self._correction = checks.correction(correction)
-        self._dtype = checks.statistics_dtype(dtype)
         self._frozen = False
         self._params = Params(None, None)
         self._state = State(None, None, None)
@@ -116,32 +118,37 @@ class BatchNorm1d:
             self.reset_parameters()
 
     @property
+    def num_features(self) -> int | None:
+        """The number of channels, or None while the first input has yet to tell."""
+        return self._settings.num_features
+
+    @property
     def eps(self) -> float:
         """What is added to the variance."""
-        return self._eps
+        return self._settings.eps
 
     @eps.setter
     def eps(self, value: float) -> None:
-        self._eps = checks.eps(value)
+        self._settings = self._settings._replace(eps=checks.eps(value))
 
     @property
     def momentum(self) -> float | None:
         """The weight of the new value in the running statistics, or None for the average over all batches."""
-        return self._momentum
+        return self._settings.momentum
 
     @momentum.setter
     def momentum(self, value: float | None) -> None:
-        self._momentum = checks.momentum(value)
+        self._settings = self._settings._replace(momentum=checks.momentum(value))
 
     @property
     def axis(self) -> int:
-        """Where the channels are: 1 or -1."""
-        return self._axis
+        """The axis of the channels, 1 or -1."""
+        return self._settings.axis
 
     @property
     def correction(self) -> int:
-        """What is subtracted from the number of values in running_var: 1 or 0."""
-        return self._correction
+        """What running_var takes off the number of values, 1 or 0."""
+        return self._settings.correction
 
     @property
     def backend(self) -> str | None:
@@ -175,11 +182,11 @@ class BatchNorm1d:
             TypeError: another framework's array, or a dtype that is not floating or would lose precision.
             ValueError: a wrong shape or device, or one value per channel in training. The layer is unchanged.
         """
-        if not self._is_bound or self.num_features is None:
+        backend, settings, before = self._backend, self._settings, self._state
+        if not self._is_bound or settings.num_features is None:
             return self._first_call(x)
-        before = self._state
-        x = received(self._backend, "x", x, self._dtype, self._device)
-        y, after = self._forward(self._backend, self._params, before, x, training=self.training)
+        x = received(backend, "x", x, settings.dtype, self._device)
+        y, after = forward(backend, x, self._params, before, settings, training=self._uses_batch(before, self.training))
         if after is not before:
             self._state = after
         return y
@@ -195,30 +202,17 @@ class BatchNorm1d:
         Raises:
             TypeError, ValueError: as in a call, and for parameters or statistics of a wrong shape or dtype.
         """
-        num_features = self._channels()
+        num_features, settings = self._channels(), self._settings
         backend = self._backend if self._is_bound else registry.owner_of(x)
         device = self._device if self._is_bound else None
-        x = received(backend, "x", x, self._dtype, device)
-        params, state = received_vectors(backend, params, state, num_features, self._dtype, device)
-        checks.running_statistics(state, needed=False, counted=self._momentum is None)
-        return self._forward(backend, params, state, x, training=training)
+        x = received(backend, "x", x, settings.dtype, device)
+        params, state = received_vectors(backend, params, state, num_features, settings.dtype, device)
+        checks.running_statistics(state, needed=False, counted=settings.momentum is None)
+        return forward(backend, x, params, state, settings, training=self._uses_batch(state, training))
 
-    def _forward(
-        self, backend: Backend, params: Params, state: State, x: Array, *, training: bool
-    ) -> tuple[Array, State]:
-        return forward(
-            backend,
-            x,
-            params,
-            state,
-            num_features=self._channels(),
-            dtype=self._dtype,
-            training=(training and not self._frozen) or state.running_mean is None,
-            momentum=self._momentum,
-            eps=self._eps,
-            axis=self._axis,
-            correction=self._correction,
-        )
+    def _uses_batch(self, state: State, training: bool) -> bool:  # noqa: FBT001 - in every call, where keywords cost
+        """Tell whether to normalise by the batch's own statistics."""
+        return (training and not self._frozen) or state.running_mean is None
 
     def _first_call(self, x: Any) -> Array:
         trial = copy.copy(self)
@@ -226,10 +220,9 @@ class BatchNorm1d:
             backend = registry.owner_of(x)
             trial._bind(backend, backend.device(x) if self._device is None else self._device)
         if trial.num_features is None:
-            x = received(trial._backend, "x", x, trial._dtype, None)
-            checks.rank(x.shape, self._axis)
-            trial.num_features = checks.num_features(x.shape[self._axis])
-            trial.reset_parameters()
+            x = received(trial._backend, "x", x, self._settings.dtype, None)
+            checks.rank(x.shape, self.axis)
+            trial._learn_features(x.shape[self.axis])
         y = trial(x)
         self.__dict__.update(trial.__dict__)
         return y
@@ -309,8 +302,7 @@ class BatchNorm1d:
             if not shapes or len(shapes[0]) != 1:
                 message = "num_features is to come from this state_dict, but it has no weight or running_mean of (C,)."
                 raise ValueError(message)
-            trial.num_features = checks.num_features(shapes[0][0])
-            trial.reset_parameters()
+            trial._learn_features(shapes[0][0])
         expected = trial.state_dict()
         incompatible = compare_keys(expected, state_dict, strict=strict)
         trial._store({key: trial._own(key, state_dict[key]) for key in expected if key in state_dict})
@@ -326,7 +318,7 @@ class BatchNorm1d:
         """
         trial = copy.copy(self)
         if dtype is not None:
-            trial._dtype = checks.statistics_dtype(dtype)
+            trial._settings = self._settings._replace(dtype=checks.statistics_dtype(dtype))
         target = self._backend if backend is None else registry.get_backend(backend)
         if device is None and target is self._backend:
             device = self._device
@@ -340,12 +332,11 @@ class BatchNorm1d:
 
     def __repr__(self) -> str:
         """Return torch's text and what this layer adds to it."""
-        added = f", axis={self._axis}" * (self._axis != 1) + f", correction={self._correction}" * (
-            self._correction != 1
-        )
+        axis = f", axis={self.axis}" if self.axis != 1 else ""
+        correction = f", correction={self.correction}" if self.correction != 1 else ""
         return (
             f"BatchNorm1d({self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
-            f"bias={self.affine and self._has_bias}, track_running_stats={self.track_running_stats}{added}, "
+            f"bias={self.affine and self._has_bias}, track_running_stats={self.track_running_stats}{axis}{correction}, "
             f"backend={self.backend!r})"
         )
 
@@ -356,6 +347,10 @@ class BatchNorm1d:
         self._device = backend.device(backend.asarray(np.zeros(0, np.float32), device=device))
         self._own_all()
 
+    def _learn_features(self, num_features: int) -> None:
+        self._settings = self._settings._replace(num_features=checks.num_features(num_features))
+        self.reset_parameters()
+
     def _own_all(self) -> None:
         self._store({key: self._own(key, value) for key, value in to_dict(self._params, self._state).items()})
 
@@ -365,7 +360,7 @@ class BatchNorm1d:
             value,
             backend=self._backend,
             shape=() if name == "num_batches_tracked" else (self._channels(),),
-            dtype="int64" if name == "num_batches_tracked" else self._dtype,
+            dtype="int64" if name == "num_batches_tracked" else self._settings.dtype,
             device=self._device if self._is_bound else None,
             fill=fill,
         )

@@ -1,4 +1,4 @@
-"""The parameters and statistics of a layer as values.
+"""What a layer is made of, as values.
 
 NamedTuples, because JAX and Torch take those as pytrees without registration, and because a layer that stores its
 state in one assignment can never be seen half updated. Keys and their order are torch's.
@@ -21,6 +21,17 @@ class State(NamedTuple):
     running_mean: Any
     running_var: Any
     num_batches_tracked: Any
+
+
+class Settings(NamedTuple):
+    """What stays the same from call to call; all of it checked."""
+
+    num_features: int | None
+    dtype: str
+    eps: float
+    momentum: float | None
+    axis: int
+    correction: int
 
 
 class IncompatibleKeys(NamedTuple):
