@@ -4,14 +4,16 @@ import platform
 import sys
 from importlib import metadata
 
+import mbn
 from mbn.registry import list_backends
 
-_DISTRIBUTIONS = ("mbn", "numpy", "torch", "jax", "jaxlib", "cupy-cuda12x", "cupy-cuda13x", "numba", "ml_dtypes")
+_DISTRIBUTIONS = ("numpy", "torch", "jax", "jaxlib", "cupy-cuda12x", "cupy-cuda13x", "numba", "ml_dtypes")
 
 
 def show_versions() -> None:
     """Print the versions of Python, mbn and the frameworks, and the known backends."""
     print(f"python: {sys.version.split()[0]} ({platform.platform()})")
+    print(f"mbn: {mbn.__version__} ({mbn.__file__})")
     for distribution in _DISTRIBUTIONS:
         print(f"{distribution}: {_version(distribution)}")
     print(f"backends: {_backends()}")

@@ -76,6 +76,7 @@ def test_show_versions_never_raises(capsys: pytest.CaptureFixture[str], monkeypa
 def test_show_versions_tells_what_is_installed(capsys: pytest.CaptureFixture[str]) -> None:
     mbn.show_versions()
     printed = capsys.readouterr().out
+    assert f"mbn: {mbn.__version__} (" in printed
     assert "numpy: 2." in printed
     assert "backends: " in printed
     assert "torch" in printed
