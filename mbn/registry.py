@@ -58,6 +58,8 @@ _registered: dict[str, Known] = {}
 _loaded: dict[str, Backend] = {}
 _owners: dict[type, Backend] = {}
 _lock = threading.RLock()
+PYTHON_DATA = (list, tuple, int, float, complex)
+"""What has no framework and no dtype."""
 _context: ContextVar[Backend | None] = ContextVar("mbn.use_backend", default=None)
 _default: Backend | None = None
 
@@ -188,7 +190,7 @@ def is_host_data(x: object) -> bool:
 
 
 def _find_owner(x: object) -> Backend:
-    if isinstance(x, list | tuple | int | float | complex):
+    if isinstance(x, PYTHON_DATA):
         return get_backend(_HOST)
     kind = type(x)
     broken: BackendUnavailableError | None = None
@@ -236,6 +238,9 @@ def _construct(name: str, known: Known) -> Backend:
             f"backend {name!r} ({known.source}) is broken: {known.target!r} gives a {type(backend).__name__}, which is "
             "not a mbn.contract.Backend."
         )
+        raise BackendUnavailableError(message)
+    if backend.name != name:  # layers say and pickle their backend's own name
+        message = f"backend {name!r} ({known.source}) is broken: it calls itself {backend.name!r}."
         raise BackendUnavailableError(message)
     return backend
 

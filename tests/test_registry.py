@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from toy import Toy
+from toy import InputMutated, Toy
 
 import mbn
 from mbn import registry
@@ -54,6 +54,8 @@ def test_functional_follows_the_choice() -> None:
     calls = []
 
     class Recording(Toy):
+        name = "recording"
+
         def moments(self, x: np.ndarray) -> object:
             calls.append(x.shape)
             return super().moments(x)
@@ -177,12 +179,15 @@ def test_backend_that_is_none() -> None:
 
 
 def test_registering() -> None:
-    mbn.register_backend("by-string", "toy:Toy")
-    mbn.register_backend("instance", Toy())
-    assert type(mbn.get_backend("by-string")) is Toy
-    assert type(mbn.get_backend("instance")) is Toy
-    mbn.register_backend("instance", "toy:InputMutated")
-    assert type(mbn.get_backend("instance")) is not Toy
+    for target, kind in [("toy:Toy", Toy), (Toy(), Toy), (Toy, Toy), ("toy:InputMutated", InputMutated)]:
+        mbn.register_backend("toy", target)
+        assert type(mbn.get_backend("toy")) is kind
+
+
+def test_backend_of_another_name() -> None:
+    mbn.register_backend("alias", Toy)
+    with pytest.raises(mbn.BackendUnavailableError, match="'alias' .* calls itself 'toy'"):
+        mbn.get_backend("alias")
 
 
 @pytest.mark.parametrize(
@@ -208,6 +213,8 @@ def test_owner_of_own_array_types() -> None:
         shape = (2, 4)
 
     class ArrayBackend(Toy):
+        name = "arrays"
+
         def owns(self, x: object) -> bool:
             asked.append(x)
             return isinstance(x, Array)
