@@ -11,8 +11,6 @@ import numpy as np
 from mbn import checks, registry
 from mbn.contract import Array, Backend, dtype_name
 
-_WITHOUT_DTYPE = frozenset({list, tuple, int, float, bool, complex})
-
 
 def asarray(x: Any, dtype: Any = None, *, backend: str | Backend | None = None, device: Any = None) -> Array:
     """Bring an array of any known framework to a backend: the explicit way over the border.
@@ -52,14 +50,14 @@ def received(backend: Backend, name: str, x: Any, dtype: str, device: Any) -> Ar
     ``name`` is what messages call it. Lists and scalars have no dtype of their own, so numbers in them take that of the
     layer, ``dtype``.
     """
-    if type(x) in _WITHOUT_DTYPE:
+    if isinstance(x, registry.PYTHON_DATA):
         x = np.asarray(x)
         if x.dtype.kind in "fiu":
             x = x.astype(dtype)
     owner = registry.owner_of(x)
     if owner is backend:
-        if device is not None and (given := backend.device(x)) != device:
-            checks.device(name, given, device)
+        if device is not None:
+            checks.device(name, backend.device(x), device)
         return x
     if not registry.is_host_data(x):
         message = (

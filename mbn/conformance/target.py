@@ -1,6 +1,5 @@
 """The backend under test, as tests see it: a backend on one device, reached only through the public names."""
 
-import copy
 from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401 - teaches NumPy the name "bfloat16"
@@ -85,7 +84,7 @@ def assert_same(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> 
 def configured(layer: mbn.BatchNorm1d, seed: int) -> mbn.BatchNorm1d:
     """Give a layer parameters and statistics that are not the initial ones, and return it."""
     generator = np.random.default_rng(seed)
-    for key, value in copy.copy(layer.state_dict()).items():
+    for key, value in layer.state_dict().items():
         if key == "num_batches_tracked":
             layer.num_batches_tracked = 3
         else:

@@ -14,6 +14,10 @@ from mbn.conformance.target import Target, assert_same, configured
 X = np.random.default_rng(10).standard_normal((5, 4, 3)).astype(np.float32)
 
 
+class Nested(list[Any]):
+    """A list by another name."""
+
+
 class Stranger:
     """An array of a framework that nobody knows."""
 
@@ -37,6 +41,7 @@ INPUTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "strings": (lambda: np.full((5, 4), "1"), TypeError, "str"),
     "float64": (lambda: X.astype(float), TypeError, "float64"),
     "nested booleans": (lambda: [[True] * 4] * 5, TypeError, "bool"),
+    "a kind of list": (lambda: Nested([1.0, 2.0]), ValueError, r"shape \(2,\)"),
     "masked array": (lambda: np.ma.masked_array(X), TypeError, "MaskedArray"),
     "unknown array": (Stranger, TypeError, "Stranger"),
     "None": (lambda: None, TypeError, "NoneType"),
