@@ -7,7 +7,9 @@ says what was given, what is needed and how to get there.
 import math
 import numbers
 import operator
-from typing import Any
+from typing import Any, NoReturn
+
+import numpy as np
 
 from mbn.contract import Array, Backend, dtype_name
 from mbn.state import Settings, State
@@ -17,6 +19,13 @@ _INPUT_DTYPES = {
     "float64": frozenset({"float16", "bfloat16", "float32", "float64"}),
 }
 """By dtype of the statistics: what x may be without losing precision."""
+
+_PLACE_DTYPES = {
+    "mask": (("bool",), "bool, True where there is a value: mask != 0 makes one of numbers"),
+    "lengths": (("int", "uint"), "made of integers"),
+    "sample_weight": (("int", "uint", "float", "bfloat"), "made of real numbers"),
+}
+"""What may be said about places: the first letters of its dtypes, and what to say of others."""
 
 
 def num_features(value: Any) -> int | None:
@@ -149,6 +158,51 @@ def count(value: Any) -> None:
     shape = tuple(getattr(value, "shape", ()))
     if not kind.startswith("int") or shape != ():
         message = f"num_batches_tracked is an integer scalar, not {kind} of shape {shape}."
+        raise TypeError(message)
+
+
+def masks(backend: Backend) -> None:
+    """Check that a backend knows weights."""
+    if not backend.capabilities.masks:
+        message = (
+            f"{backend.name} declares no masks: it takes no mask, lengths or sample_weight. Leave out what has no "
+            "value before the call, or move the layer: bn.to(backend='numpy')."
+        )
+        raise TypeError(message)
+
+
+def place_values(name: str, values: Array, places: tuple[int, ...]) -> None:
+    """Check the dtype and shape of a mask, lengths or sample weights for an input with ``places``, (N,) or (N, L)."""
+    kind, shape = dtype_name(values.dtype), tuple(values.shape)
+    first_letters, needed = _PLACE_DTYPES[name]
+    if not kind.startswith(first_letters):
+        message = f"{name} is {kind}; it has to be {needed}."
+        raise TypeError(message)
+    if name == "lengths" and len(places) == 1:
+        message = "lengths are those of sequences, and an x of (N, C) has none: give a mask, (N,)."
+        raise ValueError(message)
+    allowed = [places[:1]] if name == "lengths" or len(places) == 1 else [places[:1], places]
+    if shape not in allowed:
+        message = f"{name} has shape {shape}; this x needs {' or '.join(map(str, allowed))}."
+        raise ValueError(message)
+
+
+def out_of_range(name: str, values: np.ndarray, limit: float) -> NoReturn:
+    """Refuse lengths or sample weights by the first that is not at least 0 and below ``limit``."""
+    wrong = values[~((values >= 0) & (values < limit))].flat[0]
+    needed = "at least 0 and finite" if math.isinf(limit) else f"from 0 to {limit - 1}, the length of x"
+    message = f"{name} has a value of {wrong}; it has to be {needed}."
+    raise ValueError(message)
+
+
+def gradient(dy: Array, shape: tuple[int, ...], dtype: str) -> None:
+    """Check that what a pullback is given could be the gradient of its output."""
+    given = dtype_name(dy.dtype)
+    if tuple(dy.shape) != shape:
+        message = f"dy has shape {tuple(dy.shape)}; it is the gradient of the output and has its shape, {shape}."
+        raise ValueError(message)
+    if given != dtype:
+        message = f"dy is {given}; it is the gradient of the output and has its dtype: convert it to {dtype}."
         raise TypeError(message)
 
 

@@ -5,7 +5,7 @@ a message or a layer. This module has to stay free of frameworks, and is all of 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
 
 import numpy as np
@@ -50,17 +50,38 @@ class Capabilities(NamedTuple):
     """Arrays can be written in place, so the suite has to prove that they are not."""
     strided: bool
     """Arrays can have any memory order, and outputs keep that of x."""
+    masks: bool = False
+    """Batches can have weights: the verbs take them."""
+    autograd: bool = False
+    """The framework differentiates through every call, backwards and forwards and again: ``grad``, ``jvp``."""
+    vmap: bool = False
+    """The framework vectorises calls over a further axis: ``vmap``."""
+    jit: bool = False
+    """The framework traces and compiles pure functions: ``jit``."""
+    compile: bool = False
+    """The framework compiles Python as it stands, a layer that changes its state included: ``compile``."""
 
 
 class Moments(NamedTuple):
     """Per-channel statistics of one batch."""
 
-    count: int  # type: ignore[assignment]  # the field's name; tuple.count is of no use here
-    """Values per channel."""
+    count: Any  # the field's name; tuple.count is of no use here
+    """Values per channel, an int; of a weighted batch the sum of its weights, in a form of the backend's own."""
     mean: Any
-    """The mean, in whatever form this backend's ``normalize`` and ``lerp`` read: it may carry more precision than x."""
+    """The mean, in whatever form the backend's other verbs read: it may carry more precision than x."""
     m2: Any
-    """Sum of squared deviations from the mean; ``m2 / n`` is a variance in a form that the two read as well."""
+    """Sum of squared deviations from the mean, in the backend's own form too: ``variance`` reads it."""
+
+
+class Residuals(NamedTuple):
+    """What a forward pass leaves behind for ``pullback``; later changes of parameters and statistics don't touch it."""
+
+    mean: Any
+    """What was normalised by: ``Moments.mean``, or a copy of the running mean."""
+    var: Any
+    """The same of the variance."""
+    count: Any
+    """``Moments.count`` where both depend on x; None where they are constants: in evaluation."""
 
 
 class Backend(ABC):
@@ -68,7 +89,12 @@ class Backend(ABC):
 
     Every verb takes and returns the framework's own arrays, except at the border (``asarray``, ``to_numpy``). ``x`` has
     shape (N, C) or (N, C, L), holds at least one value, and has been checked: a backend validates nothing. Vectors are
-    (C,) in the layer's dtype, float32 or float64. No verb writes to its arguments.
+    (C,) in the layer's dtype, float32 or float64. No verb writes to its arguments, with one exception, ``parameter``.
+
+    ``weights`` say how often each value counts, in every channel alike: (N,) for an x of (N, C) and (N, L) for one of
+    (N, C, L), in the layer's dtype, at least 0; or None, where each counts once. A value of weight 0 is no value: it
+    may be NaN or infinite, and no statistic, output or gradient may depend on it. They come from ``weights``, and are
+    constants to differentiation.
 
     Constructing a backend must raise where its framework cannot work (no GPU, say); the message reaches the user.
     """
@@ -120,27 +146,117 @@ class Backend(ABC):
         """Return where ``x`` lies, comparable with ``==``; None where that binds nobody: traced, or free to move."""
 
     @abstractmethod
-    def moments(self, x: Array) -> Moments:
-        """Return the statistics of each channel over all other axes."""
+    def copy(self, x: Array) -> Array:
+        """Return a copy that changes with nothing else, cut off from any differentiation."""
+
+    # Arithmetic.
 
     @abstractmethod
-    def normalize(self, x: Array, mean: Any, var: Any, weight: Array | None, bias: Array | None, eps: float) -> Array:
+    def weights(
+        self,
+        shape: tuple[int, ...],
+        dtype: str,
+        mask: Array | None,
+        lengths: Array | None,
+        sample_weight: Array | None,
+    ) -> Array:
+        """Return the weights, of ``shape`` and ``dtype``: the sample weight where mask and lengths allow, else 0.
+
+        Args:
+            shape: (N,) or (N, L).
+            dtype: the layer's, float32 or float64.
+            mask: True for a value: bool, (N,) or (N, L).
+            lengths: how many values each sequence has, from its start: integers, (N,), for a shape (N, L) alone.
+            sample_weight: real numbers, (N,) or (N, L); 1 if None.
+
+        Where ``within`` could not tell, under a trace, a negative weight or a length outside of 0 to L gives NaN, which
+        nobody can take for a result.
+        """
+
+    @abstractmethod
+    def within(self, values: Array, low: float, high: float) -> bool | None:
+        """Tell whether ``low <= value < high`` holds for all values; None while they are being traced."""
+
+    @abstractmethod
+    def moments(self, x: Array, weights: Array | None = None) -> Moments:
+        """Return the statistics of each channel over all other axes; finite ones where all weights are 0."""
+
+    @abstractmethod
+    def variance(self, moments: Moments, correction: int) -> Any:
+        """Return ``m2 / (count - correction)``, in a form that ``normalize`` and ``lerp`` read.
+
+        It is 0 where the weights add up to ``correction`` or less. Without weights the count is greater, as checked.
+        """
+
+    @abstractmethod
+    def normalize(
+        self,
+        x: Array,
+        mean: Any,
+        var: Any,
+        weight: Array | None,
+        bias: Array | None,
+        eps: float,
+        weights: Array | None = None,
+    ) -> Array:
         """Return ``(x - mean) / sqrt(var + eps) * weight + bias``, rounded once to x's dtype.
 
-        ``mean`` and ``var`` are (C,) vectors, or ``Moments.mean`` and ``Moments.m2 / n``. Where ``var + eps`` is 0 the
-        result is the bias. Memory order and device are those of ``x``.
+        ``mean`` and ``var`` are (C,) vectors, or ``Moments.mean`` and from ``variance``. Where ``var + eps`` is 0 the
+        result is the bias; where the weight of a value is 0 it is 0. Memory order and device are those of ``x``.
         """
 
     @abstractmethod
     def lerp(self, start: Array, end: Any, weight: Any) -> Array:
         """Return ``(1 - weight) * start + weight * end`` for (C,) statistics, rounded once to the dtype of ``start``.
 
-        ``end`` is a vector, ``Moments.mean`` or ``Moments.m2 / n``; ``weight`` is a float, or from ``reciprocal``.
+        ``end`` is a vector, ``Moments.mean`` or from ``variance``; ``weight`` is a float, or from ``step``. With a
+        weight of 0 the result is ``start``, whatever ``end`` is. To differentiation it is a constant.
         """
 
     @abstractmethod
-    def reciprocal(self, count: Array) -> Array:
-        """Return ``1 / count`` of an integer scalar on its device, without waiting for it, as a weight for ``lerp``."""
+    def step(self, momentum: float | None, num_batches_tracked: Array | None, count: Any, correction: int) -> Any:
+        """Return the weight of a batch in the running statistics, for ``lerp``, without waiting for any device.
+
+        It is ``momentum``, or ``1 / num_batches_tracked`` where that is None; and 0 for a batch without a variance,
+        whose ``count``, a sum of weights, is ``correction`` or less.
+        """
+
+    @abstractmethod
+    def grad_sums(
+        self, dy: Array, x: Array, mean: Any, var: Any, eps: float, weights: Array | None = None
+    ) -> tuple[Array, Array]:
+        """Return the sums of ``dy`` and of ``dy * xhat`` for each channel; ``xhat = (x - mean) / sqrt(var + eps)``.
+
+        They are the gradients of bias and weight: (C,), in the dtype of the statistics or a wider one. Values of weight
+        0 are left out; no other weight matters, since ``dy`` says how much each output counts. Where ``var + eps`` is 0
+        so is ``xhat``.
+        """
+
+    @abstractmethod
+    def grad_input(
+        self,
+        dy: Array,
+        x: Array,
+        mean: Any,
+        var: Any,
+        weight: Array | None,
+        eps: float,
+        sums: tuple[Array, Array] | None,
+        count: Any,
+        weights: Array | None = None,
+    ) -> Array:
+        """Return the gradient of x, in its dtype, memory order and device.
+
+        With ``w`` the weight of a value (1 without weights) and ``(sum_dy, sum_dy_xhat) = sums``, from ``grad_sums``::
+
+            weight / sqrt(var + eps) * (dy - w * sum_dy / count - w * xhat * sum_dy_xhat / count)
+
+        or, where ``sums`` is None because mean and variance are constants, ``weight / sqrt(var + eps) * dy``. It is 0
+        where the weight of a value is 0.
+        """
+
+    # The whole, composed of the verbs. A backend whose framework runs it faster as one call overrides it, with the same
+    # numbers.
 
     def batch_norm(
         self,
@@ -152,24 +268,114 @@ class Backend(ABC):
         momentum: float | None,
         eps: float,
         correction: int,
+        weights: Array | None = None,
     ) -> tuple[Array, State]:
-        """Normalise ``x`` by its own moments (``training``) or by the running ones; return the output and new state.
+        """Normalise ``x`` by its own moments (``training``) or by the running ones; return the output and new state."""
+        y, state, _ = self.batch_norm_residuals(
+            x,
+            params,
+            state,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            correction=correction,
+            weights=weights,
+        )
+        return y, state
 
-        This is the verbs composed. A backend whose framework runs the whole faster as one call overrides it, with the
-        same numbers.
-        """
+    def batch_norm_residuals(
+        self,
+        x: Array,
+        params: Params,
+        state: State,
+        *,
+        training: bool,
+        momentum: float | None,
+        eps: float,
+        correction: int,
+        weights: Array | None = None,
+    ) -> tuple[Array, State, Residuals]:
+        """Do what ``batch_norm`` does, and return what ``pullback`` needs as well."""
         running_mean, running_var, num_batches_tracked = state
         weight, bias = params
         if not training:
-            return self.normalize(x, running_mean, running_var, weight, bias, eps), state
-        count, mean, m2 = self.moments(x)
-        n = float(count)  # an int may be too large for a framework's integers
-        y = self.normalize(x, mean, m2 / n, weight, bias, eps)
+            y = self.normalize(x, running_mean, running_var, weight, bias, eps, weights)
+            return y, state, Residuals(running_mean, running_var, None)
+        moments = self.moments(x, weights)
+        mean, var = moments.mean, self.variance(moments, 0)
+        y = self.normalize(x, mean, var, weight, bias, eps, weights)
         if num_batches_tracked is not None:
             num_batches_tracked = num_batches_tracked + 1
         if running_mean is not None:
             # Without a momentum it is the cumulative average: each batch so far weighs the same.
-            step = self.reciprocal(num_batches_tracked) if momentum is None else momentum
+            step = self.step(momentum, num_batches_tracked, moments.count, correction)
             running_mean = self.lerp(running_mean, mean, step)
-            running_var = self.lerp(running_var, m2 / (n - correction), step)
-        return y, State(running_mean, running_var, num_batches_tracked)
+            running_var = self.lerp(running_var, self.variance(moments, correction), step)
+        state = State(running_mean, running_var, num_batches_tracked)
+        return y, state, Residuals(mean, var, moments.count)
+
+    def pullback(
+        self,
+        dy: Array,
+        x: Array,
+        weight: Array | None,
+        residuals: Residuals,
+        eps: float,
+        weights: Array | None = None,
+    ) -> tuple[Array, Array, Array]:
+        """Return the gradients of x, weight and bias, given that of y; the last two are ``grad_sums``."""
+        mean, var, count = residuals
+        sums = self.grad_sums(dy, x, mean, var, eps, weights)
+        dx = self.grad_input(dy, x, mean, var, weight, eps, None if count is None else sums, count, weights)
+        sum_dy, sum_dy_xhat = sums
+        return dx, sum_dy_xhat, sum_dy
+
+    # What a framework wants of a layer. These do nothing unless a backend says otherwise.
+
+    def register(self, layer_type: type, flatten: Callable[[Any], Any], unflatten: Callable[[Any, Any], Any]) -> None:  # noqa: B027
+        """Learn of a class of layers, once, when the first of them binds to this backend.
+
+        ``flatten(layer)`` gives ``((params, state), rest)``, where the rest is hashable and comparable;
+        ``unflatten(rest, (params, state))`` gives a layer again, whatever stands for the arrays.
+        """
+
+    def parameter(self, value: Array, current: Array | None) -> Array:  # noqa: ARG002 - for those who need it
+        """Return an array that the framework's optimizers can train, with the values of ``value``, a layer's own.
+
+        ``current`` is the parameter that it takes the place of. An optimizer may hold it: where it can be written to
+        and has the same shape, dtype and device, it is written to and returned.
+        """
+        return value
+
+    def stores(self, before: State, after: State) -> bool:  # noqa: ARG002
+        """Tell whether a layer that held ``before`` is to hold ``after`` from this training step on.
+
+        It is not where the step repeats an earlier one, whose activations were not kept.
+
+        Raises:
+            RuntimeError: ``after`` is part of a trace that ends before the layer does.
+        """
+        return True
+
+    # The framework's own transformations, through which the suite sees whether the capabilities of the same names are
+    # what they are said to be.
+
+    def grad(self, function: Callable[..., Array]) -> Callable[..., Array]:
+        """Return the gradient, by its first argument, of a function whose result is a scalar (``autograd``)."""
+        raise NotImplementedError
+
+    def jvp(self, function: Callable[[Array], Array], x: Array, tangent: Array) -> Array:
+        """Return the derivative of ``function`` at ``x`` in a direction, in forward mode (``autograd``)."""
+        raise NotImplementedError
+
+    def vmap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``function`` over the first axes of all its arguments and results (``vmap``)."""
+        raise NotImplementedError
+
+    def jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``function``, a pure one of arrays, compiled (``jit``)."""
+        raise NotImplementedError
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``function`` compiled without a break (``compile``)."""
+        raise NotImplementedError

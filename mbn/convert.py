@@ -10,6 +10,7 @@ import numpy as np
 
 from mbn import checks, registry
 from mbn.contract import Array, Backend, dtype_name
+from mbn.state import Params, State
 
 
 def asarray(x: Any, dtype: Any = None, *, backend: str | Backend | None = None, device: Any = None) -> Array:
@@ -54,20 +55,58 @@ def received(backend: Backend, name: str, x: Any, dtype: str, device: Any) -> Ar
         x = np.asarray(x)
         if x.dtype.kind in "fiu":
             x = x.astype(dtype)
+    if is_own(backend, name, x, device):
+        return x
+    if dtype_name(x.dtype) not in backend.capabilities.dtypes:
+        return x  # refused by its dtype, in the words that every backend has for it, before anything is moved
+    return backend.asarray(x, device=device)
+
+
+def received_vectors(
+    backend: Backend, params: Params, state: State, num_features: int, dtype: str, device: Any
+) -> tuple[Params, State]:
+    """Return parameters and statistics from outside as checked arrays of ``backend``."""
+
+    def receive(name: str, value: Any) -> Array | None:
+        if value is None:
+            return None
+        vector = received(backend, name, value, dtype, device)
+        checks.vector(name, vector, num_features, dtype)
+        return vector
+
+    count = state.num_batches_tracked
+    if count is not None:
+        checks.count(count)
+        count = backend.asarray(count, "int64", device) if registry.is_host_data(count) else count
+    return (
+        Params(receive("weight", params.weight), receive("bias", params.bias)),
+        state._replace(
+            running_mean=receive("running_mean", state.running_mean),
+            running_var=receive("running_var", state.running_var),
+            num_batches_tracked=count,
+        ),
+    )
+
+
+def is_own(backend: Backend, name: str, x: Any, device: Any) -> bool:
+    """Tell whether ``x`` is an array of ``backend`` or host data, and refuse anything else.
+
+    Raises:
+        TypeError: another framework's array.
+        ValueError: an own array on another device.
+    """
     owner = registry.owner_of(x)
     if owner is backend:
         if device is not None:
             checks.device(name, backend.device(x), device)
-        return x
+        return True
     if not registry.is_host_data(x):
         message = (
             f"{name} is an array of {owner.name} and the backend is {backend.name}. Move the layer: "
             f"bn.to(backend={owner.name!r}); or the array: mbn.asarray({name}, backend={backend.name!r})."
         )
         raise TypeError(message)
-    if dtype_name(x.dtype) not in backend.capabilities.dtypes:
-        return x  # refused by its dtype, in the words that every backend has for it, before anything is moved
-    return backend.asarray(x, device=device)
+    return False
 
 
 def owned(

@@ -3,11 +3,15 @@
 Everything is checked here before a backend sees it; nothing that is passed in is written to.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from mbn import checks, registry
-from mbn.contract import Array, Backend, dtype_name, layer_dtype
-from mbn.convert import received
+from mbn.contract import Backend, dtype_name, layer_dtype
+from mbn.convert import received, received_vectors
+from mbn.forward import forward, forward_vjp
+from mbn.masking import Masking
+from mbn.pullback import Pullback
 from mbn.state import Params, Settings, State
 
 
@@ -31,6 +35,9 @@ def batch_norm(
     *,
     axis: int = 1,
     correction: int = 1,
+    mask: Any = None,
+    lengths: Any = None,
+    sample_weight: Any = None,
     backend: str | Backend | None = None,
 ) -> BatchNormResult:
     """Normalise each channel of ``x``: ``(x - mean) / sqrt(var + eps) * weight + bias``.
@@ -49,6 +56,8 @@ def batch_norm(
         eps: added to the variance; 0 is allowed. Where variance + eps is 0 the output is the bias.
         axis: where the channels are, 1 or -1.
         correction: 1 for the unbiased variance in ``running_var``, 0 for the biased one.
+        mask, lengths, sample_weight: which places hold a value, and how often it weights, as in
+            :meth:`mbn.BatchNorm1d.__call__`.
         backend: a name or a Backend; by default the one chosen by context, default or environment, else ``x``'s own.
 
     Returns:
@@ -60,17 +69,71 @@ def batch_norm(
 
     Source: Ioffe and Szegedy, Batch Normalization, 2015 (arXiv:1502.03167), algorithms 1 and 2.
     """
+    params, state = Params(weight, bias), State(running_mean, running_var, None)
+    masking = Masking.of(mask, lengths, sample_weight)
+    y, state = _run(forward, x, params, state, training, momentum, eps, axis, correction, masking, backend)
+    return BatchNormResult(y, state.running_mean, state.running_var)
+
+
+def batch_norm_vjp(
+    x: Any,
+    running_mean: Any = None,
+    running_var: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,  # noqa: FBT001, FBT002 - as batch_norm
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    correction: int = 1,
+    mask: Any = None,
+    lengths: Any = None,
+    sample_weight: Any = None,
+    backend: str | Backend | None = None,
+) -> tuple[BatchNormResult, Pullback]:
+    """Do what :func:`batch_norm` does, and return the function from a gradient of the output to those of the input.
+
+    Args: as :func:`batch_norm`.
+
+    Returns:
+        Its result, and ``pullback(dy) -> (dx, dweight, dbias)``; see :class:`mbn.pullback.Pullback`.
+
+    Raises:
+        TypeError, ValueError: as :func:`batch_norm`.
+    """
+    params, state = Params(weight, bias), State(running_mean, running_var, None)
+    masking = Masking.of(mask, lengths, sample_weight)
+    (y, pullback), state = _run(
+        forward_vjp, x, params, state, training, momentum, eps, axis, correction, masking, backend
+    )
+    return BatchNormResult(y, state.running_mean, state.running_var), pullback
+
+
+def _run(
+    run: Callable[..., tuple[Any, State]],
+    x: Any,
+    params: Params,
+    state: State,
+    training: bool,  # noqa: FBT001 - as they come
+    momentum: float,
+    eps: float,
+    axis: int,
+    correction: int,
+    masking: Masking | None,
+    backend: str | Backend | None,
+) -> tuple[Any, State]:
+    """Check the arguments of a function of this module, and do with them what ``run`` does."""
     chosen = registry.get_backend(backend) if backend is not None else registry.chosen_backend()
     chosen = chosen or registry.owner_of(x)
     if momentum is None:
         message = "momentum=None is the cumulative average, which needs the count of batches that BatchNorm1d keeps."
         raise TypeError(message)
     axis = checks.axis(axis)
-    state = State(running_mean, running_var, None)
-    dtype = _statistics_dtype(running_mean, running_var, weight, bias, x)
+    dtype = _statistics_dtype(state.running_mean, state.running_var, *params, x)
     x = received(chosen, "x", x, dtype, None)
     checks.rank(x.shape, axis)
-    params, state = received_vectors(chosen, Params(weight, bias), state, x.shape[axis], dtype, chosen.device(x))
+    params, state = received_vectors(chosen, params, state, x.shape[axis], dtype, chosen.device(x))
     checks.running_statistics(state, needed=not training)
     settings = Settings(
         num_features=x.shape[axis],
@@ -80,60 +143,7 @@ def batch_norm(
         axis=axis,
         correction=checks.correction(correction),
     )
-    y, state = forward(chosen, x, params, state, settings, training=training)
-    return BatchNormResult(y, state.running_mean, state.running_var)
-
-
-def received_vectors(
-    backend: Backend, params: Params, state: State, num_features: int, dtype: str, device: Any
-) -> tuple[Params, State]:
-    """Return parameters and statistics from outside as checked arrays of ``backend``."""
-
-    def receive(name: str, value: Any) -> Array | None:
-        if value is None:
-            return None
-        vector = received(backend, name, value, dtype, device)
-        checks.vector(name, vector, num_features, dtype)
-        return vector
-
-    count = state.num_batches_tracked
-    if count is not None:
-        checks.count(count)
-        count = backend.asarray(count, "int64", device) if registry.is_host_data(count) else count
-    return (
-        Params(receive("weight", params.weight), receive("bias", params.bias)),
-        state._replace(
-            running_mean=receive("running_mean", state.running_mean),
-            running_var=receive("running_var", state.running_var),
-            num_batches_tracked=count,
-        ),
-    )
-
-
-def forward(
-    backend: Backend, x: Array, params: Params, state: State, settings: Settings, *, training: bool
-) -> tuple[Array, State]:
-    """Check ``x``, an array of ``backend``, and normalise it. Everything else has been checked.
-
-    ``training`` says by which statistics: those of ``x`` or the running ones.
-    """
-    shape = x.shape
-    checks.batch(backend, x, shape, settings, training=training)
-    if 0 in shape:
-        # An empty batch has no statistics and no output to compute; torch counts it all the same.
-        counted = training and state.num_batches_tracked is not None
-        return x, state._replace(num_batches_tracked=state.num_batches_tracked + 1) if counted else state
-    channels_last = settings.axis == -1 and len(shape) == 3  # noqa: PLR2004 - (N, L, C)
-    y, state = backend.batch_norm(
-        x.mT if channels_last else x,
-        params,
-        state,
-        training=training,
-        momentum=settings.momentum,
-        eps=settings.eps,
-        correction=settings.correction,
-    )
-    return y.mT if channels_last else y, state
+    return run(chosen, x, params, state, settings, training=training, masking=masking)
 
 
 def _statistics_dtype(*arrays: Any) -> str:

@@ -5,16 +5,21 @@ follow from one rule: whatever is new is made completely first and stored in one
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import numpy as np
 
 from mbn import checks, registry
 from mbn.contract import Array, Backend
-from mbn.convert import owned, received
-from mbn.functional import forward, received_vectors
+from mbn.convert import owned, received, received_vectors
+from mbn.forward import forward, forward_vjp
+from mbn.masking import Masking
+from mbn.pullback import Pullback
 from mbn.state import IncompatibleKeys, Params, Settings, State, compare_keys, to_dict
+
+_introduced: set[tuple[type, str]] = set()
+"""The classes of layers, and the names of the backends that know of them."""
 
 
 class _Entry:
@@ -167,36 +172,67 @@ class BatchNorm1d:
         self._channels()
         return self._state
 
-    def __call__(self, x: Any) -> Array:
+    def __call__(self, x: Any, *, mask: Any = None, lengths: Any = None, sample_weight: Any = None) -> Array:
         """Normalise ``x``; in training, update the running statistics.
 
         Args:
             x: (N, C) or (N, C, L); with ``axis=-1`` (N, C) or (N, L, C). An array of the layer's backend, or host data
                 (a NumPy array, nested lists), which is brought there. float16, bfloat16 or float32; float64 too where
                 the layer's dtype is float64.
+            mask: True where x has a value: bool, (N,) or (N, L).
+            lengths: how many values each sequence has, from its start: integers from 0 to L, (N,).
+            sample_weight: how often a value counts in mean, variance and n: real numbers of at least 0, (N,) or (N, L).
+                They are taken in the layer's dtype, and are constants to differentiation.
+
+        Where mask, lengths or a weight of 0 leave no value, x may hold anything, NaN included: the output is 0 there,
+        and nothing else depends on it. A batch whose weights add up to ``correction`` or less has no variance: the
+        running statistics are kept.
 
         Returns:
             An array of the layer's backend with the shape, dtype, device and memory order of ``x``.
 
         Raises:
-            TypeError: another framework's array, or a dtype that is not floating or would lose precision.
-            ValueError: a wrong shape or device, or one value per channel in training. The layer is unchanged.
+            TypeError: another framework's array, or a dtype that is not floating or would lose precision, or is not
+                that of a mask, lengths or weights.
+            ValueError: a wrong shape or device, one value per channel in training, a length beyond L, a weight that is
+                negative or not finite. The layer is unchanged.
+            RuntimeError: the new statistics would be those of a trace that ends before the layer does.
         """
-        backend, settings, before = self._backend, self._settings, self._state
-        if not self._is_bound or settings.num_features is None:
-            return self._first_call(x)
-        x = received(backend, "x", x, settings.dtype, self._device)
-        y, after = forward(backend, x, self._params, before, settings, training=self._uses_batch(before, self.training))
-        if after is not before:
-            self._state = after
-        return y
+        return self._run(forward, x, Masking.of(mask, lengths, sample_weight))
 
-    def apply(self, params: Params, state: State, x: Any, *, training: bool) -> tuple[Array, State]:
+    def vjp(
+        self, x: Any, *, mask: Any = None, lengths: Any = None, sample_weight: Any = None
+    ) -> tuple[Array, Pullback]:
+        """Do what a call does, and return the function from a gradient of the output to those of the input.
+
+        Args:
+            x, mask, lengths, sample_weight: as in a call.
+
+        Returns:
+            The output, and ``pullback(dy) -> (dx, dweight, dbias)``; see :class:`mbn.pullback.Pullback`.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as in a call.
+        """
+        result: tuple[Array, Pullback] = self._run(forward_vjp, x, Masking.of(mask, lengths, sample_weight))
+        return result
+
+    def apply(
+        self,
+        params: Params,
+        state: State,
+        x: Any,
+        *,
+        training: bool,
+        mask: Any = None,
+        lengths: Any = None,
+        sample_weight: Any = None,
+    ) -> tuple[Array, State]:
         """Do what a call does, as a pure function: from given parameters and state to the output and the new state.
 
         Args:
             params, state: as :attr:`params` and :attr:`state`.
-            x: as in a call.
+            x, mask, lengths, sample_weight: as in a call.
             training: by which statistics, in place of the layer's mode. A frozen layer stays frozen.
 
         Raises:
@@ -208,13 +244,26 @@ class BatchNorm1d:
         x = received(backend, "x", x, settings.dtype, device)
         params, state = received_vectors(backend, params, state, num_features, settings.dtype, device)
         checks.running_statistics(state, needed=False, counted=settings.momentum is None)
-        return forward(backend, x, params, state, settings, training=self._uses_batch(state, training))
+        uses_batch, masking = self._uses_batch(state, training), Masking.of(mask, lengths, sample_weight)
+        return forward(backend, x, params, state, settings, training=uses_batch, masking=masking)
+
+    def _run(self, run: Callable[..., tuple[Any, State]], x: Any, masking: Masking | None) -> Any:
+        """Do with the layer's own parameters and state what ``run`` does, and store the new state."""
+        backend, settings, before = self._backend, self._settings, self._state
+        if not self._is_bound or settings.num_features is None:
+            return self._first_run(run, x, masking)
+        x = received(backend, "x", x, settings.dtype, self._device)
+        training = self._uses_batch(before, self.training)
+        result, after = run(backend, x, self._params, before, settings, training=training, masking=masking)
+        if after is not before and backend.stores(before, after):
+            self._state = after
+        return result
 
     def _uses_batch(self, state: State, training: bool) -> bool:  # noqa: FBT001 - in every call, where keywords cost
         """Tell whether to normalise by the batch's own statistics."""
         return (training and not self._frozen) or state.running_mean is None
 
-    def _first_call(self, x: Any) -> Array:
+    def _first_run(self, run: Callable[..., tuple[Any, State]], x: Any, masking: Masking | None) -> Any:
         trial = copy.copy(self)
         if not trial._is_bound:
             backend = registry.owner_of(x)
@@ -223,9 +272,9 @@ class BatchNorm1d:
             x = received(trial._backend, "x", x, self._settings.dtype, None)
             checks.rank(x.shape, self.axis)
             trial._learn_features(x.shape[self.axis])
-        y = trial(x)
+        result = trial._run(run, x, masking)
         self.__dict__.update(trial.__dict__)
-        return y
+        return result
 
     def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002 - torch's signature
         """Switch to training, or to evaluation with ``mode=False``; return the layer."""
@@ -262,10 +311,12 @@ class BatchNorm1d:
 
     def reset_parameters(self) -> None:
         """Set the weight to 1 and the bias to 0, and reset the running statistics."""
-        self._params = Params(
-            self._own("weight", np.ones(self._channels())) if self.affine else None,
-            self._own("bias", np.zeros(self._channels())) if self.affine and self._has_bias else None,
-        )
+        parameters = {}
+        if self.affine:
+            parameters["weight"] = self._own("weight", np.ones(self._channels()))
+        if self.affine and self._has_bias:
+            parameters["bias"] = self._own("bias", np.zeros(self._channels()))
+        self._store(parameters)
         self.reset_running_stats()
 
     def reset_running_stats(self) -> None:
@@ -278,8 +329,8 @@ class BatchNorm1d:
             )
 
     def state_dict(self) -> dict[str, Array]:
-        """Return the live parameters and statistics under torch's keys, in torch's order."""
-        return to_dict(self.params, self.state)
+        """Return copies of the parameters and statistics under torch's keys, in torch's order."""
+        return {key: self._backend.copy(value) for key, value in to_dict(self.params, self.state).items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:  # noqa: FBT001, FBT002
         """Take over copies of the entries of a state_dict, from this class or from ``torch.nn.BatchNorm1d``.
@@ -303,7 +354,7 @@ class BatchNorm1d:
                 message = "num_features is to come from this state_dict, but it has no weight or running_mean of (C,)."
                 raise ValueError(message)
             trial._learn_features(shapes[0][0])
-        expected = trial.state_dict()
+        expected = to_dict(trial.params, trial.state)
         incompatible = compare_keys(expected, state_dict, strict=strict)
         trial._store({key: trial._own(key, state_dict[key]) for key in expected if key in state_dict})
         self.__dict__.update(trial.__dict__)
@@ -346,6 +397,7 @@ class BatchNorm1d:
         # An empty array finds the device that the backend makes of this one, or its default, before anything moves.
         self._device = backend.device(backend.asarray(np.zeros(0, np.float32), device=device))
         self._own_all()
+        self._introduce()
 
     def _learn_features(self, num_features: int) -> None:
         self._settings = self._settings._replace(num_features=checks.num_features(num_features))
@@ -366,8 +418,44 @@ class BatchNorm1d:
         )
 
     def _store(self, entries: Mapping[str, Array]) -> None:
-        self._params = self._params._replace(**{key: entries[key] for key in Params._fields if key in entries})
+        parameters = {
+            key: self._backend.parameter(entries[key], current)
+            for key, current in self._params._asdict().items()
+            if key in entries
+        }
+        for parameter in parameters.values():
+            registry.owner_of(parameter)  # Torch has a class for them, and a compiler could not look it up in a call
+        self._params = self._params._replace(**parameters)
         self._state = self._state._replace(**{key: entries[key] for key in State._fields if key in entries})
+
+    def _introduce(self) -> None:
+        """Look up now what a compiler could not look up in a call; tell the backend of this class, once."""
+        empty = self._backend.asarray(np.zeros(0, np.float32), device=self._device)
+        for array in (empty, *to_dict(self._params, self._state).values()):
+            registry.owner_of(array)
+        kind = type(self)
+        if (kind, self._backend.name) not in _introduced:
+            _introduced.add((kind, self._backend.name))
+            self._backend.register(kind, kind._flatten, kind._unflatten)
+
+    def _flatten(self) -> tuple[tuple[Params, State], tuple[tuple[str, Any], ...]]:
+        """Return the layer's arrays, and all else that it is."""
+        rest = tuple((key, value) for key, value in sorted(self.__dict__.items()) if key not in {"_params", "_state"})
+        return (self._params, self._state), rest
+
+    @classmethod
+    def _unflatten(cls, rest: tuple[tuple[str, Any], ...], arrays: tuple[Params, State]) -> Self:
+        """Return a layer again, whatever stands for its arrays."""
+        layer = cls.__new__(cls)
+        layer.__dict__.update(rest)
+        layer._params, layer._state = arrays
+        return layer
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what was pickled or copied, in what may be another process."""
+        self.__dict__.update(state)
+        if self._is_bound:
+            self._introduce()
 
     def _channels(self) -> int:
         if self.num_features is None:

@@ -8,7 +8,7 @@ from mbn.registry import get_backend, known_backends
 
 def show() -> None:
     """Print the usable backends with what they can do, and the others with the reason."""
-    usable = table("backend", "version", "devices", "dtypes", "mutable", "strided", "from")
+    usable = table("backend", "version", "devices", "dtypes", "can", "from")
     others = table("backend", "cannot be used here", "from")
     for name, known in known_backends().items():
         try:
@@ -23,10 +23,5 @@ def show() -> None:
 def _row(name: str) -> list[str]:
     backend = get_backend(name)
     can = backend.capabilities
-    return [
-        backend.version,
-        "\n".join(can.devices),
-        " ".join(sorted(can.dtypes)),
-        "yes" if can.mutable else "no",
-        "yes" if can.strided else "no",
-    ]
+    abilities = [name for name, able in can._asdict().items() if able is True]
+    return [backend.version, "\n".join(can.devices), " ".join(sorted(can.dtypes)), " ".join(abilities)]

@@ -33,6 +33,10 @@ class Settings(NamedTuple):
     axis: int
     correction: int
 
+    def has_channels_last(self, ndim: int) -> bool:
+        """Tell whether an input of ``ndim`` axes is (N, L, C), which backends see as (N, C, L)."""
+        return self.axis == -1 and ndim == 3  # noqa: PLR2004 - (N, C) has no other layout
+
 
 class IncompatibleKeys(NamedTuple):
     """What a load with ``strict=False`` passed over."""

@@ -17,6 +17,7 @@ class NumpyBackend(Backend):
         devices=("cpu",),
         mutable=True,
         strided=True,
+        masks=True,
     )
     version = np.__version__
 
@@ -36,8 +37,28 @@ class NumpyBackend(Backend):
     def device(self, x: np.ndarray) -> None:
         """There is one device, so none to be on by mistake."""
 
-    def moments(self, x: np.ndarray) -> Moments:
-        return kernels.moments(np.asarray(x))
+    def copy(self, x: np.ndarray) -> np.ndarray:
+        return np.array(x)
+
+    def weights(
+        self,
+        shape: tuple[int, ...],
+        dtype: str,
+        mask: np.ndarray | None,
+        lengths: np.ndarray | None,
+        sample_weight: np.ndarray | None,
+    ) -> np.ndarray:
+        return kernels.weights(shape, dtype, mask, lengths, sample_weight)
+
+    def within(self, values: np.ndarray, low: float, high: float) -> bool:
+        return bool(np.all((low <= values) & (values < high)))
+
+    def moments(self, x: np.ndarray, weights: np.ndarray | None = None) -> Moments:
+        return kernels.moments(np.asarray(x), weights)
+
+    def variance(self, moments: Moments, correction: int) -> np.ndarray:
+        count, _, m2 = moments
+        return m2 / (count - correction) if count > correction else np.zeros_like(m2)
 
     def normalize(
         self,
@@ -47,14 +68,44 @@ class NumpyBackend(Backend):
         weight: np.ndarray | None,
         bias: np.ndarray | None,
         eps: float,
+        weights: np.ndarray | None = None,
     ) -> np.ndarray:
-        return kernels.normalize(np.asarray(x), mean, var, weight, bias, eps)
+        return kernels.normalize(np.asarray(x), mean, var, weight, bias, eps, weights)
 
     def lerp(self, start: np.ndarray, end: kernels.Mean, weight: float) -> np.ndarray:
         return kernels.lerp(start, end, weight)
 
-    def reciprocal(self, count: np.ndarray) -> np.ndarray:
-        return 1 / count
+    def step(
+        self, momentum: float | None, num_batches_tracked: np.ndarray | None, count: float, correction: int
+    ) -> float:
+        if count <= correction:
+            return 0.0
+        return 1 / num_batches_tracked if momentum is None else momentum
+
+    def grad_sums(
+        self,
+        dy: np.ndarray,
+        x: np.ndarray,
+        mean: kernels.Mean,
+        var: np.ndarray,
+        eps: float,
+        weights: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return kernels.grad_sums(np.asarray(dy), np.asarray(x), mean, var, eps, weights)
+
+    def grad_input(
+        self,
+        dy: np.ndarray,
+        x: np.ndarray,
+        mean: kernels.Mean,
+        var: np.ndarray,
+        weight: np.ndarray | None,
+        eps: float,
+        sums: tuple[np.ndarray, np.ndarray] | None,
+        count: float | None,
+        weights: np.ndarray | None = None,
+    ) -> np.ndarray:
+        return kernels.grad_input(np.asarray(dy), np.asarray(x), mean, var, weight, eps, sums, count, weights)
 
 
 def _dtype(name: str | None) -> np.dtype | None:

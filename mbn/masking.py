@@ -1,0 +1,67 @@
+"""From masks, lengths and sample weights to one weight for each place.
+
+What can be said in three ways a backend has to hear in one: how often the value at each place counts. Whatever makes no
+sense is refused here, before anything is computed.
+"""
+
+import math
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from mbn import checks, registry
+from mbn.contract import Array, Backend
+from mbn.convert import is_own
+from mbn.state import Settings
+
+
+class Masking(NamedTuple):
+    """What a call says about the places of x, (N,) for an x of two axes and (N, L) for one of three."""
+
+    mask: Any
+    """True where there is a value: bool, (N,) or (N, L); or None."""
+    lengths: Any
+    """How many values each sequence has, from its start: integers from 0 to L, (N,); or None."""
+    sample_weight: Any
+    """How often a value counts: real numbers of at least 0, (N,) or (N, L); or None."""
+
+    @classmethod
+    def of(cls, mask: Any, lengths: Any, sample_weight: Any) -> Self | None:
+        """Return what a call says, None where it says nothing."""
+        if mask is None and lengths is None and sample_weight is None:
+            return None
+        return cls(mask, lengths, sample_weight)
+
+    def weights(self, backend: Backend, x: Array, settings: Settings) -> Array:
+        """Return how often each place of ``x``, an array of ``backend``, counts: in the layer's dtype.
+
+        Raises:
+            TypeError: a wrong dtype, another framework's array, or a backend that knows no weights.
+            ValueError: a wrong shape or device; a length beyond the sequence; a weight that is negative or not finite.
+        """
+        checks.masks(backend)
+        shape = tuple(x.shape)
+        places = shape[:-1] if settings.axis == -1 else shape[:1] + shape[2:]
+        device = backend.device(x)
+
+        def receive(name: str, values: Any, dtype: str | None, limit: float) -> Array | None:
+            if values is None:
+                return None
+            if isinstance(values, registry.PYTHON_DATA):
+                values = np.asarray(values)
+            own = is_own(backend, name, values, device)
+            checks.place_values(name, values, places)
+            owner = backend if own else registry.owner_of(values)
+            values = owner.asarray(values, dtype)
+            # Host data is looked at on the host, where nothing has to wait for a device.
+            if name != "mask" and owner.within(values, 0, limit) is False:
+                checks.out_of_range(name, owner.to_numpy(values), limit)
+            return values if own else backend.asarray(values, device=device)
+
+        return backend.weights(
+            places,
+            settings.dtype,
+            receive("mask", self.mask, None, math.inf),
+            receive("lengths", self.lengths, "int64", places[-1] + 1),
+            receive("sample_weight", self.sample_weight, settings.dtype, math.inf),
+        )

@@ -1,0 +1,77 @@
+"""The gradient of one call, as a function.
+
+It must not depend on anything that happens after its call: it holds what the call left behind, gives the same answer
+however often it is asked, and moves no state.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from mbn import checks
+from mbn.contract import Array, Backend, Residuals, dtype_name
+from mbn.convert import received
+from mbn.state import Params, Settings
+
+
+class Pullback:
+    """From the gradient of an output to those of what it was computed from."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        x: Array,
+        params: Params,
+        residuals: Residuals | None,
+        weights: Array | None,
+        settings: Settings,
+    ) -> None:
+        """Keep what a call leaves behind; ``residuals`` are None for an empty batch. ``x`` is kept, not copied."""
+        self._backend = backend
+        self._x = x
+        self._params = params
+        self._residuals = residuals
+        self._weights = weights
+        self._settings = settings
+
+    def __call__(self, dy: Any) -> tuple[Array, Array | None, Array | None]:
+        """Return the gradients ``(dx, dweight, dbias)`` of a loss, given ``dy``, its gradient by the output.
+
+        Args:
+            dy: in the shape and dtype of the output; an array of its backend, or host data.
+
+        Returns:
+            ``dx`` in the shape, dtype, memory order and on the device of x; ``dweight`` and ``dbias``, (C,) in the
+            layer's dtype, or None where there is no such parameter. At a place without a value ``dx`` is 0 and ``dy``
+            is left out.
+
+        Raises:
+            TypeError: a wrong dtype, or another framework's array.
+            ValueError: a wrong shape or device.
+
+        Source: Ioffe and Szegedy, Batch Normalization, 2015 (arXiv:1502.03167), section 3.
+        """
+        backend, x, settings = self._backend, self._x, self._settings
+        shape, dtype, device = tuple(x.shape), dtype_name(x.dtype), backend.device(x)
+        dy = received(backend, "dy", dy, dtype, device)
+        checks.gradient(dy, shape, dtype)
+        if self._residuals is None:
+            dx, dweight, dbias = dy, *(backend.asarray(np.zeros(shape[settings.axis]), settings.dtype, device),) * 2
+        else:
+            swap = settings.has_channels_last(len(shape))
+            dx, dweight, dbias = backend.pullback(
+                dy.mT if swap else dy,
+                x.mT if swap else x,
+                self._params.weight,
+                self._residuals,
+                settings.eps,
+                self._weights,
+            )
+            dx = dx.mT if swap else dx
+        weight, bias = self._params
+        # The sums may be wider than the parameters that they belong to.
+        return (
+            dx,
+            None if weight is None else backend.asarray(dweight, settings.dtype),
+            None if bias is None else backend.asarray(dbias, settings.dtype),
+        )

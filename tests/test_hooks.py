@@ -1,0 +1,133 @@
+"""What a layer asks of a backend, and when: seen through a backend that takes notes."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+
+import mbn
+from mbn_numpy.backend import NumpyBackend
+
+X = np.random.default_rng(1).standard_normal((5, 4)).astype(np.float32)
+
+
+class NoteTaker(NumpyBackend):
+    """NumPy's arithmetic, and a record of the hooks."""
+
+    name = "notes"
+
+    def __init__(self):
+        self.registered = []
+        self.parameters = []
+        self.storing = True
+
+    def register(self, layer_type, flatten, unflatten):
+        self.registered.append((layer_type, flatten, unflatten))
+
+    def parameter(self, value, current):
+        self.parameters.append(current)
+        return value
+
+    def stores(self, before, after):
+        if isinstance(self.storing, Exception):
+            raise self.storing
+        assert int(after.num_batches_tracked) == int(before.num_batches_tracked) + 1
+        return self.storing
+
+
+@pytest.fixture
+def notes():
+    mbn.register_backend("notes", NoteTaker())
+    return mbn.get_backend("notes")
+
+
+@pytest.fixture
+def layer_type(monkeypatch):
+    """Give a class of layers that no backend has seen."""
+    monkeypatch.setattr("mbn.layer._introduced", set())
+    return type("Layer", (mbn.BatchNorm1d,), {})
+
+
+def test_a_class_of_layers_is_introduced_once(notes, layer_type):
+    first = layer_type(4, backend=notes)
+    layer_type(4, backend=notes)
+    copy.deepcopy(first)
+    assert [kind for kind, _, _ in notes.registered] == [layer_type]
+    mbn.BatchNorm1d(4, backend=notes)
+    assert [kind for kind, _, _ in notes.registered] == [layer_type, mbn.BatchNorm1d]
+
+
+def test_the_first_input_introduces_as_well(notes, layer_type):
+    bn = layer_type(None)
+    assert notes.registered == []
+    bn.to(backend=notes)(X)
+    assert [kind for kind, _, _ in notes.registered] == [layer_type]
+
+
+def test_a_pickle_introduces_its_class_in_another_process(notes, monkeypatch):
+    monkeypatch.setattr("mbn.layer._introduced", set())
+    pickled = pickle.dumps(mbn.BatchNorm1d(4, backend=notes))
+    monkeypatch.setattr("mbn.layer._introduced", set())
+    notes.registered.clear()
+    pickle.loads(pickled)  # noqa: S301 - its own
+    assert [kind for kind, _, _ in notes.registered] == [mbn.BatchNorm1d]
+
+
+def test_a_layer_is_its_arrays_and_a_hashable_rest(notes, layer_type):
+    bn = layer_type(4, axis=-1, momentum=None, backend=notes).freeze().eval()
+    ((_, flatten, unflatten),) = notes.registered
+    arrays, rest = flatten(bn)
+    assert arrays == (bn.params, bn.state)
+    assert hash(rest) == hash(flatten(copy.deepcopy(bn))[1])
+    assert rest != flatten(copy.deepcopy(bn).train())[1]
+    again = unflatten(rest, arrays)
+    assert type(again) is layer_type
+    assert repr(again) == repr(bn)
+    assert (again.training, again.momentum, again.axis) == (False, None, -1)
+    np.testing.assert_array_equal(again(X), bn(X))
+    assert unflatten(rest, (None, "whatever stands for arrays"))._params is None
+
+
+def test_parameters_are_made_by_the_backend(notes):
+    bn = mbn.BatchNorm1d(4, backend=notes)
+    assert notes.parameters == [None, None]
+    weight, bias = bn.params
+    bn.weight = 2
+    bn.load_state_dict(bn.state_dict())
+    assert notes.parameters[2] is weight
+    assert notes.parameters[-1] is bias
+
+
+def test_a_step_that_is_a_repetition_is_not_stored(notes):
+    bn = mbn.BatchNorm1d(4, backend=notes)
+    before = bn.state
+    notes.storing = False
+    np.testing.assert_array_equal(bn(X), mbn.BatchNorm1d(4)(X))
+    assert bn.state is before
+    bn.eval()(X)
+    notes.storing = True
+    bn.train().vjp(X)
+    assert int(bn.num_batches_tracked) == 1
+
+
+def test_a_step_that_cannot_be_stored_changes_nothing(notes):
+    bn, lazy = mbn.BatchNorm1d(4, backend=notes), mbn.BatchNorm1d(None, backend=notes)
+    before = bn.state
+    notes.storing = RuntimeError("this state ends with its trace")
+    for call in (bn, bn.vjp, lazy):
+        with pytest.raises(RuntimeError, match="ends with its trace"):
+            call(X)
+    assert bn.state is before
+    assert lazy.num_features is None
+    bn.apply(bn.params, bn.state, X, training=True)
+
+
+def test_masks_are_for_backends_that_declare_them(notes, monkeypatch):
+    monkeypatch.setattr(NoteTaker, "capabilities", NumpyBackend.capabilities._replace(masks=False))
+    bn = mbn.BatchNorm1d(4, backend=notes)
+    before = bn.state
+    for masking in ({"mask": np.ones(5, bool)}, {"lengths": [1]}, {"sample_weight": np.ones(5)}):
+        with pytest.raises(TypeError, match=r"notes declares no masks.*bn\.to"):
+            bn(X, **masking)
+    assert bn.state is before
