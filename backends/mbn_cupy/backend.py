@@ -5,7 +5,8 @@ from typing import Any, ClassVar
 import cupy
 import numpy as np
 
-from mbn.contract import Backend, Capabilities, Moments
+from mbn.contract import Backend, Capabilities, Moments, Residuals
+from mbn.state import State
 from mbn_cupy import kernels
 
 _DTYPE_CHARACTERS = "?bhilqBHILQefdFD"
@@ -28,6 +29,7 @@ class CupyBackend(Backend):
             devices=tuple(f"cuda:{index}" for index in range(count)),
             mutable=True,
             strided=True,
+            masks=True,
         )
 
     @property
@@ -50,9 +52,32 @@ class CupyBackend(Backend):
     def device(self, x: cupy.ndarray) -> str:
         return f"cuda:{x.device.id}"
 
-    def moments(self, x: cupy.ndarray) -> Moments:
+    def copy(self, x: cupy.ndarray) -> cupy.ndarray:
         with x.device:
-            return kernels.moments(x)
+            return x.copy()
+
+    def weights(
+        self,
+        shape: tuple[int, ...],
+        dtype: str,
+        mask: cupy.ndarray | None,
+        lengths: cupy.ndarray | None,
+        sample_weight: cupy.ndarray | None,
+    ) -> cupy.ndarray:
+        with next(given.device for given in (mask, lengths, sample_weight) if given is not None):
+            return kernels.weights(shape, dtype, mask, lengths, sample_weight)
+
+    def within(self, values: cupy.ndarray, low: float, high: float) -> bool:
+        with values.device:
+            return bool(cupy.all((low <= values) & (values < high)))
+
+    def moments(self, x: cupy.ndarray, weights: cupy.ndarray | None = None) -> Moments:
+        with x.device:
+            return kernels.moments(x, weights)
+
+    def variance(self, moments: Moments, correction: int) -> cupy.ndarray:
+        with moments.m2.device:
+            return kernels.variance(moments, correction)
 
     def normalize(
         self,
@@ -62,21 +87,62 @@ class CupyBackend(Backend):
         weight: cupy.ndarray | None,
         bias: cupy.ndarray | None,
         eps: float,
+        weights: cupy.ndarray | None = None,
     ) -> cupy.ndarray:
         with x.device:
-            return kernels.normalize(x, mean, var, weight, bias, eps)
+            return kernels.normalize(x, mean, var, weight, bias, eps, weights)
 
     def lerp(self, start: cupy.ndarray, end: kernels.Mean, weight: float | cupy.ndarray) -> cupy.ndarray:
         with start.device:
             return kernels.lerp(start, end, weight)
 
-    def reciprocal(self, count: cupy.ndarray) -> cupy.ndarray:
+    def step(
+        self,
+        momentum: float | None,
+        num_batches_tracked: cupy.ndarray | None,
+        count: int | cupy.ndarray,
+        correction: int,
+    ) -> float | cupy.ndarray:
+        if momentum is None:
+            with num_batches_tracked.device:
+                momentum = 1 / num_batches_tracked
+        if isinstance(count, int):
+            return momentum
         with count.device:
-            return 1 / count
+            return momentum * (count > correction).astype(kernels.WIDE)
 
-    def batch_norm(self, x: cupy.ndarray, *args: Any, **options: Any) -> tuple[cupy.ndarray, Any]:
+    def grad_sums(
+        self,
+        dy: cupy.ndarray,
+        x: cupy.ndarray,
+        mean: kernels.Mean,
+        var: cupy.ndarray,
+        eps: float,
+        weights: cupy.ndarray | None = None,
+    ) -> tuple[cupy.ndarray, cupy.ndarray]:
+        with x.device:
+            return kernels.grad_sums(dy, x, mean, var, eps, weights)
+
+    def grad_input(
+        self,
+        dy: cupy.ndarray,
+        x: cupy.ndarray,
+        mean: kernels.Mean,
+        var: cupy.ndarray,
+        weight: cupy.ndarray | None,
+        eps: float,
+        sums: tuple[cupy.ndarray, cupy.ndarray] | None,
+        count: int | cupy.ndarray | None,
+        weights: cupy.ndarray | None = None,
+    ) -> cupy.ndarray:
+        with x.device:
+            return kernels.grad_input(dy, x, mean, var, weight, eps, sums, count, weights)
+
+    def batch_norm_residuals(
+        self, x: cupy.ndarray, *args: Any, **options: Any
+    ) -> tuple[cupy.ndarray, State, Residuals]:
         with x.device:  # for the arithmetic between the verbs
-            return super().batch_norm(x, *args, **options)
+            return super().batch_norm_residuals(x, *args, **options)
 
     def _device(self, device: Any) -> cupy.cuda.Device:
         name = f"cuda:{int(device)}" if isinstance(device, int | cupy.cuda.Device) else device

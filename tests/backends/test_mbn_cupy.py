@@ -11,6 +11,7 @@ import pytest
 
 import mbn
 from mbn import registry
+from mbn.state import Params, State
 
 STANDINS = Path(__file__).parents[1] / "standins"
 
@@ -34,6 +35,28 @@ def cupy(monkeypatch):
 
 def _sample(*shape, dtype="float32"):
     return (3 + 2 * np.random.default_rng(0).standard_normal(shape)).astype(dtype)
+
+
+def _forward(backend, x, params, state, weights, *, training=True):
+    options = {"momentum": 0.1, "eps": 1e-5, "correction": 1}
+    return backend.batch_norm_residuals(x, params, state, training=training, weights=weights, **options)
+
+
+def _expected(x, dy, counts, weight):
+    """Return the output and the gradients of x, weight and bias, in float64 and by their definition."""
+    axes = (0, *range(2, x.ndim))
+    x, dy = (np.where(counts > 0, values, 0).astype("float64") for values in (x, dy))
+    weight = weight.reshape(-1, *[1] * (x.ndim - 2))
+    n = counts.sum()
+
+    def total(values):
+        return values.sum(axes, keepdims=True)
+
+    deviation = x - total(counts * x) / n
+    invstd = 1 / np.sqrt(total(counts * deviation**2) / n + 1e-5)
+    xhat = deviation * invstd
+    dx = weight * invstd * (dy - counts * (total(dy) + xhat * total(dy * xhat)) / n)
+    return (counts > 0) * weight * xhat, dx, total(dy * xhat).ravel(), total(dy).ravel()
 
 
 def test_stand_in_refuses_numpy_arrays(cupy):
@@ -64,17 +87,67 @@ def test_agrees_with_numpy(cupy, shape, dtype, monkeypatch):
         np.testing.assert_allclose(bn.state_dict()[name].get(), expected, rtol=1e-14)
 
 
-@pytest.mark.parametrize(
+FORMS = pytest.mark.parametrize(
     "form",
     [lambda x: x, lambda x: x.mT, lambda x: x[::2, :, ::3], lambda x: x.mT[:, :4]],
     ids=["contiguous", "transposed", "sliced", "both"],
 )
+
+
+@FORMS
 def test_output_has_the_memory_order_of_x(cupy, form):
     x = form(cupy.asarray(_sample(6, 8, 9)))
     before = x.get()
     y = mbn.BatchNorm1d(x.shape[1], backend="cupy")(x)
     assert y.strides == cupy.empty_like(x).strides
     assert np.array_equal(x.get(), before)
+
+
+@FORMS
+@pytest.mark.parametrize("training", [True, False])
+def test_gradient_has_the_memory_order_of_x(cupy, form, training, monkeypatch):
+    monkeypatch.setattr("mbn_cupy.kernels.BLOCK", 100)
+    backend = mbn.get_backend("cupy")
+    x = form(cupy.asarray(_sample(6, 8, 9)))
+    n, c, length = x.shape
+    dy = cupy.asarray(_sample(n, length, c)).mT  # another memory order
+    weight, bias, mean, var = (cupy.asarray(_sample(c)) for _ in range(4))
+    weights = backend.weights((n, length), "float32", None, None, cupy.asarray(_sample(n) ** 2))
+    given = (x, dy, weight, bias, mean, var, weights)
+    before = [array.get() for array in given]
+    y, _, residuals = _forward(backend, x, Params(weight, bias), State(mean, var, None), weights, training=training)
+    dx, _, _ = backend.pullback(dy, x, weight, residuals, 1e-5, weights)
+    assert y.strides == dx.strides == cupy.empty_like(x).strides
+    assert all(np.array_equal(array.get(), values) for array, values in zip(given, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("shape", [(64, 5), (16, 5, 7)])
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_gradient(cupy, shape, dtype, is_weighted, monkeypatch):
+    monkeypatch.setattr("mbn_cupy.kernels.BLOCK", 100)
+    backend = mbn.get_backend("cupy")
+    generator = np.random.default_rng(1)
+    places = shape[:1] + shape[2:]
+    w = generator.integers(0, 4, places) * generator.uniform(0.5, 1, places) if is_weighted else np.ones(places)
+    w = w.astype("float32").astype("float64")
+    counts = np.expand_dims(w, 1)
+    # A dy that goes with y and with the weights, as that of a squared and weighted error does: little is left of it.
+    dy = (counts * (generator.standard_normal(shape) / 100 + _sample(*shape) - 3)).astype(dtype)
+    x, weight = _sample(*shape, dtype=dtype), _sample(5)
+    weights = cupy.asarray(w.astype("float32")) if is_weighted else None
+    hidden = np.broadcast_to(counts == 0, shape)
+    given = (cupy.asarray(np.where(hidden, np.nan, values).astype(dtype)) for values in (x, dy))
+    device_x, device_dy = given
+    params, state = Params(cupy.asarray(weight), None), State(None, None, None)
+    y, _, residuals = _forward(backend, device_x, params, state, weights)
+    dx, dweight, dbias = backend.pullback(device_dy, device_x, params.weight, residuals, 1e-5, weights)
+    expected = _expected(x, dy, counts, weight)
+    for array, truth in zip((y, dx, dweight, dbias), expected, strict=True):
+        tolerance = {"float16": 1e-3, "float32": 3e-6, "float64": 1e-12}[array.dtype.name]
+        np.testing.assert_allclose(array.get(), truth, rtol=0, atol=tolerance * np.abs(truth).max())
+    assert dx.dtype == dtype
+    assert not dx.get()[hidden].any()
 
 
 def test_life_cycle(cupy):
@@ -100,12 +173,69 @@ def test_each_array_is_computed_on_its_own_device(cupy, name):
     bn = mbn.BatchNorm1d(3, momentum=None, backend="cupy", device=device)
     x = mbn.asarray(_sample(8, 3), backend="cupy", device=device)
     assert {array.device.id for array in (bn(x), bn(_sample(8, 3)), *bn.params, *bn.state)} == {1}
-    backend = mbn.get_backend("cupy")
-    moments = backend.moments(x)
-    assert backend.normalize(x, moments.mean, bn.running_var, None, None, 0.0).device.id == 1
-    assert backend.lerp(bn.running_mean, moments.mean, backend.reciprocal(bn.num_batches_tracked)).device.id == 1
     with pytest.raises(ValueError, match="x is on cuda:0, the layer on cuda:1"):
         bn(mbn.asarray(x, backend="cupy", device="cuda"))
+
+
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_each_verb_makes_the_device_of_its_array_current(cupy, is_weighted):
+    backend = mbn.get_backend("cupy")
+    with cupy.cuda.Device(1):
+        x, dy = cupy.asarray(_sample(6, 3, 4)), cupy.asarray(_sample(6, 3, 4))
+        vector, batches, lengths = cupy.asarray(_sample(3)), cupy.asarray(3), cupy.asarray([4, 0, 2, 1, 3, 4])
+        mask, sample_weight = cupy.asarray(np.arange(6) != 4), cupy.asarray(_sample(6, 4) ** 2)
+    assert backend.within(lengths, 0, 5)
+    assert not backend.within(lengths, 0, 4)
+    weights = backend.weights((6, 4), "float32", mask, lengths, sample_weight) if is_weighted else None
+    moments = backend.moments(x, weights)
+    mean, var = moments.mean, backend.variance(moments, 1)
+    sums = backend.grad_sums(dy, x, mean, var, 1e-5, weights)
+    made = [
+        backend.copy(x),
+        *(() if weights is None else (weights, moments.count, backend.step(0.1, None, moments.count, 1))),
+        *mean,
+        moments.m2,
+        var,
+        backend.normalize(x, mean, var, vector, vector, 0.0, weights),
+        backend.normalize(x, vector, vector, None, None, 0.0, weights),
+        backend.step(None, batches, moments.count, 1),
+        backend.lerp(vector, mean, backend.step(None, batches, moments.count, 1)),
+        *sums,
+        backend.grad_input(dy, x, mean, var, vector, 1e-5, sums, moments.count, weights),
+        backend.grad_input(dy, x, vector, vector, None, 1e-5, None, None, weights),
+    ]
+    params, state = Params(vector, vector), State(vector, vector, batches)
+    y, state, residuals = _forward(backend, x, params, state, weights)
+    made += [y, *state, *backend.pullback(dy, x, vector, residuals, 1e-5, weights)]
+    assert {array.device.id for array in made} == {1}
+
+
+def test_nothing_but_a_look_at_values_waits_for_the_device(cupy, monkeypatch):
+    backend = mbn.get_backend("cupy")
+    x, vector, batches = cupy.asarray(_sample(6, 3, 4)), cupy.asarray(_sample(3)), cupy.asarray(3)
+    mask, lengths = cupy.asarray(np.arange(6) != 4), cupy.asarray([4, 0, 2, 1, 3, 4])
+
+    def wait(*_):
+        raise AssertionError("this waits for the device")
+
+    for conversion in ("get", "__int__", "__bool__"):
+        monkeypatch.setattr(cupy.ndarray, conversion, wait)
+    for weights in (None, backend.weights((6, 4), "float32", mask, lengths, None)):
+        for momentum in (0.1, None):
+            _, state, residuals = backend.batch_norm_residuals(
+                x,
+                Params(vector, vector),
+                State(vector, vector, batches),
+                training=True,
+                momentum=momentum,
+                eps=1e-5,
+                correction=1,
+                weights=weights,
+            )
+            backend.pullback(x, x, vector, residuals, 1e-5, weights)
+            assert isinstance(state.running_mean, cupy.ndarray)
+    with pytest.raises(AssertionError, match="waits"):
+        backend.within(lengths, 0, 5)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:2", 2, -1, 0.5])

@@ -2,8 +2,9 @@
 
 It has what ``mbn_cupy`` and the conformance suite use and no more, and it is put first on ``sys.path`` under CuPy's
 name. It is as strict as CuPy: a NumPy array is no operand (TypeError), an array does not turn into a NumPy array by
-itself (TypeError), and nothing warns of a division by zero. It is stricter where CuPy only warns: the operands of an
-operation have to be on the current device. What it cannot show is how CuPy compiles, rounds and orders its memory.
+itself (TypeError), and nothing warns of a division by zero. It is stricter where CuPy only warns or only waits: the
+operands of an operation have to be on the current device, and no index is boolean. What it cannot show is how CuPy
+compiles, rounds and orders its memory.
 """
 
 import threading
@@ -76,11 +77,15 @@ class ndarray:  # noqa: N801 - CuPy's name
     def __int__(self):
         return int(self._host)
 
+    def __bool__(self):
+        return bool(self._host)
+
     def __getitem__(self, key):
-        return ndarray(self._host[key], self._device_id)
+        parts = key if isinstance(key, tuple) else (key,)
+        return ndarray(np.asarray(self._host[tuple(map(_index, parts))]), self._device_id)
 
     def __setitem__(self, key, value):
-        self._host[key] = _operand(value)
+        _operand(self)[key] = _operand(value)
 
     def __reduce__(self):
         return asarray, (self.get(),)
@@ -93,15 +98,15 @@ class ndarray:  # noqa: N801 - CuPy's name
         return self._host.copy()
 
     def copy(self):
-        return ndarray(self._host.copy("K"), _current_id())
+        return ndarray(self._host.copy(), _current_id())
+
+    def ravel(self):
+        return ndarray(self._host.ravel(), self._device_id)
 
     def astype(self, dtype, *, copy=True):
         if not copy and dtype == self.dtype:
             return self
         return _call(np.ndarray.astype, self, dtype=dtype)
-
-    def __eq__(self, other):
-        return _call(np.equal, self, other)
 
 
 def _operator(ufunc):
@@ -116,10 +121,27 @@ def _in_place(ufunc):
     return lambda self, other: _call(ufunc, self, other, out=self)
 
 
-for _name, _ufunc in {"add": np.add, "sub": np.subtract, "mul": np.multiply, "truediv": np.true_divide}.items():
+for _name, _ufunc in {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "truediv": np.true_divide,
+    "floordiv": np.floor_divide,
+    "mod": np.remainder,
+    "and": np.bitwise_and,
+}.items():
     setattr(ndarray, f"__{_name}__", _operator(_ufunc))
     setattr(ndarray, f"__r{_name}__", _reflected(_ufunc))
     setattr(ndarray, f"__i{_name}__", _in_place(_ufunc))
+for _name, _ufunc in {
+    "eq": np.equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+}.items():
+    setattr(ndarray, f"__{_name}__", _operator(_ufunc))
+ndarray.__neg__ = lambda self: _call(np.negative, self)
 
 
 def asarray(a, dtype=None):
@@ -141,8 +163,20 @@ def empty_like(prototype, dtype=None):
     return ndarray(np.empty_like(prototype._host, dtype), _current_id())
 
 
-def zeros_like(a):
-    return ndarray(np.zeros_like(a._host), _current_id())
+def zeros_like(a, dtype=None):
+    return ndarray(np.zeros_like(a._host, dtype), _current_id())
+
+
+def zeros(shape, dtype=float):
+    return ndarray(np.zeros(shape, dtype), _current_id())
+
+
+def ones(shape, dtype=float):
+    return ndarray(np.ones(shape, dtype), _current_id())
+
+
+def arange(stop):
+    return ndarray(np.arange(stop), _current_id())
 
 
 def sqrt(x):
@@ -161,6 +195,19 @@ def where(condition, x, y):
     return _call(np.where, condition, x, y)
 
 
+def copyto(dst, src, where):
+    with np.errstate(all="ignore"):
+        np.copyto(*map(_operand, (dst, src)), where=_operand(where))
+
+
+def argmax(a):
+    return _call(np.argmax, a)
+
+
+def all(a):  # noqa: A001 - CuPy's name
+    return _call(np.all, a)
+
+
 def _call(function, *operands, out=None, **options):
     """Do what NumPy does, on the current device."""
     if out is not None:
@@ -168,6 +215,13 @@ def _call(function, *operands, out=None, **options):
     with np.errstate(all="ignore"):
         result = function(*map(_operand, operands), **options)
     return ndarray(np.asarray(result), _current_id()) if out is None else out
+
+
+def _index(key):
+    if isinstance(key, ndarray) and key.dtype == bool:
+        message = "A boolean index would wait for the GPU, to count its values."
+        raise TypeError(message)
+    return _operand(key) if isinstance(key, ndarray) else key
 
 
 def _operand(value):
