@@ -1,13 +1,18 @@
 """Torch's verbs, and its border with NumPy: neither a warning nor a refusal where the data can be brought over."""
 
-from functools import cached_property
+import warnings
+from collections.abc import Callable
+from functools import cached_property, partial
+from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from mbn.contract import Backend, Capabilities, Moments
-from mbn_torch import kernels
+from mbn.contract import Backend, Capabilities, Moments, Residuals, dtype_name
+from mbn.state import Params, State
+from mbn_torch import autograd, formulas, kernels, masks, vectors
+from mbn_torch.tracing import is_backward, is_recorded, is_traced, is_transformed
 
 
 class TorchBackend(Backend):
@@ -15,6 +20,11 @@ class TorchBackend(Backend):
 
     name: ClassVar[str] = "torch"
     version = str(torch.__version__)
+
+    def __init__(self) -> None:
+        for dtype in vars(torch).values():
+            if isinstance(dtype, torch.dtype):
+                dtype_name(dtype)  # Dynamo can look up names, but not find them
 
     @cached_property
     def capabilities(self) -> Capabilities:
@@ -24,6 +34,10 @@ class TorchBackend(Backend):
             devices=("cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))),
             mutable=True,
             strided=True,
+            masks=True,
+            autograd=True,
+            vmap=True,
+            compile=True,
         )
 
     def owns(self, x: object) -> bool:
@@ -45,25 +59,160 @@ class TorchBackend(Backend):
     def device(self, x: torch.Tensor) -> torch.device:
         return x.device
 
-    def moments(self, x: torch.Tensor) -> Moments:
-        return kernels.moments(x)
+    def copy(self, x: torch.Tensor) -> torch.Tensor:
+        return x.detach().clone()
+
+    def weights(
+        self,
+        shape: tuple[int, ...],
+        dtype: str,
+        mask: torch.Tensor | None,
+        lengths: torch.Tensor | None,
+        sample_weight: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return masks.weights(shape, getattr(torch, dtype), mask, lengths, sample_weight)
+
+    def within(self, values: torch.Tensor, low: float, high: float) -> bool | None:
+        return masks.within(values, low, high)
+
+    def moments(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> Moments:
+        return _verbs(x).moments(x, weights)
+
+    def variance(self, moments: Moments, correction: int) -> torch.Tensor:
+        return vectors.variance(moments, correction)
 
     def normalize(
         self,
         x: torch.Tensor,
-        mean: kernels.Mean,
+        mean: vectors.Mean,
         var: torch.Tensor,
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
         eps: float,
+        weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return kernels.normalize(x, mean, var, weight, bias, eps)
+        return _verbs(x, mean, var, weight, bias).normalize(x, mean, var, weight, bias, eps, weights)
 
-    def lerp(self, start: torch.Tensor, end: kernels.Mean, weight: float | torch.Tensor) -> torch.Tensor:
-        return kernels.lerp(start, end, weight)
+    def lerp(self, start: torch.Tensor, end: vectors.Mean, weight: float | torch.Tensor) -> torch.Tensor:
+        return vectors.lerp(start, end, weight)
 
-    def reciprocal(self, count: torch.Tensor) -> torch.Tensor:
-        return count.to(kernels.WIDE).reciprocal()
+    def step(
+        self, momentum: float | None, num_batches_tracked: torch.Tensor | None, count: Any, correction: int
+    ) -> float | torch.Tensor:
+        return vectors.step(momentum, num_batches_tracked, count, correction)
+
+    def grad_sums(
+        self,
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        mean: vectors.Mean,
+        var: torch.Tensor,
+        eps: float,
+        weights: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return _verbs(dy, x, mean, var).grad_sums(dy, x, mean, var, eps, weights)
+
+    def grad_input(
+        self,
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        mean: vectors.Mean,
+        var: torch.Tensor,
+        weight: torch.Tensor | None,
+        eps: float,
+        sums: tuple[torch.Tensor, torch.Tensor] | None,
+        count: Any,
+        weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        verbs = _verbs(dy, x, mean, var, weight, *(sums or ()))
+        return verbs.grad_input(dy, x, mean, var, weight, eps, sums, count, weights)
+
+    def batch_norm_residuals(
+        self,
+        x: torch.Tensor,
+        params: Params,
+        state: State,
+        *,
+        training: bool,
+        momentum: float | None,
+        eps: float,
+        correction: int,
+        weights: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, State, Residuals]:
+        run = partial(
+            super().batch_norm_residuals, state=state, training=training, momentum=momentum, correction=correction
+        )
+        statistics = () if training else state[:2]
+        if is_transformed() or is_recorded(*statistics):
+            # x is widened once, since what it gets of a gradient from each place is summed up in its dtype.
+            y, state, residuals = run(x.to(vectors.WIDE), params, eps=eps, weights=weights)
+            return y.to(x.dtype), state, residuals
+        if is_recorded(x, *params):
+            return autograd.BatchNorm.apply(x, *params, eps, weights, run)
+        return run(x, params, eps=eps, weights=weights)
+
+    def pullback(
+        self,
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        residuals: Residuals,
+        eps: float,
+        weights: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return autograd.pullback(dy, x, weight, residuals, eps, weights)
+
+    def parameter(self, value: torch.Tensor, current: torch.Tensor | None) -> torch.Tensor:
+        if isinstance(current, torch.Tensor) and _is_alike(value, current):
+            with torch.no_grad():
+                return current.copy_(value)
+        with torch.inference_mode(mode=False):  # what is made within could never be trained
+            return torch.nn.Parameter(value.detach().clone(), requires_grad=getattr(current, "requires_grad", True))
+
+    def stores(self, before: State, after: State) -> bool:
+        if torch.compiler.is_compiling():  # Dynamo keeps what is stored, and hands over real arrays
+            return True
+        if any(map(is_traced, after)) and not any(map(is_traced, before)):
+            message = (
+                "a layer in training would keep running statistics that end with this transformation of torch.func. "
+                "Use bn.apply(params, state, x, training=True), which returns the new state, or eval() or freeze()."
+            )
+            raise RuntimeError(message)
+        return not is_backward()
+
+    def grad(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return torch.func.grad(function)
+
+    def jvp(
+        self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, tangent: torch.Tensor
+    ) -> torch.Tensor:
+        return _quietly(torch.func.jvp)(function, (x,), (tangent,))[1]
+
+    def vmap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.func.vmap(function)
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return _quietly(torch.compile(function, fullgraph=True))
+
+
+def _verbs(*values: vectors.Mean | None) -> ModuleType:
+    """Return what does the arithmetic on these: the formulas where anything follows it, else the kernels."""
+    return formulas if is_transformed() or is_recorded(*values) else kernels
+
+
+def _quietly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that passes over one warning: some features of Torch use others that it has deprecated."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _is_alike(value: torch.Tensor, current: torch.Tensor) -> bool:
+    return (value.shape, value.dtype, value.device) == (current.shape, current.dtype, current.device)
 
 
 def _from_numpy(x: np.ndarray) -> torch.Tensor:

@@ -1,0 +1,114 @@
+"""The kernels' arithmetic as formulas, where Torch records, traces or vectorises it.
+
+They have to be right at every order of differentiation, backwards, forwards and mixed: each is a plain composition of
+differentiable operations, in float64, and a value of weight 0 is replaced before anything is computed of it, so that
+no derivative multiplies it. Nothing is written to and nothing depends on a value, so that all of it traces.
+"""
+
+from typing import Any
+
+import torch
+
+from mbn.contract import Moments
+from mbn_torch.vectors import WIDE, Mean, Pair, as_pair, divisor, heaviest, invstd, lifted, lifted_weights
+
+
+def moments(x: torch.Tensor, weights: torch.Tensor | None = None) -> Moments:
+    """Return count, mean (a Pair) and m2 (float64) of each channel of x, (N, C) or (N, C, L).
+
+    The sums are taken around one of the values, which is a constant since the result does not depend on it.
+    """
+    x = lifted(x)
+    shift = heaviest(x, weights)
+    d = _counted(x, shift, weights) - shift[:, None]
+    if weights is None:
+        count = x.shape[0] * x.shape[2]
+        lo = d.sum((0, 2)) / count
+        return Moments(count, Pair(shift, lo), (d - lo[:, None]).square().sum((0, 2)))
+    weights = _constant(weights)
+    count = weights.sum()
+    lo = (weights * d).sum((0, 2)) / divisor(count)
+    return Moments(count, Pair(shift, lo), (weights * (d - lo[:, None]).square()).sum((0, 2)))
+
+
+def normalize(
+    x: torch.Tensor,
+    mean: Mean,
+    var: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return (x - mean) / sqrt(var + eps) * weight + bias in x's dtype."""
+    y = _xhat(x, mean, var, eps, weights)
+    if weight is not None:
+        y = y * weight[:, None]
+    if bias is not None:
+        y = y + bias[:, None]
+    return _like(x, y, weights)
+
+
+def grad_sums(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    mean: Mean,
+    var: torch.Tensor,
+    eps: float,
+    weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sums of dy and of dy * xhat for each channel, in float64."""
+    dy = _counted(lifted(dy), None, weights)
+    return dy.sum((0, 2)), (dy * _xhat(x, mean, var, eps, weights)).sum((0, 2))
+
+
+def grad_input(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    mean: Mean,
+    var: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    sums: tuple[torch.Tensor, torch.Tensor] | None,
+    count: Any,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the gradient of x, in its dtype."""
+    dx = _counted(lifted(dy), None, weights)
+    if sums is not None:
+        mean_dy, slope = (total[:, None] / divisor(count) for total in sums)
+        projection = slope * _xhat(x, mean, var, eps, weights)
+        if weights is not None:
+            mean_dy, projection = _constant(weights) * mean_dy, _constant(weights) * projection
+        dx = dx - mean_dy - projection
+    scale = invstd(var, eps)
+    if weight is not None:
+        scale = scale * weight
+    return _like(x, dx * scale[:, None], weights)
+
+
+def _xhat(x: torch.Tensor, mean: Mean, var: torch.Tensor, eps: float, weights: torch.Tensor | None) -> torch.Tensor:
+    """Return (x - mean) / sqrt(var + eps) as (N, C, L) in float64."""
+    hi, lo = as_pair(mean)
+    d = _counted(lifted(x), hi, weights) - hi[:, None] - lo[:, None]
+    return d * invstd(var, eps)[:, None]
+
+
+def _counted(x: torch.Tensor, other: torch.Tensor | None, weights: torch.Tensor | None) -> torch.Tensor:
+    """Return x, (N, C, L), in float64, with values of weight 0 replaced: by 0 or one vector's."""
+    x = x.to(WIDE)
+    if weights is None:
+        return x
+    return torch.where(lifted_weights(weights) > 0, x, 0 if other is None else other[:, None])
+
+
+def _like(x: torch.Tensor, values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """Return values, (N, C, L), in the shape and dtype of x, and 0 where the weight is."""
+    if weights is not None:
+        weights = _constant(weights)
+        values = torch.where(weights > 0, values, 0 * weights)  # NaN where the weight is, which is no weight
+    return values.reshape(x.shape).to(x.dtype)
+
+
+def _constant(weights: torch.Tensor) -> torch.Tensor:
+    return lifted_weights(weights.detach()).to(WIDE)

@@ -1,0 +1,39 @@
+"""What Torch does with operations at the moment. All that has to be asked of its inner parts is asked here.
+
+Under ``torch.compile`` nothing here may be traced but ``is_compiling``, which Dynamo takes for a constant.
+"""
+
+from typing import Any
+
+import torch
+from torch._C import _current_graph_task_id
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor, peek_interpreter_stack
+from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
+
+
+def is_transformed() -> bool:
+    """Tell whether operations are compiled, vectorised or differentiated forwards, or by ``torch.func``."""
+    if torch.compiler.is_compiling() or peek_interpreter_stack() is not None:
+        return True
+    return forward_ad._current_level >= 0  # noqa: SLF001 - there is no public way to ask
+
+
+def is_recorded(*values: Any) -> bool:
+    """Tell whether autograd records, for a backward pass, what is done with one of these; None is nothing."""
+    return torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in values)
+
+
+def is_traced(value: torch.Tensor | None) -> bool:
+    """Tell whether this stands for values that are not known now, or not after the transformation."""
+    return value is not None and (
+        torch.compiler.is_compiling()
+        or isinstance(value, FakeTensor)
+        or is_functorch_wrapped_tensor(value)
+        or is_legacy_batchedtensor(value)
+    )
+
+
+def is_backward() -> bool:
+    """Tell whether this runs within a backward pass, as a forward pass does that activation checkpointing repeats."""
+    return _current_graph_task_id() != -1
