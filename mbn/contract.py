@@ -147,7 +147,7 @@ class Backend(ABC):
 
     @abstractmethod
     def copy(self, x: Array) -> Array:
-        """Return a copy that changes with nothing else, cut off from any differentiation."""
+        """Return a copy that changes with nothing else; of a parameter, one that nobody trains."""
 
     # Arithmetic.
 
