@@ -1,16 +1,19 @@
 """JAX's verbs. Every verb is one compiled call and can be traced; so is the whole, which a training step calls."""
 
+from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import GetAttrKey
 
-from mbn.contract import Backend, Capabilities, Moments
+from mbn.contract import Backend, Capabilities, Moments, Residuals
 from mbn.state import Params, State
-from mbn_jax import kernels
+from mbn_jax import batch, kernels
+from mbn_jax.pairs import Pair, Statistic, number, widest_dtype
 
 
 class JaxBackend(Backend):
@@ -21,7 +24,7 @@ class JaxBackend(Backend):
 
     @property
     def capabilities(self) -> Capabilities:
-        return _capabilities(kernels.widest_dtype())
+        return _capabilities(widest_dtype())
 
     def owns(self, x: object) -> bool:
         return isinstance(x, jax.Array)
@@ -30,10 +33,11 @@ class JaxBackend(Backend):
         target = None if device is None else _device(device)
         if isinstance(x, jax.Array):
             array = x if dtype is None else x.astype(_dtype(dtype))
-        else:
+            return array if target is None else jax.device_put(array, target)
+        with jax.ensure_compile_time_eval():  # a layer that is made under a trace is not to be part of it
             # A copy of our own: on the CPU JAX takes host memory for its own and may read it later.
             array = jnp.asarray(np.array(x, _host_dtype(x) if dtype is None else _dtype(dtype)))
-        return array if target is None else jax.device_put(array, target)
+            return array if target is None else jax.device_put(array, target)
 
     def to_numpy(self, x: jax.Array) -> np.ndarray:
         return np.asarray(x)
@@ -43,25 +47,79 @@ class JaxBackend(Backend):
             return None
         return _name(*x.devices())
 
-    def moments(self, x: jax.Array) -> Moments:
-        return Moments(x.size // x.shape[1], *kernels.moments(x))
+    def copy(self, x: jax.Array) -> jax.Array:
+        # What is traced stays so: there is no tape to cut it off from, and a pullback may be differentiated again.
+        return jnp.array(x, copy=True)
+
+    def weights(
+        self,
+        shape: tuple[int, ...],
+        dtype: str,
+        mask: jax.Array | None,
+        lengths: jax.Array | None,
+        sample_weight: jax.Array | None,
+    ) -> jax.Array:
+        return kernels.combine_weights(shape, dtype, mask, lengths, sample_weight)
+
+    def within(self, values: jax.Array, low: float, high: float) -> bool | None:
+        if isinstance(values, jax.core.Tracer):
+            return None
+        host = np.asarray(values)
+        return bool(np.all((low <= host) & (host < high)))
+
+    def moments(self, x: jax.Array, weights: jax.Array | None = None) -> Moments:
+        moments = Moments(*kernels.moments(x, kernels.against(weights, x)))
+        return moments if weights is not None else moments._replace(count=x.size // x.shape[1])
+
+    def variance(self, moments: Moments, correction: int) -> Pair:
+        return kernels.variance(moments.m2, _argument(moments.count), correction)
 
     def normalize(
         self,
         x: jax.Array,
-        mean: kernels.Statistic,
-        var: kernels.Statistic,
+        mean: Statistic,
+        var: Statistic,
         weight: jax.Array | None,
         bias: jax.Array | None,
-        eps: float | kernels.Pair,
+        eps: float | Pair,
+        weights: jax.Array | None = None,
     ) -> jax.Array:
-        return kernels.normalize(x, mean, var, weight, bias, _argument(eps))
+        return kernels.normalize(x, mean, var, weight, bias, _argument(eps), kernels.against(weights, x))
 
-    def lerp(self, start: jax.Array, end: kernels.Statistic, weight: float | kernels.Pair | jax.Array) -> jax.Array:
+    def lerp(self, start: jax.Array, end: Statistic, weight: float | Pair | jax.Array) -> jax.Array:
         return kernels.lerp(start, end, _argument(weight))
 
-    def reciprocal(self, count: jax.Array) -> jax.Array:
-        return kernels.reciprocal(count)
+    def step(
+        self, momentum: float | Pair | None, num_batches_tracked: jax.Array | None, count: int | Pair, correction: int
+    ) -> float | Pair | jax.Array:
+        step = kernels.reciprocal(num_batches_tracked) if momentum is None else momentum
+        return step if isinstance(count, int) else kernels.step(_argument(step), count, correction)
+
+    def grad_sums(
+        self,
+        dy: jax.Array,
+        x: jax.Array,
+        mean: Statistic,
+        var: Statistic,
+        eps: float | Pair,
+        weights: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        return kernels.grad_sums(dy, x, mean, var, _argument(eps), kernels.against(weights, x))
+
+    def grad_input(
+        self,
+        dy: jax.Array,
+        x: jax.Array,
+        mean: Statistic,
+        var: Statistic,
+        weight: jax.Array | None,
+        eps: float | Pair,
+        sums: tuple[jax.Array, jax.Array] | None,
+        count: int | Pair | None,
+        weights: jax.Array | None = None,
+    ) -> jax.Array:
+        weights = kernels.against(weights, x)
+        return kernels.grad_input(dy, x, mean, var, weight, _argument(eps), sums, _argument(count), weights)
 
     def batch_norm(
         self,
@@ -73,9 +131,9 @@ class JaxBackend(Backend):
         momentum: float | None,
         eps: float,
         correction: int,
+        weights: jax.Array | None = None,
     ) -> tuple[jax.Array, State]:
-        return _batch_norm(
-            self,
+        y, after = _batch_norm(
             x,
             params,
             state,
@@ -83,15 +141,147 @@ class JaxBackend(Backend):
             momentum=_argument(momentum),
             eps=_argument(eps),
             correction=correction,
+            weights=weights,
         )
+        return y, after if training else state
+
+    def batch_norm_residuals(
+        self,
+        x: jax.Array,
+        params: Params,
+        state: State,
+        *,
+        training: bool,
+        momentum: float | None,
+        eps: float,
+        correction: int,
+        weights: jax.Array | None = None,
+    ) -> tuple[jax.Array, State, Residuals]:
+        y, after, residuals = _batch_norm_residuals(
+            x,
+            params,
+            state,
+            training=training,
+            momentum=_argument(momentum),
+            eps=_argument(eps),
+            correction=correction,
+            weights=weights,
+        )
+        return y, after if training else state, residuals
+
+    def pullback(
+        self,
+        dy: jax.Array,
+        x: jax.Array,
+        weight: jax.Array | None,
+        residuals: Residuals,
+        eps: float,
+        weights: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return _pullback(dy, x, weight, residuals, _argument(eps), weights)
+
+    def register(self, layer_type: type, flatten: Callable[[Any], Any], unflatten: Callable[[Any, Any], Any]) -> None:
+        def flatten_with_keys(layer: Any) -> tuple[Any, Any]:
+            (params, state), rest = flatten(layer)
+            return ((GetAttrKey("params"), params), (GetAttrKey("state"), state)), rest
+
+        jax.tree_util.register_pytree_with_keys(layer_type, flatten_with_keys, unflatten, flatten)
+
+    def stores(self, before: State, after: State) -> bool:
+        lasting = {trace for leaf in jax.tree.leaves(before) for trace in _traces(leaf)}
+        for leaf in jax.tree.leaves(after):
+            if not lasting.issuperset(_traces(leaf)[:1]):
+                raise RuntimeError(_WOULD_LEAK)
+        return True
+
+    def grad(self, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        return jax.grad(function)
+
+    def jvp(self, function: Callable[[jax.Array], jax.Array], x: jax.Array, tangent: jax.Array) -> jax.Array:
+        return jax.jvp(function, (x,), (tangent,))[1]
+
+    def vmap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return jax.vmap(function)
+
+    def jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return jax.jit(function)
 
 
-_batch_norm = jax.jit(Backend.batch_norm, static_argnames=("self", "training", "correction"))
+class _Whole(JaxBackend):
+    """The verbs as they make up a whole: the statistics that x is normalised by in training are its own."""
+
+    batch_norm = Backend.batch_norm
+    batch_norm_residuals = Backend.batch_norm_residuals
+
+    def moments(self, x: jax.Array, weights: jax.Array | None = None) -> Moments:
+        return super().moments(jax.lax.stop_gradient(x), weights)
+
+    def normalize(
+        self,
+        x: jax.Array,
+        mean: Statistic,
+        var: Statistic,
+        weight: jax.Array | None,
+        bias: jax.Array | None,
+        eps: Pair,
+        weights: jax.Array | None = None,
+    ) -> jax.Array:
+        if not isinstance(mean, Pair):
+            return super().normalize(x, mean, var, weight, bias, eps, weights)
+        return batch.normalize(batch.batch(x, mean, var, eps, kernels.against(weights, x)), weight, bias)
+
+
+_OPTIONS = ("training", "correction")
+_WHOLE = _Whole()
+_batch_norm = jax.jit(partial(Backend.batch_norm, _WHOLE), static_argnames=_OPTIONS)
+_batch_norm_residuals = jax.jit(partial(Backend.batch_norm_residuals, _WHOLE), static_argnames=_OPTIONS)
+
+
+@jax.jit
+def _pullback(
+    dy: jax.Array,
+    x: jax.Array,
+    weight: jax.Array | None,
+    residuals: Residuals,
+    eps: Pair,
+    weights: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    mean, var, count = residuals
+    if count is None:
+        dx, dweight, dbias = Backend.pullback(_WHOLE, dy, x, weight, residuals, eps, weights)
+    else:
+        dx, dweight, dbias = batch.pullback(dy, batch.batch(x, mean, var, eps, kernels.against(weights, x)), weight)
+    return dx, *(vector.astype(widest_dtype()) for vector in (dweight, dbias))
+
+
+_WOULD_LEAK = """\
+a training layer that is closed over by a JAX transformation cannot keep its new statistics: they end with the trace. \
+The layer is unchanged. Either pass parameters and state through, as a pure function:
+
+    y, state = bn.apply(bn.params, bn.state, x, training=True)
+
+or pass the layer through, which is a pytree:
+
+    @jax.jit
+    def step(bn, x):
+        y = bn(x)
+        return bn, y
+
+    bn, y = step(bn, x)"""
+
+
+def _traces(leaf: Any) -> list[Any]:
+    """Return the traces that an array is part of, the innermost first; none for one that has a value."""
+    traces, trace = [], getattr(leaf, "_trace", None)
+    while trace is not None:
+        traces.append(trace)
+        trace = getattr(trace, "parent_trace", None)
+    return traces
 
 
 def _argument(value: Any) -> Any:
     """Return what stands for a Python number among the arguments of compiled code; anything else as it is."""
-    return kernels.number(value) if isinstance(value, float) else value
+    return number(value) if isinstance(value, int | float) else value
 
 
 @cache
@@ -102,6 +292,10 @@ def _capabilities(widest: np.dtype) -> Capabilities:
         devices=_device_names(),
         mutable=False,
         strided=False,
+        masks=True,
+        autograd=True,
+        vmap=True,
+        jit=True,
     )
 
 

@@ -1,65 +1,103 @@
 """JAX's arithmetic.
 
-It must be as exact where JAX has no 64-bit numbers, which is its default, as where it has. So statistics are pairs,
-unevaluated sums of two numbers of the dtype computed in, made by transforms that return their rounding error too. XLA
-contracts products and sums into FMAs as it likes, which changes nothing here: every product whose last bit counts is
-exact. Sums are made in a fixed order, so the bits do not depend on the run or the number of threads.
+Statistics are pairs, so that they are exact where there are no 64-bit numbers too. Everything can be traced, and
+differentiates as the real numbers that it stands for, forwards and backwards and again.
 
-Everything can be traced, and differentiates as the real numbers that it stands for: a rounding error is a constant.
+Weights come as (N, 1) or (N, 1, L), to broadcast against x. Where they are 0 nothing may depend on x or on a
+derivative: not even as NaN * 0.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-BLOCK = 1 << 16
-"""Values taken at a time: few enough that the running sums stay in cache, enough for all cores to have a share."""
+from mbn_jax.linear import Shape, channel_sum, spread
+from mbn_jax.pairs import (
+    Pair,
+    Statistic,
+    add,
+    as_pair,
+    channel_sums,
+    difference,
+    divide,
+    multiply,
+    negative,
+    two_sum,
+    where,
+    widest_dtype,
+)
 
 
-class Pair(NamedTuple):
-    """The unevaluated sum of two arrays, hi being the sum rounded: twice the precision of one."""
+@partial(jax.jit, static_argnames=("shape", "dtype"))
+def combine_weights(
+    shape: Shape,
+    dtype: str,
+    mask: jax.Array | None,
+    lengths: jax.Array | None,
+    sample_weight: jax.Array | None,
+) -> jax.Array:
+    """Return the sample weight (1 if None) where mask and lengths allow, else 0; and NaN for what makes no sense."""
 
-    hi: jax.Array
-    lo: jax.Array
+    def full(values: jax.Array) -> jax.Array:
+        return values[:, None] if values.ndim < len(shape) else values
 
-    def __truediv__(self, divisor: float) -> "Pair":
-        """Return a sum divided by the number of its terms."""
-        return divide(self, as_pair(divisor, self.hi.dtype))
+    allowed = jnp.ones(shape, bool)
+    if mask is not None:
+        allowed &= full(mask)
+    if lengths is not None:
+        allowed &= jnp.arange(shape[1]) < lengths[:, None]
+    weights = jnp.where(allowed, jnp.ones((), dtype) if sample_weight is None else full(sample_weight).astype(dtype), 0)
+    if lengths is not None:
+        weights = jnp.where(full((lengths >= 0) & (lengths <= shape[1])), weights, jnp.nan)
+    if sample_weight is not None:
+        weights = jnp.where(full((sample_weight >= 0) & (sample_weight < jnp.inf)), weights, jnp.nan)
+    return weights
 
 
-Statistic: TypeAlias = Pair | jax.Array
-Tree = TypeVar("Tree", jax.Array, Pair)
+def against(weights: jax.Array | None, x: jax.Array) -> jax.Array | None:
+    """Return weights of (N,) or (N, L) as (N, 1) or (N, 1, L), constants to differentiation."""
+    return None if weights is None else lax.stop_gradient(weights).reshape(x.shape[0], 1, *x.shape[2:])
 
 
 @jax.custom_jvp
 @jax.jit
-def moments(x: jax.Array) -> tuple[Pair, Pair]:
-    """Return mean and m2 of each channel of x, (N, C) or (N, C, L).
+def moments(x: jax.Array, weights: jax.Array | None) -> tuple[Pair, Pair, Pair]:
+    """Return the sum of the weights, and mean and m2 of each channel of x, (N, C) or (N, C, L).
 
     The mean comes from the differences to the first value, so that it is exact for a constant channel; m2 from the
     differences to the mean.
     """
-    compute = _compute_dtype(x)
-    first = as_pair(x[0].reshape(x.shape[1], -1)[:, 0], compute)
-    mean = add(first, _channel_sums(x, partial(_difference, first)) / float(x.size // x.shape[1]))
-    return mean, _channel_sums(x, lambda values: _square(_difference(mean, values)))
+    total_weight, first = count(x, weights), as_pair(_first(x, weights), compute_dtype(x))
+    total = channel_sums(lambda x, weights: weighted(difference(first, x), weights), x, weights)
+    mean = add(first, divide(total, divisor(total_weight)))
+    m2 = channel_sums(lambda x, weights: weighted(_square(difference(mean, x)), weights), x, weights)
+    return total_weight, mean, m2
 
 
 @moments.defjvp
-def _moments_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[tuple[Pair, Pair], ...]:
-    """Differentiate the definitions, not the sums: backwards, that broadcasts and has nothing to add up."""
-    (x,), (dx,) = primals, tangents
-    mean, m2 = moments(x)
-    deviation = _difference(mean, x).hi
-    axes = (0, *range(2, x.ndim))
-    dmean = jnp.mean(dx, axes, mean.hi.dtype)
-    dm2 = 2 * jnp.sum(deviation * dx, axes, m2.hi.dtype)
-    return (mean, m2), (Pair(dmean, jnp.zeros_like(dmean)), Pair(dm2, jnp.zeros_like(dm2)))
+def _moments_jvp(
+    primals: tuple[jax.Array, jax.Array | None], tangents: tuple[jax.Array, jax.Array | None]
+) -> tuple[tuple[Pair, ...], ...]:
+    """Differentiate the definitions, not the sums."""
+    (x, weights), (dx, _) = primals, tangents
+    total_weight, mean, m2 = moments(x, weights)
+    deviation = _deviation(x, mean, weights)
+    dx = unmasked(dx.astype(deviation.dtype), weights)
+    if weights is not None:
+        dx *= weights.astype(dx.dtype)
+    dmean = channel_sum(dx) / divisor(total_weight).hi
+    dm2 = 2 * channel_sum(deviation * dx)
+    zeros = jax.tree.map(jnp.zeros_like, (total_weight, mean, m2))
+    return (total_weight, mean, m2), (zeros[0], Pair(dmean, zeros[1].lo), Pair(dm2, zeros[2].lo))
+
+
+@partial(jax.jit, static_argnames=("correction",))
+def variance(m2: Pair, count: Pair, correction: int) -> Pair:
+    """Return m2 / (count - correction), and 0 where count is no more than correction."""
+    left = _left(as_pair(count, m2.hi.dtype), correction)
+    return where(left.hi <= 0, 0, divide(m2, where(left.hi <= 0, 1, left)))
 
 
 @jax.jit
@@ -70,35 +108,42 @@ def normalize(
     weight: jax.Array | None,
     bias: jax.Array | None,
     eps: Pair,
+    weights: jax.Array | None,
 ) -> jax.Array:
-    """Return (x - mean) / sqrt(var + eps) * weight + bias in x's dtype.
+    """Return (x - mean) / sqrt(var + eps) * weight + bias in x's dtype."""
+    compute = compute_dtype(x)
+    return affine(x, as_pair(mean, compute), invstd(var, eps, compute), weight, bias, weights).astype(x.dtype)
+
+
+def affine(
+    x: jax.Array,
+    mean: Pair,
+    invstd: Pair,
+    weight: jax.Array | None,
+    bias: jax.Array | None,
+    weights: jax.Array | None,
+) -> jax.Array:
+    """Return (x - mean) * invstd * weight + bias in the dtype computed in, and 0 where the weight of a value is.
 
     Computed as (x - K) * scale + shift with K the mean rounded to the precision computed in: x - K is exact where x is
     near the mean, and the rest of the mean goes into the shift.
     """
-    compute = _compute_dtype(x)
-    scale = _invstd(add(as_pair(var, compute), as_pair(eps, compute)))
-    if weight is not None:
-        scale = multiply(scale, as_pair(weight, compute))
-    rounded, rest = as_pair(mean, compute)
-    shift = -rest * scale.hi
+    compute = mean.hi.dtype
+    scale = invstd if weight is None else multiply(invstd, as_pair(weight, compute))
+    shift = -mean.lo * scale.hi
     if bias is not None:
         shift += bias.astype(compute)
-    rounded, factor, shift = (_column(vector, x.ndim) for vector in (rounded, scale.hi, shift))
-    return ((x.astype(compute) - rounded) * factor + shift).astype(x.dtype)
+    rounded, factor, shift = (spread(vector, x.shape) for vector in (mean.hi, scale.hi, shift))
+    return unmasked((_filled(x, rounded, weights) - rounded) * factor + shift, weights)
 
 
 @jax.jit
 def lerp(start: jax.Array, end: Statistic, weight: Pair | jax.Array) -> jax.Array:
     """Return (1 - weight) * start + weight * end, computed in pairs and rounded once to the dtype of start."""
+    # Constants before anything is computed: then even a gradient that is taken step by step leaves no tracer behind.
+    start, end, weight = lax.stop_gradient((start, end, weight))
     one, old, new, step = (as_pair(value, start.dtype) for value in (1.0, start, end, weight))
-    kept = add(one, Pair(-step.hi, -step.lo))
-    return add(multiply(kept, old), multiply(step, new)).hi
-
-
-def widest_dtype() -> np.dtype:
-    """Return the widest floating dtype there is: float64 where 64-bit numbers are enabled."""
-    return jax.dtypes.canonicalize_dtype(np.float64)
+    return add(multiply(add(one, negative(step)), old), multiply(step, new)).hi
 
 
 @jax.jit
@@ -107,123 +152,144 @@ def reciprocal(count: jax.Array) -> jax.Array:
     return 1 / count.astype(widest_dtype())
 
 
-def number(value: float) -> Pair:
-    """Return a Python number as a pair on the host, to be an argument of compiled code: a new one compiles nothing new.
+@partial(jax.jit, static_argnames=("correction",))
+def step(weight: Pair | jax.Array, count: Pair, correction: int) -> Pair:
+    """Return the weight of a batch in the running statistics, and 0 where count is no more than correction."""
+    return where(_left(count, correction).hi <= 0, 0, as_pair(weight, widest_dtype()))
 
-    As a plain number it would be rounded to float32 on its way.
+
+@jax.jit
+def grad_sums(
+    dy: jax.Array, x: jax.Array, mean: Statistic, var: Statistic, eps: Pair, weights: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Return the sums of dy and dy * xhat for each channel."""
+    compute = compute_dtype(x)
+    xhat = affine(x, as_pair(mean, compute), invstd(var, eps, compute), None, None, weights)
+    dy = unmasked(dy.astype(compute), weights)
+    return channel_sum(dy), channel_sum(dy * xhat)
+
+
+@jax.jit
+def grad_input(
+    dy: jax.Array,
+    x: jax.Array,
+    mean: Statistic,
+    var: Statistic,
+    weight: jax.Array | None,
+    eps: Pair,
+    sums: tuple[Statistic, Statistic] | None,
+    count: Pair | None,
+    weights: jax.Array | None,
+) -> jax.Array:
+    """Return the gradient of x in its dtype."""
+    compute = compute_dtype(x)
+    mean, scale = as_pair(mean, compute), invstd(var, eps, compute)
+    change = unmasked(dy.astype(compute), weights)
+    if sums is not None:
+        means = [divide(as_pair(total, compute), divisor(as_pair(count, compute))) for total in sums]
+        change = residual(change, affine(x, mean, scale, None, None, weights), *means, weights)
+    if weight is not None:
+        scale = multiply(scale, as_pair(weight, compute))
+    return unmasked(change * spread(scale.hi, x.shape), weights).astype(x.dtype)
+
+
+def residual(v: jax.Array, xhat: jax.Array, mean: Pair, slope: Pair, weights: jax.Array | None) -> jax.Array:
+    """Return v - w * mean - w * xhat * slope: what a constant and xhat do not explain, if those are their shares of v.
+
+    Like x - K in ``affine``, v - mean is exact where v is near the mean, and the rest of the mean is taken off with the
+    small terms.
     """
-    hi = np.asarray(value, widest_dtype())
-    return Pair(hi, np.asarray(value - float(hi), hi.dtype))
+    center = Pair(*(spread(part, v.shape) for part in mean))
+    xhat *= spread(slope.hi, v.shape)
+    if weights is not None:
+        weights = weights.astype(v.dtype)
+        center = multiply(center, as_pair(weights, v.dtype))
+        xhat *= weights
+    return (v - center.hi) - (center.lo + xhat)
 
 
-def as_pair(value: Pair | jax.Array | float, dtype: np.dtype) -> Pair:
-    """Return a value as a pair of ``dtype``, keeping of a wider one what two numbers can hold."""
-    if isinstance(value, Pair):
-        hi, rest = as_pair(value.hi, dtype)
-        return two_sum(hi, rest + value.lo.astype(dtype))
-    if isinstance(value, float):
-        # Behind a barrier it is no constant to XLA, which takes (x + 1) - 1 for x.
-        return as_pair(Pair(*lax.optimization_barrier(number(value))), dtype)
-    value = value.astype(jnp.promote_types(value.dtype, dtype))
-    if value.dtype == dtype:
-        return Pair(value, jnp.zeros_like(value))
-    # XLA takes a conversion there and back for nothing, so the rounding has to be asked for.
-    hi = lax.reduce_precision(value, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)
-    return Pair(hi.astype(dtype), (value - hi).astype(dtype))
+def weighted(terms: Pair, weights: jax.Array | None) -> Pair:
+    """Return terms times their weights, whatever the terms are where those are 0."""
+    return terms if weights is None else where(weights == 0, 0, multiply(terms, as_pair(weights, terms.hi.dtype)))
 
 
-def two_sum(a: jax.Array, b: jax.Array) -> Pair:
-    """Return a + b and its rounding error, exactly (Knuth, The Art of Computer Programming 2, 4.2.2)."""
-    total = a + b
-    b_part = total - a
-    return Pair(total, lax.stop_gradient((a - (total - b_part)) + (b - b_part)))
+def masked(terms: Pair, weights: jax.Array | None) -> Pair:
+    """Return terms with 0 in place of those of weight 0."""
+    return terms if weights is None else where(weights == 0, 0, terms)
 
 
-def two_prod(a: jax.Array, b: jax.Array) -> Pair:
-    """Return a * b, rounded or next to it, and the exact rest (Dekker, A floating-point technique, 1971: mul12)."""
-    (a_hi, a_lo), (b_hi, b_lo) = _halves(a), _halves(b)
-    product, middle = a_hi * b_hi, a_hi * b_lo + a_lo * b_hi
-    total = product + middle
-    return Pair(total, lax.stop_gradient(((product - total) + middle) + a_lo * b_lo))
+def unmasked(values: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """Return values with 0 in place of those of weight 0, and NaN where the weight is."""
+    return values if weights is None else jnp.where(weights > 0, values, weights.astype(values.dtype))
 
 
-def add(a: Pair, b: Pair) -> Pair:
-    """Return a + b (Joldes, Muller and Popescu, Tight and rigorous error bounds, 2017, algorithm 5)."""
-    hi, lo = two_sum(a.hi, b.hi)
-    return two_sum(hi, lo + (a.lo + b.lo))
+def compute_dtype(x: jax.Array) -> jnp.dtype:
+    """Return the dtype to compute in: float16 and bfloat16 are computed in float32."""
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def multiply(a: Pair, b: Pair) -> Pair:
-    """Return a * b (the same, algorithm 11)."""
-    hi, lo = two_prod(a.hi, b.hi)
-    return two_sum(hi, lo + (a.hi * b.lo + a.lo * b.hi))
+def divisor(count: Pair) -> Pair:
+    """Return count as a divisor of sums, which are 0 where it is."""
+    return where(count.hi == 0, 1, count)
 
 
-def divide(a: Pair, b: Pair) -> Pair:
-    """Return a / b (the same, algorithm 17)."""
-    quotient = a.hi / b.hi
-    rest = add(a, multiply(Pair(-quotient, jnp.zeros_like(quotient)), b))
-    return two_sum(quotient, rest.hi / b.hi)
+def invstd(var: Statistic, eps: Pair, dtype: jnp.dtype) -> Pair:
+    """Return 1 / sqrt(var + eps), and 0 where that is 0, as a pair of ``dtype``."""
+    return _invstd(add(as_pair(var, dtype), as_pair(eps, dtype)))
 
 
-def _halves(a: jax.Array) -> Pair:
-    """Return a as a sum of two numbers of half as many digits, so that products of them are exact."""
-    hi = lax.reduce_precision(a, jnp.finfo(a.dtype).nexp, jnp.finfo(a.dtype).nmant // 2)
-    return Pair(hi, a - hi)
+@jax.custom_jvp
+def _invstd(spread: Pair) -> Pair:
+    """Return the rounded result and a Newton step from it."""
+    is_zero = spread.hi == 0
+    rounded = as_pair(1 / jnp.sqrt(jnp.where(is_zero, 1, spread.hi)), spread.hi.dtype)
+    excess = add(multiply(multiply(spread, rounded), rounded), as_pair(-1.0, spread.hi.dtype))
+    step = -rounded.hi * excess.hi / 2
+    return where(is_zero, 0, two_sum(rounded.hi, step))
+
+
+@_invstd.defjvp
+def _invstd_jvp(primals: tuple[Pair], tangents: tuple[Pair]) -> tuple[Pair, Pair]:
+    result = _invstd(*primals)
+    (change,) = tangents
+    slope = -(change.hi + change.lo) / 2 * result.hi**3
+    return result, Pair(slope, jnp.zeros_like(slope))
 
 
 def _square(a: Pair) -> Pair:
     return multiply(a, a)
 
 
-def _invstd(spread: Pair) -> Pair:
-    """Return 1 / sqrt(spread), and 0 where spread is 0: the rounded result and a Newton step from it."""
-    is_zero = spread.hi == 0
-    rounded = as_pair(1 / jnp.sqrt(jnp.where(is_zero, 1, spread.hi)), spread.hi.dtype)
-    excess = add(multiply(multiply(spread, rounded), rounded), as_pair(-1.0, spread.hi.dtype))
-    step = -rounded.hi * excess.hi / 2
-    return Pair(*(jnp.where(is_zero, 0, part) for part in two_sum(rounded.hi, step)))
+def count(x: jax.Array, weights: jax.Array | None) -> Pair:
+    """Return the sum of the weights of a channel."""
+    compute = compute_dtype(x)
+    if weights is None:
+        return as_pair(float(x.size // x.shape[1]), compute)
+    return jax.tree.map(jnp.squeeze, channel_sums(lambda weights: as_pair(weights, compute), weights))
 
 
-def _difference(center: Pair, values: jax.Array) -> Pair:
-    """Return values - center, with one center for each channel."""
-    hi, lo = (_column(-part, values.ndim) for part in center)
-    return add(as_pair(values, hi.dtype), Pair(hi, lo))
+def _left(count: Pair, correction: int) -> Pair:
+    return add(count, as_pair(float(-correction), count.hi.dtype))
 
 
-def _channel_sums(x: jax.Array, term: Callable[[jax.Array], Pair]) -> Pair:
-    """Return the sum of ``term(x)`` for each channel of x, (N, C) or (N, C, L)."""
-    total = _sum(x, term, axis=0)
-    return total if x.ndim == 2 else _sum(total, lambda values: values, axis=1)  # noqa: PLR2004 - (N, C) or (N, C, L)
+def _first(x: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """Return the first value of each channel that has a weight, or 0 where none has."""
+    channels = x.reshape(*x.shape[:2], -1)
+    if weights is None:
+        return channels[0, :, 0]
+    places = jnp.arange(weights.size).reshape(weights.shape)
+    place = jnp.min(jnp.where(weights == 0, weights.size, places))
+    row, column = jnp.divmod(jnp.minimum(place, weights.size - 1), channels.shape[2])
+    return jnp.where(place < weights.size, channels[row, :, column], 0)
 
 
-def _sum(values: Tree, term: Callable[[Tree], Pair], axis: int) -> Pair:
-    """Return the sum of ``term(values)`` over an axis: of block upon block, and then within the block."""
-    first = jax.tree.leaves(values)[0]
-    n = first.shape[axis]
-    length = min(n, max(1, BLOCK * n // first.size))
-
-    def add_block(i: jax.Array, total: Pair) -> Pair:
-        start = jnp.minimum(i * length, n - length)
-        is_new = jnp.arange(length) >= i * length - start  # the last block may reach back into the one before it
-        is_new = is_new.reshape([length if other == axis else 1 for other in range(first.ndim)])
-        terms = term(_part(values, start, length, axis))
-        return add(total, jax.tree.map(lambda leaf: jnp.where(is_new, leaf, 0), terms))
-
-    total = lax.fori_loop(1, -(-n // length), add_block, term(_part(values, 0, length, axis)))
-    zero = np.zeros((), total.hi.dtype)
-    return Pair(*lax.reduce(tuple(total), (zero, zero), lambda a, b: tuple(add(Pair(*a), Pair(*b))), (axis,)))
+def _filled(x: jax.Array, filler: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """Return x in the dtype of a filler that takes the place of values of weight 0."""
+    x = x.astype(filler.dtype)
+    return x if weights is None else jnp.where(weights == 0, lax.stop_gradient(filler), x)
 
 
-def _part(values: Tree, start: jax.Array | int, length: int, axis: int) -> Tree:
-    return jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, length, axis), values)
-
-
-def _compute_dtype(x: jax.Array) -> np.dtype:
-    """Return the dtype to compute in: float16 and bfloat16 are computed in float32."""
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def _column(vector: jax.Array, ndim: int) -> jax.Array:
-    """Return a (C,) vector in the shape that broadcasts against an x of ndim axes."""
-    return vector if ndim == 2 else vector[:, None]  # noqa: PLR2004 - (N, C) or (N, C, L)
+def _deviation(x: jax.Array, mean: Pair, weights: jax.Array | None) -> jax.Array:
+    """Return x - mean, rounded once, and 0 where the weight of x is."""
+    rounded, rest = (spread(part, x.shape) for part in mean)
+    return unmasked((_filled(x, rounded, weights) - rounded) - rest, weights)

@@ -1,0 +1,191 @@
+"""Normalisation by the statistics of the batch itself, and its derivatives.
+
+It must give the gradients that the formulas of batch normalisation give, with sums in pairs, so that a large mean of x
+or dy costs nothing. So it is differentiated as a whole, mean and variance being what they are of x, and not part by
+part; and its derivatives in the same way again.
+
+In the following xhat = (x - mean) * s with s = 1 / sqrt(var + eps), and M(v) = sum(w * v) / n with w the weights and n
+their sum. In the direction v
+
+    xhat changes by P(v) = s * (v - M(v) - xhat * M(xhat * v)),  s by -s**2 * M(xhat * v).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mbn_jax import kernels
+from mbn_jax.linear import Arrays, LinearMap, Shape, are_transposes, channel_sum, spread
+from mbn_jax.pairs import Pair, as_pair, channel_sums, difference, divide, multiply
+
+
+class Batch(NamedTuple):
+    """Values and what follows from them: to differentiation, functions of x."""
+
+    x: jax.Array
+    weights: jax.Array | None
+    mean: Pair
+    invstd: Pair
+    count: Pair
+
+
+def batch(x: jax.Array, mean: Pair, var: Pair, eps: Pair, weights: jax.Array | None) -> Batch:
+    """Return values with their own statistics."""
+    mean, var = lax.stop_gradient((mean, var))
+    count = kernels.divisor(kernels.count(x, weights))
+    return Batch(x, weights, mean, kernels.invstd(var, eps, kernels.compute_dtype(x)), count)
+
+
+@jax.custom_jvp
+def normalize(batch: Batch, weight: jax.Array | None, bias: jax.Array | None) -> jax.Array:
+    """Return xhat * weight + bias in x's dtype."""
+    x, weights, mean, invstd, _ = batch
+    return kernels.affine(x, mean, invstd, weight, bias, weights).astype(x.dtype)
+
+
+@normalize.defjvp
+def _normalize_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+    batch, weight, _ = primals
+    dbatch, dweight, dbias = tangents
+    arrays = [dbatch.x.astype(batch.mean.hi.dtype), _vector(batch, dweight, 0), _vector(batch, dbias, 0)]
+    (dy,) = _pushforward(arrays, (batch, _vector(batch, weight, 1)))
+    return normalize(*primals), dy.astype(batch.x.dtype)
+
+
+def pullback(dy: jax.Array, batch: Batch, weight: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the gradients of x, in its dtype, of weight and of bias."""
+    dx, dweight, dbias = _pullback([dy.astype(batch.mean.hi.dtype)], (batch, _vector(batch, weight, 1)))
+    return dx.astype(batch.x.dtype), dweight, dbias
+
+
+@jax.custom_jvp
+def _standardize(batch: Batch) -> jax.Array:
+    """Return xhat, and 0 where the weight of x is."""
+    return kernels.affine(batch.x, batch.mean, batch.invstd, None, None, batch.weights)
+
+
+@_standardize.defjvp
+def _standardize_jvp(primals: tuple[Batch], tangents: tuple[Batch]) -> tuple[jax.Array, jax.Array]:
+    return _standardize(*primals), _project(tangents[0].x, *primals)
+
+
+@jax.custom_jvp
+def _scale(batch: Batch) -> jax.Array:
+    """Return s."""
+    return batch.invstd.hi
+
+
+@_scale.defjvp
+def _scale_jvp(primals: tuple[Batch], tangents: tuple[Batch]) -> tuple[jax.Array, jax.Array]:
+    (batch,) = primals
+    scale = _scale(batch)
+    return scale, -(scale**2) * _mean(_standardize(batch) * _direction(tangents[0].x, batch), batch)
+
+
+def _project(v: jax.Array, batch: Batch) -> jax.Array:
+    """Return P(v)."""
+    zeros = _vector(batch, None, 0)
+    return _pushforward([v.astype(zeros.dtype), zeros, zeros], (batch, _vector(batch, None, 1)))[0]
+
+
+def _mean(v: jax.Array, batch: Batch) -> jax.Array:
+    """Return M(v)."""
+    return channel_sum(_weigh(v, batch)) / batch.count.hi
+
+
+def _weigh(v: jax.Array, batch: Batch) -> jax.Array:
+    return v if batch.weights is None else v * batch.weights.astype(v.dtype)
+
+
+def _direction(v: jax.Array, batch: Batch) -> jax.Array:
+    """Return a direction in the dtype computed in, without what it has where the weight of x is 0."""
+    return kernels.unmasked(v.astype(batch.mean.hi.dtype), batch.weights)
+
+
+def _vector(batch: Batch, value: jax.Array | None, default: float) -> jax.Array:
+    dtype = batch.mean.hi.dtype
+    return jnp.full(batch.x.shape[1], default, dtype) if value is None else value.astype(dtype)
+
+
+# Forwards: weight * P(v) + dweight * xhat + dbias.
+
+
+def _push(arrays: Arrays, residuals: tuple[Batch, jax.Array], shape: Shape) -> list[jax.Array]:  # noqa: ARG001
+    (v, dweight, dbias), (batch, weight) = arrays, residuals
+    mean, slope = (divide(total, batch.count) for total in _sums(v, batch, kernels.weighted))
+    xhat = _standardize(batch)
+    scale, dweight, dbias = (spread(vector, v.shape) for vector in (batch.invstd.hi * weight, dweight, dbias))
+    change = kernels.residual(v, xhat, mean, slope, None) * scale + xhat * dweight + dbias
+    return [kernels.unmasked(change, batch.weights)]
+
+
+def _push_derivative(
+    arrays: Arrays, residuals: tuple[Batch, jax.Array], tangents: tuple[Batch, jax.Array]
+) -> list[jax.Array]:
+    (v, p, _), (batch, weight), (dbatch, dweight) = arrays, residuals, tangents
+    u, v = _direction(dbatch.x, batch), _direction(v, batch)
+    # A constant in v changes nothing but the last bits of the products that follow.
+    v -= spread(lax.stop_gradient(_mean(v, batch)), v.shape)
+    xhat, change, moved = _standardize(batch), _project(u, batch), _project(v, batch)
+    # P(v) changes by -s * (M(xhat * u) * P(v) + M(xhat * v) * P(u) + M(P(u) * v) * xhat).
+    terms = ((_mean(xhat * u, batch), moved), (_mean(xhat * v, batch), change), (_mean(change * v, batch), xhat))
+    scale = -weight * _scale(batch)
+    bent = sum(spread(scale * factor, v.shape) * term for factor, term in terms)
+    return [bent + spread(p, v.shape) * change + spread(dweight, v.shape) * moved]
+
+
+# Backwards: the gradients of x, weight and bias. That of x, with g = weight * dy, is the transpose of P,
+# s * (g - w * sum(g) / n - w * xhat * sum(xhat * g) / n).
+
+
+def _pull(arrays: Arrays, residuals: tuple[Batch, jax.Array], shape: Shape) -> list[jax.Array]:  # noqa: ARG001
+    (dy,), (batch, weight) = arrays, residuals
+    dbias, dweight = sums = _sums(dy, batch, kernels.masked)
+    mean, slope = (divide(total, batch.count) for total in sums)
+    change = kernels.residual(dy, _standardize(batch), mean, slope, batch.weights)
+    dx = kernels.unmasked(change * spread(batch.invstd.hi * weight, dy.shape), batch.weights)
+    return [dx, dweight.hi, dbias.hi]
+
+
+def _pull_derivative(
+    arrays: Arrays, residuals: tuple[Batch, jax.Array], tangents: tuple[Batch, jax.Array]
+) -> list[jax.Array]:
+    (dy,), (batch, weight), (dbatch, dweight) = arrays, residuals, tangents
+    u, dy = _direction(dbatch.x, batch), _direction(dy, batch)
+    xhat, change = _standardize(batch), _project(u, batch)
+    moved, product, _ = _pullback([dy], (batch, _vector(batch, None, 1)))
+    # M(change) is 0, so that w times a constant in dy changes nothing but the last bits.
+    constant = spread(lax.stop_gradient(channel_sum(dy) / batch.count.hi), dy.shape)
+    bend = channel_sum(change * (dy - _weigh(constant, batch)))
+    terms = (
+        (_mean(xhat * u, batch), moved),
+        (product / batch.count.hi, _weigh(change, batch)),
+        (bend / batch.count.hi, _weigh(xhat, batch)),
+    )
+    scale = -weight * _scale(batch)
+    bent = sum(spread(scale * factor, dy.shape) * term for factor, term in terms)
+    return [bent + spread(dweight, dy.shape) * moved, bend, jnp.zeros_like(bend)]
+
+
+def _sums(v: jax.Array, batch: Batch, weigh: Callable[[Pair, jax.Array | None], Pair]) -> tuple[Pair, Pair]:
+    """Return the sums of v and of xhat * v for each channel."""
+
+    def terms(x: jax.Array, v: jax.Array, weights: jax.Array | None) -> list[Pair]:
+        exact = as_pair(v, v.dtype)
+        return [weigh(term, weights) for term in (exact, multiply(difference(batch.mean, x), exact))]
+
+    total, product = channel_sums(terms, batch.x, v, batch.weights)
+    return total, multiply(product, batch.invstd)
+
+
+_pushforward = LinearMap("batch_norm_pushforward", _push, lambda arrays, shape: arrays[:1], _push_derivative)  # noqa: ARG005
+_pullback = LinearMap(
+    "batch_norm_pullback",
+    _pull,
+    lambda arrays, shape: [arrays[0], arrays[0][1:2], arrays[0][1:2]],  # noqa: ARG005
+    _pull_derivative,
+)
+are_transposes(_pushforward, _pullback)
