@@ -6,7 +6,6 @@ outputs are pairs of float64.
 """
 
 import math
-from collections.abc import Iterable
 from decimal import Decimal, localcontext
 from typing import NamedTuple
 
@@ -28,6 +27,15 @@ class Step(NamedTuple):
     running_var: Exact
 
 
+class _Moments(NamedTuple):
+    """The statistics of one channel."""
+
+    mean: Decimal
+    m2: Decimal
+    size: Decimal
+    """The mean size of its values."""
+
+
 def train(
     x: np.ndarray,
     running_mean: np.ndarray,
@@ -38,24 +46,33 @@ def train(
     momentum: float,
     eps: float,
     correction: int = 1,
+    weights: np.ndarray | None = None,
 ) -> Step:
-    """Return a training step on finite ``x``, (N, C) or (N, C, L) with more than one value per channel.
+    """Return a training step on ``x``, (N, C) or (N, C, L), finite wherever it counts.
 
-    The statistics given are (C,); the new ones are what a backend stores, before it rounds them.
+    The statistics given are (C,); the new ones are what a backend stores, before it rounds them. ``weights``, (N,) or
+    (N, L), say how often each value counts; each does once without them. Where they add up to ``correction`` or less,
+    there is no variance to learn from and the statistics stay as they are.
     """
-    channels = _channels(x)
-    means, variances, new_means, new_variances = [], [], [], []
+    counts = _counts(x, weights)
+    counted = counts > 0
+    old = list(zip(running_mean.tolist(), running_var.tolist(), strict=True))
     with localcontext(prec=_DIGITS):
-        step = Decimal(momentum)
-        for values, old_mean, old_var in zip(channels, running_mean.tolist(), running_var.tolist(), strict=True):
-            mean = _sum(values) / len(values)
-            m2 = _sum_of_squares(values, mean)
-            means.append(mean)
-            variances.append(m2 / len(values))
-            var = m2 / (len(values) - correction)
-            new_means.append(_blend(step, old_mean, mean, size=Decimal(math.fsum(abs(values))) / len(values)))
-            new_variances.append(_blend(step, old_var, var, size=var))
-        y = _normalize(x, means, variances, weight, bias, eps)
+        n = _sum(counts[counted].tolist())
+        moments = [_moments(values, counts[counted], n) for values in _channels(x)[:, counted]]
+        step = Decimal(momentum) if n > correction else Decimal(0)
+        unbiased = [channel.m2 / (n - correction) if step else Decimal(0) for channel in moments]
+        y = _normalize(
+            x,
+            [channel.mean for channel in moments],
+            [channel.m2 / n if n else Decimal(0) for channel in moments],
+            weight,
+            bias,
+            eps,
+            counted,
+        )
+        new_means = [_blend(step, mean, new.mean, new.size) for (mean, _), new in zip(old, moments, strict=True)]
+        new_variances = [_blend(step, var, new, new) for (_, var), new in zip(old, unbiased, strict=True)]
     return Step(y, _exact(new_means), _exact(new_variances))
 
 
@@ -67,12 +84,13 @@ def evaluate(
     bias: np.ndarray | None = None,
     *,
     eps: float,
+    weights: np.ndarray | None = None,
 ) -> Exact:
-    """Return the output of evaluation on finite ``x``, (N, C) or (N, C, L)."""
+    """Return the output of evaluation on ``x``, (N, C) or (N, C, L), finite wherever it counts."""
     with localcontext(prec=_DIGITS):
         means = [Decimal(value) for value in running_mean.tolist()]
         variances = [Decimal(value) for value in running_var.tolist()]
-        return _normalize(x, means, variances, weight, bias, eps)
+        return _normalize(x, means, variances, weight, bias, eps, _counts(x, weights) > 0)
 
 
 def _channels(x: np.ndarray) -> np.ndarray:
@@ -80,17 +98,33 @@ def _channels(x: np.ndarray) -> np.ndarray:
     return np.moveaxis(x, 1, 0).reshape(x.shape[1], -1).astype(np.float64)
 
 
-def _sum(values: Iterable[float]) -> Decimal:
+def _counts(x: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+    """Return how often each of the values in such a row counts."""
+    return np.ones(x.size // x.shape[1]) if weights is None else weights.astype(np.float64).ravel()
+
+
+def _sum(terms: list[float]) -> Decimal:
     """Return a sum to twice float64's precision: fsum rounds the exact sum once, and again what that left."""
-    terms = list(values)
     rounded = math.fsum(terms)
     return Decimal(rounded) + Decimal(math.fsum([*terms, -rounded]))
 
 
-def _sum_of_squares(values: np.ndarray, mean: Decimal) -> Decimal:
+def _moments(values: np.ndarray, counts: np.ndarray, n: Decimal) -> _Moments:
+    """Return the statistics of values that count so often, n times in all."""
+    if not n:
+        return _Moments(*(Decimal(0),) * 3)
+    # Around one of the values, the mean of a constant is the constant whatever the counts are.
+    mean = Decimal(values[0]) + _weighted_sum(counts, *_two_sum(values, -values[0])) / n
     hi, lo = _difference(values, mean)
     square, rest = _product(hi, hi)
-    return _sum([*square.tolist(), *rest.tolist(), *(2 * hi * lo).tolist()])
+    size = Decimal(math.fsum(counts * abs(values))) / n
+    return _Moments(mean, _weighted_sum(counts, square, rest + 2 * hi * lo), size)
+
+
+def _weighted_sum(counts: np.ndarray, hi: np.ndarray, lo: np.ndarray) -> Decimal:
+    """Return the sum of counts * (hi + lo)."""
+    product, rest = _product(counts, hi)
+    return _sum([*product.tolist(), *(rest + counts * lo).tolist()])
 
 
 def _blend(step: Decimal, old: float, new: Decimal, size: Decimal) -> tuple[Decimal, Decimal]:
@@ -115,12 +149,14 @@ def _normalize(
     weight: np.ndarray | None,
     bias: np.ndarray | None,
     eps: float,
+    counted: np.ndarray,
 ) -> Exact:
+    """Return the output; 0 where nothing counts, and not a bit else."""
     c = x.shape[1]
     weights = np.ones(c) if weight is None else weight.astype(np.float64)
     biases = np.zeros(c) if bias is None else bias.astype(np.float64)
-    hi, lo, magnitude = (np.empty((c, x.size // c)) for _ in range(3))
-    for channel, values in enumerate(_channels(x)):
+    hi, lo, magnitude = (np.zeros((c, x.size // c)) for _ in range(3))
+    for channel, values in enumerate(_channels(x)[:, counted]):
         spread = variances[channel] + Decimal(eps)
         invstd = 1 / spread.sqrt() if spread else Decimal(0)
         scale, scale_rest = _pair(invstd * Decimal(float(weights[channel])))
@@ -128,8 +164,10 @@ def _normalize(
         product, product_rest = _product(d, np.array(scale))
         product_rest = product_rest + (d * scale_rest + d_rest * scale)
         total, total_rest = _two_sum(product, biases[channel])
-        hi[channel], lo[channel] = _two_sum(total, total_rest + product_rest)
-        magnitude[channel] = np.maximum(abs(d * float(invstd)), 1) * abs(weights[channel]) + abs(biases[channel])
+        hi[channel, counted], lo[channel, counted] = _two_sum(total, total_rest + product_rest)
+        magnitude[channel, counted] = np.maximum(abs(d * float(invstd)), 1) * abs(weights[channel]) + abs(
+            biases[channel]
+        )
     shape = (c, x.shape[0], *x.shape[2:])
     return Exact(*(np.moveaxis(values.reshape(shape), 0, 1) for values in (hi, lo, magnitude)))
 

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 import mbn
 from mbn.conformance.target import Target
 
-AREAS = ("semantics", "accuracy", "errors", "state", "dtypes", "agreement")
+AREAS = ("semantics", "accuracy", "errors", "state", "dtypes", "masks", "gradients", "transforms", "agreement")
 
 settings.register_profile(
     "mbn",
@@ -97,6 +97,7 @@ class _Suite:
                     "version": target.backend.version,
                     "device": target.device or target.capabilities.devices[0],
                     "dtypes": sorted(target.capabilities.dtypes),
+                    "capabilities": {k: v for k, v in target.capabilities._asdict().items() if isinstance(v, bool)},
                 }
                 for name, target in self._targets.items()
             },

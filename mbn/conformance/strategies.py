@@ -28,6 +28,57 @@ class Batch(NamedTuple):
     layer_dtype: str
 
 
+class Masking(NamedTuple):
+    """What a call says about the places of an input, and what that means."""
+
+    arguments: dict[str, np.ndarray]
+    """Of the call: mask, lengths, sample_weight."""
+    weights: np.ndarray
+    """How often each value counts: (N,) for an x of (N, C), (N, L) for one of (N, C, L)."""
+
+    def counted(self, x: np.ndarray) -> np.ndarray:
+        """Return which values of ``x`` count, in its shape."""
+        return np.broadcast_to(np.expand_dims(self.weights > 0, 1), x.shape)
+
+    def poisoned(self, x: np.ndarray, poison: float = np.nan) -> np.ndarray:
+        """Return ``x`` with a poison in all places that do not count."""
+        return np.where(self.counted(x), x, np.asarray(poison, x.dtype))
+
+
+def maskings(places: tuple[int, ...], seed: int = 0) -> dict[str, Masking]:
+    """Return one of every kind, by name, for an x with ``places``: (N,) for one of (N, C), (N, L) for (N, C, L)."""
+    if len(places) == 1:
+        of_columns = maskings((*places, 1), seed).items()
+        return {
+            name: Masking({key: values.reshape(places) for key, values in arguments.items()}, weights[:, 0])
+            for name, (arguments, weights) in of_columns
+            if "lengths" not in arguments
+        }
+    n, length = places
+    generator = np.random.default_rng(seed)
+    mask = generator.choice([True, True, False], places)
+    rows = generator.permutation(np.arange(n) % 3 > 0)
+    lengths = generator.permutation(np.arange(n) % (length + 1))
+    within = np.arange(length) < lengths[:, None]
+    counts = generator.integers(0, 4, places)
+    reals = generator.uniform(0.1, 3, places).astype(np.float32)
+    of_rows = generator.uniform(0.1, 3, n).astype(np.float32)
+    ones, rows_of_ones = np.ones(places), np.ones((1, length))
+    return {
+        "mask": Masking({"mask": mask}, ones * mask),
+        "mask of rows": Masking({"mask": rows}, rows[:, None] * rows_of_ones),
+        "lengths": Masking({"lengths": lengths}, ones * within),
+        "whole weights": Masking({"sample_weight": counts}, ones * counts),
+        "real weights": Masking({"sample_weight": reals}, ones * reals),
+        "weights of rows": Masking({"sample_weight": of_rows}, of_rows[:, None] * rows_of_ones),
+        "mask and weights": Masking({"mask": mask, "sample_weight": of_rows}, of_rows[:, None] * mask * ones),
+        "all three": Masking(
+            {"mask": rows, "lengths": lengths, "sample_weight": reals}, rows[:, None] * within * reals * ones
+        ),
+        "nothing masked": Masking({"mask": mask | True}, ones),
+    }
+
+
 @st.composite
 def batches(draw: st.DrawFn, dtypes: frozenset[str], shape: tuple[int, ...] | None = None) -> Batch:
     """Draw an input of one of ``dtypes``: its shape, pattern, offset, scale and memory layout."""

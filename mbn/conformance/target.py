@@ -1,5 +1,6 @@
 """The backend under test, as tests see it: a backend on one device, reached only through the public names."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401 - teaches NumPy the name "bfloat16"
@@ -7,8 +8,8 @@ import numpy as np
 import pytest
 
 import mbn
-from mbn.conformance import ulp
-from mbn.contract import Array, Backend, Capabilities
+from mbn.conformance import derivatives, ulp
+from mbn.contract import Array, Backend, Capabilities, layer_dtype
 
 
 class Target(NamedTuple):
@@ -53,6 +54,20 @@ class Target(NamedTuple):
         if dtype not in self.capabilities.dtypes:
             pytest.skip(f"{self.backend.name} declares no {dtype}")
 
+    def require(self, capability: str) -> None:
+        """Skip the test where the backend does not declare a capability: masks, autograd, vmap, jit or compile."""
+        if not getattr(self.capabilities, capability):
+            pytest.skip(f"{self.backend.name} declares no {capability}")
+
+    def require_memory_orders(self) -> None:
+        """Skip the test where the backend's arrays have none."""
+        if not self.capabilities.strided:
+            pytest.skip(f"{self.backend.name} declares no memory orders")
+
+    def arrays(self, arguments: Mapping[str, np.ndarray]) -> dict[str, Array]:
+        """Return the arguments of a call as new arrays of the backend."""
+        return {name: self.array(value) for name, value in arguments.items()}
+
     def snapshot(self, layer: mbn.BatchNorm1d) -> dict[str, np.ndarray]:
         """Return copies of all that a layer holds, to see later whether anything has changed."""
         return {key: self.numpy(value) for key, value in layer.state_dict().items()}
@@ -65,12 +80,31 @@ class Target(NamedTuple):
         """Check the type, dtype, shape and values of a running statistic, in this order."""
         self._assert_array(statistic, exact, dtype, ulp.STATISTICS_BOUNDS[dtype])
 
+    def assert_gradients(self, gradients: Sequence[Array], exact: derivatives.Gradients, dtype: str) -> None:
+        """Check the gradients of x, which has this dtype, and of as many of weight and bias as are given."""
+        for name, array, truth in zip(("dx", "dweight", "dbias"), gradients, exact[:3], strict=False):
+            own_dtype = dtype if name == "dx" else layer_dtype(dtype)
+            self.assert_derivative(array, truth, own_dtype, ulp.GRADIENT_BOUNDS[own_dtype], name)
+
+    def assert_derivative(self, array: Array, exact: np.ndarray, dtype: str, bound: float, name: str = "it") -> None:
+        """Check the type, dtype, shape and values of a derivative, in this order."""
+        host = self.numpy(array)
+        assert host.dtype.name == dtype, f"dtype of {name} is {host.dtype}, not {dtype}"
+        assert host.shape == exact.shape, f"shape of {name} is {host.shape}, not {exact.shape}"
+        error = ulp.relative_error(host, exact)
+        assert error <= bound, f"{name} is {error:.3g} off, relatively; {bound:.3g} is allowed"
+
     def _assert_array(self, array: Array, exact: ulp.Exact, dtype: str, bound: float) -> None:
         host = self.numpy(array)
         assert host.dtype.name == dtype, f"dtype is {host.dtype}, not {dtype}"
         assert host.shape == exact.hi.shape, f"shape is {host.shape}, not {exact.hi.shape}"
         error = ulp.error(host, exact, dtype)
         assert error <= bound, f"{error:.3g} ulp from the truth; {bound} are allowed"
+
+
+def strides(array: Array) -> tuple[int, ...]:
+    """Return the strides of an array, which are an attribute in some frameworks and a method in torch."""
+    return tuple(array.stride() if hasattr(array, "stride") else array.strides)
 
 
 def assert_same(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> None:

@@ -6,11 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mbn
-from mbn.conformance import oracle, strategies, ulp
+from mbn.conformance import derivatives, oracle, strategies, ulp
 from mbn.conformance.target import Target, assert_same, configured
-from mbn.contract import Backend
+from mbn.contract import Array, Backend
 
 X = np.random.default_rng(13).normal(100, 3, (12, 5, 8)).astype(np.float32)
+DY = np.random.default_rng(22).normal(1, 3, (12, 5, 8)).astype(np.float32)
+_MASKING = strategies.maskings((12, 8))["mask and weights"]
 
 
 @given(data=st.data())
@@ -80,16 +82,18 @@ def test_memory_layouts_of_own_arrays(target: Target, *, training: bool) -> None
         assert_same(target.snapshot(contiguous), target.snapshot(bn))
 
 
-@pytest.mark.parametrize("momentum", [0.1, None])
-def test_the_fused_whole_is_the_verbs_composed(target: Target, momentum: float | None) -> None:
+@pytest.mark.parametrize(("momentum", "weighted"), [(0.1, False), (None, False), (0.1, True)])
+def test_the_fused_whole_is_the_verbs_composed(target: Target, momentum: float | None, *, weighted: bool) -> None:
     bn = configured(target.layer(5), seed=3)
     held = target.snapshot(bn)
     count = int(held["num_batches_tracked"]) + 1
     statistics, parameters = (held["running_mean"], held["running_var"]), (held["weight"], held["bias"])
-    weight = 1 / count if momentum is None else momentum
-    exact = oracle.train(X, *statistics, *parameters, momentum=weight, eps=1e-5)
-    for batch_norm in (type(target.backend).batch_norm, Backend.batch_norm):
-        y, state = batch_norm(
+    step = 1 / count if momentum is None else momentum
+    weights, host_weights = _weights(target) if weighted else (None, None)
+    exact = oracle.train(X, *statistics, *parameters, momentum=step, eps=1e-5, weights=host_weights)
+    own, composed = type(target.backend), Backend
+    for batch_norm in (own.batch_norm, own.batch_norm_residuals, composed.batch_norm_residuals):
+        y, state, *_ = batch_norm(
             target.backend,
             target.array(X),
             bn.params,
@@ -98,8 +102,45 @@ def test_the_fused_whole_is_the_verbs_composed(target: Target, momentum: float |
             momentum=momentum,
             eps=1e-5,
             correction=1,
+            weights=weights,
         )
         target.assert_output(y, exact.y, "float32")
         target.assert_statistic(state.running_mean, exact.running_mean, "float32")
         target.assert_statistic(state.running_var, exact.running_var, "float32")
         assert int(state.num_batches_tracked) == count
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_fused_pullback_is_the_verbs_composed(target: Target, *, training: bool, weighted: bool) -> None:
+    bn = configured(target.layer(5), seed=4)
+    held = target.snapshot(bn)
+    weights, host_weights = _weights(target) if weighted else (None, None)
+    constants = None if training else (held["running_mean"], held["running_var"])
+    exact = derivatives.gradients(X, DY, held["weight"], eps=1e-5, weights=host_weights, statistics=constants)
+    own, composed = type(target.backend), Backend
+    for residuals_of in (own.batch_norm_residuals, composed.batch_norm_residuals):
+        _, _, residuals = residuals_of(
+            target.backend,
+            target.array(X),
+            bn.params,
+            bn.state,
+            training=training,
+            momentum=0.1,
+            eps=1e-5,
+            correction=1,
+            weights=weights,
+        )
+        for pullback in (own.pullback, composed.pullback):
+            dx, *sums = pullback(target.backend, target.array(DY), target.array(X), bn.weight, residuals, 1e-5, weights)
+            # The sums may be wider than the parameters.
+            gradients = [dx, *(target.backend.asarray(total, "float32") for total in sums)]
+            target.assert_gradients(gradients, exact, "float32")
+
+
+def _weights(target: Target) -> tuple[Array, np.ndarray]:
+    """Return weights for X as a backend makes them, and the same on the host."""
+    target.require("masks")
+    (mask, sample_weight), weights = _MASKING.arguments.values(), _MASKING.weights
+    given_arrays = target.array(mask), None, target.array(sample_weight)
+    return target.backend.weights((12, 8), "float32", *given_arrays), weights

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mbn.conformance.target import Target
+from mbn.conformance.target import Target, strides
 from mbn.contract import layer_dtype
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
@@ -112,17 +112,10 @@ def test_unknown_device_is_refused(target: Target) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_output_has_the_memory_order_of_the_input(target: Target, *, training: bool) -> None:
-    if not target.capabilities.strided:
-        pytest.skip(f"{target.backend.name} declares no memory orders")
+    target.require_memory_orders()
     bn = target.layer(3, axis=-1).train(training)
     plain = target.backend.asarray(X.swapaxes(1, 2).astype(np.float32).copy(), device=target.device)  # (N, L, C)
     transposed = target.array(X.astype(np.float32)).mT  # the same values with channels outermost
     for x in (plain, transposed):
         y = bn(x)
-        assert _strides(y) == _strides(x)
-
-
-def _strides(x: object) -> tuple[int, ...]:
-    """Return the strides of an array, which are an attribute in some frameworks and a method in torch."""
-    strides = x.stride() if hasattr(x, "stride") else x.strides  # type: ignore[attr-defined]
-    return tuple(strides)
+        assert strides(y) == strides(x)

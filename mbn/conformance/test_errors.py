@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import mbn
+from mbn.conformance import strategies
 from mbn.conformance.target import Target, assert_same, configured
 
 X = np.random.default_rng(10).standard_normal((5, 4, 3)).astype(np.float32)
@@ -229,3 +230,185 @@ def test_apply_checks_what_it_is_given(target: Target) -> None:
     assert_refused(TypeError, "integer scalar, not float", lambda: bn.apply(bn.params, uncounted, x, training=True))
     half = bn.params._replace(weight=np.ones(4, np.float16))
     assert_refused(TypeError, "weight is float16", lambda: bn.apply(half, bn.state, x, training=True))
+
+
+BOOLEANS, ONES = np.ones((5, 3), bool), np.ones((5, 3), np.float32)
+PLACES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "mask of numbers": ({"mask": ONES}, TypeError, "mask is float32.*mask != 0"),
+    "mask of integers": ({"mask": ONES.astype(int)}, TypeError, "mask is int64.*mask != 0"),
+    "mask of x's shape": ({"mask": np.ones((5, 4, 3), bool)}, ValueError, r"mask has shape \(5, 4, 3\).*\(5, 3\)"),
+    "mask transposed": ({"mask": BOOLEANS.T}, ValueError, r"mask has shape \(3, 5\).*\(5, 3\)"),
+    "mask of too many rows": ({"mask": np.ones(6, bool)}, ValueError, r"mask has shape \(6,\).*\(5,\)"),
+    "mask of columns": ({"mask": np.ones(3, bool)}, ValueError, r"mask has shape \(3,\).*\(5,\)"),
+    "mask that is one": ({"mask": True}, ValueError, r"mask has shape \(\)"),
+    "mask of strings": ({"mask": np.full(5, "yes")}, TypeError, "mask is str"),
+    "mask of an unknown kind": ({"mask": Stranger()}, TypeError, "Stranger"),
+    "fractional lengths": ({"lengths": np.ones(5)}, TypeError, "lengths is float64.*integers"),
+    "boolean lengths": ({"lengths": np.ones(5, bool)}, TypeError, "lengths is bool.*integers"),
+    "lengths beyond x": ({"lengths": np.array([3, 3, 4, 0, 1])}, ValueError, "lengths.* 4.*0 to 3"),
+    "lengths far beyond x": (
+        {"lengths": np.array([3, 3, 2**32 + 1, 0, 1])},
+        ValueError,
+        "lengths.* 4294967297.*0 to 3",
+    ),
+    "lengths below 0": ({"lengths": np.array([3, -1, 2, 0, 1])}, ValueError, "lengths.* -1.*0 to 3"),
+    "too few lengths": ({"lengths": np.array([3, 3])}, ValueError, r"lengths has shape \(2,\).*\(5,\)"),
+    "lengths of places": ({"lengths": np.ones((5, 3), int)}, ValueError, r"lengths has shape \(5, 3\).*\(5,\)"),
+    "lengths of None": ({"lengths": [3, None, 2, 1, 0]}, TypeError, "lengths is object"),
+    "negative weight": ({"sample_weight": -ONES}, ValueError, r"sample_weight.* -1\.0.*at least 0"),
+    "weight of NaN": ({"sample_weight": ONES * np.nan}, ValueError, "sample_weight.* nan.*finite"),
+    "infinite weight": ({"sample_weight": ONES * np.inf}, ValueError, "sample_weight.* inf.*finite"),
+    "negative whole weight": ({"sample_weight": np.array([1, 2, -3, 0, 0])}, ValueError, "sample_weight.* -3"),
+    "boolean weights": ({"sample_weight": BOOLEANS}, TypeError, "sample_weight is bool.*real numbers"),
+    "complex weights": ({"sample_weight": ONES * 1j}, TypeError, "sample_weight is complex.*real numbers"),
+    "weights as text": ({"sample_weight": ["1"] * 5}, TypeError, "sample_weight is str.*real numbers"),
+    "weights of channels": ({"sample_weight": np.ones(4)}, ValueError, r"sample_weight has shape \(4,\).*\(5,\)"),
+    "one weight": ({"sample_weight": 1.0}, ValueError, r"sample_weight has shape \(\)"),
+    "the second of two": ({"mask": BOOLEANS, "lengths": np.full(5, 9)}, ValueError, "lengths.* 9.*0 to 3"),
+}
+
+
+def _functional(function: Callable[..., Any], vectors: tuple[Any, Any], x: Any, **arguments: Any) -> Any:
+    return function(x, *vectors, **arguments)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", PLACES)
+def test_masks(target: Target, name: str, *, training: bool) -> None:
+    target.require("masks")
+    arguments, error, words = PLACES[name]
+    bn = configured(target.layer(4), seed=9).train(training)
+    before = target.snapshot(bn)
+    x = target.array(X)
+    vectors = bn.running_mean, bn.running_var
+    functions = mbn.functional.batch_norm, mbn.functional.batch_norm_vjp
+    calls: list[Callable[..., Any]] = [
+        bn,
+        bn.vjp,
+        partial(bn.apply, bn.params, bn.state, training=training),
+        *(partial(_functional, each, vectors, training=training, backend=target.backend) for each in functions),
+    ]
+    for call in calls:
+        assert_refused(error, words, partial(call, x, **arguments))
+    lazy = target.layer(None)
+    assert_refused(error, words, lambda: lazy(x, **arguments))
+    assert lazy.num_features is None
+    assert_same(before, target.snapshot(bn))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mask of integers",
+        "mask transposed",
+        "lengths beyond x",
+        "lengths below 0",
+        "negative weight",
+        "weight of NaN",
+        "boolean weights",
+    ],
+)
+def test_masks_of_own_arrays(target: Target, name: str) -> None:
+    target.require("masks")
+    arguments, error, words = PLACES[name]
+    bn = configured(target.layer(4), seed=9)
+    before = target.snapshot(bn)
+    words = words.replace("int64", "int(32|64)")
+    assert_refused(error, words, lambda: bn(target.array(X), **target.arrays(arguments)))
+    assert_same(before, target.snapshot(bn))
+
+
+def test_lengths_of_rows(target: Target) -> None:
+    target.require("masks")
+    bn = target.layer(4)
+    assert_refused(ValueError, r"lengths.*\(N, C\).*mask", lambda: bn(X[:, :, 0], lengths=np.ones(5, int)))
+
+
+def test_masks_and_gradients_on_another_device(target: Target) -> None:
+    target.require("masks")
+    here, *others = (Target(target.backend, device) for device in target.capabilities.devices)
+    if not others:
+        pytest.skip(f"{target.backend.name} declares one device")
+    bn = here.layer(4)
+    _, pullback = bn.vjp(here.array(X))
+    before = target.snapshot(bn)
+    for name in ("mask of rows", "lengths", "weights of rows"):
+        arguments = others[0].arrays(strategies.maskings((5, 3))[name].arguments)
+        assert_refused(ValueError, "(mask|lengths|sample_weight) is on", partial(bn, here.array(X), **arguments))
+    assert_refused(ValueError, "dy is on", lambda: pullback(others[0].array(X)))
+    assert_same(before, target.snapshot(bn))
+
+
+def test_masks_with_a_bad_input(target: Target) -> None:
+    target.require("masks")
+    bn = configured(target.layer(4), seed=9)
+    before = target.snapshot(bn)
+    for x, error in ((X[:, :3], ValueError), (X.astype(int), TypeError), (X[0], ValueError)):
+        with pytest.raises(error):
+            bn(x, mask=BOOLEANS)
+    assert_same(before, target.snapshot(bn))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"mask": np.ones(5, bool)}, {"lengths": np.full(5, 3)}, {"sample_weight": np.ones(5, np.float32)}],
+    ids=["mask", "lengths", "sample_weight"],
+)
+def test_masks_are_refused_where_none_are_declared(target: Target, arguments: dict[str, np.ndarray]) -> None:
+    if target.capabilities.masks:
+        pytest.skip(f"{target.backend.name} declares masks")
+    bn = configured(target.layer(4), seed=9)
+    before = target.snapshot(bn)
+    words = f"{target.backend.name} declares no masks"
+    for call in (bn, bn.vjp, partial(bn.apply, bn.params, bn.state, training=True)):
+        assert_refused(TypeError, words, partial(call, target.array(X), **arguments))
+    assert_same(before, target.snapshot(bn))
+
+
+GRADIENTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "one row": (lambda: X[:1], ValueError, r"dy has shape \(1, 4, 3\).*\(5, 4, 3\)"),
+    "channels last": (lambda: X.swapaxes(1, 2), ValueError, r"dy has shape \(5, 3, 4\).*\(5, 4, 3\)"),
+    "a number": (lambda: 1.0, ValueError, r"dy has shape \(\)"),
+    "another dtype": (lambda: X.astype(np.float16), TypeError, "dy is float16.*float32"),
+    "a wider dtype": (lambda: X.astype(float), TypeError, "dy is float64.*float32"),
+    "integers": (lambda: X.astype(int), TypeError, "dy is int64.*float32"),
+    "booleans": (lambda: X > 0, TypeError, "dy is bool"),
+    "strings": (lambda: X.astype(str), TypeError, "dy is str"),
+    "None": (lambda: None, TypeError, "NoneType"),
+    "unknown array": (Stranger, TypeError, "Stranger"),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_pullback(target: Target, name: str) -> None:
+    make, error, words = GRADIENTS[name]
+    bn = configured(target.layer(4), seed=10)
+    _, pullback = bn.vjp(target.array(X))
+    before = target.snapshot(bn)
+    expected = [target.numpy(gradient) for gradient in pullback(target.array(X))]
+    assert_refused(error, words, lambda: pullback(make()))
+    assert_same(before, target.snapshot(bn))
+    for gradient, value in zip(pullback(target.array(X)), expected, strict=True):
+        np.testing.assert_array_equal(target.numpy(gradient), value)
+
+
+def test_pullback_of_an_empty_batch(target: Target) -> None:
+    _, pullback = target.layer(4).vjp(target.array(X[:0]))
+    assert_refused(ValueError, r"dy has shape \(5, 4, 3\).*\(0, 4, 3\)", lambda: pullback(X))
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_vjp(target: Target, name: str) -> None:
+    make, error, words = INPUTS[name]
+    bn = configured(target.layer(4), seed=11)
+    before = target.snapshot(bn)
+    assert_refused(error, words, lambda: bn.vjp(make()))
+    assert_same(before, target.snapshot(bn))
+
+
+@pytest.mark.parametrize("name", FUNCTIONAL)
+def test_functional_vjp(target: Target, name: str) -> None:
+    arguments, error, words = FUNCTIONAL[name]
+    assert_refused(
+        error, words, lambda: mbn.functional.batch_norm_vjp(target.array(X), **arguments, backend=target.backend)
+    )

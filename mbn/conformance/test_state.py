@@ -89,6 +89,20 @@ def test_state_dict_goes_round(target: Target) -> None:
     assert_same(target.snapshot(source), target.snapshot(lazy))
 
 
+def test_state_dict_is_a_copy(target: Target) -> None:
+    bn = configured(target.layer(4), seed=1)
+    before = target.snapshot(bn)
+    entries = bn.state_dict()
+    bn(target.array(X))
+    assert_same(before, {key: target.numpy(value) for key, value in entries.items()})
+    if not target.capabilities.mutable:
+        pytest.skip(f"{target.backend.name} declares immutable arrays")
+    before = target.snapshot(bn)
+    for value in bn.state_dict().values():
+        value[...] = 7
+    assert_same(before, target.snapshot(bn))
+
+
 def test_lenient_load_takes_what_fits(target: Target) -> None:
     bn = target.layer(4)
     result = bn.load_state_dict({"weight": np.full(4, 2.0), "gamma": np.ones(4)}, strict=False)

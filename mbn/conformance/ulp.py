@@ -3,6 +3,8 @@
 An error is counted in units in the last place, of the terms that a result is added from: for an output,
 ``max(|normalised|, 1) * |weight| + |bias|``; for a running statistic, its old part and the mean size of the values (or
 squares) in its new one. Cancellation between terms is a property of the data, not of a backend.
+
+That of a derivative is relative to the largest derivative: of any input in the same channel, or of any parameter.
 """
 
 from typing import NamedTuple
@@ -16,6 +18,10 @@ OUTPUT_BOUNDS = {"float16": 1.0, "bfloat16": 1.0, "float32": 4.0, "float64": 4.0
 """The largest error allowed in an output, in ulp, by x's dtype."""
 STATISTICS_BOUNDS = {"float32": 2.0, "float64": 4.0}
 """The largest error allowed in a running statistic, in ulp, by its dtype."""
+GRADIENT_BOUNDS = {"float16": 5e-4, "bfloat16": 4e-3, "float32": 3e-6, "float64": 1e-12}
+"""The largest relative error allowed in a gradient, by its dtype; of a half, little more than its rounding."""
+THIRD_DERIVATIVE_BOUNDS = {"float32": 1e-6, "float64": 1e-12}
+"""The same for derivatives up to the third, where a framework computes them."""
 
 
 class Exact(NamedTuple):
@@ -42,6 +48,19 @@ def error(actual: np.ndarray, exact: Exact, dtype: str) -> float:
 def distance(a: np.ndarray, b: np.ndarray, magnitude: np.ndarray, dtype: str) -> float:
     """Return the largest difference between two arrays, measured as :func:`error` measures it."""
     return _largest(a.astype(np.float64) - b.astype(np.float64), magnitude, dtype)
+
+
+def relative_error(actual: np.ndarray, exact: np.ndarray) -> float:
+    """Return the largest error of a derivative, relative to the largest of those beside it; inf where it is NaN.
+
+    Beside a derivative by x, (N, C) or (N, C, L), are those of its channel; beside one by a parameter, (C,), are all.
+    """
+    axes = tuple(axis for axis in range(exact.ndim) if axis != 1)
+    difference = np.abs(actual.astype(np.float64) - exact).max(axis=axes, initial=0.0)
+    largest = np.abs(exact).max(axis=axes, initial=0.0)
+    # Where the truth is 0 so must be the rest.
+    relative = np.divide(difference, largest, where=largest > 0, out=np.where(difference > 0, np.inf, difference))
+    return float(np.max(np.where(np.isnan(relative), np.inf, relative), initial=0.0))
 
 
 def _largest(difference: np.ndarray, magnitude: np.ndarray, dtype: str) -> float:

@@ -29,8 +29,13 @@ def test_backend_conforms(backend: str, environment: dict[str, str], tmp_path: P
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)  # noqa: S603
     assert run.returncode == 0, run.stdout + run.stderr
     written = json.loads(report.read_text())
-    assert list(written["areas"]) == ["semantics", "accuracy", "errors", "state", "dtypes", "agreement"]
-    assert all(area["passed"] > 0 for area in written["areas"].values())
+    areas, capabilities = written["areas"], written["backends"][backend]["capabilities"]
+    assert list(areas) == [
+        *("semantics", "accuracy", "errors", "state", "dtypes", "masks", "gradients", "transforms", "agreement")
+    ]
+    transforms = areas.pop("transforms")
+    assert all(area["passed"] > 0 for area in areas.values())
+    assert (transforms["passed"] > 0) == any(capabilities[name] for name in ("autograd", "vmap", "jit", "compile"))
     assert all(f"{backend} declares" in skip["reason"] for skip in written["skipped"])
     assert junit.read_text().startswith("<?xml")
 

@@ -1,0 +1,382 @@
+"""Gradients: the pullback that every backend has, whether or not its framework differentiates."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mbn
+from mbn.conformance import derivatives, strategies, ulp
+from mbn.conformance.target import Target, assert_same, configured, strides
+from mbn.contract import layer_dtype
+
+DTYPES = ["float16", "bfloat16", "float32", "float64"]
+X, DY = np.random.default_rng(16).normal(1, 2, (2, 6, 3, 4))
+KINDS = strategies.maskings((6, 4))
+MASKING = KINDS["mask and weights"]
+
+
+def truth(
+    before: dict[str, np.ndarray],
+    x: np.ndarray,
+    dy: np.ndarray,
+    *,
+    training: bool = True,
+    eps: float = 1e-5,
+    **more: Any,
+) -> derivatives.Gradients:
+    """Return the gradients of a layer that held ``before``."""
+    statistics = None if training else (before["running_mean"], before["running_var"])
+    return derivatives.gradients(x, dy, before.get("weight"), eps=eps, statistics=statistics, **more)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pullback_is_the_gradient(target: Target, dtype: str, *, training: bool) -> None:
+    target.require_dtype(dtype)
+    x, dy = X.astype(dtype), DY.astype(dtype)
+    bn = configured(target.layer(3, dtype=layer_dtype(dtype)), seed=1).train(training)
+    before = target.snapshot(bn)
+    own = target.array(x)
+    _, pullback = bn.vjp(own)
+    gradients = pullback(target.array(dy))
+    target.assert_gradients(gradients, truth(before, x, dy, training=training), dtype)
+    assert type(gradients[0]) is type(own)
+    assert target.backend.device(gradients[0]) == target.backend.device(own)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_pullback_with_masks(target: Target, kind: str, *, training: bool) -> None:
+    target.require("masks")
+    masking, x, dy = KINDS[kind], X.astype(np.float32), DY.astype(np.float32)
+    bn = configured(target.layer(3), seed=2).train(training)
+    before = target.snapshot(bn)
+    for poison in (np.nan, np.inf):
+        _, pullback = bn.vjp(target.array(masking.poisoned(x, poison)), **target.arrays(masking.arguments))
+        gradients = pullback(target.array(masking.poisoned(dy, poison)))
+        exact = truth(before, x, dy, training=training, weights=masking.weights)
+        target.assert_gradients(gradients, exact, "float32")
+        np.testing.assert_array_equal(target.numpy(gradients[0])[~masking.counted(x)], 0)
+        before = target.snapshot(bn)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_pullback_with_masks_in_other_dtypes(target: Target, dtype: str) -> None:
+    target.require("masks")
+    target.require_dtype(dtype)
+    x, dy = X.astype(dtype), DY.astype(dtype)
+    bn = configured(target.layer(3, dtype=layer_dtype(dtype)), seed=3)
+    before = target.snapshot(bn)
+    _, pullback = bn.vjp(target.array(MASKING.poisoned(x)), **target.arrays(MASKING.arguments))
+    exact = truth(before, x, dy, weights=MASKING.weights)
+    target.assert_gradients(pullback(target.array(dy)), exact, dtype)
+
+
+def test_rows(target: Target) -> None:
+    x, dy = X[..., 0].astype(np.float32), DY[..., 0].astype(np.float32)
+    bn = configured(target.layer(3), seed=4)
+    before = target.snapshot(bn)
+    _, pullback = bn.vjp(target.array(x))
+    target.assert_gradients(pullback(target.array(dy)), truth(before, x, dy), "float32")
+
+
+def test_two_values_example(target: Target) -> None:
+    bn = target.layer(1, eps=3.0)
+    _, pullback = bn.vjp(target.array(np.array([[0], [2]], np.float32)))
+    dx, dweight, dbias = pullback(target.array(np.array([[0], [1]], np.float32)))
+    # xhat is -1/2 and 1/2: dx = (dy - 1/2 - xhat / 4) / 2
+    np.testing.assert_allclose(target.numpy(dx), [[-0.1875], [0.1875]], rtol=1e-6)
+    np.testing.assert_allclose(target.numpy(dweight), [0.5], rtol=1e-6)
+    np.testing.assert_allclose(target.numpy(dbias), [1], rtol=1e-6)
+
+
+def test_gradients_add_up_to_nothing(target: Target) -> None:
+    # The output stays the same where x is shifted or, without eps, scaled: of dx nothing is left along either.
+    x, dy = X.astype(np.float32), DY.astype(np.float32)
+    _, pullback = target.layer(3, eps=0.0).vjp(target.array(x))
+    dx = target.numpy(pullback(target.array(dy))[0]).astype(np.float64)
+    np.testing.assert_allclose(dx.sum((0, 2)), np.zeros(3), atol=1e-5)
+    np.testing.assert_allclose((dx * x).sum((0, 2)), np.zeros(3), atol=1e-5)
+
+
+@pytest.mark.parametrize("slope", [0.0, 1e4])
+@pytest.mark.parametrize("offset", [0.0, 1e2, 1e4])
+@pytest.mark.parametrize("masked", [False, True])
+def test_float32_with_large_means(target: Target, offset: float, slope: float, *, masked: bool) -> None:
+    masking = KINDS["mask"]
+    x, dy = (offset + X).astype(np.float32), (slope + DY).astype(np.float32)
+    arguments: dict[str, Any] = {}
+    weights = None
+    if masked:
+        target.require("masks")
+        arguments, weights = target.arrays(masking.arguments), masking.weights
+    bn = configured(target.layer(3), seed=5)
+    before = target.snapshot(bn)
+    _, pullback = bn.vjp(target.array(x), **arguments)
+    target.assert_gradients(pullback(target.array(dy)), truth(before, x, dy, weights=weights), "float32")
+
+
+def test_long_channels(target: Target) -> None:
+    x, dy = np.random.default_rng(17).normal([[[1e3]], [[1e2]]], 1, (2, 100_000, 1)).astype(np.float32)
+    bn = target.layer(1)
+    before = target.snapshot(bn)
+    _, pullback = bn.vjp(target.array(x))
+    target.assert_gradients(pullback(target.array(dy)), truth(before, x, dy), "float32")
+
+
+@given(data=st.data())
+def test_accuracy(target: Target, data: st.DataObject) -> None:
+    shape = data.draw(st.sampled_from([X.shape[:2], X.shape]))
+    batch = data.draw(strategies.batches(target.capabilities.dtypes, shape))
+    dy = data.draw(strategies.batches(frozenset({batch.dtype}), shape)).x
+    # Divided by the root of a smaller one, gradients exceed what float16 can hold.
+    eps = data.draw(st.sampled_from(strategies.EPS[3:] if batch.dtype == "float16" else strategies.EPS))
+    training = data.draw(st.booleans())
+    bn = target.layer(shape[1], eps=eps, dtype=batch.layer_dtype).train(training)
+    before = target.snapshot(configured(bn, seed=data.draw(st.integers(0, 99))))
+    arguments: dict[str, np.ndarray] = {}
+    weights = None
+    if target.capabilities.masks and data.draw(st.booleans()):
+        kinds = strategies.maskings((shape[0], *shape[2:]))
+        arguments, weights = kinds[data.draw(st.sampled_from(sorted(kinds)))]
+    _, pullback = bn.vjp(target.array(batch.x), **target.arrays(arguments))
+    exact = truth(before, batch.x, dy, training=training, eps=eps, weights=weights)
+    bounds = ulp.OUTPUT_BOUNDS[batch.dtype], *(ulp.STATISTICS_BOUNDS[batch.layer_dtype],) * 2
+    for name, array, bound, size in zip(
+        ("dx", "dweight", "dbias"), pullback(target.array(dy)), bounds, exact.sizes, strict=True
+    ):
+        host, value = target.numpy(array), getattr(exact, name)
+        error = ulp.error(host, ulp.Exact(value, np.zeros_like(value), size), host.dtype.name)
+        assert error <= bound, f"{name} is {error:.3g} ulp from the truth; {bound} are allowed"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_vjp_is_a_call(target: Target, *, training: bool) -> None:
+    x = target.array(X.astype(np.float32))
+    bn, called = (configured(target.layer(3, momentum=0.3), seed=6).train(training) for _ in range(2))
+    y, pullback = bn.vjp(x)
+    np.testing.assert_array_equal(target.numpy(y), target.numpy(called(x)), strict=True)
+    assert_same(target.snapshot(called), target.snapshot(bn))
+    for _ in range(2):  # a pullback is no training step
+        pullback(target.array(DY.astype(np.float32)))
+        assert_same(target.snapshot(called), target.snapshot(bn))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("masked", [False, True])
+def test_functional_is_the_layer(target: Target, *, training: bool, masked: bool) -> None:
+    if masked:
+        target.require("masks")
+    arguments = target.arrays(MASKING.arguments) if masked else {}
+    x, dy = target.array(X.astype(np.float32)), target.array(DY.astype(np.float32))
+    bn = configured(target.layer(3, momentum=0.3, eps=1e-3), seed=7).train(training)
+    result, pullback = mbn.functional.batch_norm_vjp(
+        x,
+        bn.running_mean,
+        bn.running_var,
+        bn.weight,
+        bn.bias,
+        training=training,
+        momentum=0.3,
+        eps=1e-3,
+        **arguments,
+        backend=target.backend,
+    )
+    y, pullback_of_layer = bn.vjp(x, **arguments)
+    for given_array, own in zip(
+        (*result, *pullback(dy)), (y, bn.running_mean, bn.running_var, *pullback_of_layer(dy)), strict=True
+    ):
+        np.testing.assert_array_equal(target.numpy(given_array), target.numpy(own), strict=True)
+
+
+def test_functional_needs_no_statistics_in_training(target: Target) -> None:
+    x, dy = X.astype(np.float32), DY.astype(np.float32)
+    result, pullback = mbn.functional.batch_norm_vjp(target.array(x), training=True, backend=target.backend)
+    assert result.running_mean is None
+    dx, dweight, dbias = pullback(target.array(dy))
+    assert (dweight, dbias) == (None, None)
+    target.assert_gradients([dx], derivatives.gradients(x, dy, eps=1e-5), "float32")
+
+
+def _train(target: Target, bn: mbn.BatchNorm1d) -> None:
+    bn.train()(target.array(5 * X.astype(np.float32)))
+
+
+def _set(target: Target, bn: mbn.BatchNorm1d) -> None:  # noqa: ARG001 - as the others
+    bn.weight = bn.bias = bn.running_mean = bn.running_var = 7
+
+
+def _edit(target: Target, bn: mbn.BatchNorm1d) -> None:
+    if not target.capabilities.mutable:
+        pytest.skip(f"{target.backend.name} declares immutable arrays")
+    for vector in (bn.running_mean, bn.running_var):
+        vector[...] = 7
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("change", [lambda *_: None, _train, _set, _edit], ids=["nothing", "train", "set", "edit"])
+def test_pullback_gives_the_same_again_whatever_happens(
+    target: Target, change: Callable[[Target, mbn.BatchNorm1d], None], *, training: bool
+) -> None:
+    x, dy = target.array(X.astype(np.float32)), target.array(DY.astype(np.float32))
+    bn = configured(target.layer(3), seed=8).train(training)
+    _, pullback = bn.vjp(x)
+    first = [target.numpy(gradient) for gradient in pullback(dy)]
+    change(target, bn)
+    for gradient, before in zip(pullback(dy), first, strict=True):
+        np.testing.assert_array_equal(target.numpy(gradient), before, strict=True)
+
+
+def test_pullback_of_an_edited_mask(target: Target) -> None:
+    target.require("masks")
+    x, dy = target.array(X.astype(np.float32)), target.array(DY.astype(np.float32))
+    host = np.array(KINDS["real weights"].arguments["sample_weight"])
+    given_weights = [host]
+    if target.capabilities.mutable:
+        given_weights.append(target.array(host))
+    for weights in given_weights:
+        _, pullback = target.layer(3).vjp(x, sample_weight=weights)
+        first = [target.numpy(gradient) for gradient in pullback(dy)]
+        weights[...] = 0
+        for gradient, before in zip(pullback(dy), first, strict=True):
+            np.testing.assert_array_equal(target.numpy(gradient), before, strict=True)
+
+
+@pytest.mark.parametrize("arguments", [{"bias": False}, {"affine": False}])
+@pytest.mark.parametrize("training", [True, False])
+def test_none_where_there_is_no_parameter(target: Target, arguments: dict[str, bool], *, training: bool) -> None:
+    x, dy = X.astype(np.float32), DY.astype(np.float32)
+    bn = configured(target.layer(3, **arguments), seed=9).train(training)
+    before = target.snapshot(bn)
+    _, pullback = bn.vjp(target.array(x))
+    gradients = pullback(target.array(dy))
+    assert [gradient is None for gradient in gradients] == [False, bn.weight is None, bn.bias is None]
+    there = [gradient for gradient in gradients if gradient is not None]
+    target.assert_gradients(there, truth(before, x, dy, training=training), "float32")
+
+
+def test_zero_variance_and_eps_0_give_zeros(target: Target) -> None:
+    x, dy = np.full((6, 3, 4), 0.1, np.float32), DY.astype(np.float32)
+    bn = target.layer(3, eps=0.0)
+    _, pullback = bn.vjp(target.array(x))
+    gradients = pullback(target.array(dy))
+    target.assert_gradients(gradients, derivatives.gradients(x, dy, eps=0.0), "float32")
+    assert not target.numpy(gradients[0]).any()
+    assert not target.numpy(gradients[1]).any()
+
+
+@pytest.mark.parametrize("left", [0, 1])
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+def test_hardly_anything_left(target: Target, left: int, eps: float) -> None:
+    target.require("masks")
+    mask = np.arange(24).reshape(6, 4) < left
+    masking = strategies.Masking({"mask": mask}, mask.astype(float))
+    _, pullback = target.layer(3, eps=eps).vjp(target.array(masking.poisoned(X.astype(np.float32))), mask=mask)
+    dx, dweight, dbias = map(target.numpy, pullback(target.array(masking.poisoned(DY.astype(np.float32)))))
+    assert not dx.any()
+    assert not dweight.any()
+    np.testing.assert_array_equal(dbias, left * DY[0, :, 0].astype(np.float32))
+
+
+def test_empty_batch(target: Target) -> None:
+    bn = configured(target.layer(3), seed=10)
+    y, pullback = bn.vjp(target.array(X[:0].astype(np.float32)))
+    assert int(bn.num_batches_tracked) == 4
+    dx, dweight, dbias = pullback(y)
+    assert tuple(dx.shape) == (0, 3, 4)
+    assert target.numpy(dweight).tolist() == target.numpy(dbias).tolist() == [0, 0, 0]
+    assert target.numpy(dbias).dtype == np.float32
+
+
+def test_channels_last(target: Target) -> None:
+    x, dy = X.astype(np.float32), DY.astype(np.float32)
+    first, last = target.layer(3), target.layer(3, axis=-1)
+    expected = [target.numpy(gradient) for gradient in first.vjp(target.array(x))[1](target.array(dy))]
+    _, pullback = last.vjp(target.array(x.swapaxes(1, 2)))
+    dx, *sums = (target.numpy(gradient) for gradient in pullback(target.array(dy.swapaxes(1, 2))))
+    for gradient, other in zip((dx.swapaxes(1, 2), *sums), expected, strict=True):
+        np.testing.assert_array_equal(gradient, other, strict=True)
+
+
+def test_frozen_layer(target: Target) -> None:
+    x, dy = X.astype(np.float32), DY.astype(np.float32)
+    bn = configured(target.layer(3), seed=11).freeze()
+    before = target.snapshot(bn)
+    _, pullback = bn.vjp(target.array(x))
+    target.assert_gradients(pullback(target.array(dy)), truth(before, x, dy, training=False), "float32")
+    assert_same(before, target.snapshot(bn))
+
+
+def test_without_running_statistics_evaluation_uses_the_batch(target: Target) -> None:
+    x, dy = X.astype(np.float32), DY.astype(np.float32)
+    _, pullback = target.layer(3, track_running_stats=False).eval().vjp(target.array(x))
+    target.assert_gradients(pullback(target.array(dy)), derivatives.gradients(x, dy, eps=1e-5), "float32")
+
+
+def test_number_of_features_comes_from_the_first_input(target: Target) -> None:
+    x, dy = X.astype(np.float32), DY.astype(np.float32)
+    bn = target.layer(None)
+    _, pullback = bn.vjp(target.array(x))
+    assert int(bn.num_batches_tracked) == 1
+    target.assert_gradients(pullback(target.array(dy)), derivatives.gradients(x, dy, eps=1e-5), "float32")
+
+
+def test_host_data(target: Target) -> None:
+    x, dy = X.astype(np.float32), DY.astype(np.float32)
+    _, pullback = target.layer(3).vjp(target.array(x))
+    expected = [target.numpy(gradient) for gradient in pullback(target.array(dy))]
+    _, of_host = target.layer(3).vjp(x)
+    for other in (pullback(dy), pullback(dy.tolist()), of_host(dy)):
+        for gradient, own in zip(other, expected, strict=True):
+            np.testing.assert_array_equal(target.numpy(gradient), own, strict=True)
+
+
+@pytest.mark.parametrize("layout", strategies.LAYOUTS)
+def test_memory_layouts(target: Target, layout: str) -> None:
+    x, dy = (strategies.laid_out(values.astype(np.float32), layout) for values in (X, DY))
+    plain = [target.array(np.ascontiguousarray(values)) for values in (x, dy)]
+    expected = target.layer(3).vjp(plain[0])[1](plain[1])
+    for gradient, other in zip(target.layer(3).vjp(x)[1](dy), expected, strict=True):
+        np.testing.assert_array_equal(target.numpy(gradient), target.numpy(other), strict=True)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dx_has_the_memory_order_of_x(target: Target, *, training: bool) -> None:
+    target.require_memory_orders()
+    bn = target.layer(3, axis=-1).train(training)
+    plain = target.array(np.ascontiguousarray(X.swapaxes(1, 2).astype(np.float32)))  # (N, L, C)
+    for x in (plain, target.array(X.astype(np.float32)).mT):
+        for dy in (plain, target.array(DY.astype(np.float32)).mT):
+            dx, _, _ = bn.vjp(x)[1](dy)
+            assert strides(dx) == strides(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("masked", [False, True])
+def test_nothing_given_is_written_to(target: Target, *, training: bool, masked: bool) -> None:
+    if masked:
+        target.require("masks")
+    host = [X.astype(np.float32), DY.astype(np.float32), *(MASKING.arguments.values() if masked else ())]
+    x, dy, *places = arrays = [target.array(values) for values in host]
+    bn = configured(target.layer(3), seed=12).train(training)
+    _, pullback = bn.vjp(x, **dict(zip(MASKING.arguments, places, strict=False)))
+    before = target.snapshot(bn)
+    pullback(dy)
+    for array, values in zip(arrays, host, strict=True):
+        np.testing.assert_array_equal(target.numpy(array), values)
+    assert_same(before, target.snapshot(bn))
+
+
+def test_same_bits_on_every_run(target: Target) -> None:
+    x, dy = np.random.default_rng(18).normal(3, 2, (2, 1000, 33)).astype(np.float32)
+    first, *others = (
+        [target.numpy(gradient) for gradient in target.layer(33).vjp(target.array(x))[1](target.array(dy))]
+        for _ in range(3)
+    )
+    for other in others:
+        for gradient, expected in zip(other, first, strict=True):
+            np.testing.assert_array_equal(gradient, expected)

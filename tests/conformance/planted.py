@@ -1,0 +1,35 @@
+"""Runs of the suite against backends with planted bugs: each in a fork, of one process that has imported everything."""
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from hypothesis import Phase, settings
+
+from mbn.conformance.runner import run
+
+
+class Bug(NamedTuple):
+    plant: Callable[[], object]
+    named_by: str
+    """The test that has to name it, the only one that runs."""
+
+
+def conform(backend: str, bugs: Mapping[str, Bug], folder: Path) -> None:
+    """Run the tests that have to name the bugs; write a report on each to the folder."""
+    # What fails is named all the same; the smallest example that fails is of no interest here.
+    settings.register_profile("planted", deadline=None, derandomize=True, max_examples=20, phases=[Phase.generate])
+    run("numpy", pytest_args=["--collect-only", "-qq"])  # imports the suite once for all
+    for name, (plant, named_by) in bugs.items():
+        child = os.fork()
+        if child == 0:
+            try:
+                plant()
+                options = ["--hypothesis-profile", "planted", "-k", named_by]
+                run(backend, json=folder / f"{name}.json", pytest_args=options)
+            finally:
+                sys.stdout.flush()
+                os._exit(0)  # the rest of this process is the parent's
+        os.waitpid(child, 0)
