@@ -3,7 +3,7 @@
 import numpy as np
 
 import mbn
-from mbn.conformance import oracle, ulp
+from mbn.conformance import derivatives, oracle, ulp
 from mbn.contract import Array
 
 from ._backends import NAMES, Subject
@@ -47,6 +47,17 @@ class Float32:
     def track_running_var(self, *_: object) -> float:
         self._layer(self._x)
         return _error(self._layer.running_var, self._step().running_var)
+
+    def track_gradient(self, *_: object) -> float:
+        x, _, _, weight, _ = self._arguments
+        dy = np.random.default_rng(2).standard_normal(SHAPE).astype(np.float32)
+        _, pullback = self._layer.vjp(self._x)
+        exact = derivatives.gradients(x, dy, weight, eps=self._layer.eps)
+        return max(
+            ulp.relative_error(mbn.to_numpy(actual), truth) for actual, truth in zip(pullback(dy), exact, strict=False)
+        )
+
+    track_gradient.unit = "relative"
 
     def _step(self) -> oracle.Step:
         return oracle.train(*self._arguments, momentum=self._layer.momentum, eps=self._layer.eps)
