@@ -188,9 +188,10 @@ class JaxBackend(Backend):
         jax.tree_util.register_pytree_with_keys(layer_type, flatten_with_keys, unflatten, flatten)
 
     def stores(self, before: State, after: State) -> bool:
-        lasting = {trace for leaf in jax.tree.leaves(before) for trace in _traces(leaf)}
-        for leaf in jax.tree.leaves(after):
-            if not lasting.issuperset(_traces(leaf)[:1]):
+        traced = [leaf for leaf in after if isinstance(leaf, jax.core.Tracer)]
+        if traced:
+            lasting = {trace for leaf in before for trace in _traces(leaf)}
+            if not all(lasting.issuperset(_traces(leaf)[:1]) for leaf in traced):
                 raise RuntimeError(_WOULD_LEAK)
         return True
 

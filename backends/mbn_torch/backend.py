@@ -172,7 +172,7 @@ class TorchBackend(Backend):
     def stores(self, before: State, after: State) -> bool:
         if torch.compiler.is_compiling():  # Dynamo keeps what is stored, and hands over real arrays
             return True
-        if any(map(is_traced, after)) and not any(map(is_traced, before)):
+        if is_transformed() and any(map(is_traced, after)) and not any(map(is_traced, before)):
             message = (
                 "a layer in training would keep running statistics that end with this transformation of torch.func. "
                 "Use bn.apply(params, state, x, training=True), which returns the new state, or eval() or freeze()."
