@@ -4,6 +4,7 @@ Crossing is explicit, except that any backend takes host data (NumPy arrays, lis
 copy of its own, so that nobody's array changes behind anybody's back.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -124,17 +125,19 @@ def owned(
         TypeError: ``value`` is no array of real numbers, or a count is no integer.
         ValueError: it has another shape, or a count is negative.
     """
-    host = np.array(to_numpy(value))
-    if fill and host.shape == ():
-        host = np.full(shape, host)
-    if host.shape != shape:
-        message = f"{name} has shape {host.shape}; this layer needs {shape}."
-        raise ValueError(message)
-    is_count = dtype == "int64"
-    if host.dtype.kind not in ("iu" if is_count else "fiu") and (is_count or dtype_name(host.dtype) != "bfloat16"):
-        message = f"{name} is made of {'integers' if is_count else 'real numbers'}, not {host.dtype}."
+    # An own array stays what it is, traced perhaps; anything else goes by way of the host.
+    stays = registry.owner_of(value) is backend and not isinstance(value, registry.PYTHON_DATA)
+    array = backend.copy(value) if stays else to_numpy(value)
+    given, is_count = dtype_name(array.dtype), dtype == "int64"
+    if not given.startswith(("int", "uint") if is_count else ("int", "uint", "float", "bfloat")):
+        message = f"{name} is made of {'integers' if is_count else 'real numbers'}, not {given}."
         raise TypeError(message)
-    if is_count and host < 0:
-        message = f"{name} counts batches and is at least 0, not {host}."
+    is_filling = fill and tuple(array.shape) == ()
+    if tuple(array.shape) != shape and not is_filling:
+        message = f"{name} has shape {tuple(array.shape)}; this layer needs {shape}."
         raise ValueError(message)
-    return backend.asarray(host.astype(dtype), dtype, device)
+    if is_count and registry.owner_of(array).within(array, 0, math.inf) is False:
+        message = f"{name} counts batches and is at least 0, not {array}."
+        raise ValueError(message)
+    own: Array = backend.asarray(array if stays else array.astype(dtype), dtype, device)
+    return own + backend.asarray(np.zeros(shape, dtype), dtype, device) if is_filling and shape else own

@@ -63,8 +63,13 @@ class BatchNorm(Function):
     def backward(ctx: Any, dy: torch.Tensor, *_: None) -> tuple[torch.Tensor | None, ...]:
         x, weight, weights = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        dx, dweight, dbias = pullback(dy, x, weight, ctx.residuals, ctx.eps, weights, needs)
-        return dx, dweight, dbias, None, None, None
+        gradients = pullback(dy, x, weight, ctx.residuals, ctx.eps, weights, needs)
+        return (
+            *(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)),
+            None,
+            None,
+            None,
+        )
 
 
 class Pullback(Function):

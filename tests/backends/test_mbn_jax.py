@@ -273,6 +273,21 @@ def test_a_jitted_step_takes_and_returns_the_layer(rng, momentum):
     assert bn.num_batches_tracked == 4
 
 
+def test_a_jitted_step_may_set_what_the_layer_holds(rng):
+    @jax.jit
+    def step(bn, x):
+        bn(x)
+        bn.weight = bn.weight * 2
+        bn.bias = 3
+        bn.running_mean = 0 * bn.running_mean
+        bn.num_batches_tracked = bn.num_batches_tracked + 4
+        return bn
+
+    bn = step(mbn.BatchNorm1d(3, backend="jax"), jnp.asarray(rng.standard_normal((8, 3)), jnp.float32))
+    assert (bn.weight.tolist(), bn.bias.tolist(), bn.running_mean.tolist()) == ([2] * 3, [3] * 3, [0] * 3)
+    assert int(bn.num_batches_tracked) == 5
+
+
 def test_layers_are_pytrees():
     bn = new_layer()
     paths, tree = jax.tree.flatten_with_path(bn)

@@ -339,6 +339,25 @@ def test_nothing_is_recorded_where_nothing_requires_a_gradient():
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("settings", [{"affine": False}, {"bias": False}, {"track_running_stats": False}, {}])
+def test_backward_passes_of_layers_of_every_make(settings, training):
+    x, dy = _sample(6, 3), _sample(6, 3, seed=1)
+    ours = mbn.BatchNorm1d(3, **settings, backend="torch").train(training)
+    theirs = torch.nn.BatchNorm1d(3, **{name: value for name, value in settings.items() if name != "bias"})
+    gradients = []
+    for bn in (ours, theirs.train(training)):
+        leaf = x.clone().requires_grad_()
+        bn(leaf).backward(dy)
+        gradients.append([leaf.grad, *(parameter.grad for parameter in bn.parameters())])
+    for actual, expected in zip(*gradients, strict="bias" not in settings):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    functional = mbn.functional.batch_norm(
+        leaf, *ours.state[:2], *ours.params, training=ours.running_mean is None or training
+    )
+    torch.testing.assert_close(torch.autograd.grad(functional.output, leaf, dy)[0], gradients[0][0])
+
+
+@pytest.mark.parametrize("training", [True, False])
 def test_gradients_of_parameters_alone(training):
     bn = mbn.BatchNorm1d(3, backend="torch").train(training)
     bn.bias.requires_grad_(requires_grad=False)

@@ -148,7 +148,7 @@ def asarray(a, dtype=None):
     """Return ``a`` on the current device: an array itself where it is there already, a copy of anything else."""
     if isinstance(a, ndarray):
         host = a._host
-        if a._device_id == _current_id() and dtype in (None, a.dtype):
+        if a._device_id == _current_id() and (dtype is None or dtype == a.dtype):
             return a
     else:
         host = np.asarray(a)
