@@ -8,9 +8,9 @@ from typing import Any
 
 import derivative_bugs
 import pytest
-import toy
+import toy_bugs
 
-NAMES = list(toy.BUGS)
+NAMES = list(toy_bugs.BUGS)
 GROUPS = [NAMES[start : start + 9] for start in range(0, len(NAMES), 9)]
 """A process for each would take most of its time to start."""
 
@@ -30,7 +30,7 @@ def is_named(report: dict[str, Any], test: str) -> bool:
 
 
 def test_correct_backend_passes(tmp_path: Path) -> None:
-    report = conform(toy.__file__, ["none"], tmp_path)["none"]
+    report = conform(toy_bugs.__file__, ["none"], tmp_path)["none"]
     assert report["failed"] == []
     assert report["exit_status"] == 0
     assert all(area["passed"] > 0 for area in report["areas"].values())
@@ -40,8 +40,8 @@ def test_correct_backend_passes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("names", GROUPS, ids=lambda names: f"{names[0]} to {names[-1]}")
 def test_planted_bugs_are_named(names: list[str], tmp_path: Path) -> None:
-    reports = conform(toy.__file__, names, tmp_path)
-    assert [name for name in names if not is_named(reports[name], toy.BUGS[name].named_by)] == []
+    reports = conform(toy_bugs.__file__, names, tmp_path)
+    assert [name for name in names if not is_named(reports[name], toy_bugs.BUGS[name].named_by)] == []
 
 
 def test_wrong_derivatives_are_named(tmp_path: Path) -> None:

@@ -1,0 +1,163 @@
+"""Torch's transforms: vectorised, by torch.func, and compiled."""
+
+from functools import partial
+
+import pytest
+from torch_samples import (
+    KINDS,
+    by_definition,
+    compile_fully,
+    count_graphs,
+    draw_arguments,
+    draw_weights,
+    output_of,
+    relative_error,
+    sample,
+)
+
+import mbn
+
+torch = pytest.importorskip("torch")
+backend = mbn.get_backend("torch")
+
+# The first use of forward mode loads parts of Torch that it has itself deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_vmap_over_everything(momentum, training, kind):
+    bn = mbn.BatchNorm1d(3, momentum=momentum, dtype="float64", backend="torch")
+    x = sample(4, 6, 3, 2, dtype=torch.float64)
+    params = mbn.Params(sample(4, 3, dtype=x.dtype), sample(4, 3, dtype=x.dtype, seed=1))
+    state = mbn.State(sample(4, 3, dtype=x.dtype), sample(4, 3, dtype=x.dtype, seed=2).abs(), torch.arange(4))
+    weights = [] if kind is None else [torch.stack([draw_weights(kind, (6, 3, 2), x.dtype).roll(i) for i in range(4)])]
+
+    def apply(params, state, x, sample_weight=None):
+        def value(x):
+            y, after = bn.apply(params, state, x, training=training, sample_weight=sample_weight)
+            return (y**3).sum(), (y, *after)
+
+        return torch.func.grad(value, has_aux=True)(x)
+
+    batched = torch.vmap(apply)(params, state, x, *weights)
+    for i in range(4):
+        single = apply(*torch.utils._pytree.tree_map(lambda array, i=i: array[i], (params, state, x, *weights)))
+        torch.testing.assert_close(torch.utils._pytree.tree_map(lambda array, i=i: array[i], batched), single)
+
+
+def test_jacobians_agree():
+    x, weight, bias = draw_arguments((4, 3))
+    function = partial(output_of, weight=weight, bias=bias)
+    expected = torch.func.jacrev(partial(by_definition, weight=weight, bias=bias))(x)
+    jacobian = partial(torch.autograd.functional.jacobian, function)
+    for actual in (
+        torch.func.jacrev(function)(x),
+        torch.func.jacfwd(function)(x),
+        jacobian(x),
+        jacobian(x, vectorize=True),
+        jacobian(x, vectorize=True, strategy="forward-mode"),
+    ):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_gradients_per_sample():
+    x, weight, bias, *statistics = draw_arguments((8, 3), training=False)
+
+    def loss(batch_norm, weight, x):
+        return (batch_norm(x[None], weight, bias, *statistics) ** 3).sum()
+
+    expected, actual = (
+        torch.vmap(torch.func.grad(partial(loss, batch_norm)), (None, 0))(weight, x)
+        for batch_norm in (by_definition, output_of)
+    )
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.vmap, torch.func.jacfwd])
+def test_layer_keeps_no_statistics_of_a_transformation(transform):
+    bn = mbn.BatchNorm1d(3, backend="torch")
+    before = bn.state
+    with pytest.raises(RuntimeError, match=r"bn\.apply"):
+        transform(lambda x: bn(x).sum())(sample(3, 3, 3))
+    assert bn.state is before
+    transform(lambda x: bn.eval()(x).sum())(sample(3, 3, 3))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("form", ["plain", "mask", "lengths", "sample_weight"])
+def test_compiled_layer(momentum, form):
+    layers = [mbn.BatchNorm1d(3, momentum=momentum, backend="torch") for _ in range(2)]
+    layers = [layers[0], compile_fully(layers[1])]
+    for step, size in enumerate((8, 8, 8)):
+        x, dy = (100 + sample(size, 3, 4, seed=2 * step + seed) for seed in range(2))
+        masking = {
+            "plain": {},
+            "mask": {"mask": x[:, 0] > 102},
+            "lengths": {"lengths": torch.arange(size) % 5},
+            "sample_weight": {"sample_weight": x[:, 0] - 90},
+        }[form]
+        results = []
+        for bn in layers:
+            leaf = x.clone().requires_grad_()
+            y = bn(leaf, **masking)
+            results.append((y.detach(), *torch.autograd.grad(y, leaf, dy)))
+        for expected, actual in zip(*results, strict=True):
+            assert relative_error(actual, expected.double()) < 1e-6
+        assert count_graphs() == 1
+
+
+def test_compiled_training_ends_where_the_eager_one_does():
+    states = []
+    for compiled in (False, True):
+        bn = mbn.BatchNorm1d(3, momentum=None, backend="torch")
+        step = (
+            compile_fully(lambda x, bn=bn: ((bn(x) - 1) ** 3).mean())
+            if compiled
+            else lambda x, bn=bn: ((bn(x) - 1) ** 3).mean()
+        )
+        optimizer = torch.optim.Adam(bn.parameters(), lr=0.1)
+        for seed, size in enumerate((8, 8, 9, 10, 11, 12)):
+            optimizer.zero_grad()
+            step(sample(size, 3, seed=seed)).backward()
+            optimizer.step()
+        states.append(bn.state_dict())
+    assert count_graphs() <= 2  # one more for sizes that vary
+    assert states[1]["num_batches_tracked"] == 6
+    for name, expected in states[0].items():
+        torch.testing.assert_close(states[1][name], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_apply(training):
+    bn = mbn.BatchNorm1d(3, momentum=None, backend="torch")
+    apply = compile_fully(lambda params, state, x: bn.apply(params, state, x, training=training))
+    state = other = bn.state
+    for seed in range(3):
+        x = sample(8, 3, seed=seed)
+        y, state = apply(bn.params, state, x)
+        expected, other = bn.apply(bn.params, other, x, training=training)
+        torch.testing.assert_close((y, *state), (expected, *other))
+    assert count_graphs() == 1
+    assert bn.num_batches_tracked == 0
+
+
+def test_compiled_by_inductor():
+    bn = mbn.BatchNorm1d(3, backend="torch")
+    function = partial(output_of, weight=bn.weight, bias=bn.bias)
+    leaves = [sample(64, 3).requires_grad_() for _ in range(2)]
+    outputs = [call(leaf) for call, leaf in zip((function, backend.compile(function)), leaves, strict=True)]
+    torch.testing.assert_close(*outputs, rtol=1e-6, atol=1e-6)
+    gradients = [torch.autograd.grad((y**3).sum(), leaf)[0] for y, leaf in zip(outputs, leaves, strict=True)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [{"sample_weight": -torch.ones(4)}, {"lengths": torch.tensor([1, 2, 3, 9])}])
+@pytest.mark.parametrize("training", [True, False])
+def test_weights_that_are_none_are_seen_under_a_trace(weights, training):
+    bn = mbn.BatchNorm1d(3, backend="torch").train(training)
+    (name,), (values,) = weights.keys(), weights.values()
+    call = compile_fully(lambda x, values: bn(x, **{name: values}))
+    assert call(sample(4, 3, 5), values).isnan()[-1].all()
+    assert bn.running_mean.isnan().all() == training

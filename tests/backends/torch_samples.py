@@ -1,0 +1,82 @@
+"""Samples of tensors, and what the tests of Torch compare with."""
+
+import pytest
+
+import mbn
+
+torch = pytest.importorskip("torch")
+backend = mbn.get_backend("torch")
+
+KINDS = [None, "mask", "real"]
+
+
+def sample(*shape, dtype=torch.float32, seed=0):
+    return 3 + 2 * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def draw_weights(kind, shape, dtype):
+    """Return weights for an x of a shape: none, a mask or real numbers."""
+    if kind is None:
+        return None
+    generator = torch.Generator().manual_seed(9)
+    places = shape[0], *shape[2:]
+    mask = torch.rand(places, generator=generator) > 0.3
+    return mask.to(dtype) * (torch.rand(places, generator=generator).to(dtype) if kind == "real" else 1)
+
+
+def output_of(x, weight, bias, *statistics, weights=None, eps=1e-5):
+    """Normalise by the backend, without statistics given by those of x."""
+    y, _ = backend.batch_norm(
+        x,
+        mbn.Params(weight, bias),
+        mbn.State(*(statistics or (None, None)), None),
+        training=not statistics,
+        momentum=0.1,
+        eps=eps,
+        correction=1,
+        weights=weights,
+    )
+    return y
+
+
+def by_definition(x, weight, bias, *statistics, weights=None, eps=1e-5):
+    """Normalise by the definition, in float64."""
+    values = x.to(torch.float64)
+    if values.ndim == 2:
+        values = values[:, :, None]
+    w = torch.ones_like(values[:, :1]) if weights is None else weights.to(torch.float64).reshape(len(x), 1, -1)
+    zero = torch.zeros((), dtype=torch.float64)
+    values = torch.where(w > 0, values, zero)
+    mean, var = (vector[:, None] for vector in statistics) if statistics else (None, None)
+    if mean is None:
+        mean = (w * values).sum((0, 2), keepdim=True) / w.sum()
+        var = (w * (values - mean) ** 2).sum((0, 2), keepdim=True) / w.sum()
+    y = (values - mean) / (var + eps).sqrt() * weight[:, None] + bias[:, None]
+    return torch.where(w > 0, y, zero).reshape(x.shape)
+
+
+def draw_arguments(shape, dtype=torch.float64, *, training=True):
+    """Return x, weight and bias, and in evaluation running statistics."""
+    vectors = [sample(3, dtype=dtype, seed=seed) for seed in (1, 2)]
+    statistics = [] if training else [sample(3, dtype=dtype, seed=3), sample(3, dtype=dtype, seed=4).abs()]
+    return [sample(*shape, dtype=dtype), *vectors, *statistics]
+
+
+def leaves_of(arrays, dtype=None):
+    return [array.detach().clone().to(dtype or array.dtype).requires_grad_() for array in arrays]
+
+
+def relative_error(actual, expected):
+    """Return the largest error relative to the largest value."""
+    actual, expected = actual.detach().double(), expected.detach()
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-300))
+
+
+def compile_fully(function):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+def count_graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
