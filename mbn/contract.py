@@ -74,12 +74,12 @@ class Moments(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """What a forward pass leaves behind for ``pullback``; later changes of parameters and statistics don't touch it."""
+    """What a forward pass leaves behind for ``pullback``."""
 
     mean: Any
-    """What was normalised by: ``Moments.mean``, or a copy of the running mean."""
+    """What was normalised by: ``Moments.mean``, or the running mean."""
     var: Any
-    """The same of the variance."""
+    """The same of the variance: from ``variance``, or the running one."""
     count: Any
     """``Moments.count`` where both depend on x; None where they are constants: in evaluation."""
 
