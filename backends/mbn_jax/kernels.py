@@ -143,7 +143,8 @@ def lerp(start: jax.Array, end: Statistic, weight: Pair | jax.Array) -> jax.Arra
     # Constants before anything is computed: then even a gradient that is taken step by step leaves no tracer behind.
     start, end, weight = lax.stop_gradient((start, end, weight))
     one, old, new, step = (as_pair(value, start.dtype) for value in (1.0, start, end, weight))
-    return add(multiply(add(one, negative(step)), old), multiply(step, new)).hi
+    moved = add(multiply(add(one, negative(step)), old), multiply(step, new)).hi
+    return jnp.where(step.hi == 0, start, moved)  # whatever the end is, NaN included
 
 
 @jax.jit

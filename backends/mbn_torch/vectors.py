@@ -64,7 +64,9 @@ def lerp(start: torch.Tensor, end: Mean, weight: float | torch.Tensor) -> torch.
     end = end.hi.detach() + end.lo.detach() if isinstance(end, Pair) else end.detach()
     moved = ((1 - weight) * start.to(WIDE) + weight * end).to(start.dtype)
     # A batch that does not count leaves no trace, even of values that are not finite.
-    return torch.where(weight == 0, start, moved) if isinstance(weight, torch.Tensor) else moved
+    if isinstance(weight, torch.Tensor):
+        return torch.where(weight == 0, start, moved)
+    return start.clone() if weight == 0 else moved
 
 
 def step(

@@ -172,6 +172,18 @@ def test_one_value_left(target: Target, correction: int) -> None:
     assert np.array_equal(target.numpy(bn.running_mean), before["running_mean"]) == (correction == 1)
 
 
+def test_one_infinite_value_left(target: Target) -> None:
+    mask = np.zeros((6, 4), bool)
+    mask[4, 1] = True
+    x = X.copy()
+    x[4, :, 1] = np.inf
+    bn = configured(target.layer(3), seed=10)
+    before = target.snapshot(bn)
+    bn(target.array(x), mask=target.array(mask))
+    bn.num_batches_tracked = int(before["num_batches_tracked"])
+    assert_same(before, target.snapshot(bn))
+
+
 def test_constant_left_gives_exactly_the_bias(target: Target) -> None:
     weights = KINDS["real weights"].weights
     bn = target.layer(3, eps=0.0, momentum=1.0)

@@ -67,6 +67,17 @@ def test_momentum_weighs_the_new_value(target: Target) -> None:
     np.testing.assert_allclose(target.numpy(bn.running_var), [0.75 * 1 + 0.25 * 2], rtol=2.4e-7)
 
 
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_weight_of_0_keeps_the_statistics(target: Target, poison: float) -> None:
+    bn = configured(target.layer(4, momentum=0.0), seed=5)
+    before = target.snapshot(bn)
+    x = NOISE.copy()
+    x[2, 1, 3] = poison
+    bn(target.array(x))
+    bn.num_batches_tracked = int(before["num_batches_tracked"])
+    assert_same(before, target.snapshot(bn))
+
+
 def test_momentum_none_averages_all_batches(target: Target) -> None:
     bn = target.layer(4, momentum=None)
     batches = np.random.default_rng(3).normal(5, 2, (4, 6, 4)).astype(np.float32)

@@ -76,6 +76,8 @@ class Toy(Backend):
         return like(x, np.where(spread(weights, x), y, 0))
 
     def lerp(self, start: Array, end: Array, weight: Any) -> Array:
+        if weight == 0:
+            return start.copy()
         return ((1 - weight) * start.astype(np.float64) + weight * end).astype(start.dtype)
 
     def step(self, momentum: float | None, num_batches_tracked: Any, count: Any, correction: int) -> Any:

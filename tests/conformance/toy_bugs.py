@@ -38,6 +38,11 @@ class MomentumInverted(Toy):
         return super().lerp(start, end, 1 - weight)
 
 
+class NothingTimesNan(Toy):
+    def lerp(self, start: Array, end: Array, weight: Any) -> Array:
+        return super().lerp(start, end, weight) + weight * end.astype(start.dtype) * 0
+
+
 class MomentumNoneIsATenth(Toy):
     def step(self, momentum: float | None, *rest: Any) -> Any:
         return super().step(0.1 if momentum is None else momentum, *rest)
@@ -367,6 +372,7 @@ BUGS = {
         (UnbiasedOutput, "test_output_uses_the_biased_variance"),
         (EpsOutsideTheRoot, "test_eps_is_added_to_the_variance"),
         (MomentumInverted, "test_momentum_weighs_the_new_value"),
+        (NothingTimesNan, "test_a_weight_of_0_keeps_the_statistics"),
         (MomentumNoneIsATenth, "test_momentum_none_averages_all_batches"),
         (MeanOfSquaresMinusSquareOfMean, "test_float32_with_a_large_mean"),
         (NarrowSums, "test_float32_with_a_large_mean"),
