@@ -177,9 +177,31 @@ class Backend(ABC):
     def within(self, values: Array, low: float, high: float) -> bool | None:
         """Tell whether ``low <= value < high`` holds for all values; None while they are being traced."""
 
+    def constant(self, x: Array) -> Array:
+        """Return ``x`` itself, or what shares its memory, as a constant to differentiation.
+
+        Its statistics hold on to nothing that ``x`` was computed from.
+        """
+        return x
+
     @abstractmethod
     def moments(self, x: Array, weights: Array | None = None) -> Moments:
         """Return the statistics of each channel over all other axes; finite ones where all weights are 0."""
+
+    @abstractmethod
+    def merge(self, first: Moments, second: Moments) -> Moments:
+        """Return the statistics of two batches taken together.
+
+        With n the counts, and d the difference of the means, the second less the first::
+
+            count = n1 + n2    mean = mean1 + d * n2 / count    m2 = m2_1 + m2_2 + d**2 * n1 * n2 / count
+
+        The second changes the first least where n2 <= n1, which is how it is called. Where neither has a value, the
+        result is that of no values too.
+
+        Source: Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances,
+        1979, equations 2.1.
+        """
 
     @abstractmethod
     def variance(self, moments: Moments, correction: int) -> Any:
@@ -356,6 +378,27 @@ class Backend(ABC):
             RuntimeError: ``after`` is part of a trace that ends before the layer does.
         """
         return True
+
+    def write(self, before: State, after: State) -> State:  # noqa: ARG002 - for those who need it
+        """Return what a layer is to hold whose statistics are shared with a module that ``module`` made: ``after``.
+
+        Where arrays can be written to, and those of ``before`` have the same shapes, dtypes and device, these are
+        written to and returned, all or none of them.
+        """
+        return after
+
+    def module(self, layer: Any, adopt: Callable[[Params, State], None]) -> Any:  # noqa: ARG002
+        """Return a module of the framework's own kind that does what the layer does and shares its arrays.
+
+        Args:
+            layer: the :class:`mbn.BatchNorm1d`.
+            adopt: makes the layer hold other arrays, of another device or dtype maybe, as they are.
+
+        Raises:
+            TypeError: the framework has no modules.
+        """
+        message = f"{self.name} has no modules: as_module() is for layers of a framework that has."
+        raise TypeError(message)
 
     # The framework's own transformations, through which the suite sees whether the capabilities of the same names are
     # what they are said to be.

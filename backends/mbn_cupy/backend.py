@@ -75,6 +75,10 @@ class CupyBackend(Backend):
         with x.device:
             return kernels.moments(x, weights)
 
+    def merge(self, first: Moments, second: Moments) -> Moments:
+        with first.m2.device:
+            return kernels.merge(first, second)
+
     def variance(self, moments: Moments, correction: int) -> cupy.ndarray:
         with moments.m2.device:
             return kernels.variance(moments, correction)

@@ -69,6 +69,22 @@ def moments(x: cupy.ndarray, weights: cupy.ndarray | None = None) -> Moments:
     return Moments(count, Pair(shift, total / divisor), squares - total * total / divisor)
 
 
+def merge(first: Moments, second: Moments) -> Moments:
+    """Return the statistics of two batches together.
+
+    Source: Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances, 1979,
+    equations 2.1.
+    """
+    (count, (hi, lo), m2), (more, (other_hi, other_lo), more_m2) = first, second
+    total = count + more
+    share = more / (total if isinstance(total, int) else cupy.where(total == 0, 1, total))
+    difference = (other_hi - hi) + (other_lo - lo)
+    change = lo + difference * share
+    mean = hi + change
+    rest = change - (mean - hi)  # what rounding took off
+    return Moments(total, Pair(mean, rest), m2 + (more_m2 + difference * difference * (count * share)))
+
+
 def variance(moments: Moments, correction: int) -> cupy.ndarray:
     """Return m2 / (count - correction), and 0 where weights add up to no more than the correction."""
     count, _, m2 = moments

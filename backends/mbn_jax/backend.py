@@ -71,6 +71,12 @@ class JaxBackend(Backend):
         moments = Moments(*kernels.moments(x, kernels.against(weights, x)))
         return moments if weights is not None else moments._replace(count=x.size // x.shape[1])
 
+    def merge(self, first: Moments, second: Moments) -> Moments:
+        merged = Moments(*kernels.merge(*map(_argument, first), *map(_argument, second)))
+        if isinstance(first.count, int) and isinstance(second.count, int):
+            return merged._replace(count=first.count + second.count)
+        return merged
+
     def variance(self, moments: Moments, correction: int) -> Pair:
         return kernels.variance(moments.m2, _argument(moments.count), correction)
 
@@ -194,6 +200,16 @@ class JaxBackend(Backend):
             if not all(lasting.issuperset(_traces(leaf)[:1]) for leaf in traced):
                 raise RuntimeError(_WOULD_LEAK)
         return True
+
+    def module(self, layer: Any, adopt: Callable[[Params, State], None]) -> Any:
+        try:
+            from mbn_jax.module import BatchNorm1d  # noqa: PLC0415 - for whoever wants flax
+        except ModuleNotFoundError as error:
+            if error.name != "flax":
+                raise
+            message = "JAX's modules are those of flax, which is not installed: pip install 'mbn[flax]'."
+            raise ImportError(message) from error
+        return BatchNorm1d(layer, adopt)
 
     def grad(self, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         return jax.grad(function)

@@ -93,6 +93,25 @@ def _moments_jvp(
     return (total_weight, mean, m2), (zeros[0], Pair(dmean, zeros[1].lo), Pair(dm2, zeros[2].lo))
 
 
+@jax.jit
+def merge(
+    count: Pair, mean: Pair, m2: Pair, other_count: Pair, other_mean: Pair, other_m2: Pair
+) -> tuple[Pair, Pair, Pair]:
+    """Return count, mean and m2 of two batches together.
+
+    Source: Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances, 1979,
+    equations 2.1.
+    """
+    dtype = jnp.promote_types(mean.hi.dtype, other_mean.hi.dtype)
+    count, mean, m2 = (as_pair(pair, dtype) for pair in (count, mean, m2))
+    other_count, other_mean, other_m2 = (as_pair(pair, dtype) for pair in (other_count, other_mean, other_m2))
+    total = add(count, other_count)
+    difference = add(other_mean, negative(mean))
+    step = multiply(difference, divide(other_count, divisor(total)))
+    cross = multiply(multiply(difference, step), count)
+    return total, add(mean, step), add(add(m2, other_m2), cross)
+
+
 @partial(jax.jit, static_argnames=("correction",))
 def variance(m2: Pair, count: Pair, correction: int) -> Pair:
     """Return m2 / (count - correction), and 0 where count is no more than correction."""

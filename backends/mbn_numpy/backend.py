@@ -56,6 +56,9 @@ class NumpyBackend(Backend):
     def moments(self, x: np.ndarray, weights: np.ndarray | None = None) -> Moments:
         return kernels.moments(np.asarray(x), weights)
 
+    def merge(self, first: Moments, second: Moments) -> Moments:
+        return kernels.merge(first, second)
+
     def variance(self, moments: Moments, correction: int) -> np.ndarray:
         count, _, m2 = moments
         return m2 / (count - correction) if count > correction else np.zeros_like(m2)

@@ -70,6 +70,23 @@ def moments(x: np.ndarray, weights: np.ndarray | None = None) -> Moments:
 
 
 @np.errstate(all="ignore")
+def merge(first: Moments, second: Moments) -> Moments:
+    """Return the statistics of two batches together.
+
+    Source: Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances, 1979,
+    equations 2.1.
+    """
+    (count, (hi, lo), m2), (more, (other_hi, other_lo), more_m2) = first, second
+    total = count + more
+    share = more / (total or 1)
+    difference = (other_hi - hi) + (other_lo - lo)
+    change = lo + difference * share
+    mean = hi + change
+    rest = change - (mean - hi)  # what rounding took off
+    return Moments(total, Pair(mean, rest), m2 + (more_m2 + difference * difference * (count * share)))
+
+
+@np.errstate(all="ignore")
 def normalize(
     x: np.ndarray,
     mean: Mean,

@@ -12,6 +12,7 @@ import torch
 from mbn.contract import Backend, Capabilities, Moments, Residuals, dtype_name
 from mbn.state import Params, State
 from mbn_torch import autograd, formulas, kernels, masks, vectors
+from mbn_torch.module import BatchNorm1d
 from mbn_torch.tracing import is_backward, is_recorded, is_traced, is_transformed
 
 
@@ -75,8 +76,14 @@ class TorchBackend(Backend):
     def within(self, values: torch.Tensor, low: float, high: float) -> bool | None:
         return masks.within(values, low, high)
 
+    def constant(self, x: torch.Tensor) -> torch.Tensor:
+        return x.detach()
+
     def moments(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> Moments:
         return _verbs(x).moments(x, weights)
+
+    def merge(self, first: Moments, second: Moments) -> Moments:
+        return vectors.merge(first, second)
 
     def variance(self, moments: Moments, correction: int) -> torch.Tensor:
         return vectors.variance(moments, correction)
@@ -179,6 +186,21 @@ class TorchBackend(Backend):
             )
             raise RuntimeError(message)
         return not is_backward()
+
+    def write(self, before: State, after: State) -> State:
+        pairs = [(old, new) for old, new in zip(before, after, strict=True) if old is not new]
+        if not all(isinstance(old, torch.Tensor) and _is_alike(new, old) for old, new in pairs):
+            return after
+        with torch.no_grad():
+            if is_transformed():
+                for old, new in pairs:
+                    old.copy_(new)
+            elif pairs:  # in one call, which no interrupt splits
+                torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+        return before
+
+    def module(self, layer: Any, adopt: Callable[[Params, State], None]) -> BatchNorm1d:
+        return BatchNorm1d(self, layer, adopt)
 
     def grad(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         return torch.func.grad(function)

@@ -45,6 +45,22 @@ def invstd(var: torch.Tensor, eps: float) -> torch.Tensor:
     return spread.masked_fill(is_zero, 1).sqrt().reciprocal().masked_fill(is_zero, 0)
 
 
+def merge(first: Moments, second: Moments) -> Moments:
+    """Return the statistics of two batches together.
+
+    Source: Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances, 1979,
+    equations 2.1.
+    """
+    (count, (hi, lo), m2), (more, (other_hi, other_lo), more_m2) = first, second
+    total = count + more
+    share = more / divisor(total)
+    difference = (other_hi - hi) + (other_lo - lo)
+    change = lo + difference * share
+    mean = hi + change
+    rest = change - (mean - hi)  # what rounding took off
+    return Moments(total, Pair(mean, rest), m2 + (more_m2 + difference * difference * (count * share)))
+
+
 def variance(moments: Moments, correction: int) -> torch.Tensor:
     """Return m2 / (count - correction), and 0 where weights add up to less."""
     _, _, m2 = moments

@@ -54,10 +54,15 @@ class Toy(Backend):
     def moments(self, x: Array, weights: Any = None) -> Moments:
         w = spread(weights, x)
         d = np.where(w, x, 0).astype(np.float64)
-        count = w.sum() * x.size / w.size / x.shape[1]
+        count = x.size // x.shape[1] if weights is None else w.sum()
         mean = (w * d).sum(axis=over(x)) / (count or 1)
         mean = mean + (w * (d - column(mean, x))).sum(axis=over(x)) / (count or 1)  # exact now for a constant
         return Moments(count, mean, (w * (d - column(mean, x)) ** 2).sum(axis=over(x)))
+
+    def merge(self, first: Moments, second: Moments) -> Moments:
+        (n, mean, m2), (more, other, other_m2) = first, second
+        share, d = more / (n + more or 1), other - mean
+        return Moments(n + more, mean + d * share, m2 + other_m2 + d * d * n * share)
 
     def variance(self, moments: Moments, correction: int) -> Array:
         return moments.m2 / (moments.count - correction) if moments.count > correction else 0 * moments.m2

@@ -117,6 +117,16 @@ class StrictBackend(Backend):
         m2 = _sum(d * d * counts) - _ratio(total * total, count)
         return Moments(count, Mean(shift, _ratio(total, count)), m2)
 
+    def merge(self, first: Moments, second: Moments) -> Moments:
+        (count, (hi, lo), m2), (more, (other_hi, other_lo), more_m2) = first, second
+        total = count + more
+        difference = (other_hi - hi) + (other_lo - lo)
+        step = _ratio(difference * more, total)
+        change = lo + step
+        mean = hi + change
+        rest = change - (mean - hi)  # what rounding took off: the pair has it still
+        return Moments(total, Mean(mean, rest), m2 + (more_m2 + difference * step * count))
+
     def variance(self, moments: Moments, correction: int) -> Array:
         return _ratio(moments.m2, moments.count - correction)
 

@@ -1,0 +1,145 @@
+"""A layer as a module, which everything in Torch that knows ``torch.nn.BatchNorm1d`` has to take for one.
+
+So its tensors are the layer's and are registered: optimizers, ``state_dict``, replication and export find them. Whoever
+puts others in their places for a call, as ``torch.func.functional_call`` does, must see those used, and leave none.
+"""
+
+from collections.abc import Callable
+from operator import is_not
+from typing import Any, Self
+
+import torch
+
+from mbn.contract import Backend
+from mbn.state import Params, State
+
+_HALVES = torch.float16, torch.bfloat16
+
+
+class BatchNorm1d(torch.nn.BatchNorm1d):
+    """A layer of mbn as a module of Torch, made by :meth:`mbn.BatchNorm1d.as_module`.
+
+    Its parameters and buffers are the layer's tensors. In training, the running statistics are written to in place, all
+    of them at once; a step that activation checkpointing repeats writes nothing. They follow what moves the module or
+    loads into it. What is assigned to an attribute (``module.weight = ...``) stays the module's alone.
+
+    ``to``, ``half`` and their kind move the module, but statistics and arithmetic need float32 even where inputs are
+    halves: parameters and statistics never become halves, nor does the count of batches anything but an integer.
+
+    Attributes:
+        layer: the module's own layer, with its arguments and whether it is frozen.
+    """
+
+    def __init__(self, backend: Backend, layer: Any, adopt: Callable[[Params, State], None]) -> None:
+        """Make the module of a layer; ``adopt`` has it, and whoever shares its tensors, hold other ones."""
+        torch.nn.Module.__init__(self)
+        self.layer = layer
+        self.training = layer.training
+        self._backend, self._adopt = backend, adopt
+        for name, parameter in layer.params._asdict().items():
+            self.register_parameter(name, parameter)
+        for name, buffer in layer.state._asdict().items():
+            self.register_buffer(name, _writable(buffer))
+        self._share()
+
+    @property
+    def num_features(self) -> int:
+        """The number of channels."""
+        return self.layer.num_features
+
+    @property
+    def eps(self) -> float:
+        """What is added to the variance."""
+        return self.layer.eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self.layer.eps = value
+
+    @property
+    def momentum(self) -> float | None:
+        """The weight of the new value in the running statistics, or None for the average over all batches."""
+        return self.layer.momentum
+
+    @momentum.setter
+    def momentum(self, value: float | None) -> None:
+        self.layer.momentum = value
+
+    @property
+    def affine(self) -> bool:
+        """Whether there is a weight."""
+        return self.layer.affine
+
+    @property
+    def track_running_stats(self) -> bool:
+        """Whether there are running statistics."""
+        return self.layer.track_running_stats
+
+    def forward(
+        self,
+        input: torch.Tensor,  # noqa: A002 - torch's name
+        *,
+        mask: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
+        sample_weight: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Normalise ``input``; in training, update the running statistics.
+
+        Args:
+            input, mask, lengths, sample_weight: as in a call of :class:`mbn.BatchNorm1d`.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as there.
+        """
+        params, before = self._tensors()
+        y, after = self.layer.apply(
+            params, before, input, training=self.training, mask=mask, lengths=lengths, sample_weight=sample_weight
+        )
+        if any(map(is_not, after, before)) and self._backend.stores(before, after):
+            self._backend.write(before, after)
+        return y
+
+    def extra_repr(self) -> str:
+        """Return what the text of the layer says of it."""
+        return repr(self.layer).partition("(")[2][:-1]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what was pickled or copied, with tensors that may have been brought to another device."""
+        super().__setstate__(state)
+        self._share()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002
+        super()._apply(lambda tensor: _kept(tensor, fn(tensor)), recurse)
+        self._share()
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load what has this prefix; entries may take the places of tensors (``assign=True``)."""
+        for name in (*Params._fields, *State._fields):
+            value = state_dict.get(prefix + name)
+            if isinstance(value, torch.Tensor) and value.dtype in _HALVES:
+                state_dict[prefix + name] = value.to(torch.float32)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._share()
+
+    def _tensors(self) -> tuple[Params, State]:
+        return Params(self.weight, self.bias), State(self.running_mean, self.running_var, self.num_batches_tracked)
+
+    def _share(self) -> None:
+        """Have the layer hold the module's tensors."""
+        self._adopt(*self._tensors())
+
+
+def _writable(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """Return a tensor that training can write to: a copy of one that ``torch.inference_mode`` has made."""
+    if tensor is None or not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(mode=False):
+        return tensor.clone()
+
+
+def _kept(tensor: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
+    """Return ``moved``, which a module makes of ``tensor``, in a dtype that the layer can use."""
+    if tensor.is_floating_point() and moved.dtype in _HALVES:
+        return tensor.to(moved.device, torch.float32)
+    return moved if tensor.is_floating_point() else moved.to(tensor.dtype)
