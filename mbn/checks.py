@@ -90,6 +90,13 @@ def statistics_dtype(value: Any) -> str:
     return name
 
 
+def tracked(track_running_stats: bool, method: str) -> None:  # noqa: FBT001 - as it is named
+    """Check that a layer has the running statistics that a method is about."""
+    if not track_running_stats:
+        message = f"a layer with track_running_stats=False has no running statistics for {method}()."
+        raise ValueError(message)
+
+
 def rank(shape: tuple[int, ...], axis: int) -> None:
     """Check that x has two or three axes."""
     if len(shape) not in (2, 3):
@@ -108,7 +115,7 @@ def batch(backend: Backend, x: Array, shape: tuple[int, ...], settings: Settings
     rank(shape, axis)
     dtype = dtype_name(x.dtype)
     if dtype not in _INPUT_DTYPES[settings.dtype] or dtype not in backend.capabilities.dtypes:
-        raise TypeError(_wrong_dtype(dtype, settings.dtype, backend))
+        raise TypeError(_wrong_dtype("x", dtype, settings.dtype, backend))
     if shape[axis] != settings.num_features:
         raise ValueError(_wrong_channels(shape, settings))
     if training and math.prod(shape) == settings.num_features:
@@ -117,6 +124,22 @@ def batch(backend: Backend, x: Array, shape: tuple[int, ...], settings: Settings
             "normalise by the running statistics: eval() or freeze()."
         )
         raise ValueError(message)
+
+
+def linear(backend: Backend, weight: Array, bias: Array, num_features: int | None, dtype: str) -> None:
+    """Check weight and bias of the dense layer before a layer of so many features and this dtype."""
+    shape = tuple(weight.shape)
+    if len(shape) != 2 or shape[0] != num_features:  # noqa: PLR2004 - a matrix
+        message = f"weight has shape {shape}; it has to be (C, in), and C is {num_features}."
+        if shape[1:] == (num_features,):
+            message += " Transpose an (in, C) kernel, as flax and Keras have it: kernel.T."
+        raise ValueError(message)
+    if tuple(bias.shape) != (num_features,):
+        message = f"bias has shape {tuple(bias.shape)}; it has to be (C,), and C is {num_features}."
+        raise ValueError(message)
+    for name, given in (("weight", dtype_name(weight.dtype)), ("bias", dtype_name(bias.dtype))):
+        if given not in _INPUT_DTYPES[dtype] or given not in backend.capabilities.dtypes:
+            raise TypeError(_wrong_dtype(name, given, dtype, backend))
 
 
 def device(name: str, given: Any, needed: Any) -> None:
@@ -215,14 +238,14 @@ def _wrong_channels(shape: tuple[int, ...], settings: Settings) -> str:
     return message
 
 
-def _wrong_dtype(given: str, dtype: str, backend: Backend) -> str:
+def _wrong_dtype(name: str, given: str, dtype: str, backend: Backend) -> str:
     usable = sorted(_INPUT_DTYPES[dtype] & backend.capabilities.dtypes)
     if given == "float64" and given in backend.capabilities.dtypes:
         return (
-            "x is float64 and the statistics are float32, which would lose its precision. Convert x to float32, or "
-            "make the layer dtype='float64' (bn.to(dtype='float64') for one that exists)."
+            f"{name} is float64 and the statistics are float32, which would lose its precision. Convert {name} to "
+            "float32, or make the layer dtype='float64' (bn.to(dtype='float64') for one that exists)."
         )
-    return f"x is {given}; {backend.name} takes {', '.join(usable)}. Convert x, to float32 say."
+    return f"{name} is {given}; {backend.name} takes {', '.join(usable)}. Convert {name}, to float32 say."
 
 
 def _real(name: str, value: Any, *, or_none: bool = False) -> float:

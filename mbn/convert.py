@@ -4,7 +4,6 @@ Crossing is explicit, except that any backend takes host data (NumPy arrays, lis
 copy of its own, so that nobody's array changes behind anybody's back.
 """
 
-import math
 from typing import Any
 
 import numpy as np
@@ -123,7 +122,7 @@ def owned(
 
     Raises:
         TypeError: ``value`` is no array of real numbers, or a count is no integer.
-        ValueError: it has another shape, or a count is negative.
+        ValueError: it has another shape, or a count is negative or too large.
     """
     # An own array stays what it is, traced perhaps; anything else goes by way of the host.
     stays = registry.owner_of(value) is backend and not isinstance(value, registry.PYTHON_DATA)
@@ -136,8 +135,10 @@ def owned(
     if tuple(array.shape) != shape and not is_filling:
         message = f"{name} has shape {tuple(array.shape)}; this layer needs {shape}."
         raise ValueError(message)
-    if is_count and registry.owner_of(array).within(array, 0, math.inf) is False:
-        message = f"{name} counts batches and is at least 0, not {array}."
-        raise ValueError(message)
     own: Array = backend.asarray(array if stays else array.astype(dtype), dtype, device)
+    if is_count:
+        limit = np.iinfo(dtype_name(own.dtype)).max  # that of int32, where there is no int64
+        if registry.owner_of(array).within(array, 0, limit) is False:
+            message = f"{name} counts batches and is at least 0 and below {limit}, not {array}."
+            raise ValueError(message)
     return own + backend.asarray(np.zeros(shape, dtype), dtype, device) if is_filling and shape else own

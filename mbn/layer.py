@@ -1,51 +1,27 @@
-"""The layer: arguments, mode and state, and no arithmetic.
+"""The layer: arguments, mode and calls, and no arithmetic.
 
-A call, load or move that fails must leave the layer as it was, and two threads must never see half an update. Both
-follow from one rule: whatever is new is made completely first and stored in one assignment.
+A call that fails must leave the layer as it was, whatever it was about to learn.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from functools import partial
+from os import PathLike
 from typing import Any, Self
 
-import numpy as np
-
-from mbn import checks, registry
+from mbn import checks, files, fitting, folding, registry
 from mbn.contract import Array, Backend
-from mbn.convert import owned, received, received_vectors
+from mbn.convert import received, received_vectors
 from mbn.forward import forward, forward_vjp
 from mbn.masking import Masking
+from mbn.portable import Portable
 from mbn.pullback import Pullback
-from mbn.state import IncompatibleKeys, Params, Settings, State, compare_keys, to_dict
-
-_introduced: set[tuple[type, str]] = set()
-"""The classes of layers, and the names of the backends that know of them."""
+from mbn.state import Params, Settings, State, versioned
+from mbn.storage import Storage
 
 
-class _Entry:
-    """A parameter or statistic as an attribute: reading gives the live array, setting stores a checked copy."""
-
-    def __init__(self, doc: str) -> None:
-        self.__doc__ = doc
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-        self._group = "_params" if name in Params._fields else "_state"
-
-    def __get__(self, layer: "BatchNorm1d | None", owner: type) -> Any:
-        if layer is None:
-            return self
-        layer._channels()
-        return getattr(getattr(layer, self._group), self._name)
-
-    def __set__(self, layer: "BatchNorm1d", value: Any) -> None:
-        if self.__get__(layer, type(layer)) is None:
-            message = f"this layer has no {self._name} to set: {layer!r}."
-            raise ValueError(message)
-        layer._store({self._name: layer._own(self._name, value, fill=True)})
-
-
-class BatchNorm1d:
+class BatchNorm1d(Storage):
     """Batch normalisation of (N, C) or (N, C, L) inputs, with the semantics of ``torch.nn.BatchNorm1d``.
 
     In training, each channel is normalised by its own mean and biased variance over all other axes, and the running
@@ -78,12 +54,6 @@ class BatchNorm1d:
     Source: Ioffe and Szegedy, Batch Normalization, 2015 (arXiv:1502.03167), algorithms 1 and 2.
     """
 
-    weight = _Entry("The scale, (C,), or None. Set it to an array or to one number for all channels.")
-    bias = _Entry("The shift, (C,), or None. Set it to an array or to one number for all channels.")
-    running_mean = _Entry("The running mean, (C,), or None. Set it to an array or to one number for all channels.")
-    running_var = _Entry("The running variance, (C,), or None. Set it to an array or to one number for all channels.")
-    num_batches_tracked = _Entry("The number of batches trained on, an integer scalar, or None. Settable.")
-
     def __init__(
         self,
         num_features: int | None,
@@ -112,6 +82,7 @@ class BatchNorm1d:
         self.training = True
         self._has_bias = bool(bias)
         self._frozen = False
+        self._is_shared = False
         self._params = Params(None, None)
         self._state = State(None, None, None)
         chosen = registry.get_backend(backend) if backend is not None else registry.chosen_backend()
@@ -121,11 +92,6 @@ class BatchNorm1d:
             self._is_bound, self._backend, self._device = False, registry.get_backend(), device
         if self.num_features is not None:
             self.reset_parameters()
-
-    @property
-    def num_features(self) -> int | None:
-        """The number of channels, or None while the first input has yet to tell."""
-        return self._settings.num_features
 
     @property
     def eps(self) -> float:
@@ -154,23 +120,6 @@ class BatchNorm1d:
     def correction(self) -> int:
         """What running_var takes off the number of values, 1 or 0."""
         return self._settings.correction
-
-    @property
-    def backend(self) -> str | None:
-        """The name of the backend, or None while the first input has yet to choose it."""
-        return self._backend.name if self._is_bound else None
-
-    @property
-    def params(self) -> Params:
-        """Weight and bias, for :meth:`apply`."""
-        self._channels()
-        return self._params
-
-    @property
-    def state(self) -> State:
-        """The running statistics and the count of batches, for :meth:`apply`."""
-        self._channels()
-        return self._state
 
     def __call__(self, x: Any, *, mask: Any = None, lengths: Any = None, sample_weight: Any = None) -> Array:
         """Normalise ``x``; in training, update the running statistics.
@@ -256,7 +205,7 @@ class BatchNorm1d:
         training = self._uses_batch(before, self.training)
         result, after = run(backend, x, self._params, before, settings, training=training, masking=masking)
         if after is not before and backend.stores(before, after):
-            self._state = after
+            self._state = backend.write(before, after) if self._is_shared else after
         return result
 
     def _uses_batch(self, state: State, training: bool) -> bool:  # noqa: FBT001 - in every call, where keywords cost
@@ -265,14 +214,7 @@ class BatchNorm1d:
 
     def _first_run(self, run: Callable[..., tuple[Any, State]], x: Any, masking: Masking | None) -> Any:
         trial = copy.copy(self)
-        if not trial._is_bound:
-            backend = registry.owner_of(x)
-            trial._bind(backend, backend.device(x) if self._device is None else self._device)
-        if trial.num_features is None:
-            x = received(trial._backend, "x", x, self._settings.dtype, None)
-            checks.rank(x.shape, self.axis)
-            trial._learn_features(x.shape[self.axis])
-        result = trial._run(run, x, masking)
+        result = trial._run(run, trial._meet(x), masking)
         self.__dict__.update(trial.__dict__)
         return result
 
@@ -294,9 +236,7 @@ class BatchNorm1d:
         Raises:
             ValueError: the layer has no running statistics.
         """
-        if not self.track_running_stats:
-            message = "a layer with track_running_stats=False has no running statistics to be frozen on."
-            raise ValueError(message)
+        checks.tracked(self.track_running_stats, "freeze")
         self._frozen = True
         return self
 
@@ -305,81 +245,92 @@ class BatchNorm1d:
         self._frozen = False
         return self
 
-    def parameters(self) -> Iterator[Array]:
-        """Iterate over the weight and the bias, as far as there are any."""
-        return (parameter for parameter in self.params if parameter is not None)
+    def fit(self, batches: Iterable[Any], *, progress: bool = True) -> Self:
+        """Set the running statistics to those of a whole data set, in one pass over its batches; return the layer.
 
-    def reset_parameters(self) -> None:
-        """Set the weight to 1 and the bias to 0, and reset the running statistics."""
-        parameters = {}
-        if self.affine:
-            parameters["weight"] = self._own("weight", np.ones(self._channels()))
-        if self.affine and self._has_bias:
-            parameters["bias"] = self._own("bias", np.zeros(self._channels()))
-        self._store(parameters)
-        self.reset_running_stats()
-
-    def reset_running_stats(self) -> None:
-        """Set the running mean to 0, the running variance to 1 and the count of batches to 0."""
-        if self.track_running_stats:
-            self._state = State(
-                self._own("running_mean", np.zeros(self._channels())),
-                self._own("running_var", np.ones(self._channels())),
-                self._own("num_batches_tracked", 0),
-            )
-
-    def state_dict(self) -> dict[str, Array]:
-        """Return copies of the parameters and statistics under torch's keys, in torch's order."""
-        return {key: self._backend.copy(value) for key, value in to_dict(self.params, self.state).items()}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:  # noqa: FBT001, FBT002
-        """Take over copies of the entries of a state_dict, from this class or from ``torch.nn.BatchNorm1d``.
+        The batches' statistics are merged exactly, so ``running_mean`` and ``running_var`` are mean and variance of
+        all values together, ``running_var`` with the layer's ``correction``; ``num_batches_tracked`` counts the
+        batches. There is never more than one batch in memory.
 
         Args:
-            state_dict: arrays of any known framework by torch's keys. A layer with ``num_features=None`` takes its
-                number of features from them.
-            strict: refuse missing and unexpected keys; otherwise load what fits and return the rest.
+            batches: inputs as in a call, of any number of rows. Of a tuple or list of arrays, as a DataLoader gives,
+                the first is the input.
+            progress: show a progress bar on standard error.
 
         Raises:
-            TypeError: not a mapping, or entries that are not real numbers.
-            ValueError: missing, unexpected or misshapen entries. The layer is unchanged.
+            TypeError, ValueError: an input is refused as in a call; the layer has no running statistics; there are
+                ``correction`` values per channel or fewer. The layer is then unchanged, as after an interrupt.
         """
-        if not isinstance(state_dict, Mapping):
-            message = f"state_dict is a mapping from names to arrays, not {type(state_dict).__name__}."
-            raise TypeError(message)
-        trial = copy.copy(self)
-        if trial.num_features is None:
-            shapes = [np.shape(state_dict[key]) for key in ("weight", "running_mean") if key in state_dict]
-            if not shapes or len(shapes[0]) != 1:
-                message = "num_features is to come from this state_dict, but it has no weight or running_mean of (C,)."
-                raise ValueError(message)
-            trial._learn_features(shapes[0][0])
-        expected = to_dict(trial.params, trial.state)
-        incompatible = compare_keys(expected, state_dict, strict=strict)
-        trial._store({key: trial._own(key, state_dict[key]) for key in expected if key in state_dict})
-        self.__dict__.update(trial.__dict__)
-        return incompatible
-
-    def to(self, *, backend: str | Backend | None = None, device: Any = None, dtype: Any = None) -> Self:
-        """Move the layer with its state to another backend, device or dtype; return it.
-
-        Raises:
-            BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
-            TypeError, ValueError: the backend has no such dtype or device. The layer is unchanged.
-        """
-        trial = copy.copy(self)
-        if dtype is not None:
-            trial._settings = self._settings._replace(dtype=checks.statistics_dtype(dtype))
-        target = self._backend if backend is None else registry.get_backend(backend)
-        if device is None and target is self._backend:
-            device = self._device
-        if self._is_bound or backend is not None:
-            trial._bind(target, device)
-        else:
-            trial._device = device
-            trial._own_all()
-        self.__dict__.update(trial.__dict__)
+        checks.tracked(self.track_running_stats, "fit")
+        # An open layer stays open until there are statistics; any other may change meanwhile, its mode say.
+        layer = copy.copy(self) if self.num_features is None or not self._is_bound else self
+        population = fitting.Population()
+        with closing(fitting.inputs(batches, progress=progress)) as inputs:
+            for batch in inputs:
+                x = layer._meet(batch)
+                population.add(layer._backend, x, layer._settings)
+                del batch, x  # before the next one is made
+        entries = population.statistics(layer._backend, layer._settings, layer._device)
+        layer._store({**entries, "num_batches_tracked": layer._own("num_batches_tracked", population.num_batches)})
+        self.__dict__.update(layer.__dict__)
         return self
+
+    def fold(self) -> tuple[Array, Array]:
+        """Return the evaluation mode as ``(scale, shift)``, each (C,): there, the layer is ``x * scale + shift``.
+
+        ``scale = weight / sqrt(running_var + eps)`` and ``shift = bias - running_mean * scale``, each to the accuracy
+        of the layer's outputs. See also :func:`mbn.fold_linear`.
+
+        Raises:
+            ValueError: the layer has no running statistics.
+        """
+        checks.tracked(self.track_running_stats, "fold")
+        return folding.fold(self)
+
+    def as_module(self) -> Any:
+        """Return a module of the layer's framework, a ``torch.nn.Module`` or ``flax.nnx.Module``, that does its work.
+
+        On Torch the two share their tensors: whatever trains, loads or moves the module does it to the layer, and what
+        trains or loads the layer does it to the module; a layer that moves elsewhere shares no more. On JAX, where
+        arrays never change, the module begins with the layer's. Arguments and modes are each one's own.
+
+        Raises:
+            TypeError: the layer's framework has no modules.
+            ImportError: it has, but in a package that is not installed.
+        """
+        self._channels()
+        own = copy.copy(self)  # which stays where it is when this layer moves
+        own._is_shared = True
+        module = self._backend.module(own, partial(_adopt, (own, self)))
+        self._params, self._state, self._is_shared = own._params, own._state, True
+        return module
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the layer to a safetensors file, with its arguments and modes in the metadata.
+
+        The file is complete before it takes the name: at any moment there is the old file or the new one.
+
+        Raises:
+            OSError: the file cannot be written; what was there is still there.
+            AttributeError: the layer has no arrays yet.
+        """
+        files.write(path, self._pack())
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], *, backend: str | Backend | None = None, device: Any = None) -> Self:
+        """Return the layer that :meth:`save` wrote, on any backend.
+
+        Args:
+            path: the file.
+            backend, device: as of a new layer; the file does not say.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is damaged, not of an mbn layer, or of a later format; or the backend has no such device.
+            TypeError: the backend has no such dtype.
+            BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
+        """
+        return cls._unpack(files.read(path), backend, device)
 
     def __repr__(self) -> str:
         """Return torch's text and what this layer adds to it."""
@@ -391,77 +342,29 @@ class BatchNorm1d:
             f"backend={self.backend!r})"
         )
 
-    def _bind(self, backend: Backend, device: Any) -> None:
-        """Settle on a backend and a device, and bring there what the layer holds."""
-        self._backend, self._is_bound = backend, True
-        # An empty array finds the device that the backend makes of this one, or its default, before anything moves.
-        self._device = backend.device(backend.asarray(np.zeros(0, np.float32), device=device))
-        self._own_all()
-        self._introduce()
-
-    def _learn_features(self, num_features: int) -> None:
-        self._settings = self._settings._replace(num_features=checks.num_features(num_features))
-        self.reset_parameters()
-
-    def _own_all(self) -> None:
-        self._store({key: self._own(key, value) for key, value in to_dict(self._params, self._state).items()})
-
-    def _own(self, name: str, value: Any, *, fill: bool = False) -> Array:
-        return owned(
-            name,
-            value,
-            backend=self._backend,
-            shape=() if name == "num_batches_tracked" else (self._channels(),),
-            dtype="int64" if name == "num_batches_tracked" else self._settings.dtype,
-            device=self._device if self._is_bound else None,
-            fill=fill,
-        )
-
-    def _store(self, entries: Mapping[str, Array]) -> None:
-        parameters = {
-            key: self._backend.parameter(entries[key], current)
-            for key, current in self._params._asdict().items()
-            if key in entries
+    def _pack(self) -> Portable:
+        """Return all that the layer is, but for where it is."""
+        layer = copy.copy(self)  # as it is at one moment, whatever other threads do to it
+        arguments = {
+            **layer._settings._asdict(),
+            "affine": layer.affine,
+            "track_running_stats": layer.track_running_stats,
+            "bias": layer._has_bias,
         }
-        for parameter in parameters.values():
-            registry.owner_of(parameter)  # Torch has a class for them, and a compiler could not look it up in a call
-        self._params = self._params._replace(**parameters)
-        self._state = self._state._replace(**{key: entries[key] for key in State._fields if key in entries})
-
-    def _introduce(self) -> None:
-        """Look up now what a compiler could not look up in a call; tell the backend of this class, once."""
-        empty = self._backend.asarray(np.zeros(0, np.float32), device=self._device)
-        for array in (empty, *to_dict(self._params, self._state).values()):
-            registry.owner_of(array)
-        kind = type(self)
-        if (kind, self._backend.name) not in _introduced:
-            _introduced.add((kind, self._backend.name))
-            self._backend.register(kind, kind._flatten, kind._unflatten)
-
-    def _flatten(self) -> tuple[tuple[Params, State], tuple[tuple[str, Any], ...]]:
-        """Return the layer's arrays, and all else that it is."""
-        rest = tuple((key, value) for key, value in sorted(self.__dict__.items()) if key not in {"_params", "_state"})
-        return (self._params, self._state), rest
+        entries = {key: layer._backend.to_numpy(value) for key, value in layer.state_dict().items()}
+        return Portable(arguments, entries, training=layer.training, frozen=layer._frozen)
 
     @classmethod
-    def _unflatten(cls, rest: tuple[tuple[str, Any], ...], arrays: tuple[Params, State]) -> Self:
-        """Return a layer again, whatever stands for its arrays."""
-        layer = cls.__new__(cls)
-        layer.__dict__.update(rest)
-        layer._params, layer._state = arrays
-        return layer
+    def _unpack(cls, portable: Portable, backend: str | Backend | None, device: Any) -> Self:
+        """Return a layer that is all this."""
+        layer = cls(**portable.arguments, backend=backend, device=device)
+        if layer.num_features is not None:
+            layer.load_state_dict(versioned(portable.entries))
+        layer.train(portable.training)
+        return layer.freeze() if portable.frozen else layer
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over what was pickled or copied, in what may be another process."""
-        self.__dict__.update(state)
-        if self._is_bound:
-            self._introduce()
 
-    def _channels(self) -> int:
-        if self.num_features is None:
-            message = (
-                "num_features is not known yet, so there are no parameters and statistics: call the layer on an input "
-                "or load a state_dict first."
-            )
-            raise AttributeError(message)
-        return self.num_features
+def _adopt(layers: Iterable[BatchNorm1d], params: Params, state: State) -> None:
+    """Have all these layers hold these very arrays."""
+    for layer in layers:
+        layer._adopt(params, state)

@@ -4,8 +4,12 @@ NamedTuples, because JAX and Torch take those as pytrees without registration, a
 state in one assignment can never be seen half updated. Keys and their order are torch's.
 """
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+VERSION = 2
+"""That of torch's entries: since version 2 they include ``num_batches_tracked``."""
 
 
 class Params(NamedTuple):
@@ -51,13 +55,24 @@ def to_dict(params: Params, state: State) -> dict[str, Any]:
     return {key: value for key, value in entries.items() if value is not None}
 
 
+def versioned(entries: Mapping[str, Any]) -> OrderedDict[str, Any]:
+    """Return entries as torch's modules give them away: with their version where torch looks for it."""
+    result = OrderedDict(entries)
+    vars(result)["_metadata"] = OrderedDict({"": {"version": VERSION}})
+    return result
+
+
 def compare_keys(expected: Mapping[str, Any], given: Mapping[str, Any], *, strict: bool) -> IncompatibleKeys:
     """Return the keys that are missing and those that are too many.
+
+    As in torch, the count of batches may be missing where the entries are of version 1 or have no version.
 
     Raises:
         ValueError: there are any, and the load is ``strict``.
     """
-    missing = [key for key in expected if key not in given]
+    version = getattr(given, "_metadata", {}).get("", {}).get("version") or 1
+    optional = {"num_batches_tracked"} if version < VERSION else set()
+    missing = [key for key in expected if key not in given and key not in optional]
     unexpected = [key for key in given if key not in expected]
     if strict and (missing or unexpected):
         problems = [f"missing {', '.join(missing)}"] * bool(missing) + [

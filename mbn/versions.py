@@ -7,7 +7,20 @@ from importlib import metadata
 import mbn
 from mbn.registry import list_backends
 
-_DISTRIBUTIONS = ("numpy", "torch", "jax", "jaxlib", "cupy-cuda12x", "cupy-cuda13x", "numba", "ml_dtypes")
+_DISTRIBUTIONS = (
+    "numpy",
+    "torch",
+    "jax",
+    "jaxlib",
+    "cupy-cuda12x",
+    "cupy-cuda13x",
+    "numba",
+    "flax",
+    "keras",
+    "onnx",
+    "safetensors",
+    "ml_dtypes",
+)
 
 
 def show_versions() -> None:

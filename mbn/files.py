@@ -1,0 +1,221 @@
+"""Layers in files: safetensors, with what a layer is besides its arrays in the metadata.
+
+A file may come from anywhere, so nothing in it is ever run, and nothing of it is used before all of it has been
+checked. Whoever is interrupted while writing must find the old file or the new one, whole. Equal layers make equal
+files.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import reprlib
+import secrets
+import stat
+import zlib
+from collections.abc import Mapping
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import numpy as np
+
+from mbn import checks
+from mbn.portable import Portable
+
+KEY = "mbn.BatchNorm1d"
+"""That of the only entry of the metadata, so that nothing hangs on an order; its value is JSON."""
+VERSION = 1
+
+_DESCRIPTION = {"version": (int,), "checksum": (int,), "arguments": (dict,), "training": (bool,), "frozen": (bool,)}
+_ARGUMENTS = {
+    "num_features": (int,),
+    "dtype": (str,),
+    "eps": (float,),
+    "momentum": (float, NoneType),
+    "axis": (int,),
+    "correction": (int,),
+    "affine": (bool,),
+    "track_running_stats": (bool,),
+    "bias": (bool,),
+}
+_DTYPES = {"float32": "F32", "float64": "F64", "int64": "I64"}
+"""Their names in safetensors."""
+
+
+def write(path: str | PathLike[str], portable: Portable) -> None:
+    """Write a file in one step, as all others see it.
+
+    Raises:
+        OSError: it cannot be written; nothing has changed.
+    """
+    from safetensors.numpy import save  # noqa: PLC0415 - a layer that is not saved does without
+
+    entries = {
+        key: np.asarray(portable.entries[key], dtype, order="C")
+        for key, (dtype, _) in _expected(portable.arguments).items()
+    }
+    described: dict[str, Any] = {
+        "version": VERSION,
+        "arguments": portable.arguments,
+        "training": portable.training,
+        "frozen": portable.frozen,
+    }
+    described["checksum"] = _checksum(described, entries)
+    _replace(Path(os.path.realpath(Path(path))), save(entries, {KEY: json.dumps(described, sort_keys=True)}))
+
+
+def read(path: str | PathLike[str]) -> Portable:
+    """Return what a file holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is damaged, something else, or of a later version.
+    """
+    from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - as above
+
+    path = Path(path)
+    path.open("rb").close()  # Python's own errors name the file
+    try:
+        with safe_open(path, framework="np") as file:
+            return _checked(file)
+    except SafetensorError as error:
+        message = f"{path} holds no layer: it is damaged or no safetensors file ({error})."
+        raise ValueError(message) from error
+    except ValueError as error:
+        message = f"{path} holds no layer that can be loaded: {error}"
+        raise ValueError(message) from error
+
+
+def _checked(file: Any) -> Portable:
+    """Return what an open safetensors file holds, with no array read before it is known to belong there."""
+    described = _described((file.metadata() or {}).get(KEY))
+    arguments = described["arguments"]
+    expected = _expected(arguments)
+    needed = {key: f"{_DTYPES[dtype]} of shape {shape}" for key, (dtype, shape) in expected.items()}
+    slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
+    given = {key: f"{entry.get_dtype()} of shape {tuple(entry.get_shape())}" for key, entry in slices.items()}
+    for key in {**needed, **given}:
+        if needed.get(key) != given.get(key):
+            message = f"its {key} is {given.get(key, 'absent')}, and should be {needed.get(key, 'absent')}."
+            raise ValueError(message)
+    entries = {key: file.get_tensor(key) for key in expected}
+    checksum = described.pop("checksum")
+    if checksum != _checksum(described, entries):
+        message = "it is damaged: its checksum is that of something else."
+        raise ValueError(message)
+    if entries.get("num_batches_tracked", 0) < 0:
+        message = f"its num_batches_tracked counts batches and is at least 0, not {entries['num_batches_tracked']}."
+        raise ValueError(message)
+    return Portable(arguments, entries, training=described["training"], frozen=described["frozen"])
+
+
+def _described(text: str | None) -> dict[str, Any]:
+    """Return what a layer is besides its arrays."""
+    if text is None:
+        message = (
+            "it is not from BatchNorm1d.save. If it has the keys of a state_dict: "
+            "bn.load_state_dict(safetensors.numpy.load_file(path))."
+        )
+        raise ValueError(message)
+    try:
+        described = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        message = f"its description is damaged ({error})."
+        raise ValueError(message) from error
+    version = described.get("version") if isinstance(described, dict) else None
+    if type(version) is int and version != VERSION:
+        message = f"its format is version {version}, and this mbn reads version {VERSION}: install a newer mbn."
+        raise ValueError(message)
+    _check_types("description", described, _DESCRIPTION)
+    arguments = described["arguments"]
+    _check_types("list of arguments", arguments, _ARGUMENTS)
+    for name in ("num_features", "eps", "momentum", "axis", "correction"):
+        getattr(checks, name)(arguments[name])
+    if arguments["dtype"] not in {"float32", "float64"}:
+        message = f"its dtype is {reprlib.repr(arguments['dtype'])}, and should be float32 or float64."
+        raise ValueError(message)
+    if described["frozen"]:
+        checks.tracked(arguments["track_running_stats"], "freeze")
+    result: dict[str, Any] = described
+    return result
+
+
+def _check_types(what: str, values: Any, types: Mapping[str, tuple[type, ...]]) -> None:
+    """Check that there is exactly what there should be, each of its type."""
+    wrong = sorted(values.keys() ^ types.keys()) if isinstance(values, dict) else [reprlib.repr(values)]
+    if wrong:
+        message = f"its {what} has too much or too little: {reprlib.repr(wrong)}."
+        raise ValueError(message)
+    for name, allowed in types.items():
+        if type(values[name]) not in allowed:
+            message = f"its {name} is {reprlib.repr(values[name])}, and should be of type {allowed[0].__name__}."
+            raise ValueError(message)
+
+
+def _expected(arguments: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return dtype and shape of each array of a layer."""
+    vector = arguments["dtype"], (arguments["num_features"],)
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {}
+    if arguments["affine"]:
+        expected["weight"] = vector
+    if arguments["affine"] and arguments["bias"]:
+        expected["bias"] = vector
+    if arguments["track_running_stats"]:
+        expected |= {"running_mean": vector, "running_var": vector, "num_batches_tracked": ("int64", ())}
+    return expected
+
+
+def _checksum(described: Mapping[str, Any], entries: Mapping[str, np.ndarray]) -> int:
+    """Return a number that damage to anything changes."""
+    checksum = zlib.crc32(json.dumps(described, sort_keys=True).encode())
+    for value in entries.values():
+        checksum = zlib.crc32(value.astype(value.dtype.newbyteorder("<")).tobytes(), checksum)
+    return checksum
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file beside the one to be replaced, and give it its name when all of it has reached the disk."""
+    mode = _mode(path)
+    beside = path.with_name(f".mbn-{secrets.token_hex(8)}.tmp")
+    try:
+        with open(beside, "xb", opener=partial(os.open, mode=0o666 if mode is None else mode)) as file:
+            if mode is not None:
+                beside.chmod(mode)  # as it was, whatever the umask
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException:  # an interrupt too
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise
+    with contextlib.suppress(OSError):  # not every system opens folders, and the file is there in any case
+        _sync_folder(path.parent)
+
+
+def _mode(path: Path) -> int | None:
+    """Return the permissions of a file that may be written to; None where there is no file yet.
+
+    Raises:
+        OSError: it can't be replaced, or has no folder.
+    """
+    try:
+        with path.open("r+b", buffering=0) as file:
+            mode = os.fstat(file.fileno()).st_mode
+    except FileNotFoundError:
+        path.parent.stat()
+        return None
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return stat.S_IMODE(mode)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,100 @@
+"""The statistics of a whole data set from a stream of its batches.
+
+They must not depend on how the data set is cut into batches, and no more than one batch may be in memory.
+"""
+
+from collections.abc import Generator, Iterable
+from operator import length_hint
+from typing import Any
+
+import numpy as np
+
+from mbn import checks
+from mbn.contract import Array, Backend, Moments
+from mbn.state import Settings
+
+
+class Population:
+    """The statistics of all batches so far.
+
+    They are merged in pairs, and pairs of pairs: so the rounding errors grow with the logarithm of the number of
+    batches, as does what is kept.
+
+    Source: Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances, 1979.
+    """
+
+    def __init__(self) -> None:
+        self.num_batches = 0
+        self._parts: list[tuple[int, Moments]] = []
+        """Statistics of ever fewer batches, and of how many: a power of two."""
+
+    def add(self, backend: Backend, x: Array, settings: Settings) -> None:
+        """Take in ``x``, an array of ``backend``, and keep nothing of it but its statistics.
+
+        Raises:
+            TypeError, ValueError: it is refused as in a call.
+        """
+        checks.batch(backend, x, x.shape, settings, training=False)
+        self.num_batches += 1
+        if 0 in x.shape:
+            return
+        x = backend.constant(x)
+        moments, size = backend.moments(x.mT if settings.has_channels_last(x.ndim) else x), 1
+        # Whoever computes later would keep the batch until then.
+        backend.to_numpy(_vector(backend, moments.mean, settings, backend.device(x)))
+        while self._parts and self._parts[-1][0] == size:
+            moments, size = _merged(backend, self._parts.pop()[1], moments), 2 * size
+        self._parts.append((size, moments))
+
+    def statistics(self, backend: Backend, settings: Settings, device: Any) -> dict[str, Array]:
+        """Return running mean and variance, (C,) in the layer's dtype.
+
+        Raises:
+            ValueError: there are too few values for a variance.
+        """
+        n = sum(moments.count for _, moments in self._parts)
+        if n <= settings.correction:
+            message = (
+                f"the batches hold {n} values per channel, and a variance with correction={settings.correction} takes "
+                f"at least {settings.correction + 1}."
+            )
+            raise ValueError(message)
+        *others, (_, moments) = self._parts
+        for _, other in reversed(others):
+            moments = _merged(backend, other, moments)
+        return {
+            "running_mean": _vector(backend, moments.mean, settings, device),
+            "running_var": _vector(backend, backend.variance(moments, settings.correction), settings, device),
+        }
+
+
+def inputs(batches: Iterable[Any], *, progress: bool) -> Generator[Any]:
+    """Iterate over the inputs in batches, with a progress bar on standard error if asked for. Holds on to none."""
+    from rich.console import Console  # noqa: PLC0415 - of no use to whoever only normalises
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn  # noqa: PLC0415
+
+    columns = "fit", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    # What the batches' maker prints goes where it always does.
+    with Progress(*columns, console=Console(stderr=True), disable=not progress, redirect_stdout=False) as bar:
+        task = bar.add_task("", total=length_hint(batches) or None)
+        for batch in batches:
+            yield _input(batch)
+            del batch  # before the next one is made
+            bar.advance(task)
+
+
+def _input(batch: Any) -> Any:
+    """Return the input of a batch: of several arrays, the first."""
+    is_several = isinstance(batch, tuple | list) and len(batch) > 0 and hasattr(batch[0], "shape")
+    return batch[0] if is_several and len(batch[0].shape) > 1 else batch
+
+
+def _merged(backend: Backend, a: Moments, b: Moments) -> Moments:
+    """Return the statistics of both: the larger first, next to which the other is a small change."""
+    return backend.merge(a, b) if a.count >= b.count else backend.merge(b, a)
+
+
+def _vector(backend: Backend, statistic: Any, settings: Settings, device: Any) -> Array:
+    """Return a mean or variance in the layer's dtype, rounded once."""
+    zeros = backend.asarray(np.zeros(settings.num_features or 0), settings.dtype, device)
+    return backend.lerp(zeros, statistic, 1.0)

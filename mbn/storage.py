@@ -1,0 +1,283 @@
+"""What a layer holds, and where: its arrays, the backend and device that they are on, and how they travel.
+
+A load or move that fails must leave everything as it was, and two threads must never see half an update. Both follow
+from one rule: whatever is new is made completely first and stored in one assignment. Only what is shared with a module
+of a framework is written to, since the module has to see it.
+"""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from operator import is_
+from typing import Any, Self
+
+import numpy as np
+
+from mbn import checks, registry
+from mbn.contract import Array, Backend, dtype_name
+from mbn.convert import asarray, owned, received
+from mbn.state import IncompatibleKeys, Params, Settings, State, compare_keys, to_dict, versioned
+
+_introduced: set[tuple[type, str]] = set()
+"""The classes of layers, and the names of the backends that know of them."""
+
+
+class _Entry:
+    """A parameter or statistic as an attribute: reading gives the live array, setting stores a checked copy."""
+
+    def __init__(self, doc: str) -> None:
+        self.__doc__ = doc
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+        self._group = "_params" if name in Params._fields else "_state"
+
+    def __get__(self, layer: "Storage | None", owner: type) -> Any:
+        if layer is None:
+            return self
+        layer._channels()
+        return getattr(getattr(layer, self._group), self._name)
+
+    def __set__(self, layer: "Storage", value: Any) -> None:
+        if self.__get__(layer, type(layer)) is None:
+            message = f"this layer has no {self._name} to set: {layer!r}."
+            raise ValueError(message)
+        layer._store({self._name: layer._own(self._name, value, fill=True)})
+
+
+class Storage:
+    """The part of :class:`mbn.BatchNorm1d` that keeps its parameters and statistics."""
+
+    weight = _Entry("The scale, (C,), or None. Set it to an array or to one number for all channels.")
+    bias = _Entry("The shift, (C,), or None. Set it to an array or to one number for all channels.")
+    running_mean = _Entry("The running mean, (C,), or None. Set it to an array or to one number for all channels.")
+    running_var = _Entry("The running variance, (C,), or None. Set it to an array or to one number for all channels.")
+    num_batches_tracked = _Entry("The number of batches trained on, an integer scalar, or None. Settable.")
+
+    _settings: Settings
+    affine: bool
+    track_running_stats: bool
+    training: bool
+    _has_bias: bool
+    _frozen: bool
+    _params: Params
+    _state: State
+    _is_bound: bool
+    """Whether a backend has been chosen; until then the arrays are NumPy's."""
+    _is_shared: bool
+    """Whether a module shares the statistics, which are then written to in place."""
+    _backend: Backend
+    _device: Any
+
+    @property
+    def num_features(self) -> int | None:
+        """The number of channels, or None while the first input has yet to tell."""
+        return self._settings.num_features
+
+    @property
+    def backend(self) -> str | None:
+        """The name of the backend, or None while the first input has yet to choose it."""
+        return self._backend.name if self._is_bound else None
+
+    @property
+    def params(self) -> Params:
+        """Weight and bias, for :meth:`apply`."""
+        self._channels()
+        return self._params
+
+    @property
+    def state(self) -> State:
+        """The running statistics and the count of batches, for :meth:`apply`."""
+        self._channels()
+        return self._state
+
+    def parameters(self) -> Iterator[Array]:
+        """Iterate over the weight and the bias, as far as there are any."""
+        return (parameter for parameter in self.params if parameter is not None)
+
+    def reset_parameters(self) -> None:
+        """Set the weight to 1 and the bias to 0, and reset the running statistics."""
+        parameters = {}
+        if self.affine:
+            parameters["weight"] = self._own("weight", np.ones(self._channels()))
+        if self.affine and self._has_bias:
+            parameters["bias"] = self._own("bias", np.zeros(self._channels()))
+        self._store(parameters)
+        self.reset_running_stats()
+
+    def reset_running_stats(self) -> None:
+        """Set the running mean to 0, the running variance to 1 and the count of batches to 0."""
+        if self.track_running_stats:
+            self._store(
+                {
+                    "running_mean": self._own("running_mean", np.zeros(self._channels())),
+                    "running_var": self._own("running_var", np.ones(self._channels())),
+                    "num_batches_tracked": self._own("num_batches_tracked", 0),
+                }
+            )
+
+    def state_dict(self, *, backend: str | Backend | None = None) -> OrderedDict[str, Array]:
+        """Return copies of the parameters and statistics under torch's keys, in torch's order and with its version.
+
+        Args:
+            backend: whose arrays they are to be; by default the layer's own. ``torch.nn.BatchNorm1d`` loads Torch's.
+
+        Raises:
+            BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
+        """
+        entries = {key: self._backend.copy(value) for key, value in to_dict(self.params, self.state).items()}
+        if backend is not None:
+            entries = {key: asarray(value, backend=backend) for key, value in entries.items()}
+        return versioned(entries)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:  # noqa: FBT001, FBT002
+        """Take over copies of the entries of a state_dict, from this class or from ``torch.nn.BatchNorm1d``.
+
+        Args:
+            state_dict: arrays of any known framework by torch's keys. A layer with ``num_features=None`` takes its
+                number of features from them. As in torch, ``num_batches_tracked`` may be missing and is then kept,
+                unless the state_dict says that it is of version 2.
+            strict: refuse missing and unexpected keys; otherwise load what fits and return the rest.
+
+        Raises:
+            TypeError: not a mapping, or entries that are not real numbers.
+            ValueError: missing, unexpected or misshapen entries. The layer is unchanged.
+        """
+        if not isinstance(state_dict, Mapping):
+            message = f"state_dict is a mapping from names to arrays, not {type(state_dict).__name__}."
+            raise TypeError(message)
+        trial = copy.copy(self)
+        if trial.num_features is None:
+            shapes = [np.shape(state_dict[key]) for key in ("weight", "running_mean") if key in state_dict]
+            if not shapes or len(shapes[0]) != 1:
+                message = "num_features is to come from this state_dict, but it has no weight or running_mean of (C,)."
+                raise ValueError(message)
+            trial._learn_features(shapes[0][0])
+        expected = to_dict(trial.params, trial.state)
+        incompatible = compare_keys(expected, state_dict, strict=strict)
+        trial._store({key: trial._own(key, state_dict[key]) for key in expected if key in state_dict})
+        self.__dict__.update(trial.__dict__)
+        return incompatible
+
+    def to(self, *, backend: str | Backend | None = None, device: Any = None, dtype: Any = None) -> Self:
+        """Move the layer with its state to another backend, device or dtype; return it.
+
+        Raises:
+            BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
+            TypeError, ValueError: the backend has no such dtype or device. The layer is unchanged.
+        """
+        trial = copy.copy(self)
+        if dtype is not None:
+            trial._settings = self._settings._replace(dtype=checks.statistics_dtype(dtype))
+        target = self._backend if backend is None else registry.get_backend(backend)
+        if device is None and target is self._backend:
+            device = self._device
+        if self._is_bound or backend is not None:
+            trial._bind(target, device)
+        else:
+            trial._device = device
+            trial._own_all()
+        arrays, before = (*trial._params, *trial._state), (*self._params, *self._state)
+        trial._is_shared = self._is_shared and all(map(is_, arrays, before))
+        self.__dict__.update(trial.__dict__)
+        return self
+
+    def _meet(self, x: Any) -> Array:
+        """Return an input as an array of the layer's backend; take from it what the layer does not know yet."""
+        if not self._is_bound:
+            backend = registry.owner_of(x)
+            self._bind(backend, backend.device(x) if self._device is None else self._device)
+        x = received(self._backend, "x", x, self._settings.dtype, self._device)
+        if self.num_features is None:
+            checks.rank(x.shape, self._settings.axis)
+            self._learn_features(x.shape[self._settings.axis])
+        return x
+
+    def _bind(self, backend: Backend, device: Any) -> None:
+        """Settle on a backend and a device, and bring there what the layer holds."""
+        self._backend, self._is_bound = backend, True
+        # An empty array finds the device that the backend makes of this one, or its default, before anything moves.
+        self._device = backend.device(backend.asarray(np.zeros(0, np.float32), device=device))
+        self._own_all()
+        self._introduce()
+
+    def _learn_features(self, num_features: int) -> None:
+        self._settings = self._settings._replace(num_features=checks.num_features(num_features))
+        self.reset_parameters()
+
+    def _own_all(self) -> None:
+        self._store({key: self._own(key, value) for key, value in to_dict(self._params, self._state).items()})
+
+    def _own(self, name: str, value: Any, *, fill: bool = False) -> Array:
+        return owned(
+            name,
+            value,
+            backend=self._backend,
+            shape=() if name == "num_batches_tracked" else (self._channels(),),
+            dtype="int64" if name == "num_batches_tracked" else self._settings.dtype,
+            device=self._device if self._is_bound else None,
+            fill=fill,
+        )
+
+    def _store(self, entries: Mapping[str, Array]) -> None:
+        parameters = {
+            key: self._backend.parameter(entries[key], current)
+            for key, current in self._params._asdict().items()
+            if key in entries
+        }
+        for parameter in parameters.values():
+            registry.owner_of(parameter)  # Torch has a class for them, and a compiler could not look it up in a call
+        state = self._state._replace(**{key: entries[key] for key in State._fields if key in entries})
+        self._params = self._params._replace(**parameters)
+        self._state = self._backend.write(self._state, state) if self._is_shared else state
+
+    def _adopt(self, params: Params, state: State) -> None:
+        """Hold these very arrays, of whatever device and dtype, if the layer still shares its arrays."""
+        if not self._is_shared:
+            return
+        arrays = to_dict(params, state)
+        if arrays:
+            first = next(iter(arrays.values()))
+            self._settings = self._settings._replace(dtype=dtype_name(first.dtype))
+            self._device = self._backend.device(first)
+        self._params, self._state = params, state
+
+    def _introduce(self) -> None:
+        """Look up now what a compiler could not look up in a call; tell the backend of this class, once."""
+        empty = self._backend.asarray(np.zeros(0, np.float32))
+        for array in (empty, *to_dict(self._params, self._state).values()):
+            registry.owner_of(array)
+        kind = type(self)
+        if (kind, self._backend.name) not in _introduced:
+            _introduced.add((kind, self._backend.name))
+            self._backend.register(kind, kind._flatten, kind._unflatten)
+
+    def _flatten(self) -> tuple[tuple[Params, State], tuple[tuple[str, Any], ...]]:
+        """Return the layer's arrays, and all else that it is."""
+        others = {"_params", "_state", "_is_shared"}
+        rest = tuple((key, value) for key, value in sorted(self.__dict__.items()) if key not in others)
+        return (self._params, self._state), rest
+
+    @classmethod
+    def _unflatten(cls, rest: tuple[tuple[str, Any], ...], arrays: tuple[Params, State]) -> Self:
+        """Return a layer again, whatever stands for its arrays."""
+        layer = cls.__new__(cls)
+        layer.__dict__.update(rest)
+        layer._params, layer._state = arrays
+        layer._is_shared = False
+        return layer
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what was pickled or copied, in what may be another process."""
+        self.__dict__.update(state)
+        if self._is_bound:
+            self._introduce()
+
+    def _channels(self) -> int:
+        if self.num_features is None:
+            message = (
+                "num_features is not known yet, so there are no parameters and statistics: call the layer on an input "
+                "or load a state_dict first."
+            )
+            raise AttributeError(message)
+        return self.num_features
