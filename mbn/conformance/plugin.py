@@ -16,7 +16,10 @@ from hypothesis import HealthCheck, settings
 import mbn
 from mbn.conformance.target import Target
 
-AREAS = ("semantics", "accuracy", "errors", "state", "dtypes", "masks", "gradients", "transforms", "agreement")
+AREAS = (
+    *("semantics", "accuracy", "errors", "state", "files", "population", "folding"),
+    *("dtypes", "masks", "gradients", "transforms", "agreement"),
+)
 
 settings.register_profile(
     "mbn",

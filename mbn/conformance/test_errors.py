@@ -150,7 +150,6 @@ def test_assignment_to_what_a_layer_does_not_have(target: Target) -> None:
     ("change", "error", "words"),
     [
         (lambda entries: entries.pop("running_var"), ValueError, "missing running_var"),
-        (lambda entries: entries.pop("num_batches_tracked"), ValueError, "missing num_batches_tracked"),
         (lambda entries: entries.update(gamma=np.ones(4)), ValueError, "unexpected gamma"),
         (lambda entries: entries.update(weight=np.ones(5)), ValueError, r"weight.*\(5,\).*\(4,\)"),
         (lambda entries: entries.update(weight=np.float32(1)), ValueError, r"weight.*\(\).*\(4,\)"),
@@ -166,6 +165,15 @@ def test_state_dict(
     entries: dict[str, Any] = target.snapshot(configured(target.layer(4), seed=8))
     change(entries)
     assert_refused(error, words, lambda: bn.load_state_dict(entries))
+    assert_same(before, target.snapshot(bn))
+
+
+def test_state_dict_of_version_2_without_a_count(target: Target) -> None:
+    bn = configured(target.layer(4), seed=7)
+    before = target.snapshot(bn)
+    entries = configured(target.layer(4), seed=8).state_dict()
+    del entries["num_batches_tracked"]
+    assert_refused(ValueError, "missing num_batches_tracked", lambda: bn.load_state_dict(entries))
     assert_same(before, target.snapshot(bn))
 
 

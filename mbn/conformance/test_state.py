@@ -2,8 +2,10 @@
 
 import copy
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,9 +108,41 @@ def test_state_dict_is_a_copy(target: Target) -> None:
 def test_lenient_load_takes_what_fits(target: Target) -> None:
     bn = target.layer(4)
     result = bn.load_state_dict({"weight": np.full(4, 2.0), "gamma": np.ones(4)}, strict=False)
-    assert result.missing_keys == ["bias", "running_mean", "running_var", "num_batches_tracked"]
+    assert result.missing_keys == ["bias", "running_mean", "running_var"]
     assert result.unexpected_keys == ["gamma"]
     assert target.numpy(bn.weight).tolist() == [2] * 4
+
+
+def versioned(entries: dict[str, np.ndarray], version: int | None) -> OrderedDict[str, np.ndarray]:
+    """Return entries with their version where torch's modules have it."""
+    result = OrderedDict(entries)
+    vars(result)["_metadata"] = OrderedDict({"": {} if version is None else {"version": version}})
+    return result
+
+
+def test_state_dict_is_of_version_2(target: Target) -> None:
+    assert vars(target.layer(4).state_dict())["_metadata"] == {"": {"version": 2}}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("version", ["none", None, 1])
+def test_count_may_be_missing_from_old_entries(target: Target, version: Any, *, strict: bool) -> None:
+    bn = configured(target.layer(4), seed=1)
+    bn.num_batches_tracked = 7
+    entries = target.snapshot(configured(target.layer(4), seed=2))
+    del entries["num_batches_tracked"]
+    result = bn.load_state_dict(entries if version == "none" else versioned(entries, version), strict=strict)
+    assert result == ([], [])
+    assert_same({**entries, "num_batches_tracked": target.numpy(bn.num_batches_tracked)}, target.snapshot(bn))
+    assert int(bn.num_batches_tracked) == 7
+
+
+def test_count_is_missing_from_entries_of_version_2(target: Target) -> None:
+    bn = configured(target.layer(4), seed=1)
+    entries = target.snapshot(configured(target.layer(4), seed=2))
+    del entries["num_batches_tracked"]
+    assert bn.load_state_dict(versioned(entries, 2), strict=False).missing_keys == ["num_batches_tracked"]
+    assert int(bn.num_batches_tracked) == 3
 
 
 @pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])

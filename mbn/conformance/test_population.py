@@ -1,0 +1,212 @@
+"""Population: the statistics that ``fit`` finds are those of all batches together, however the data is cut."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mbn
+from mbn.conformance import oracle, strategies
+from mbn.conformance.target import Target, assert_same, configured
+
+X = np.random.default_rng(15).normal(2, 3, (9, 4)).astype(np.float32)
+SIZES = [0, 1, 2, 7]
+"""Of batches."""
+ROWS = [(3,), (3, 2)]
+"""Shapes."""
+
+
+def cut(x: np.ndarray, sizes: list[int]) -> list[np.ndarray]:
+    """Return the rows of ``x`` in batches of these sizes."""
+    return np.split(x, np.cumsum(sizes)[:-1])
+
+
+def exact(x: np.ndarray, correction: int = 1) -> oracle.Step:
+    """Return the truth about ``x``, which a training step finds that keeps nothing of what was."""
+    vectors = np.zeros(x.shape[1]), np.ones(x.shape[1])
+    return oracle.train(x, *vectors, momentum=1.0, eps=1.0, correction=correction)
+
+
+def test_three_values_example(target: Target) -> None:
+    batches = [np.zeros((2, 1), np.float32), np.full((1, 1), 6, np.float32)]
+    bn = target.layer(1).fit(map(target.array, batches), progress=False)
+    assert target.numpy(bn.running_mean).tolist() == [2]
+    assert target.numpy(bn.running_var).tolist() == [12]  # (4 + 4 + 16) / 2
+    assert int(bn.num_batches_tracked) == 2
+
+
+@given(data=st.data())
+def test_batches_do_not_matter(target: Target, data: st.DataObject) -> None:
+    sizes = data.draw(st.lists(st.sampled_from(SIZES), max_size=20).map(lambda sizes: [*sizes, 2]))
+    batch = data.draw(strategies.batches(target.capabilities.dtypes, (sum(sizes), *data.draw(st.sampled_from(ROWS)))))
+    correction, axis = data.draw(st.sampled_from([0, 1])), data.draw(st.sampled_from([1, -1]))
+    bn = configured(target.layer(3, axis=axis, correction=correction, dtype=batch.layer_dtype), seed=len(sizes))
+    before = target.snapshot(bn)
+    laid_out = batch.x.swapaxes(1, 2) if axis == -1 and batch.x.ndim == 3 else batch.x
+    assert bn.fit(map(target.array, cut(laid_out, sizes)), progress=False) is bn
+    truth, after = exact(batch.x, correction), target.snapshot(bn)
+    target.assert_statistic(bn.running_mean, truth.running_mean, batch.layer_dtype)
+    target.assert_statistic(bn.running_var, truth.running_var, batch.layer_dtype)
+    assert int(after["num_batches_tracked"]) == len(sizes)
+    for key in ("weight", "bias"):
+        np.testing.assert_array_equal(after[key], before[key])
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+def test_a_thousand_unequal_batches(target: Target, offset: float) -> None:
+    generator = np.random.default_rng(16)
+    sizes = generator.choice([1, 2, 3, 50], 1000).tolist()
+    x = (offset + generator.standard_normal((sum(sizes), 3))).astype(np.float32)
+    bn = target.layer(3).fit(map(target.array, cut(x, sizes)), progress=False)
+    truth = exact(x)
+    assert np.abs(target.numpy(bn.running_mean) / truth.running_mean.hi - 1).max() <= 2.4e-7
+    assert np.abs(target.numpy(bn.running_var) / truth.running_var.hi - 1).max() <= 2.4e-7
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("sizes", [[1] * 300, [1, 299], [100, 0, 100, 100]], ids=["ones", "one first", "hundreds"])
+@pytest.mark.parametrize("kind", ["large mean", "first value far from the rest"])
+def test_hard_values(target: Target, kind: str, sizes: list[int], dtype: str) -> None:
+    target.require_dtype(dtype)
+    x = np.random.default_rng(17).standard_normal((300, 3))
+    x[... if kind == "large mean" else 0] += [1e6, -1e6, 1e3]
+    x = x.astype(dtype)
+    bn = target.layer(3, dtype=dtype).fit(map(target.array, cut(x, sizes)), progress=False)
+    truth = exact(x)
+    target.assert_statistic(bn.running_mean, truth.running_mean, dtype)
+    target.assert_statistic(bn.running_var, truth.running_var, dtype)
+
+
+def test_constant_channels_are_exact(target: Target) -> None:
+    x = np.broadcast_to(np.array([0.1, -1e10, 0], np.float32), (10, 3))
+    bn = target.layer(3).fit(map(target.array, cut(x, [1, 2, 7])), progress=False)
+    np.testing.assert_array_equal(target.numpy(bn.running_mean), x[0])
+    np.testing.assert_array_equal(target.numpy(bn.running_var), np.zeros(3))
+
+
+def test_nothing_is_left_of_what_was(target: Target) -> None:
+    bn, other = target.layer(4), target.layer(4)
+    other.running_mean, other.running_var, other.num_batches_tracked = np.nan, np.inf, 99
+    for layer in (bn, other):
+        layer.fit([target.array(X[:2]), target.array(X[2:])], progress=False)
+    assert_same(target.snapshot(bn), target.snapshot(other))
+
+
+def test_not_a_number_stays_in_its_channel(target: Target) -> None:
+    x = X.copy()
+    x[5, 1], x[0, 2] = np.nan, np.inf
+    bn = target.layer(4).fit(map(target.array, cut(x, [2, 7])), progress=False)
+    finite = target.layer(4).fit(map(target.array, cut(X, [2, 7])), progress=False)
+    assert np.isfinite(target.numpy(bn.running_var)).tolist() == [True, False, False, True]
+    for key in ("running_mean", "running_var"):
+        found, expected = target.snapshot(bn)[key], target.snapshot(finite)[key]
+        np.testing.assert_array_equal(found[[0, 3]], expected[[0, 3]])
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "freeze"])
+def test_modes_are_neither_asked_nor_changed(target: Target, mode: str) -> None:
+    bn, trained = target.layer(4), target.layer(4)
+    getattr(bn, mode)()
+    before = repr(bn), bn.training
+    bn.fit([target.array(X)], progress=False)
+    trained.fit([target.array(X)], progress=False)
+    assert_same(target.snapshot(trained), target.snapshot(bn))
+    assert (repr(bn), bn.training) == before
+    bn(target.array(X))
+    assert int(bn.num_batches_tracked) == 1 + (mode == "train")
+
+
+def test_host_data_and_tuples_are_batches(target: Target) -> None:
+    expected = target.snapshot(target.layer(4).fit([target.array(X[:2]), target.array(X[2:])], progress=False))
+    labels = np.arange(9)
+    for batches in ([X[:2], X[2:]], [X[:2].tolist(), X[2:].tolist()], [(X[:2], labels[:2]), [X[2:], labels[2:]]]):
+        assert_same(expected, target.snapshot(target.layer(4).fit(batches, progress=False)))
+
+
+def test_first_batch_tells_the_number_of_features(target: Target) -> None:
+    bn = target.layer(None).fit([target.array(X[:2]), target.array(X[2:])], progress=False)
+    assert bn.num_features == 4
+    assert_same(target.snapshot(target.layer(4).fit([X[:2], X[2:]], progress=False)), target.snapshot(bn))
+
+
+def test_batches_are_not_written_to(target: Target) -> None:
+    batches = [target.array(X[:2]), target.array(X[2:])]
+    target.layer(4).fit(batches, progress=False)
+    np.testing.assert_array_equal(np.concatenate([target.numpy(batch) for batch in batches]), X)
+
+
+def interrupted(error: type[BaseException]) -> Iterator[np.ndarray]:
+    """Give two batches, and then an error."""
+    yield X
+    yield X
+    message = "that was all"
+    raise error(message)
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], type[BaseException], str]] = {
+    "no batch": (list, ValueError, "hold 0 values.*correction=1 takes at least 2"),
+    "nothing but empty ones": (lambda: [X[:0]] * 3, ValueError, "hold 0 values"),
+    "one value": (lambda: [X[:0], X[:1]], ValueError, "hold 1 values.*at least 2"),
+    "a third of other channels": (lambda: [X, X, X[:, :3]], ValueError, "3 channels.*num_features is 4"),
+    "a third that is empty and wrong": (lambda: [X, X, X[:0, :3]], ValueError, "3 channels.*num_features is 4"),
+    "a third of integers": (lambda: [X, X, X.astype(int)], TypeError, "int64"),
+    "a third of one axis": (lambda: [X, X, X[0]], ValueError, r"shape \(4,\)"),
+    "an error after two": (lambda: interrupted(OSError), OSError, "that was all"),
+    "an interrupt after two": (lambda: interrupted(KeyboardInterrupt), KeyboardInterrupt, "that was all"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("num_features", [4, None])
+def test_failure_changes_nothing(target: Target, name: str, num_features: int | None) -> None:
+    make, error, words = REFUSED[name]
+    bn = target.layer(num_features)
+    before = None if num_features is None else target.snapshot(configured(bn, seed=3))
+    with pytest.raises(error, match=words):
+        bn.fit(make(), progress=False)
+    assert bn.num_features == num_features
+    if before is not None:
+        assert_same(before, target.snapshot(bn))
+
+
+def test_layer_without_statistics_is_refused(target: Target) -> None:
+    bn = target.layer(4, track_running_stats=False)
+    with pytest.raises(ValueError, match=r"no running statistics for fit\(\)"):
+        bn.fit([X], progress=False)
+
+
+def test_biased_variance_of_one_value_is_zero(target: Target) -> None:
+    bn = target.layer(4, correction=0).fit([X[:1]], progress=False)
+    np.testing.assert_array_equal(target.numpy(bn.running_mean), X[0])
+    np.testing.assert_array_equal(target.numpy(bn.running_var), np.zeros(4))
+
+
+def test_weighted_batches_are_merged(target: Target) -> None:
+    target.require("masks")
+    backend = target.backend
+    weights = np.array([0, 0, 0, 2, 1, 3, 0, 1, 1], np.float32)
+    nothing, few, many = (
+        backend.moments(target.array(X[rows]), target.array(weights[rows])) for rows in np.split(np.arange(9), [3, 5])
+    )
+    truth = oracle.train(X, np.zeros(4), np.ones(4), momentum=1.0, eps=1.0, weights=weights)
+    rounded = partial(backend.lerp, target.array(np.zeros(4, np.float32)), weight=1.0)
+    for pair in [(many, few), (few, many), (backend.merge(nothing, many), backend.merge(few, nothing))]:
+        merged = backend.merge(*pair)
+        target.assert_statistic(rounded(merged.mean), truth.running_mean, "float32")
+        target.assert_statistic(rounded(backend.variance(merged, 1)), truth.running_var, "float32")
+    merged = backend.merge(nothing, nothing)
+    assert np.isfinite(target.numpy(rounded(merged.mean))).all()
+    assert target.numpy(rounded(backend.variance(merged, 1))).tolist() == [0] * 4
+
+
+def test_same_bits_on_every_run(target: Target) -> None:
+    def fitted() -> mbn.BatchNorm1d:
+        return target.layer(4).fit(map(target.array, cut(X, [2, 7])), progress=False)
+
+    expected = target.snapshot(fitted())
+    for _ in range(3):
+        assert_same(expected, target.snapshot(fitted()))
