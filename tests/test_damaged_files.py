@@ -1,0 +1,190 @@
+"""Files that are not what they should be: each is refused in one sentence, and nothing of it is used."""
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save, save_file
+
+import mbn
+from mbn import files
+from mbn.conformance.target import configured
+
+Change = Callable[[dict[str, Any], dict[str, np.ndarray]], Any]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Return the path of a saved layer."""
+    configured(mbn.BatchNorm1d(2, momentum=0.25), seed=1).freeze().save(tmp_path / "bn.safetensors")
+    return tmp_path / "bn.safetensors"
+
+
+def loaded(path: Path) -> Any:
+    """Return all that a layer from a file is, comparable to the bit; or None where the file is refused."""
+    try:
+        portable = mbn.BatchNorm1d.load(path)._pack()
+    except ValueError:
+        return None
+    entries = [(key, value.dtype, value.tobytes()) for key, value in portable.entries.items()]
+    return portable._replace(entries=entries)
+
+
+def forge(path: Path, change: Change) -> None:
+    """Change what a file says, and make its checksum fit."""
+    arguments, entries, training, frozen = files.read(path)
+    described = {"version": files.VERSION, "arguments": arguments, "training": training, "frozen": frozen}
+    change(described, entries)
+    described["checksum"] = files._checksum(described, entries)
+    path.write_bytes(save(entries, {files.KEY: json.dumps(described)}))
+
+
+def test_every_truncation_is_refused(path: Path) -> None:
+    whole = path.read_bytes()
+    assert loaded(path) is not None
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        assert loaded(path) is None
+
+
+def test_every_flip_is_refused_or_harmless(path: Path) -> None:
+    whole, expected = path.read_bytes(), loaded(path)
+    refused = 0
+    for place in range(len(whole)):
+        for flip in (1, 2, 4, 8, 16, 32, 64, 128, 255):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :])
+            found = loaded(path)
+            assert found in (None, expected)
+            refused += found is None
+    assert refused > 0.99 * 9 * len(whole)
+
+
+def test_appended_bytes_are_refused(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+    assert loaded(path) is None
+
+
+def test_missing_file_is_no_value_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        mbn.BatchNorm1d.load(tmp_path / "nowhere")
+    with pytest.raises(IsADirectoryError, match=tmp_path.name):
+        mbn.BatchNorm1d.load(tmp_path)
+
+
+class Trap:
+    """What would make a folder if it was unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.folder,)
+
+
+def test_pickles_are_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "bn").write_bytes(pickle.dumps(Trap(tmp_path / "trapped")))
+    with pytest.raises(ValueError, match=r"/bn holds no layer: it is damaged or no safetensors file \(.*\)\."):
+        mbn.BatchNorm1d.load(tmp_path / "bn")
+    assert not (tmp_path / "trapped").exists()
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"format": "pt"}])
+def test_weights_from_elsewhere_are_refused_with_the_way_out(path: Path, metadata: dict[str, str] | None) -> None:
+    entries = load_file(path)
+    save_file(entries, path, metadata)
+    with pytest.raises(
+        ValueError, match=r"not from BatchNorm1d\.save.* bn\.load_state_dict\(safetensors\.numpy\.load_"
+    ):
+        mbn.BatchNorm1d.load(path)
+    bn = mbn.BatchNorm1d(None)
+    bn.load_state_dict(load_file(path))
+    np.testing.assert_array_equal(bn.running_var, entries["running_var"])
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[" * 100_000, "[]", "1", "null", '"text"', "{}", '{"version": NaN}', '{"version": 1}']
+)
+def test_wrong_descriptions_are_refused(path: Path, text: str) -> None:
+    save_file(load_file(path), path, {files.KEY: text})
+    with pytest.raises(ValueError, match="its description (is damaged|has too much or too little)"):
+        mbn.BatchNorm1d.load(path)
+
+
+def test_later_format_needs_a_later_mbn(path: Path) -> None:
+    save_file(load_file(path), path, {files.KEY: '{"version": 2, "layers": []}'})
+    with pytest.raises(ValueError, match="format is version 2, and this mbn reads version 1: install a newer mbn"):
+        mbn.BatchNorm1d.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("num_features", "2", "num_features is '2', and should be of type int"),
+        ("num_features", 2.0, "type int"),
+        ("num_features", True, "type int"),
+        ("num_features", None, "type int"),
+        ("num_features", 0, "at least 1, not 0"),
+        ("num_features", 3, r"weight is F32 of shape \(2,\), and should be F32 of shape \(3,\)"),
+        ("num_features", 10**30, "weight"),
+        ("dtype", None, "dtype is None, and should be of type str"),
+        ("dtype", "float16", "dtype is 'float16', and should be float32 or float64"),
+        ("dtype", "float64", r"weight is F32 of shape \(2,\), and should be F64"),
+        ("eps", 1, "eps is 1, and should be of type float"),
+        ("eps", -1e-5, "eps is added to a variance"),
+        ("eps", float("nan"), "eps is added to a variance"),
+        ("momentum", "None", "momentum is 'None', and should be of type float"),
+        ("momentum", float("inf"), "momentum is the weight of the new value and is finite"),
+        ("axis", 2, "axis is 1 for"),
+        ("axis", True, "axis is True, and should be of type int"),
+        ("correction", 2, "correction is 1 for"),
+        ("affine", 1, "affine is 1, and should be of type bool"),
+        ("affine", False, r"bias is F32 of shape \(2,\), and should be absent"),
+        ("bias", [], r"bias is \[\], and should be of type bool"),
+        ("bias", False, "bias is F32"),
+        ("track_running_stats", {}, "track_running_stats is {}, and should be of type bool"),
+        ("track_running_stats", False, "no running statistics for freeze"),
+        ("backend", "torch", r"list of arguments has too much or too little: \['backend'\]"),
+    ],
+)
+def test_wrong_arguments_are_refused(path: Path, name: str, value: Any, words: str) -> None:
+    forge(path, lambda described, _: described["arguments"].update({name: value}))
+    with pytest.raises(ValueError, match=f"^{path} holds no layer that can be loaded: .*{words}"):
+        mbn.BatchNorm1d.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda described, _: described.update(training=1), "training is 1, and should be of type bool"),
+        (lambda described, _: described.update(frozen=None), "frozen is None, and should be of type bool"),
+        (lambda described, _: described.update(arguments=[]), r"arguments is \[\], and should be of type dict"),
+        (lambda described, _: described.update(extra=1), r"too much or too little: \['extra'\]"),
+        (lambda described, _: described.pop("training"), r"too much or too little: \['training'\]"),
+        (lambda described, _: described["arguments"].pop("eps"), r"too much or too little: \['eps'\]"),
+        (lambda _, entries: entries.pop("bias"), r"bias is absent, and should be F32 of shape \(2,\)"),
+        (lambda _, entries: entries.update(gamma=np.ones(2)), r"gamma is F64 of shape \(2,\), and should be absent"),
+        (lambda _, entries: entries.update(bias=np.ones((2, 1), np.float32)), r"bias is F32 of shape \(2, 1\)"),
+        (lambda _, entries: entries.update(bias=np.ones(2, np.float16)), r"bias is F16 of shape \(2,\)"),
+        (lambda _, entries: entries.update(num_batches_tracked=np.array(1, np.int32)), r"num_batches_tracked is I32"),
+        (lambda _, entries: entries.update(num_batches_tracked=np.array(-1)), "at least 0, not -1"),
+    ],
+)
+def test_wrong_contents_are_refused(path: Path, change: Change, words: str) -> None:
+    forge(path, change)
+    with pytest.raises(ValueError, match=f"^{path} holds no layer that can be loaded: .*{words}"):
+        mbn.BatchNorm1d.load(path)
+
+
+def test_arrays_of_another_file_are_refused(path: Path) -> None:
+    with safe_open(path, framework="np") as file:
+        metadata = file.metadata()
+    entries = load_file(path)
+    save_file({**entries, "bias": entries["bias"] + 1}, path, metadata)
+    with pytest.raises(ValueError, match="its checksum is that of something else"):
+        mbn.BatchNorm1d.load(path)

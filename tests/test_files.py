@@ -1,0 +1,269 @@
+"""Files apart from any backend: what they hold, how they are written, and that nothing else is ever loaded."""
+
+import json
+import os
+import resource
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import killed_while_saving
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+import mbn
+from mbn import files
+from mbn.conformance.target import configured
+
+X = np.random.default_rng(3).standard_normal((5, 4)).astype(np.float32)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Return the path of a saved layer."""
+    configured(mbn.BatchNorm1d(4, momentum=0.25), seed=1).save(tmp_path / "bn.safetensors")
+    return tmp_path / "bn.safetensors"
+
+
+@given(data=st.data())
+@settings(deadline=None)
+def test_everything_goes_round(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    flags = st.booleans()
+    dtype, num_features = data.draw(st.sampled_from(["float32", "float64"])), data.draw(st.integers(1, 4))
+    arguments = {
+        "num_features": num_features,
+        "dtype": dtype,
+        "eps": data.draw(st.floats(0, allow_infinity=False)),
+        "momentum": data.draw(st.none() | st.floats(allow_nan=False, allow_infinity=False)),
+        "axis": data.draw(st.sampled_from([1, -1])),
+        "correction": data.draw(st.sampled_from([0, 1])),
+        "affine": data.draw(flags),
+        "track_running_stats": data.draw(flags),
+        "bias": data.draw(flags),
+    }
+    bn = mbn.BatchNorm1d(**arguments).train(data.draw(flags))
+    if bn.track_running_stats and data.draw(flags):
+        bn.freeze()
+    vectors = arrays(dtype, num_features, elements=st.floats(width=32 if dtype == "float32" else 64))
+    for key in bn.state_dict():
+        setattr(bn, key, data.draw(st.integers(0, 2**63 - 2) if key == "num_batches_tracked" else vectors))
+    path = tmp_path_factory.mktemp("round") / "bn"
+    bn.save(path)
+    loaded, saved = mbn.BatchNorm1d.load(path)._pack(), bn._pack()
+    assert loaded.arguments == saved.arguments == arguments
+    assert (loaded.training, loaded.frozen) == (saved.training, saved.frozen)
+    assert list(loaded.entries) == list(saved.entries)
+    for key, value in saved.entries.items():
+        assert (loaded.entries[key].dtype, loaded.entries[key].tobytes()) == (value.dtype, value.tobytes())
+
+
+def test_loaded_layer_is_open(path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="a second framework binds the layer")
+    bn = mbn.BatchNorm1d.load(str(path))
+    assert bn.backend is None
+    assert isinstance(bn(torch.from_numpy(X)), torch.Tensor)
+    with mbn.use_backend("torch"):
+        assert mbn.BatchNorm1d.load(path).backend == "torch"
+    assert mbn.BatchNorm1d.load(path, backend="numpy").backend == "numpy"
+    with pytest.raises(mbn.BackendNotFoundError, match="numpi"):
+        mbn.BatchNorm1d.load(path, backend="numpi")
+
+
+def test_file_is_loaded_by_a_subclass(path: Path) -> None:
+    class Mine(mbn.BatchNorm1d):
+        pass
+
+    assert type(Mine.load(path)) is Mine
+
+
+def test_file_holds_the_entries_of_torch(path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="it is the one that loads them")
+    from safetensors.torch import load_file as load_tensors  # noqa: PLC0415 - it imports torch
+
+    theirs = torch.nn.BatchNorm1d(4)
+    theirs.load_state_dict(load_tensors(path))
+    np.testing.assert_array_equal(theirs.running_var.numpy(), mbn.BatchNorm1d.load(path).running_var)
+    assert theirs.num_batches_tracked.dtype == torch.int64
+
+
+def test_equal_layers_make_equal_files(path: Path, tmp_path: Path) -> None:
+    bn = mbn.BatchNorm1d.load(path)
+    for number in range(20):
+        bn.save(tmp_path / str(number))
+    assert {file.read_bytes() for file in tmp_path.iterdir()} == {path.read_bytes()}
+
+
+def test_arrays_of_any_memory_order_are_written_as_they_read(path: Path) -> None:
+    portable = files.read(path)
+    strided = {key: value.repeat(3)[::-3][::-1] if value.ndim else value for key, value in portable.entries.items()}
+    before = path.read_bytes()
+    files.write(path, portable._replace(entries=strided))
+    assert path.read_bytes() == before
+
+
+def test_link_stays_a_link(path: Path, tmp_path: Path) -> None:
+    link, ahead = tmp_path / "link", tmp_path / "ahead"
+    link.symlink_to(path)
+    ahead.symlink_to("not there yet")
+    for place in (link, ahead):
+        mbn.BatchNorm1d(7).save(place)
+        assert place.is_symlink()
+        assert mbn.BatchNorm1d.load(place).num_features == 7
+    assert mbn.BatchNorm1d.load(path).num_features == 7
+    assert mbn.BatchNorm1d.load(tmp_path / "not there yet").num_features == 7
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_permissions_are_those_of_any_new_file_or_of_the_old_one(path: Path, tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        mbn.BatchNorm1d(4).save(tmp_path / "new")
+        assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o666 & ~umask
+        for mode in (0o600, 0o664, 0o644):
+            path.chmod(mode)
+            mbn.BatchNorm1d(4).save(path)
+            assert stat.S_IMODE(path.stat().st_mode) == mode
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("folder", "folder"),
+        ("missing/bn", "missing"),
+        ("bn.safetensors/bn", "bn.safetensors/bn"),
+        ("pipe", "pipe"),
+        ("circle", "circle"),
+    ],
+)
+def test_place_that_takes_no_file_is_an_oserror(path: Path, tmp_path: Path, name: str, named: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "circle").symlink_to("circle")
+    os.mkfifo(tmp_path / "pipe")
+    before = path.read_bytes(), sorted(tmp_path.rglob("*"))
+    with pytest.raises(OSError, match=f"{tmp_path / named}'"):
+        mbn.BatchNorm1d(4).save(tmp_path / name)
+    assert (path.read_bytes(), sorted(tmp_path.rglob("*"))) == before
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+STEPS = [(os, "open"), (os, "fsync"), (Path, "replace")]
+
+
+@pytest.mark.parametrize("error", [PermissionError, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [*(("new", step) for step in STEPS), *(("bn.safetensors", step) for step in [*STEPS, (Path, "chmod")])],
+    ids=str,
+)
+def test_failed_save_changes_nothing(
+    path: Path, name: str, step: tuple[Any, str], error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    before = path.read_bytes()
+    bn = mbn.BatchNorm1d(4)
+    with monkeypatch.context() as patch:
+        patch.setattr(*step, fail)
+        with pytest.raises(error):
+            bn.save(path.with_name(name))
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_full_disk_changes_nothing(path: Path) -> None:
+    before = path.read_bytes()
+    with largest_file(2_000), pytest.raises(OSError, match="File too large"):
+        mbn.BatchNorm1d(1_000).save(path)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_file_reaches_the_disk_before_it_takes_the_name(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = []
+    replace = Path.replace
+
+    def sync(descriptor: int) -> None:
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        steps.append("folder" if is_folder else f"file of {os.fstat(descriptor).st_size}")
+        if is_folder:
+            raise OSError("not every system can do this")
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(Path, "replace", lambda *names: (steps.append("name"), replace(*names)))
+    size = path.stat().st_size
+    mbn.BatchNorm1d.load(path).save(path)
+    assert steps == [f"file of {size}", "name", "folder"]
+
+
+def test_killed_process_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
+    command = [sys.executable, killed_while_saving.__file__, tmp_path, "200"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    assert run.returncode == 0, run.stderr
+    left = json.loads(run.stdout)
+    assert left["whole"] == 200
+    assert left["unfinished"] > 0  # some kills have struck in the middle of it
+
+
+def fill(bn: mbn.BatchNorm1d, number: int) -> None:
+    keys = list(mbn.BatchNorm1d(4).state_dict())
+    bn.load_state_dict({key: np.full(() if "batches" in key else 4, number) for key in keys})
+
+
+def assert_filled(path: Path) -> None:
+    values = mbn.BatchNorm1d.load(path).state_dict().values()
+    assert len({number for value in values for number in value.ravel().tolist()}) == 1
+
+
+def test_layer_is_saved_as_it_was_at_one_moment(path: Path) -> None:
+    other = mbn.BatchNorm1d(4)
+    fill(other, 2)
+
+    class Disturbed(mbn.BatchNorm1d):
+        @property
+        def params(self) -> mbn.Params:
+            seen = self._params
+            bn._params, bn._state = other.params, other.state  # as another thread might at any time
+            return seen
+
+    bn = Disturbed(4)
+    fill(bn, 1)
+    bn.save(path)
+    assert_filled(path)
+
+
+def test_layer_is_saved_while_it_is_loaded(path: Path) -> None:
+    bn = mbn.BatchNorm1d(4)
+    fill(bn, 0)
+    bn.save(path)
+    work: list[Future[None]] = []
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            for number in range(200):
+                work += [pool.submit(fill, bn, number), pool.submit(bn.save, path), pool.submit(assert_filled, path)]
+        for done in work:
+            done.result()
+    finally:
+        sys.setswitchinterval(before)

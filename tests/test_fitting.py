@@ -1,0 +1,248 @@
+"""Fitting, on what data sets come from: loaders, mapped files and streams that are cut off."""
+
+import os
+import signal
+import subprocess
+import sys
+import tracemalloc
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mbn
+from mbn.contract import Moments
+from mbn_numpy.backend import NumpyBackend
+
+torch = pytest.importorskip("torch", reason="data loaders are torch's")
+jax = pytest.importorskip("jax", reason="it computes later")
+
+X = np.random.default_rng(1).normal(2, 3, (10, 4)).astype(np.float32)
+TENSOR, LABELS = torch.from_numpy(X), torch.arange(10)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Rows of a length that nobody knows."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(TENSOR)
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [torch.utils.data.TensorDataset(TENSOR, LABELS), torch.utils.data.TensorDataset(TENSOR), TENSOR, Stream()],
+    ids=["inputs and labels", "inputs alone", "a tensor", "a stream"],
+)
+def test_torch_loader(dataset: Any) -> None:
+    bn = mbn.BatchNorm1d(4).fit(torch.utils.data.DataLoader(dataset, batch_size=3), progress=True)
+    assert bn.backend == "torch"
+    assert int(bn.num_batches_tracked) == 4
+    np.testing.assert_allclose(bn.running_mean, X.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(bn.running_var, X.var(0, ddof=1), rtol=1e-6)
+
+
+def test_mapped_file_is_never_in_memory(tmp_path: Path) -> None:
+    batch, path = 1 << 20, tmp_path / "data.npy"
+    np.save(path, np.random.default_rng(2).standard_normal((32 * 4096, 64)).astype(np.float32))
+    data = np.load(path, mmap_mode="r")
+    mbn.BatchNorm1d(64).fit([data[:2]], progress=False)  # imports what it needs
+    tracemalloc.start()
+    bn = mbn.BatchNorm1d(64).fit((np.array(data[i : i + 4096]) for i in range(0, len(data), 4096)), progress=False)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert data[:4096].nbytes == batch
+    assert peak <= 3 * batch  # one batch, and tiles of it in float64
+    np.testing.assert_allclose(bn.running_var, data.var(0, dtype=float, ddof=1), rtol=1e-6)
+
+
+def watched(make: Callable[[], Any], count: int) -> Iterator[Any]:
+    """Give batches, each when the one before is gone."""
+    before: weakref.ref[Any] | None = None
+    for _ in range(count):
+        if before is not None:
+            assert before() is None
+        batch = make()
+        before = weakref.ref(batch[0] if isinstance(batch, list) else batch)
+        yield batch
+        del batch
+
+
+BATCHES: dict[str, Callable[[], Any]] = {
+    "NumPy": X.copy,
+    "NumPy and labels": lambda: [X.copy(), np.arange(10)],
+    "Torch": TENSOR.clone,
+    "Torch and labels": lambda: [TENSOR.clone(), LABELS],
+    "JAX": lambda: jax.numpy.array(X),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("progress", [True, False])
+def test_one_batch_at_a_time(name: str, *, progress: bool) -> None:
+    bn = mbn.BatchNorm1d(None).fit(watched(BATCHES[name], 9), progress=progress)
+    assert int(bn.num_batches_tracked) == 9
+
+
+class Later(NumpyBackend):
+    """A backend that keeps a batch until somebody asks for a result."""
+
+    name = "later"
+    is_waiting = False
+
+    def moments(self, *args: Any) -> Moments:
+        self.is_waiting = True
+        return super().moments(*args)
+
+    def to_numpy(self, x: np.ndarray) -> np.ndarray:
+        self.is_waiting = False
+        return super().to_numpy(x)
+
+
+def test_batch_is_done_with_before_the_next_one_is_made() -> None:
+    mbn.register_backend("later", Later)
+    bn = mbn.BatchNorm1d(4, backend="later")
+
+    def batches() -> Iterator[np.ndarray]:
+        for _ in range(3):
+            assert not bn._backend.is_waiting
+            yield X
+
+    bn.fit(batches(), progress=False)
+
+
+class Graph:
+    """What the graph of an activation holds on to."""
+
+
+class Activation(torch.autograd.Function):
+    """The identity, with a graph that tells whether it is still there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, graph: Graph) -> torch.Tensor:
+        ctx.graph = graph
+        return x.clone()
+
+
+def test_graphs_of_torch_are_let_go() -> None:
+    source, graphs = TENSOR.clone().requires_grad_(), []
+
+    def activations() -> Iterator[torch.Tensor]:
+        for _ in range(5):
+            assert not any(graph() for graph in graphs)
+            graph = Graph()
+            graphs.append(weakref.ref(graph))
+            x = Activation.apply(source, graph)
+            del graph
+            yield x
+            del x
+
+    bn = mbn.BatchNorm1d(4, backend="torch").fit(activations(), progress=False)
+    assert len(graphs) == 5
+    assert not bn.running_var.requires_grad
+
+
+def test_first_batch_binds() -> None:
+    for bn in (mbn.BatchNorm1d(None), mbn.BatchNorm1d(4)):
+        bn.fit([TENSOR], progress=False)
+        assert (bn.backend, bn.num_features) == ("torch", 4)
+
+
+@pytest.mark.parametrize("last", [X, TENSOR[:, :3], TENSOR.to(torch.int32), jax.numpy.array(X)], ids=type)
+def test_refused_batch_leaves_the_layer_open(last: Any) -> None:
+    bn, batches = mbn.BatchNorm1d(None), [TENSOR, TENSOR, last]
+    if isinstance(last, np.ndarray):  # which a bound layer takes
+        batches = [*batches, TENSOR[:0, :2]]
+    with pytest.raises((TypeError, ValueError)):
+        bn.fit(batches, progress=False)
+    assert bn.backend is None
+    assert bn.num_features is None
+
+
+def test_what_batches_do_to_the_layer_stays() -> None:
+    bn = mbn.BatchNorm1d(4, backend="numpy")
+
+    def batches() -> Iterator[np.ndarray]:
+        bn.eval()
+        bn.weight = 3
+        yield X
+
+    bn.fit(batches(), progress=False)
+    assert not bn.training
+    assert bn.weight.tolist() == [3] * 4
+
+
+def talking() -> Iterator[np.ndarray]:
+    for _ in range(3):
+        print("a batch")  # noqa: T201 - as whoever makes batches may do
+        yield X
+
+
+class Talking:
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return talking()
+
+
+@pytest.mark.parametrize(("batches", "progress"), [(Talking, "3/3"), (talking, "3/?")], ids=["sized", "unsized"])
+@pytest.mark.parametrize("environment", [{}, {"FORCE_COLOR": "1"}], ids=["to a file", "to a terminal"])
+def test_progress_goes_to_standard_error(
+    batches: Callable[[], Iterable[np.ndarray]],
+    progress: str,
+    environment: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    mbn.BatchNorm1d(4).fit(batches())
+    out, err = capsys.readouterr()
+    assert out == "a batch\n" * 3
+    assert "fit" in err
+    assert progress in err
+    assert environment or len(err.splitlines()) == 1
+
+
+def test_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    mbn.BatchNorm1d(4).fit([X, X], progress=False)
+    assert capsys.readouterr() == ("", "")
+
+
+INTERRUPTED = """\
+import sys
+import numpy as np
+import mbn
+
+def batches():
+    for i in range(10**9):
+        if i == 10:
+            print("go", flush=True)
+        yield x
+
+x = np.ones((1000, 4), np.float32)
+bn = mbn.BatchNorm1d(4)
+bn(x)
+before = bn.__dict__.copy()
+try:
+    bn.fit(batches(), progress=sys.argv[1] == "progress")
+except KeyboardInterrupt:
+    print(all(bn.__dict__[name] is value for name, value in before.items()))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to one process")
+@pytest.mark.parametrize("progress", ["progress", "no progress"])
+def test_interrupt_leaves_the_layer_as_it_was(progress: str) -> None:
+    command = [sys.executable, "-c", INTERRUPTED, progress]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:  # noqa: S603
+        assert child.stdout is not None
+        assert child.stdout.readline() == "go\n"
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=60)
+    assert (out, child.returncode) == ("True\n", 0), err

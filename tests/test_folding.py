@@ -1,0 +1,50 @@
+"""Folding into the dense layers of frameworks, whoever holds the statistics."""
+
+import numpy as np
+import pytest
+
+import mbn
+from mbn.conformance.target import configured
+
+torch = pytest.importorskip("torch", reason="the tests of foreign arrays need a second framework")
+
+X = torch.from_numpy(np.random.default_rng(1).standard_normal((16, 3)).astype(np.float32))
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_torch_linear(*, has_bias: bool) -> None:
+    linear = torch.nn.Linear(3, 4, bias=has_bias)
+    bn = configured(mbn.BatchNorm1d(4, backend="torch"), seed=1).eval()
+    folded = torch.nn.Linear(3, 4)
+    weight, bias = mbn.fold_linear(linear.weight, linear.bias, bn)
+    folded.load_state_dict({"weight": weight, "bias": bias})
+    torch.testing.assert_close(folded(X), bn(linear(X)), rtol=1e-5, atol=1e-6)
+    assert weight.is_contiguous()
+
+
+def test_layer_that_has_no_backend_yet_takes_that_of_the_weight() -> None:
+    bn = configured(mbn.BatchNorm1d(4), seed=1)
+    weight, bias = torch.randn(4, 3), np.ones(4, np.float32)
+    folded = mbn.fold_linear(weight, bias, bn)
+    assert all(isinstance(array, torch.Tensor) for array in folded)
+    assert bn.backend is None
+    of_numpy = mbn.fold_linear(weight.numpy(), bias, bn)
+    for array, own in zip(of_numpy, folded, strict=True):
+        np.testing.assert_allclose(array, own, rtol=1e-6)
+    assert all(isinstance(array, np.ndarray) for array in bn.fold())
+
+
+def test_arrays_of_another_framework_are_refused() -> None:
+    bn = mbn.BatchNorm1d(4, backend="numpy")
+    weight, bias = torch.ones(4, 3), torch.ones(4)
+    with pytest.raises(TypeError, match="weight is an array of torch and the backend is numpy"):
+        mbn.fold_linear(weight, bias, bn)
+    with pytest.raises(TypeError, match="bias is an array of torch and the backend is numpy"):
+        mbn.fold_linear(weight.numpy(), bias, bn)
+
+
+def test_folded_arrays_can_be_differentiated() -> None:
+    bn = mbn.BatchNorm1d(4, backend="torch")
+    scale, _ = bn.fold()
+    scale.sum().backward()
+    torch.testing.assert_close(bn.weight.grad, torch.rsqrt(bn.running_var + bn.eps))
