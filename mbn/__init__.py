@@ -2,7 +2,20 @@
 
 from mbn import functional
 from mbn.convert import asarray, to_numpy
+from mbn.folding import fold_linear
+from mbn.interop import (
+    from_flax,
+    from_keras,
+    from_onnx,
+    from_torch,
+    replace_batchnorm,
+    to_flax,
+    to_keras,
+    to_onnx,
+    to_torch,
+)
 from mbn.layer import BatchNorm1d
+from mbn.portable import ConversionWarning
 from mbn.registry import (
     BackendNotFoundError,
     BackendUnavailableError,
@@ -20,16 +33,27 @@ __all__ = [
     "BackendNotFoundError",
     "BackendUnavailableError",
     "BatchNorm1d",
+    "ConversionWarning",
     "Params",
     "State",
     "asarray",
+    "fold_linear",
+    "from_flax",
+    "from_keras",
+    "from_onnx",
+    "from_torch",
     "functional",
     "get_backend",
     "list_backends",
     "register_backend",
+    "replace_batchnorm",
     "set_default_backend",
     "show_versions",
+    "to_flax",
+    "to_keras",
     "to_numpy",
+    "to_onnx",
+    "to_torch",
     "use_backend",
 ]
 

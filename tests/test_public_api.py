@@ -14,16 +14,27 @@ def test_all_is_exact() -> None:
         "BackendNotFoundError",
         "BackendUnavailableError",
         "BatchNorm1d",
+        "ConversionWarning",
         "Params",
         "State",
         "asarray",
+        "fold_linear",
+        "from_flax",
+        "from_keras",
+        "from_onnx",
+        "from_torch",
         "functional",
         "get_backend",
         "list_backends",
         "register_backend",
+        "replace_batchnorm",
         "set_default_backend",
         "show_versions",
+        "to_flax",
+        "to_keras",
         "to_numpy",
+        "to_onnx",
+        "to_torch",
         "use_backend",
     }
     assert all(getattr(mbn, name).__doc__ for name in mbn.__all__)
@@ -55,7 +66,8 @@ def test_public_methods_are_documented() -> None:
 def test_import_brings_in_no_framework() -> None:
     script = (
         "import sys, mbn; mbn.list_backends(); mbn.BatchNorm1d(4);"
-        "print(*sorted({'torch', 'jax', 'cupy', 'numba', 'rich', 'pytest', 'matplotlib'} & set(sys.modules)))"
+        "print(*sorted({'torch', 'jax', 'cupy', 'numba', 'flax', 'keras', 'onnx'} & set(sys.modules)),"
+        "*sorted({'rich', 'safetensors', 'pytest', 'matplotlib'} & set(sys.modules)))"
     )
     output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)  # noqa: S603
     assert output.stdout.strip() == ""

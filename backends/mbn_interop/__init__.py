@@ -1,0 +1,1 @@
+"""What other packages call batch normalisation, and how it differs from ours. No backend."""

@@ -1,0 +1,168 @@
+"""A batch norm within a graph of ONNX: which node it is, where its weights are, and how to put others there.
+
+Whatever else is in the graph must go on as before, so what is changed is a copy, and nothing that others share.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+from onnx.external_data_helper import uses_external_data
+
+OPERATOR = "BatchNormalization"
+
+_INDEPENDENT = 4
+"""The first version of the format in which an initializer need not be an input of the graph as well."""
+
+
+def find(graph: onnx.GraphProto, name: str) -> onnx.NodeProto:
+    """Return the batch norm of a name, or else the one with an output of that name.
+
+    Raises:
+        ValueError: there is none, or several, or it is no batch norm.
+    """
+    named = [node for node in graph.node if name in node.output[:1]]
+    named = [node for node in graph.node if name and node.name == name] or named
+    if len(named) != 1:
+        known = [node.name or node.output[0] for node in graph.node if node.op_type == OPERATOR]
+        message = f"the model has {len(named)} nodes named {name!r}; its batch norms are: {', '.join(known) or 'none'}."
+        raise ValueError(message)
+    check(named[0])
+    return named[0]
+
+
+def check(node: onnx.NodeProto) -> None:
+    """Check that a node is a batch norm.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if node.op_type != OPERATOR or node.domain not in {"", "ai.onnx"}:
+        message = f"the node is a {node.domain and f'{node.domain}.'}{node.op_type}, not a {OPERATOR}."
+        raise ValueError(message)
+
+
+def value(graph: onnx.GraphProto, name: str, key: str) -> np.ndarray:
+    """Return what a name in the graph stands for, which messages call ``key``.
+
+    Raises:
+        ValueError: it has no value before the graph runs, or one in another file.
+    """
+    tensor = _source(graph, name, key)
+    if uses_external_data(tensor):
+        message = (
+            f"{key} is in a file beside the model: onnx.load(path) loads that too, as "
+            "onnx.load_external_data_for_model(model, folder) does."
+        )
+        raise ValueError(message)
+    return numpy_helper.to_array(tensor)
+
+
+def replaced(
+    model: Any, name: str, attributes: Mapping[str, float], arrays: Mapping[str, np.ndarray]
+) -> tuple[onnx.ModelProto, list[str]]:
+    """Return a copy of a model whose node has these attributes and weights, and what of them had to be rounded.
+
+    Mode and outputs of the node and the types of its weights stay, for others in the model depend on them.
+
+    Args:
+        model: the model.
+        name: that of the node, or of its output.
+        attributes, arrays: what the node gets, the arrays in the order of its inputs.
+
+    Raises:
+        TypeError: it is no model.
+        ValueError: there is no such node, its weights have another shape, or their type cannot hold the new ones.
+    """
+    if not isinstance(model, onnx.ModelProto):
+        message = f"model is an onnx.ModelProto, not {type(model).__name__}."
+        raise TypeError(message)
+    result, notes = onnx.ModelProto(), []
+    result.CopyFrom(model)
+    node = find(result.graph, name)
+    for place, (key, array) in enumerate(arrays.items(), start=1):
+        old = _source(result.graph, node.input[place], key)
+        if list(old.dims) != list(array.shape):
+            message = f"{key} has shape {tuple(old.dims)} in the model and {array.shape} in the layer."
+            raise ValueError(message)
+        tensor = _like(old, array, key)
+        if not np.array_equal(numpy_helper.to_array(tensor).astype(array.dtype), array):
+            notes.append(f"{key}: it is rounded to {_type_name(tensor)}, its type in the model.")
+        _put(result, node, place, tensor)
+    others = [attribute for attribute in node.attribute if attribute.name not in attributes]
+    new = [helper.make_attribute(name, number) for name, number in attributes.items()]
+    del node.attribute[:]
+    node.attribute.extend([*others, *new])
+    return result, notes
+
+
+def _source(graph: onnx.GraphProto, name: str, key: str) -> onnx.TensorProto:
+    """Return the initializer or constant that a name stands for, maybe by way of an Identity."""
+    for tensor in graph.initializer:
+        if tensor.name == name:
+            return tensor
+    for node in graph.node:
+        if name in node.output and node.op_type == "Identity":
+            return _source(graph, node.input[0], key)
+        if name in node.output and node.op_type == "Constant" and node.attribute[0].name == "value":
+            return node.attribute[0].t
+    message = f"{key} is {name!r}, and there is neither an initializer nor a constant tensor of that name."
+    raise ValueError(message)
+
+
+def _like(old: onnx.TensorProto, array: np.ndarray, key: str) -> onnx.TensorProto:
+    """Return a tensor of the type of another one and the values of an array."""
+    with np.errstate(over="ignore"):
+        tensor = helper.make_tensor(key, old.data_type, array.shape, array)
+    if not np.array_equal(np.isfinite(numpy_helper.to_array(tensor)), np.isfinite(array)):
+        message = f"{key} is {_type_name(old)} in the model, which cannot hold {abs(array).max()}: convert the model."
+        raise ValueError(message)
+    return tensor
+
+
+def _type_name(tensor: onnx.TensorProto) -> str:
+    return onnx.TensorProto.DataType.Name(tensor.data_type).lower()
+
+
+def _put(model: onnx.ModelProto, node: onnx.NodeProto, place: int, tensor: onnx.TensorProto) -> None:
+    """Make a tensor an input of a node: in the place of an initializer of its own, or else as a new one."""
+    graph, old = model.graph, node.input[place]
+    initializers = {initializer.name: initializer for initializer in graph.initializer}
+    if old in initializers and list(_used(graph)).count(old) == 1:
+        tensor.name = old
+        initializers[old].CopyFrom(tensor)
+        return
+    stem, taken = f"{node.name or node.output[0]}.{tensor.name}", {*_used(graph), *_defined(graph)}
+    tensor.name = next(name for name in (stem, *(f"{stem}_{i}" for i in range(len(taken)))) if name not in taken)
+    node.input[place] = tensor.name
+    graph.initializer.append(tensor)
+    if model.ir_version < _INDEPENDENT:
+        graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+
+
+def _used(graph: onnx.GraphProto) -> Iterator[str]:
+    """Iterate over the names that are read in a graph and in those within it."""
+    yield from (output.name for output in graph.output)
+    for node in graph.node:
+        yield from node.input
+    for inner in _inner(graph):
+        yield from _used(inner)
+
+
+def _defined(graph: onnx.GraphProto) -> Iterator[str]:
+    """Iterate over the names that are given in a graph and in those within it."""
+    yield from (named.name for group in (graph.input, graph.initializer) for named in group)
+    yield from (tensor.values.name for tensor in graph.sparse_initializer)
+    for node in graph.node:
+        yield from node.output
+    for inner in _inner(graph):
+        yield from _defined(inner)
+
+
+def _inner(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """Iterate over the graphs that nodes of a graph have."""
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs)

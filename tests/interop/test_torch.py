@@ -1,0 +1,256 @@
+"""Layers from and to torch.nn."""
+
+import copy
+
+import numpy as np
+import pytest
+from interop_samples import (
+    ARGUMENTS,
+    CHANNELS,
+    SHAPES,
+    assert_evaluates_as,
+    assert_learns_as,
+    assert_same_layer,
+    hide,
+    layer,
+    sample,
+    vectors,
+    warns,
+)
+
+import mbn
+
+torch = pytest.importorskip("torch")
+
+BACKENDS = ["numpy", "torch"]
+
+TRAINABLE = [arguments for arguments in ARGUMENTS if arguments.get("eps") != 0]
+"""Torch does not train without eps."""
+
+
+def module(kind=torch.nn.BatchNorm1d, dtype="float32", **arguments):
+    result = kind(CHANNELS, dtype=getattr(torch, dtype), **arguments)
+    for name, value in zip(("weight", "bias", "running_mean", "running_var"), vectors(), strict=True):
+        if getattr(result, name) is not None:
+            getattr(result, name).data.copy_(torch.from_numpy(value))
+    return result
+
+
+def output(module, x):
+    return module(torch.from_numpy(x)).detach().numpy()
+
+
+def step(module):
+    def train(x):
+        module.train()(torch.from_numpy(x))
+        return module.running_mean.numpy(), module.running_var.numpy()
+
+    return train
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", SHAPES[1])
+@pytest.mark.parametrize("arguments", [*ARGUMENTS, {"bias": False}, {"momentum": None}])
+def test_from_torch_gives_the_same_output(arguments, shape, backend):
+    theirs = module(**arguments)
+    bn = mbn.from_torch(theirs.eval(), backend=backend)
+    assert not bn.training
+    assert_evaluates_as(bn, output(theirs, sample(shape)), sample(shape))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", SHAPES[1])
+@pytest.mark.parametrize("arguments", [*TRAINABLE, {"bias": False}, {"momentum": None}])
+def test_to_torch_gives_the_same_output(arguments, shape, backend):
+    bn = layer(**arguments, backend=backend)
+    theirs = mbn.to_torch(bn)
+    assert type(theirs) is torch.nn.BatchNorm1d
+    assert not theirs.training
+    assert_evaluates_as(bn, output(theirs, sample(shape)), sample(shape))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", SHAPES[1])
+@pytest.mark.parametrize("arguments", [*TRAINABLE, {"momentum": None}])
+def test_training_goes_on_in_the_same_way(arguments, shape, backend):
+    theirs = module(**arguments)
+    bn = mbn.from_torch(theirs, backend=backend)
+    back = mbn.to_torch(copy.deepcopy(bn))
+    assert bn.training
+    assert_learns_as(copy.deepcopy(bn), step(theirs), sample(shape))
+    assert_learns_as(bn, step(back), sample(shape))
+    assert back.num_batches_tracked == bn.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "arguments", [*TRAINABLE, {"momentum": None}, {"track_running_stats": False}, {"dtype": "float64"}, {"bias": False}]
+)
+def test_round_trips_are_exact(arguments, training, backend):
+    bn = layer(**arguments, backend=backend).train(training)
+    if bn.track_running_stats:
+        bn.num_batches_tracked = 7
+    theirs = mbn.to_torch(bn)
+    assert_same_layer(mbn.from_torch(theirs, backend=backend), bn)
+    assert repr(mbn.to_torch(mbn.from_torch(theirs))) == repr(theirs)
+    assert theirs.training is training
+
+
+def test_conversions_copy():
+    theirs = module()
+    bn = mbn.from_torch(theirs, backend="torch")
+    back = mbn.to_torch(bn)
+    before = copy.deepcopy(bn)
+    for tensor in (*theirs.state_dict().values(), *back.state_dict().values()):
+        tensor.data.fill_(7)
+    assert_same_layer(bn, before)
+
+
+def test_a_layer_comes_open():
+    assert mbn.from_torch(module()).backend is None
+
+
+def test_a_module_of_float64_gives_a_layer_of_float64():
+    theirs, x = module(dtype="float64").eval(), sample(dtype="float64")
+    assert_evaluates_as(mbn.from_torch(theirs), output(theirs, x), x, bound=4)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_halves_become_float32(dtype):
+    theirs = module(dtype=dtype)
+    with warns(f"weight .{dtype}., bias", "running_var", "float32"):
+        bn = mbn.from_torch(theirs)
+    assert bn.weight.dtype == np.float32
+    np.testing.assert_array_equal(bn.running_var, theirs.running_var.float().numpy())
+
+
+def test_a_mix_of_dtypes_becomes_the_widest():
+    theirs = module()
+    theirs.weight.data = theirs.weight.data.double()
+    with warns("bias .float32., running_mean .float32., running_var .float32.: ", "float64"):
+        assert mbn.from_torch(theirs).weight.dtype == np.float64
+
+
+def test_a_bias_without_a_weight_gets_one():
+    theirs = module().eval()
+    theirs.weight = None
+    with warns("weight", "ones"):
+        bn = mbn.from_torch(theirs)
+    assert_evaluates_as(bn, output(theirs, sample()), sample())
+
+
+def test_statistics_that_are_not_tracked_any_more_stay():
+    theirs = module()
+    theirs.track_running_stats = False
+    with warns("track_running_stats", "momentum=0"):
+        bn = mbn.from_torch(theirs)
+    bn(sample())
+    theirs(torch.from_numpy(sample()))
+    assert_evaluates_as(bn, output(theirs.eval(), sample()), sample())
+
+
+def test_a_synchronised_module_is_one_of_its_own_process():
+    theirs = module(torch.nn.SyncBatchNorm).eval()
+    with warns("SyncBatchNorm", "processes"):
+        bn = mbn.from_torch(theirs)
+    assert_evaluates_as(bn, output(theirs, sample()), sample())
+
+
+def test_a_module_that_has_met_no_input_gives_a_layer_that_has_met_none():
+    theirs, x = torch.nn.LazyBatchNorm1d(eps=1e-3, affine=False, dtype=torch.float64), sample(dtype="float64")
+    bn = mbn.from_torch(theirs)
+    assert bn.num_features is None
+    bn(x)
+    theirs(torch.from_numpy(x))
+    assert repr(mbn.to_torch(bn)) == repr(theirs)
+    assert_evaluates_as(bn, output(theirs.eval(), x), x, bound=4)
+
+
+def test_a_module_without_arrays_has_met_no_input_either():
+    bn = mbn.from_torch(torch.nn.LazyBatchNorm1d(affine=False, track_running_stats=False))
+    assert bn.num_features is None
+    bn(sample())
+    assert bn.num_features == CHANNELS
+
+
+def test_a_lazy_module_that_has_loaded_its_state_has_it():
+    theirs = torch.nn.LazyBatchNorm1d()
+    theirs.load_state_dict(module().state_dict())
+    assert_same_layer(mbn.from_torch(theirs, backend="numpy"), mbn.from_torch(module(), backend="numpy"))
+
+
+def test_layers_without_statistics_have_none():
+    x = sample()
+    theirs = module(track_running_stats=False, affine=False).eval()
+    bn = mbn.from_torch(theirs)
+    np.testing.assert_allclose(bn(x), output(theirs, x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"correction": 0}, ("running_var", "correction=0", "unbiased")),
+        ({"axis": -1}, ("axis=-1", "transposed")),
+        ({"eps": 0}, ("eps=0", "train")),
+    ],
+)
+def test_what_torch_lacks_is_said(arguments, words):
+    bn = layer(**arguments)
+    with warns(*words):
+        theirs = mbn.to_torch(bn)
+    assert_evaluates_as(bn, output(theirs, sample()), sample())
+
+
+def test_warnings_are_about_the_line_that_converts():
+    with warns("correction=0") as caught:
+        mbn.to_torch(layer(correction=0))
+    with warns("SyncBatchNorm") as caught_too:
+        mbn.from_torch(module(torch.nn.SyncBatchNorm))
+    assert caught[0].filename == caught_too[0].filename == __file__
+
+
+def test_a_frozen_layer_is_in_evaluation():
+    bn = layer().train().freeze()
+    with warns("freeze", "evaluation"):
+        theirs = mbn.to_torch(bn)
+    assert not theirs.training
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (lambda: torch.nn.Linear(2, 3), "torch.nn.BatchNorm1d, not Linear.$"),
+        (lambda: torch.nn.BatchNorm2d(3), r"not BatchNorm2d\. .* \(N, C, L\).*state_dict"),
+        (torch.nn.LazyBatchNorm3d, "not LazyBatchNorm3d.*state_dict"),
+        (lambda: torch.nn.InstanceNorm1d(3), "not InstanceNorm1d.$"),
+        (lambda: module().state_dict(), "not OrderedDict"),
+        (lambda: _Other(3), "_Other has a forward of its own.*state_dict"),
+        (lambda: module().to(torch.float8_e4m3fn), "weight is float8_e4m3fn.*float16, bfloat16, float32, float64"),
+    ],
+)
+def test_other_modules_are_refused(made, words):
+    with pytest.raises(TypeError, match=words):
+        mbn.from_torch(made())
+
+
+class _Other(torch.nn.BatchNorm1d):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+def test_a_module_without_values_is_refused():
+    with pytest.raises(ValueError, match="meta device.*to_empty"):
+        mbn.from_torch(torch.nn.BatchNorm1d(3, device="meta"))
+
+
+def test_an_open_layer_has_nothing_to_convert():
+    with pytest.raises(AttributeError, match="num_features is not known yet"):
+        mbn.to_torch(mbn.BatchNorm1d(None))
+
+
+def test_without_torch_the_way_to_it_is_named(monkeypatch):
+    hide(monkeypatch, "torch")
+    for convert in (mbn.from_torch, mbn.to_torch):
+        with pytest.raises(ImportError, match="torch is not installed.*pip install torch"):
+            convert(layer())
