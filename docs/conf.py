@@ -5,7 +5,7 @@ import mbn
 project = "mbn"
 author = "The mbn developers"
 release = mbn.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "matplotlib.sphinxext.plot_directive", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "mbn"
@@ -13,3 +13,7 @@ autodoc_typehints = "none"  # the docstrings say shapes and dtypes, which types 
 autodoc_member_order = "bysource"
 napoleon_use_rtype = False
 myst_heading_anchors = 3
+plot_include_source = True
+plot_formats = ["svg"]
+plot_html_show_formats = False
+plot_html_show_source_link = False
