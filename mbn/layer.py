@@ -10,7 +10,7 @@ from functools import partial
 from os import PathLike
 from typing import Any, Self
 
-from mbn import checks, files, fitting, folding, registry
+from mbn import checks, fitting, folding, registry
 from mbn.contract import Array, Backend
 from mbn.convert import received, received_vectors
 from mbn.forward import forward, forward_vjp
@@ -314,6 +314,8 @@ class BatchNorm1d(Storage):
             OSError: the file cannot be written; what was there is still there.
             AttributeError: the layer has no arrays yet.
         """
+        from mbn import files  # noqa: PLC0415 - its imports take longer than all others of mbn together
+
         files.write(path, self._pack())
 
     @classmethod
@@ -330,6 +332,8 @@ class BatchNorm1d(Storage):
             TypeError: the backend has no such dtype.
             BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
         """
+        from mbn import files  # noqa: PLC0415 - as above
+
         return cls._unpack(files.read(path), backend, device)
 
     def __repr__(self) -> str:

@@ -207,7 +207,7 @@ class JaxBackend(Backend):
         except ModuleNotFoundError as error:
             if error.name != "flax":
                 raise
-            message = "JAX's modules are those of flax, which is not installed: pip install 'mbn[flax]'."
+            message = "JAX's modules are those of flax, which is not installed: pip install flax."
             raise ImportError(message) from error
         return BatchNorm1d(layer, adopt)
 
