@@ -60,6 +60,8 @@ class Capabilities(NamedTuple):
     """The framework traces and compiles pure functions: ``jit``."""
     compile: bool = False
     """The framework compiles Python as it stands, a layer that changes its state included: ``compile``."""
+    modules: bool = False
+    """The framework has modules, and a layer can be one: ``module``."""
 
 
 class Moments(NamedTuple):
@@ -388,7 +390,10 @@ class Backend(ABC):
         return after
 
     def module(self, layer: Any, adopt: Callable[[Params, State], None]) -> Any:  # noqa: ARG002
-        """Return a module of the framework's own kind that does what the layer does and shares its arrays.
+        """Return a module of the framework's own kind that does what the layer does (``modules``).
+
+        It begins in the layer's mode and has ``train()`` and ``eval()``. Its parameters and statistics are attributes
+        named as those of the layer, and the same arrays where arrays can be written to.
 
         Args:
             layer: the :class:`mbn.BatchNorm1d`.
@@ -397,7 +402,7 @@ class Backend(ABC):
         Raises:
             TypeError: the framework has no modules.
         """
-        message = f"{self.name} has no modules: as_module() is for layers of a framework that has."
+        message = f"{self.name} has no modules. Move the layer to a framework that has them: bn.to(backend=...)."
         raise TypeError(message)
 
     # The framework's own transformations, through which the suite sees whether the capabilities of the same names are

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, partial
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import jax
@@ -313,6 +314,7 @@ def _capabilities(widest: np.dtype) -> Capabilities:
         autograd=True,
         vmap=True,
         jit=True,
+        modules=find_spec("flax") is not None,
     )
 
 

@@ -39,6 +39,7 @@ class TorchBackend(Backend):
             autograd=True,
             vmap=True,
             compile=True,
+            modules=True,
         )
 
     def owns(self, x: object) -> bool:

@@ -17,7 +17,7 @@ import mbn
 from mbn.conformance.target import Target
 
 AREAS = (
-    *("semantics", "accuracy", "errors", "state", "files", "population", "folding"),
+    *("semantics", "accuracy", "errors", "state", "files", "population", "folding", "modules"),
     *("dtypes", "masks", "gradients", "transforms", "agreement"),
 )
 

@@ -55,7 +55,7 @@ class Target(NamedTuple):
             pytest.skip(f"{self.backend.name} declares no {dtype}")
 
     def require(self, capability: str) -> None:
-        """Skip the test where the backend does not declare a capability: masks, autograd, vmap, jit or compile."""
+        """Skip the test where the backend does not declare a capability: masks, modules or a transformation."""
         if not getattr(self.capabilities, capability):
             pytest.skip(f"{self.backend.name} declares no {capability}")
 

@@ -31,7 +31,7 @@ def test_backend_conforms(backend: str, environment: dict[str, str], tmp_path: P
     written = json.loads(report.read_text())
     areas, capabilities = written["areas"], written["backends"][backend]["capabilities"]
     assert list(areas) == [
-        *("semantics", "accuracy", "errors", "state", "files", "population", "folding"),
+        *("semantics", "accuracy", "errors", "state", "files", "population", "folding", "modules"),
         *("dtypes", "masks", "gradients", "transforms", "agreement"),
     ]
     transforms = areas.pop("transforms")

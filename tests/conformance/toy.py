@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from mbn.contract import Array, Backend, Capabilities, Moments
+from mbn.state import Params, State
 
 
 class Toy(Backend):
@@ -21,6 +22,7 @@ class Toy(Backend):
         vmap=True,
         jit=True,
         compile=True,
+        modules=True,
     )
 
     def owns(self, x: object) -> bool:
@@ -118,6 +120,21 @@ class Toy(Backend):
         dx = column(invstd if weight is None else invstd * weight, x) * dx
         return like(x, np.where(w, dx, 0))
 
+    def parameter(self, value: Array, current: Array | None) -> Array:
+        if current is None or (value.shape, value.dtype) != (current.shape, current.dtype):
+            return value
+        current[...] = value
+        return current
+
+    def write(self, before: State, after: State) -> State:
+        for old, new in zip(before, after, strict=True):
+            if old is not None:
+                old[...] = new
+        return before
+
+    def module(self, layer: Any, adopt: Any) -> Any:
+        return ToyModule(self, layer, adopt)
+
     # NumPy has no transformations: a loop does for one of them, and what is not compiled gives the same numbers.
 
     def vmap(self, function: Any) -> Any:
@@ -132,6 +149,27 @@ class Toy(Backend):
 
     def compile(self, function: Any) -> Any:
         return function
+
+
+class ToyModule:
+    def __init__(self, backend: Backend, layer: Any, adopt: Any) -> None:
+        self.backend, self.layer, self.training = backend, layer, layer.training
+        adopt(layer.params, State(*(None if value is None else np.array(value) for value in layer.state)))
+        for name, value in {**layer.params._asdict(), **layer.state._asdict()}.items():
+            setattr(self, name, value)
+
+    def train(self) -> None:
+        self.training = True
+
+    def eval(self) -> None:
+        self.training = False
+
+    def __call__(self, x: Any, **masking: Any) -> Array:
+        params = Params(self.weight, self.bias)
+        before = State(self.running_mean, self.running_var, self.num_batches_tracked)
+        y, after = self.layer.apply(params, before, x, training=self.training, **masking)
+        self.backend.write(before, after)
+        return y
 
 
 def over(x: Array) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from planted import Bug, conform
-from toy import Toy, column, like, over, spread
+from toy import Toy, ToyModule, column, like, over, spread
 
 import mbn
 from mbn.contract import Array, Backend, Moments
@@ -408,6 +408,41 @@ def register(toy: type[Toy]) -> None:
     mbn.register_backend("toy", toy)
 
 
+class StatisticsNotShared(Toy):
+    def write(self, before: Any, after: Any) -> Any:  # noqa: ARG002 - the bug
+        return after
+
+
+class DeclaresModulesAndHasNone(Toy):
+    def module(self, *_: Any) -> Any:
+        return Backend.module(self, *_)
+
+
+class ModuleInTrainingForEver(Toy):
+    def module(self, *given: Any) -> Any:
+        module = super().module(*given)
+        module.eval = module.train
+        return module
+
+
+class ModuleBeginsInTraining(Toy):
+    def module(self, *given: Any) -> Any:
+        module = super().module(*given)
+        module.train()
+        return module
+
+
+class ModuleIgnoresMasks(Toy):
+    def module(self, *given: Any) -> Any:
+        module = super().module(*given)
+        return Unmasked(self, module.layer, lambda *_: None)
+
+
+class Unmasked(ToyModule):
+    def __call__(self, x: Any, **_: Any) -> Array:
+        return super().__call__(x)
+
+
 BUGS = {
     toy.__name__: Bug(partial(register, toy), named_by)
     for toy, named_by in [
@@ -468,6 +503,11 @@ BUGS = {
         (NothingMergedIsNan, "test_weighted_batches_are_merged"),
         (WeightForgottenAroundZero, "test_scale_and_shift"),
         (BiasForgottenOfOneRow, "test_dense_layer"),
+        (StatisticsNotShared, "test_module_and_layer_share_their_arrays"),
+        (DeclaresModulesAndHasNone, "test_module_does_what_the_layer_does"),
+        (ModuleInTrainingForEver, "test_module_does_what_the_layer_does"),
+        (ModuleBeginsInTraining, "test_module_begins_in_the_mode_of_the_layer"),
+        (ModuleIgnoresMasks, "test_masks_go_through_the_module"),
         (DeclaresAutogradAndHasNone, "test_gradient_is_that_of_the_pullback"),
         (DeclaresVmapAndHasNone, "test_vmap_is_a_loop"),
         (VmapOfTheFirst, "test_vmap_is_a_loop"),
