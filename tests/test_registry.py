@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from forward_bugs import InputMutated
 from toy import Toy
-from toy_bugs import InputMutated
 
 import mbn
 from mbn import registry
@@ -180,7 +180,7 @@ def test_backend_that_is_none() -> None:
 
 
 def test_registering() -> None:
-    for target, kind in [("toy:Toy", Toy), (Toy(), Toy), (Toy, Toy), ("toy_bugs:InputMutated", InputMutated)]:
+    for target, kind in [("toy:Toy", Toy), (Toy(), Toy), (Toy, Toy), ("forward_bugs:InputMutated", InputMutated)]:
         mbn.register_backend("toy", target)
         assert type(mbn.get_backend("toy")) is kind
 

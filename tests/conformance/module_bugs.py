@@ -1,0 +1,52 @@
+"""Bugs in the modules that are made of layers."""
+
+from typing import Any
+
+from toy import Toy, ToyModule
+
+from mbn.contract import Array, Backend
+
+
+class StatisticsNotShared(Toy):
+    def write(self, before: Any, after: Any) -> Any:  # noqa: ARG002 - the bug
+        return after
+
+
+class DeclaresModulesAndHasNone(Toy):
+    def module(self, *_: Any) -> Any:
+        return Backend.module(self, *_)
+
+
+class ModuleInTrainingForEver(Toy):
+    def module(self, *given: Any) -> Any:
+        module = super().module(*given)
+        module.eval = module.train
+        return module
+
+
+class ModuleBeginsInTraining(Toy):
+    def module(self, *given: Any) -> Any:
+        module = super().module(*given)
+        module.train()
+        return module
+
+
+class ModuleIgnoresMasks(Toy):
+    def module(self, *given: Any) -> Any:
+        module = super().module(*given)
+        return Unmasked(self, module.layer, lambda *_: None)
+
+
+class Unmasked(ToyModule):
+    def __call__(self, x: Any, **_: Any) -> Array:
+        return super().__call__(x)
+
+
+BUGS = [
+    (StatisticsNotShared, "test_module_and_layer_share_their_arrays"),
+    (DeclaresModulesAndHasNone, "test_module_does_what_the_layer_does"),
+    (ModuleInTrainingForEver, "test_module_does_what_the_layer_does"),
+    (ModuleBeginsInTraining, "test_module_begins_in_the_mode_of_the_layer"),
+    (ModuleIgnoresMasks, "test_masks_go_through_the_module"),
+]
+"""Backends, and the tests that have to name what is wrong with them."""
