@@ -3,14 +3,13 @@
 import copy
 import io
 import os
-import pickle
 import signal
 import subprocess
 import sys
 from contextlib import suppress
 
 import pytest
-from torch_samples import compile_fully, count_graphs, sample
+from torch_samples import COPIES, compile_fully, count_graphs, sample
 
 import mbn
 
@@ -250,18 +249,7 @@ def test_moves_take_the_layer_along():
     _assert_in_step(bn, module)
 
 
-def _saved(module):
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize(
-    "copied",
-    [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module)), _saved],  # noqa: S301 - its own
-    ids=["deepcopy", "pickle", "torch.save"],
-)
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 def test_copies_have_a_layer_of_their_own(copied):
     bn, module = _layer_and_module()
     module(sample(6, 3))

@@ -1,12 +1,9 @@
 """Training in Torch: parameters, optimizers, checkpointing, autocast, and copies of what is trained."""
 
-import copy
-import io
-import pickle
 from functools import partial
 
 import pytest
-from torch_samples import output_of, sample
+from torch_samples import COPIES, output_of, sample
 
 import mbn
 
@@ -24,18 +21,7 @@ def test_state_is_detached(momentum):
     assert not any(array.requires_grad for array in bn.state)
 
 
-def _saved(layer):
-    file = io.BytesIO()
-    torch.save(layer, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize(
-    "copied",
-    [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)), _saved],  # noqa: S301 - its own
-    ids=["deepcopy", "pickle", "torch.save"],
-)
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 def test_copies_have_leaves_of_their_own(copied):
     bn = mbn.BatchNorm1d(3, backend="torch")
     bn(sample(5, 3).requires_grad_())

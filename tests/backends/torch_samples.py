@@ -1,5 +1,9 @@
 """Samples of tensors, and what the tests of Torch compare with."""
 
+import copy
+import io
+import pickle
+
 import pytest
 
 import mbn
@@ -80,3 +84,19 @@ def compile_fully(function):
 
 def count_graphs():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def _saved(value):
+    """Return what ``torch.save`` and ``torch.load`` make of it."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda value: pickle.loads(pickle.dumps(value)),  # noqa: S301 - its own
+    "torch.save": _saved,
+}
+"""Ways to copy a layer or module, by name."""

@@ -1,7 +1,5 @@
 """What the tests of all packages share: layers that have seen something, and the one measure of sameness."""
 
-import sys
-
 import numpy as np
 import pytest
 
@@ -12,6 +10,8 @@ CHANNELS = 5
 
 SHAPES = {1: [(16, CHANNELS), (8, CHANNELS, 7)], -1: [(16, CHANNELS), (8, 7, CHANNELS)]}
 """By axis: shapes with the channels there."""
+
+PLACES = [(axis, shape) for axis, shapes in SHAPES.items() for shape in shapes]
 
 ARGUMENTS = [{}, {"affine": False}, {"eps": 1e-3, "momentum": 0.25}, {"eps": 0.0, "momentum": 1.0}]
 
@@ -75,12 +75,6 @@ def assert_same_layer(a, b):
     for key, value in a_entries.items():
         assert value.dtype == b_entries[key].dtype
         np.testing.assert_array_equal(value, b_entries[key])
-
-
-def hide(monkeypatch, package):
-    """Be without a package."""
-    monkeypatch.delitem(sys.modules, f"mbn_interop.{package}", raising=False)
-    monkeypatch.setitem(sys.modules, package, None)
 
 
 def warns(*words):

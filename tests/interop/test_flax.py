@@ -7,11 +7,10 @@ import pytest
 from interop_samples import (
     ARGUMENTS,
     CHANNELS,
-    SHAPES,
+    PLACES,
     assert_evaluates_as,
     assert_learns_as,
     assert_same_layer,
-    hide,
     layer,
     sample,
     vectors,
@@ -25,8 +24,6 @@ linen = pytest.importorskip("flax.linen")
 jax = pytest.importorskip("jax")
 
 BACKENDS = ["numpy", "jax"]
-
-PLACES = [(axis, shape) for axis, shapes in SHAPES.items() for shape in shapes]
 
 THEIR_ARGUMENTS = [
     {},
@@ -274,10 +271,3 @@ def test_variables_of_something_else_are_refused(variables):
         ValueError, match="variables are .*batch_stats/mean, batch_stats/var, params/bias, params/scale"
     ):
         mbn.from_flax(linen.BatchNorm(), variables)
-
-
-def test_without_flax_the_way_to_it_is_named(monkeypatch):
-    hide(monkeypatch, "flax")
-    for convert in (mbn.from_flax, mbn.to_flax):
-        with pytest.raises(ImportError, match="flax is not installed.*pip install flax"):
-            convert(layer())

@@ -10,11 +10,10 @@ import pytest
 from interop_samples import (
     ARGUMENTS,
     CHANNELS,
-    SHAPES,
+    PLACES,
     assert_evaluates_as,
     assert_learns_as,
     assert_same_layer,
-    hide,
     layer,
     sample,
     vectors,
@@ -29,8 +28,6 @@ BACKENDS = ["numpy", "jax"]
 
 as_keras_warns = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 """Its get_weights() and files read variables in a way that NumPy 2 has deprecated."""
-
-PLACES = [(axis, shape) for axis, shapes in SHAPES.items() for shape in shapes]
 
 THEIR_ARGUMENTS = [
     {},
@@ -243,10 +240,3 @@ for dtype in ("float32", "float64"):
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603 - our own
     assert done.returncode == 0, done.stderr
-
-
-def test_without_keras_the_way_to_it_is_named(monkeypatch):
-    hide(monkeypatch, "keras")
-    for convert in (mbn.from_keras, mbn.to_keras):
-        with pytest.raises(ImportError, match="keras is not installed.*pip install keras"):
-            convert(layer())

@@ -12,7 +12,6 @@ from interop_samples import (
     assert_evaluates_as,
     assert_learns_as,
     assert_same_layer,
-    hide,
     layer,
     sample,
     vectors,
@@ -334,11 +333,3 @@ def test_a_module_of_torch_goes_to_onnx_by_way_of_a_layer():
         node, weights = mbn.to_onnx(bn)
     assert_evaluates_as(bn, theirs(torch.from_numpy(x)).detach(), x)
     assert_evaluates_as(bn, run(model_of([node], weights), x)[0], x)
-
-
-def test_without_onnx_the_way_to_it_is_named(monkeypatch):
-    hide(monkeypatch, "onnx")
-    with pytest.raises(ImportError, match="onnx is not installed.*pip install onnx"):
-        mbn.from_onnx(None, "y")
-    with pytest.raises(ImportError, match="onnx is not installed.*pip install onnx"):
-        mbn.to_onnx(layer())

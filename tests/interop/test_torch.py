@@ -11,7 +11,6 @@ from interop_samples import (
     assert_evaluates_as,
     assert_learns_as,
     assert_same_layer,
-    hide,
     layer,
     sample,
     vectors,
@@ -247,10 +246,3 @@ def test_a_module_without_values_is_refused():
 def test_an_open_layer_has_nothing_to_convert():
     with pytest.raises(AttributeError, match="num_features is not known yet"):
         mbn.to_torch(mbn.BatchNorm1d(None))
-
-
-def test_without_torch_the_way_to_it_is_named(monkeypatch):
-    hide(monkeypatch, "torch")
-    for convert in (mbn.from_torch, mbn.to_torch):
-        with pytest.raises(ImportError, match="torch is not installed.*pip install torch"):
-            convert(layer())

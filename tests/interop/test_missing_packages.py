@@ -1,0 +1,23 @@
+"""Without a package its layers cannot be converted, and the error says how to get it."""
+
+import sys
+
+import pytest
+
+import mbn
+
+CONVERSIONS = {
+    "torch": [mbn.from_torch, mbn.to_torch, mbn.replace_batchnorm],
+    "flax": [mbn.from_flax, mbn.to_flax],
+    "keras": [mbn.from_keras, mbn.to_keras],
+    "onnx": [lambda bn: mbn.from_onnx(bn, "y"), mbn.to_onnx],
+}
+
+
+@pytest.mark.parametrize("package", CONVERSIONS)
+def test_without_a_package_the_way_to_it_is_named(package, monkeypatch):
+    monkeypatch.delitem(sys.modules, f"mbn_interop.{package}", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    for convert in CONVERSIONS[package]:
+        with pytest.raises(ImportError, match=f"{package} is not installed.*pip install {package}"):
+            convert(mbn.BatchNorm1d(4))
