@@ -57,9 +57,7 @@ class Storage:
     _settings: Settings
     affine: bool
     track_running_stats: bool
-    training: bool
     _has_bias: bool
-    _frozen: bool
     _params: Params
     _state: State
     _is_bound: bool

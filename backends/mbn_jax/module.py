@@ -104,7 +104,7 @@ class _Definition:
     """A layer but for its arrays, its mode and its place, equal to every other that does the same."""
 
     def __init__(self, layer: Any, adopt: Callable[[Params, State], None]) -> None:
-        layer, adopt = copy.deepcopy((layer, adopt))
+        layer, adopt = copy.deepcopy((layer, adopt))  # together, so that the one is still about the other
         layer.train()
         with jax.ensure_compile_time_eval():
             adopt(*jax.tree.map(lambda array: jnp.zeros(0, array.dtype), (layer.params, layer.state)))
