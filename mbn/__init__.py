@@ -26,6 +26,7 @@ from mbn.registry import (
     use_backend,
 )
 from mbn.state import Params, State
+from mbn.threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
 
@@ -44,10 +45,12 @@ __all__ = [
     "from_torch",
     "functional",
     "get_backend",
+    "get_num_threads",
     "list_backends",
     "register_backend",
     "replace_batchnorm",
     "set_default_backend",
+    "set_num_threads",
     "show_versions",
     "to_flax",
     "to_keras",

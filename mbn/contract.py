@@ -1,7 +1,8 @@
 """What a backend is.
 
 A backend does the arithmetic of batch normalisation on one framework's arrays and nothing else: it never sees a mode,
-a message or a layer. This module has to stay free of frameworks, and is all of mbn that a backend may import.
+a message or a layer. This module has to stay free of frameworks, and is all of mbn that a backend may import, with
+the values of mbn.state and the number of mbn.threads.
 """
 
 from abc import ABC, abstractmethod
@@ -62,6 +63,8 @@ class Capabilities(NamedTuple):
     """The framework compiles Python as it stands, a layer that changes its state included: ``compile``."""
     modules: bool = False
     """The framework has modules, and a layer can be one: ``module``."""
+    out: bool = False
+    """Outputs can be written to an array of the caller's: the verbs take it."""
 
 
 class Moments(NamedTuple):
@@ -151,6 +154,14 @@ class Backend(ABC):
     def copy(self, x: Array) -> Array:
         """Return a copy that changes with nothing else; of a parameter, one that nobody trains."""
 
+    def conflict(self, out: Array, x: Array) -> str | None:  # noqa: ARG002 - the signature for whoever declares it
+        """Say why the output of ``x`` cannot be written to ``out``, in the words that follow its name; None if it can.
+
+        Asked where ``out`` is declared. An array in the shape, dtype and place of x can be written to if it is x itself
+        or shares no memory with it, and nobody forbids it: a read-only array, or one whose history is recorded.
+        """
+        return None
+
     # Arithmetic.
 
     @abstractmethod
@@ -227,6 +238,9 @@ class Backend(ABC):
 
         ``mean`` and ``var`` are (C,) vectors, or ``Moments.mean`` and from ``variance``. Where ``var + eps`` is 0 the
         result is the bias; where the weight of a value is 0 it is 0. Memory order and device are those of ``x``.
+
+        A backend that declares ``out`` takes one more argument, ``out=None``, and where that is an array it writes the
+        result there and returns it. It has been checked: ``conflict``.
         """
 
     @abstractmethod
@@ -293,8 +307,12 @@ class Backend(ABC):
         eps: float,
         correction: int,
         weights: Array | None = None,
+        **out: Array,
     ) -> tuple[Array, State]:
-        """Normalise ``x`` by its own moments (``training``) or by the running ones; return the output and new state."""
+        """Normalise ``x`` by its own moments (``training``) or by the running ones; return the output and new state.
+
+        ``out`` is only ever passed to a backend that declares it.
+        """
         y, state, _ = self.batch_norm_residuals(
             x,
             params,
@@ -304,6 +322,7 @@ class Backend(ABC):
             eps=eps,
             correction=correction,
             weights=weights,
+            **out,
         )
         return y, state
 
@@ -318,16 +337,17 @@ class Backend(ABC):
         eps: float,
         correction: int,
         weights: Array | None = None,
+        **out: Array,
     ) -> tuple[Array, State, Residuals]:
         """Do what ``batch_norm`` does, and return what ``pullback`` needs as well."""
         running_mean, running_var, num_batches_tracked = state
         weight, bias = params
         if not training:
-            y = self.normalize(x, running_mean, running_var, weight, bias, eps, weights)
+            y = self.normalize(x, running_mean, running_var, weight, bias, eps, weights, **out)
             return y, state, Residuals(running_mean, running_var, None)
         moments = self.moments(x, weights)
         mean, var = moments.mean, self.variance(moments, 0)
-        y = self.normalize(x, mean, var, weight, bias, eps, weights)
+        y = self.normalize(x, mean, var, weight, bias, eps, weights, **out)
         if num_batches_tracked is not None:
             num_batches_tracked = num_batches_tracked + 1
         if running_mean is not None:

@@ -1,122 +1,16 @@
-"""NumPy's verbs. Everything is on the host, so the border is a cast at most."""
+"""NumPy's backend: nothing but NumPy computes."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
-from mbn.contract import Backend, Capabilities, Moments
-from mbn_numpy import kernels
+from mbn_cpu import blocked
+from mbn_cpu.backend import HostBackend
 
 
-class NumpyBackend(Backend):
+class NumpyBackend(HostBackend):
     """The backend of NumPy arrays."""
 
     name: ClassVar[str] = "numpy"
-    capabilities = Capabilities(
-        dtypes=frozenset({"float16", "bfloat16", "float32", "float64"}),
-        devices=("cpu",),
-        mutable=True,
-        strided=True,
-        masks=True,
-    )
     version = np.__version__
-
-    def owns(self, x: object) -> bool:
-        # A mask would be lost and a matrix would multiply in its own way, so neither passes for an array.
-        return isinstance(x, np.ndarray | np.generic) and not isinstance(x, np.ma.MaskedArray | np.matrix)
-
-    def asarray(self, x: Any, dtype: str | None = None, device: Any = None) -> np.ndarray:
-        if device not in (None, "cpu"):
-            message = f"NumPy's only device is 'cpu', not {device!r}."
-            raise ValueError(message)
-        return np.asarray(x, _dtype(dtype))
-
-    def to_numpy(self, x: Any) -> np.ndarray:
-        return np.asarray(x)
-
-    def device(self, x: np.ndarray) -> None:
-        """There is one device, so none to be on by mistake."""
-
-    def copy(self, x: np.ndarray) -> np.ndarray:
-        return np.array(x)
-
-    def weights(
-        self,
-        shape: tuple[int, ...],
-        dtype: str,
-        mask: np.ndarray | None,
-        lengths: np.ndarray | None,
-        sample_weight: np.ndarray | None,
-    ) -> np.ndarray:
-        return kernels.weights(shape, dtype, mask, lengths, sample_weight)
-
-    def within(self, values: np.ndarray, low: float, high: float) -> bool:
-        return bool(np.all((low <= values) & (values < high)))
-
-    def moments(self, x: np.ndarray, weights: np.ndarray | None = None) -> Moments:
-        return kernels.moments(np.asarray(x), weights)
-
-    def merge(self, first: Moments, second: Moments) -> Moments:
-        return kernels.merge(first, second)
-
-    def variance(self, moments: Moments, correction: int) -> np.ndarray:
-        count, _, m2 = moments
-        return m2 / (count - correction) if count > correction else np.zeros_like(m2)
-
-    def normalize(
-        self,
-        x: np.ndarray,
-        mean: kernels.Mean,
-        var: np.ndarray,
-        weight: np.ndarray | None,
-        bias: np.ndarray | None,
-        eps: float,
-        weights: np.ndarray | None = None,
-    ) -> np.ndarray:
-        return kernels.normalize(np.asarray(x), mean, var, weight, bias, eps, weights)
-
-    def lerp(self, start: np.ndarray, end: kernels.Mean, weight: float) -> np.ndarray:
-        return kernels.lerp(start, end, weight)
-
-    def step(
-        self, momentum: float | None, num_batches_tracked: np.ndarray | None, count: float, correction: int
-    ) -> float:
-        if count <= correction:
-            return 0.0
-        return 1 / num_batches_tracked if momentum is None else momentum
-
-    def grad_sums(
-        self,
-        dy: np.ndarray,
-        x: np.ndarray,
-        mean: kernels.Mean,
-        var: np.ndarray,
-        eps: float,
-        weights: np.ndarray | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        return kernels.grad_sums(np.asarray(dy), np.asarray(x), mean, var, eps, weights)
-
-    def grad_input(
-        self,
-        dy: np.ndarray,
-        x: np.ndarray,
-        mean: kernels.Mean,
-        var: np.ndarray,
-        weight: np.ndarray | None,
-        eps: float,
-        sums: tuple[np.ndarray, np.ndarray] | None,
-        count: float | None,
-        weights: np.ndarray | None = None,
-    ) -> np.ndarray:
-        return kernels.grad_input(np.asarray(dy), np.asarray(x), mean, var, weight, eps, sums, count, weights)
-
-
-def _dtype(name: str | None) -> np.dtype | None:
-    if name != "bfloat16":
-        return None if name is None else np.dtype(name)
-    try:
-        import ml_dtypes  # noqa: PLC0415 - the only dtype that NumPy itself does not have
-    except ModuleNotFoundError as error:
-        message = "NumPy has bfloat16 through ml_dtypes, which is not installed: pip install ml_dtypes."
-        raise TypeError(message) from error
-    return np.dtype(ml_dtypes.bfloat16)
+    kernels = blocked
