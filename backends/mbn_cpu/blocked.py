@@ -5,16 +5,19 @@ of threads. Each pass reads x once, in tiles that stay within the processor's ca
 few of them beside its result.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from mbn.contract import Moments
 from mbn_cpu import threads, tiles
-from mbn_cpu.tiles import Form, Tile
+from mbn_cpu.tiles import Columns, Form, Scratch, Tile
 from mbn_cpu.vectors import WIDE, Mean, Pair, as_pair, fold_rows, heaviest, invstd, line
+
+_SHARE = 4
+"""Tiles that are worth a thread of their own, which takes some of the time of one to wake up."""
 
 Place: TypeAlias = tuple[Tile, *tuple[np.ndarray | None, ...]]
 """A tile, and what several arrays have there."""
@@ -54,12 +57,12 @@ def normalize(
 ) -> np.ndarray:
     """Return (x - mean) / sqrt(var + eps) * weight + bias in x's dtype and memory order, and 0 where weights are 0."""
     compute = np.result_type(x.dtype, np.float32)  # float16 and bfloat16 are computed in float32
-    parameters = line(mean, var, weight, bias, eps, compute)
+    columns = Columns(*line(mean, var, weight, bias, eps, compute))
     y = np.empty_like(x) if out is None else out
 
-    def write(tile: Tile, y: np.ndarray, x: np.ndarray, w: np.ndarray | None) -> None:
-        center, scale, shift = (tiles.spread(vector, tile, x.shape) for vector in parameters)
-        values = y if y.dtype == compute else np.empty(y.shape, compute)
+    def write(scratch: Scratch, tile: Tile, y: np.ndarray, x: np.ndarray, w: np.ndarray | None) -> None:
+        center, scale, shift = columns.of(tile, x.shape)
+        values = y if y.dtype == compute else scratch.empty(y.shape, compute)
         np.subtract(x, center, out=values, dtype=compute)
         values *= scale
         values += shift
@@ -67,7 +70,7 @@ def normalize(
         if values is not y:
             y[...] = values
 
-    _each(write, tiles.for_values(x), y, x, _against(weights, x))
+    _each(write, tiles.for_values(x), y, x, _against_x(weights))
     return y
 
 
@@ -77,18 +80,21 @@ def grad_sums(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the sums of dy and of dy * (x - mean) / sqrt(var + eps) for each channel, in float64."""
     hi, lo = as_pair(mean)
+    columns = Columns(hi)
 
-    def terms(tile: Tile, x: np.ndarray, dy: np.ndarray, w: np.ndarray | None) -> Iterator[np.ndarray]:
-        gradient = dy.astype(WIDE, order="C")
+    def terms(
+        scratch: Scratch, tile: Tile, x: np.ndarray, dy: np.ndarray, w: np.ndarray | None
+    ) -> Iterator[np.ndarray]:
+        gradient = scratch.copy(dy, WIDE)
         _clear(gradient, w)
         yield gradient
-        product = x.astype(WIDE, order="C")
-        product -= tiles.spread(hi, tile, x.shape)
+        product = scratch.copy(x, WIDE)
+        product -= columns.of(tile, x.shape)[0]
         product *= gradient
         _clear(product, w)
         yield product
 
-    sum_dy, products = _sums(terms, x, dy, _against(weights, x))
+    sum_dy, products = _sums(terms, x, dy, _against_x(weights))
     return sum_dy, (products - lo * sum_dy) * invstd(var, eps)
 
 
@@ -109,39 +115,45 @@ def grad_input(
     Computed in float64 and rounded once: where the gradient is small its terms are not, and all digits of them cancel.
     """
     scale = invstd(var, eps)
+    vectors = [scale if weight is None else scale * weight]
     if sums is not None:
         sum_dy, sum_dy_xhat = sums
         hi, lo = as_pair(mean)
         slope = scale * sum_dy_xhat / count
-        average = sum_dy / count - lo * slope
-    if weight is not None:
-        scale = scale * weight
+        vectors += [hi, slope, sum_dy / count - lo * slope]
+    columns = Columns(*vectors)
     dx = np.empty_like(x)
 
-    def write(tile: Tile, dx: np.ndarray, dy: np.ndarray, x: np.ndarray, w: np.ndarray | None) -> None:
-        values = dy.astype(WIDE)
-        if sums is not None:
-            shared = np.subtract(x, tiles.spread(hi, tile, x.shape), dtype=WIDE)
-            shared *= tiles.spread(slope, tile, x.shape)
-            shared += tiles.spread(average, tile, x.shape)
+    def write(
+        scratch: Scratch, tile: Tile, dx: np.ndarray, dy: np.ndarray, x: np.ndarray, w: np.ndarray | None
+    ) -> None:
+        values = scratch.copy(dy, WIDE)
+        scale, *projection = columns.of(tile, x.shape)
+        if projection:
+            center, slope, average = projection
+            shared = scratch.copy(x, WIDE)
+            shared -= center
+            shared *= slope
+            shared += average
             if w is not None:
                 shared *= w
             values -= shared
-        values *= tiles.spread(scale, tile, x.shape)
+        values *= scale
         _clear(values, w)
         dx[...] = values
 
-    _each(write, tiles.for_values(x), dx, dy, x, _against(weights, x))
+    _each(write, tiles.for_values(x), dx, dy, x, _against_x(weights))
     return dx
 
 
 def _shifted_sums(x: np.ndarray, shift: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
     """Return the weighted sums of x - shift and of its squares for each channel, (2, C) in float64."""
+    columns = Columns(shift)
     is_mask = weights is None or bool(np.all((weights == 0) | (weights == 1)))
 
-    def terms(tile: Tile, x: np.ndarray, w: np.ndarray | None) -> Iterator[np.ndarray]:
-        d = x.astype(WIDE, order="C")
-        d -= tiles.spread(shift, tile, x.shape)
+    def terms(scratch: Scratch, tile: Tile, x: np.ndarray, w: np.ndarray | None) -> Iterator[np.ndarray]:
+        d = scratch.copy(x, WIDE)
+        d -= columns.of(tile, x.shape)[0]
         _clear(d, w)
         if is_mask:
             yield d
@@ -153,7 +165,7 @@ def _shifted_sums(x: np.ndarray, shift: np.ndarray, weights: np.ndarray | None) 
             d *= w
             yield d
 
-    return _sums(terms, x, _against(weights, x))
+    return _sums(terms, x, _against_x(weights))
 
 
 def _sums(terms: Callable[..., Iterator[np.ndarray]], *arrays: np.ndarray | None) -> np.ndarray:
@@ -163,36 +175,49 @@ def _sums(terms: Callable[..., Iterator[np.ndarray]], *arrays: np.ndarray | None
     """
     rows = _rows(tiles.for_sums(arrays[0]), *arrays)
     partial = np.empty((len(rows), 2, arrays[0].shape[1]))
-    places = [(totals, *place) for totals, row in zip(partial, rows, strict=True) for place in row]
 
-    def add(i: int) -> None:
-        totals, tile, *own = places[i]
-        for total, values in zip(totals, terms(tile, *own), strict=True):
-            total[tile[2]] = np.add.reduce(fold_rows(np.add.reduce(values)), axis=1)
+    # One after another is the fastest way to add up rows, and enough for all but float64, whose last digit counts.
+    add_rows = _add_as_tree if arrays[0].dtype == WIDE else np.add.reduce
 
-    threads.run(add, len(places))
+    def add(scratch: Scratch, totals: np.ndarray, tile: Tile, *own: np.ndarray | None) -> None:
+        for total, values in zip(totals, terms(scratch, tile, *own), strict=True):
+            np.add.reduce(add_rows(add_rows(values)), axis=1, out=total[tile[2]])
+
+    _run(add, [(totals, *place) for totals, row in zip(partial, rows, strict=True) for place in row])
     return fold_rows(partial)
 
 
+def _add_as_tree(values: np.ndarray) -> np.ndarray:
+    return fold_rows(values.copy())
+
+
 def _each(task: Callable[..., None], form: Form, *arrays: np.ndarray | None) -> None:
-    """Call ``task(tile, *tiles of the arrays)`` for all tiles; the arrays have the shape of the first."""
-    places = [place for row in _rows(form, *arrays) for place in row]
-    threads.run(lambda i: task(*places[i]), len(places))
+    """Call ``task(scratch, tile, *tiles of the arrays)`` for all tiles; the arrays have the shape of the first."""
+    _run(task, [place for row in _rows(form, *arrays) for place in row])
+
+
+def _run(task: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> None:
+    """Call a task with each of the arguments, behind what it may compute in; many of them on several threads."""
+
+    def run(i: int) -> None:
+        with Scratch.taken() as scratch:
+            task(scratch, *arguments[i])
+
+    threads.run(run, len(arguments), at_least=_SHARE)
 
 
 def _rows(form: Form, *arrays: np.ndarray | None) -> list[list[Place]]:
     """Return all tiles of arrays, in lists of those that cover all channels."""
-    size = tiles.size_of(arrays[0])
     parts = zip(*(form.parts(array) if array is not None else repeat(None) for array in arrays), strict=False)
     return [
         [(tile, *(None if array is None else tiles.of(array, tile) for array in part)) for tile in row]
         for part in parts
-        for row in tiles.cut(part[0].shape, size)
+        for row in tiles.cut(part[0].shape)
     ]
 
 
-def _against(weights: np.ndarray | None, x: np.ndarray) -> np.ndarray | None:
-    """Return weights, (N,) or (N, L), as (N, 1) or (N, 1, L), to broadcast against x."""
+def _against_x(weights: np.ndarray | None) -> np.ndarray | None:
+    """Return weights, (N,) or (N, L), as (N, 1) or (N, 1, L)."""
     return None if weights is None else weights[:, None]
 
 

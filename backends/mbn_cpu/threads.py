@@ -28,13 +28,18 @@ def limited(num_threads: int) -> Iterator[None]:
         _limit.reset(token)
 
 
-def run(task: Callable[[int], object], count: int) -> None:
+def run(task: Callable[[int], object], count: int, at_least: int = 1) -> None:
     """Call ``task(i)`` for each i below ``count``, in no particular order, in the context of the caller.
+
+    Args:
+        task: what to do.
+        count: how often.
+        at_least: how many tasks are worth a thread: it takes up to 50 microseconds to wake up.
 
     Raises:
         BaseException: what a task raised first; the others that have not begun are then left out.
     """
-    num_helpers = min(_num_threads(), count) - 1
+    num_helpers = min(_num_threads(), count // at_least) - 1
     if num_helpers <= 0:
         for i in range(count):
             task(i)

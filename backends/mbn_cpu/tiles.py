@@ -1,21 +1,28 @@
 """Arrays cut into tiles: what one thread does at a time, and what its cache can hold.
 
-All arrays are seen with four axes, (A, F, C, L): F rows are folded into one where rows are too short for a loop, and an
-(N, C) has an L of 1. Nothing here copies an array. How sums are cut depends on the shape of x alone, so that neither the
-memory order nor the number of threads changes a bit.
+All arrays are seen with four axes, (A, F, C, L): F rows are folded into one where rows are too short for a loop, and
+an (N, C) has an L of 1. Nothing here copies an array. How sums are cut depends on the shape of x alone, so that neither
+the memory order nor the number of threads changes a bit.
 """
 
-from collections.abc import Callable
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import product
-from typing import NamedTuple, TypeAlias
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 
-_RUN = 64
-"""Rows that can be added one after another before rounding errors in float64 count."""
-_ROW = 1 << 10
+from mbn.threads import num_processors
+
+SIZE = 1 << 18
+"""Values that a tile has at most: 2 MiB in float64. Fewer make threads wait for each other in the interpreter."""
+_FEW = 32
+"""Rows that are not worth folding."""
+_ROW = 1 << 13
 """Values that a row should have at least where there are more rows: NumPy sets up a loop for each."""
-_WIDTH = 1 << 12
+_WIDTH = 1 << 13
 """Values that a row of a tile has at most, so that a tile has many rows to sum up."""
 _LONG = 256
 """Values along L for which a loop of their own pays; shorter ones are made into longer rows."""
@@ -62,13 +69,13 @@ def for_values(x: np.ndarray) -> Form:
     return Form(_channels_last, 1)
 
 
-def cut(shape: tuple[int, ...], size: int) -> list[list[Tile]]:
-    """Return tiles of at most ``size`` values each that cover an (A, F, C, L): lists of those that cover all channels."""
+def cut(shape: tuple[int, ...]) -> list[list[Tile]]:
+    """Return tiles of ``SIZE`` values at most that cover an (A, F, C, L), in lists that cover all channels each."""
     a, f, c, length = shape
-    along = min(length, size)
+    along = min(length, SIZE)
     across = min(c, max(1, _WIDTH // along))
-    deep = min(f, max(1, size // (along * across)))
-    high = max(1, size // (along * across * deep))
+    deep = min(f, max(1, SIZE // (along * across)))
+    high = max(1, SIZE // (along * across * deep))
     places = product(_slices(a, high), _slices(f, deep), _slices(length, along))
     return [[(i, j, channels, k) for channels in _slices(c, across)] for i, j, k in places]
 
@@ -76,33 +83,80 @@ def cut(shape: tuple[int, ...], size: int) -> list[list[Tile]]:
 def of(array: np.ndarray, tile: Tile) -> np.ndarray:
     """Return what an (A, F, C, L) has at a tile, or one with an axis of 1 that broadcasts against such."""
     _, _, c, _ = array.shape
-    return array[tile] if c > 1 else array[tile[:2] + (slice(None),) + tile[3:]]
+    return array[tile] if c > 1 else array[(*tile[:2], slice(None), *tile[3:])]
 
 
-def size_of(x: np.ndarray) -> int:
-    """Return how many values of x a tile has.
+class Scratch:
+    """Arrays to compute in, kept for the next tile and the next call: the pages of new ones would cost more than these.
 
-    Fewer would leave threads waiting for each other in the interpreter. Of float64, whose last digit counts, there are
-    no more than can be added up in a run of rows; of other arrays, a share for each of several threads.
+    As a context it hands out one that nobody else has.
     """
-    return _RUN * _ROW if x.dtype == np.float64 else min(1 << 18, max(1 << 16, x.size // 4))
+
+    _free: ClassVar[deque["Scratch"]] = deque(maxlen=num_processors())
+
+    def __init__(self) -> None:
+        self._buffers: list[np.ndarray] = []
+        self._taken = 0
+
+    @classmethod
+    @contextmanager
+    def taken(cls) -> Iterator["Scratch"]:
+        """Hand out one for a ``with`` block, and take it back with all its arrays."""
+        try:
+            scratch = cls._free.pop()
+        except IndexError:
+            scratch = cls()
+        scratch._taken = 0
+        yield scratch
+        cls._free.append(scratch)
+
+    def copy(self, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        """Return a copy in C order, in an array that is not in use."""
+        copy = self.empty(values.shape, dtype)
+        np.copyto(copy, values, casting="unsafe")
+        return copy
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """Return an array that is not in use."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        if self._taken == len(self._buffers):
+            self._buffers.append(np.empty(0, np.uint8))
+        if self._buffers[self._taken].size < size:
+            self._buffers[self._taken] = np.empty(size, np.uint8)
+        buffer = self._buffers[self._taken][:size]
+        self._taken += 1
+        return buffer.view(dtype).reshape(shape)
 
 
-def spread(vector: np.ndarray, tile: Tile, shape: tuple[int, ...]) -> np.ndarray:
-    """Return what (C,) ``vector`` has for a tile of ``shape``, in a form that broadcasts against it in long loops."""
-    column = vector[tile[2], None]
-    _, f, c, length = shape
-    if length >= _LONG or f == length == 1:
-        return column
-    full = np.empty((f, c, length), vector.dtype)
-    full[...] = column
+class Columns:
+    """Vectors of the channels, (C,), in forms that broadcast against tiles in long loops."""
+
+    def __init__(self, *vectors: np.ndarray) -> None:
+        self._vectors = vectors
+        self._spread: dict[tuple[int, ...], list[np.ndarray]] = {}
+
+    def of(self, tile: Tile, shape: tuple[int, ...]) -> list[np.ndarray]:
+        """Return what the vectors have for a tile of ``shape``."""
+        _, f, c, length = shape
+        if length >= _LONG or f == length == 1:
+            return [vector[tile[2], None] for vector in self._vectors]
+        if c < len(self._vectors[0]):
+            return [_spread(vector[tile[2]], shape) for vector in self._vectors]
+        if shape[1:] not in self._spread:  # the same for nearly all tiles
+            self._spread[shape[1:]] = [_spread(vector, shape) for vector in self._vectors]
+        return self._spread[shape[1:]]
+
+
+def _spread(vector: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    full = np.empty(shape[1:], vector.dtype)
+    full[...] = vector[:, None]
     return full
 
 
 def _fold(shape: tuple[int, ...]) -> int:
     n, *rest = shape
-    width = int(np.prod(rest))
-    return 1 if n <= _RUN else max(1, min(n, _ROW // width))
+    width = math.prod(rest)
+    return 1 if n <= _FEW else max(1, min(n, _ROW // width))
 
 
 def _slices(n: int, step: int) -> list[slice]:
