@@ -51,6 +51,7 @@ _BUILT_IN = {
         "cupy",
         "pip install cupy-cuda13x (or cupy-cuda12x, to match the CUDA driver)",
     ),
+    "numba": Known("mbn_numba.backend:NumbaBackend", "built in", "numba", "pip install 'numba>=0.61'"),
 }
 _HOST = "numpy"
 """The backend of data that has no framework yet."""

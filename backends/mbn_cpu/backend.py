@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from mbn.contract import Backend, Capabilities, Moments
+from mbn.contract import Backend, Capabilities, Moments, Residuals
+from mbn.state import Params, State
 from mbn_cpu import vectors
 
 
@@ -16,7 +17,9 @@ class HostBackend(Backend):
     """A backend of NumPy arrays, made of the passes over x of a module of kernels."""
 
     kernels: ClassVar[ModuleType]
-    """It has ``moments``, ``normalize``, ``grad_sums`` and ``grad_input``, with the arguments of the verbs."""
+    """The passes: ``moments``, ``normalize``, ``grad_sums`` and ``grad_input``, with the arguments of the verbs."""
+    whole: ClassVar[ModuleType]
+    """The whole of a call at once, for those batches that it ``takes``: ``train``, ``evaluate`` and ``pullback``."""
     capabilities = Capabilities(
         dtypes=frozenset({"float16", "bfloat16", "float32", "float64"}),
         devices=("cpu",),
@@ -119,6 +122,49 @@ class HostBackend(Backend):
         weights: np.ndarray | None = None,
     ) -> np.ndarray:
         return self.kernels.grad_input(np.asarray(dy), np.asarray(x), mean, var, weight, eps, sums, count, weights)
+
+    def batch_norm_residuals(
+        self,
+        x: np.ndarray,
+        params: Params,
+        state: State,
+        *,
+        training: bool,
+        momentum: float | None,
+        eps: float,
+        correction: int,
+        weights: np.ndarray | None = None,
+        **out: np.ndarray,
+    ) -> tuple[np.ndarray, State, Residuals]:
+        if not self.whole.takes(x, weights, *out.values()):
+            return super().batch_norm_residuals(
+                x,
+                params,
+                state,
+                training=training,
+                momentum=momentum,
+                eps=eps,
+                correction=correction,
+                weights=weights,
+                **out,
+            )
+        if training:
+            return self.whole.train(x, params, state, momentum, eps, correction, **out)
+        y = self.whole.evaluate(x, params, state, eps, **out)
+        return y, state, Residuals(state.running_mean, state.running_var, None)
+
+    def pullback(
+        self,
+        dy: np.ndarray,
+        x: np.ndarray,
+        weight: np.ndarray | None,
+        residuals: Residuals,
+        eps: float,
+        weights: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if self.whole.takes(x, weights, dy):
+            return self.whole.pullback(dy, x, weight, residuals, eps)
+        return super().pullback(dy, x, weight, residuals, eps, weights)
 
 
 def _dtype(name: str | None) -> np.dtype | None:

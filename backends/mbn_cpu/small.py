@@ -14,8 +14,8 @@ _SIZE = 1 << 14
 """Values up to which this is the faster way."""
 
 
-def is_small(x: np.ndarray, weights: np.ndarray | None) -> bool:
-    """Tell whether a batch is for this module."""
+def takes(x: np.ndarray, weights: np.ndarray | None, *others: np.ndarray) -> bool:  # noqa: ARG001 - any memory will do
+    """Tell whether a batch, and other arrays in its shape, are for this module."""
     return weights is None and x.size <= _SIZE and x.dtype != WIDE
 
 

@@ -1,0 +1,250 @@
+"""The passes over x with loops that Numba compiles.
+
+Each reads x once, in the memory order that it has, and needs no memory beside its result but for halves and for arrays
+whose memory is not in one piece, which are brought into a chunk of their own, one after another. How sums are cut
+depends on the shape and dtype of x alone, so the bits do not depend on memory order, run or number of threads.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mbn.contract import Moments
+from mbn_cpu import loops, threads
+from mbn_cpu.tiles import Scratch
+from mbn_cpu.vectors import WIDE, Mean, Pair, as_pair, fold_rows, heaviest, invstd, line
+
+_CHUNK = 1 << 18
+"""Values that one task takes: enough to be worth a thread's while."""
+_PRECISE = 1 << 13
+"""The same of float64, whose last digit counts: the sums of chunks are added as a tree."""
+_SHARE = 2
+"""Chunks that are worth a thread of their own, which takes some of the time of one to wake up."""
+_LARGE = 1 << 22
+"""Values of a sample from which on its sequence is cut too."""
+_LANES = 32
+"""Places of a sequence whose sums are made apart, of one that is longer than twice as many."""
+_NOTHING = np.empty(0)
+
+
+class Chunk(NamedTuple):
+    """Samples and places of an (N, C, L); of an (N, C), which is one sample of N places, the sample is 0."""
+
+    samples: slice
+    places: slice
+
+
+class Form(NamedTuple):
+    """How arrays of a shape are gone through."""
+
+    last: bool
+    """Whether channels come last, as they do in an (N, C)."""
+    shape: tuple[int, int, int]
+    """N, C and L."""
+    lanes: int
+
+    @classmethod
+    def of(cls, x: np.ndarray) -> "Form":
+        """Return the form that follows the memory of x."""
+        if x.ndim == 2:  # noqa: PLR2004 - (N, C)
+            n, c = x.shape
+            return cls(last=True, shape=(1, c, n), lanes=max(1, min(n, 256 // c)))
+        length = x.shape[2]
+        is_last = x.swapaxes(1, 2).flags.c_contiguous and not x.flags.c_contiguous
+        return cls(is_last, x.shape, length if length <= 2 * _LANES else _LANES)
+
+    def arranged(self, array: np.ndarray) -> np.ndarray:
+        """Return a view of an array in the shape of x as (N, C, L), or (N, L, C) with channels last."""
+        if array.ndim == 2:  # noqa: PLR2004
+            return array[None]
+        return array.swapaxes(1, 2) if self.last else array
+
+    def chunks(self, size: int) -> list[Chunk]:
+        """Return what a task each takes: about so many values."""
+        n, c, length = self.shape
+        if n > 1 and c * length <= _LARGE:
+            # A sum of each chunk and channel is kept, which has to be little beside the chunk.
+            samples, places = max(1, size // (c * length), 64 // length), length
+        else:
+            samples, places = 1, max(1, size // c, 64)
+            places = -(-places // self.lanes) * self.lanes
+        return [
+            Chunk(slice(i, min(i + samples, n)), slice(j, min(j + places, length)))
+            for i in range(0, n, samples)
+            for j in range(0, length, places)
+        ]
+
+    def part(self, array: np.ndarray, chunk: Chunk) -> np.ndarray:
+        """Return a chunk of an array in the shape of x, as it is arranged."""
+        samples, places = chunk
+        array = self.arranged(array)[samples]
+        return array[:, places] if self.last else array[:, :, places]
+
+    def flat(self, array: np.ndarray) -> np.ndarray:
+        """Return an array in the shape of x, whose memory is in one piece, as one axis."""
+        return readable(self.arranged(array).reshape(-1))
+
+    def weights(self, weights: np.ndarray | None, chunk: Chunk) -> np.ndarray:
+        """Return the weights of a chunk as one axis."""
+        if weights is None:
+            return _NOTHING
+        weights = weights if weights.ndim == 2 else weights[None]  # noqa: PLR2004 - (N, L), or (N,) of one sample
+        return np.ascontiguousarray(weights[chunk], WIDE).reshape(-1)
+
+    def sizes(self, chunk: Chunk) -> tuple[int, int]:
+        """Return C and the L of a chunk."""
+        return self.shape[1], chunk.places.stop - chunk.places.start
+
+
+def moments(x: np.ndarray, weights: np.ndarray | None = None) -> Moments:
+    """Return count, mean (a Pair) and m2 (float64) of each channel of x, (N, C) or (N, C, L).
+
+    As in :func:`mbn_cpu.blocked.moments`: sums of d = x - shift and d², and of float64 again around its mean.
+    """
+    with np.errstate(all="ignore"):
+        shift = heaviest(x, weights)
+        count = x.size // x.shape[1] if weights is None else fold_rows(weights.flatten().astype(WIDE))
+        divisor = count or 1  # without any weight the sums are 0 as well
+        total, squares = _sums(loops.shifted_sums, shift, weights, x)
+        if x.dtype == WIDE:
+            shift += total / divisor
+            total, squares = _sums(loops.shifted_sums, shift, weights, x)
+        mean = total / divisor
+        return Moments(count, Pair(shift, mean), squares - total * mean)
+
+
+def normalize(
+    x: np.ndarray,
+    mean: Mean,
+    var: np.ndarray,
+    weight: np.ndarray | None,
+    bias: np.ndarray | None,
+    eps: float,
+    weights: np.ndarray | None = None,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return (x - mean) / sqrt(var + eps) * weight + bias in x's dtype and memory order, and 0 where weights are 0."""
+    with np.errstate(all="ignore"):
+        vectors = line(mean, var, weight, bias, eps, compute_dtype(x))
+    y = np.empty_like(x) if out is None else out
+
+    def task(form: Form, sizes: tuple[int, int], y: np.ndarray, x: np.ndarray, w: np.ndarray) -> None:
+        loops.normalize(x, w, y, form.last, *sizes, *vectors)
+
+    _each(task, y, weights, x)
+    return y
+
+
+def grad_sums(
+    dy: np.ndarray, x: np.ndarray, mean: Mean, var: np.ndarray, eps: float, weights: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sums of dy and of dy * (x - mean) / sqrt(var + eps) for each channel, in float64."""
+    with np.errstate(all="ignore"):
+        hi, lo = as_pair(mean)
+        sum_dy, products = _sums(loops.gradient_sums, hi, weights, x, dy)
+        return sum_dy, (products - lo * sum_dy) * invstd(var, eps)
+
+
+def grad_input(
+    dy: np.ndarray,
+    x: np.ndarray,
+    mean: Mean,
+    var: np.ndarray,
+    weight: np.ndarray | None,
+    eps: float,
+    sums: tuple[np.ndarray, np.ndarray] | None,
+    count: float | None,
+    weights: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return the gradient of x, in its dtype and memory order: scale * (dy - w * (mean_dy + xhat * mean_dy_xhat)).
+
+    Computed in float64 and rounded once: where the gradient is small its terms are not, and all digits of them cancel.
+    """
+    with np.errstate(all="ignore"):
+        scale = invstd(var, eps)
+        center = slope = average = _NOTHING
+        if sums is not None:
+            sum_dy, sum_dy_xhat = sums
+            center, lo = as_pair(mean)
+            slope = scale * sum_dy_xhat / count
+            average = sum_dy / count - lo * slope
+        if weight is not None:
+            scale = scale * weight
+    dx = np.empty_like(x)
+
+    def task(form: Form, sizes: tuple[int, int], dx: np.ndarray, x: np.ndarray, dy: np.ndarray, w: np.ndarray) -> None:
+        loops.input_gradient(dy, x, w, dx, form.last, *sizes, center, slope, average, scale)
+
+    _each(task, dx, weights, x, dy)
+    return dx
+
+
+def _sums(
+    loop: Callable[..., None], shift: np.ndarray, weights: np.ndarray | None, x: np.ndarray, *others: np.ndarray
+) -> np.ndarray:
+    """Return both sums that a loop makes of arrays in the shape of x, (2, C)."""
+    form, compute = Form.of(x), compute_dtype(x)
+    chunks = form.chunks(_PRECISE if compute == WIDE else _CHUNK)
+    partial = np.empty((len(chunks), 2, form.shape[1]))
+
+    def add(i: int) -> None:
+        chunk = chunks[i]
+        with Scratch.taken() as scratch:
+            pieces = [_piece(scratch, form.part(array, chunk), compute) for array in (*others, x)]
+            sizes = form.sizes(chunk)
+            loop(*pieces, form.weights(weights, chunk), form.last, *sizes, form.lanes, shift, partial[i])
+
+    threads.run(add, len(chunks), at_least=_SHARE)
+    return fold_rows(partial)
+
+
+def _each(
+    task: Callable[..., None], result: np.ndarray, weights: np.ndarray | None, x: np.ndarray, *others: np.ndarray
+) -> None:
+    """Have ``task(form, sizes, result, x, *others, weights)`` fill all chunks of a result in the shape of x."""
+    form, compute = Form.of(x), compute_dtype(x)
+    chunks = form.chunks(_CHUNK)
+
+    def fill(i: int) -> None:
+        chunk = chunks[i]
+        part = form.part(result, chunk)
+        with Scratch.taken() as scratch:
+            is_direct = _is_plain(part, compute)
+            filled = part.reshape(-1) if is_direct else scratch.empty((part.size,), compute)
+            pieces = [_piece(scratch, form.part(array, chunk), compute) for array in (x, *others)]
+            task(form, form.sizes(chunk), filled, *pieces, form.weights(weights, chunk))
+            if not is_direct:
+                np.copyto(part, filled.reshape(part.shape), casting="unsafe")
+
+    threads.run(fill, len(chunks), at_least=_SHARE)
+
+
+def _piece(scratch: Scratch, part: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Return a part of an array as one axis in a dtype."""
+    return readable(part.reshape(-1)) if _is_plain(part, dtype) else scratch.copy(part, dtype).reshape(-1)
+
+
+def _is_plain(part: np.ndarray, dtype: np.dtype) -> bool:
+    return part.dtype == dtype and part.flags.c_contiguous and part.flags.aligned
+
+
+class _Memory:
+    """What NumPy makes an array of."""
+
+    def __init__(self, interface: dict[str, Any]) -> None:
+        self.__array_interface__ = interface
+
+
+def readable(array: np.ndarray) -> np.ndarray:
+    """Return an array that Numba takes for any other, and only reads: of a read-only one it would compile all anew."""
+    if array.flags.writeable:
+        return array
+    interface = array.__array_interface__
+    address, _ = interface["data"]
+    return np.asarray(_Memory({**interface, "data": (address, False)}))
+
+
+def compute_dtype(x: np.ndarray) -> np.dtype:
+    """Return the dtype to compute in: float16 and bfloat16 are brought to float32."""
+    return np.result_type(x.dtype, np.float32)

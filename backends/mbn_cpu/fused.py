@@ -1,0 +1,84 @@
+"""The whole of a call in one call of what Numba compiles, for arrays that one thread is done with soonest.
+
+Neither weights nor other dtypes than float32 come here, nor memory that is not in one piece.
+"""
+
+import numpy as np
+
+from mbn.contract import Residuals
+from mbn.state import Params, State
+from mbn_cpu import loops
+from mbn_cpu.compiled import Form, readable
+from mbn_cpu.vectors import Pair, step
+
+_SIZE = 1 << 19
+"""Values up to which this is the faster way."""
+_NO_VECTOR = np.empty(0, np.float32)
+_NO_REST = np.empty(0)
+
+
+def takes(x: np.ndarray, weights: np.ndarray | None, *others: np.ndarray) -> bool:
+    """Tell whether a batch, and other arrays in its shape, are for this module."""
+    if weights is not None or x.size > _SIZE or x.dtype != np.float32:
+        return False
+    is_one_piece = x.flags.c_contiguous or (x.ndim == 3 and x.swapaxes(1, 2).flags.c_contiguous)  # noqa: PLR2004
+    return is_one_piece and x.flags.aligned and all(other.strides == x.strides for other in others)
+
+
+def train(
+    x: np.ndarray,
+    params: Params,
+    state: State,
+    momentum: float | None,
+    eps: float,
+    correction: int,
+    out: np.ndarray | None = None,
+) -> tuple[np.ndarray, State, Residuals]:
+    """Return output, new state and residuals of a step of training on x, (N, C) or (N, C, L)."""
+    running_mean, running_var, num_batches_tracked = state
+    form, y = Form.of(x), np.empty_like(x) if out is None else out
+    _, c, length = form.shape
+    n = x.size // c
+    if num_batches_tracked is not None:
+        num_batches_tracked = num_batches_tracked + 1
+    is_tracked = running_mean is not None
+    running = np.array((running_mean, running_var)) if is_tracked else np.empty((0, 0), np.float32)
+    share = float(step(momentum, num_batches_tracked, n, correction)) if is_tracked else 0.0
+    arrays = form.flat(x), form.flat(y)
+    sizes = form.last, c, length, form.lanes
+    new, (hi, lo, var) = loops.train(*arrays, *sizes, *_vectors(params), running, share, eps, correction)
+    if is_tracked:
+        running_mean, running_var = new
+    return y, State(running_mean, running_var, num_batches_tracked), Residuals(Pair(hi, lo), var, n)
+
+
+def evaluate(x: np.ndarray, params: Params, state: State, eps: float, out: np.ndarray | None = None) -> np.ndarray:
+    """Return the output of evaluation on x, (N, C) or (N, C, L)."""
+    form, y = Form.of(x), np.empty_like(x) if out is None else out
+    _, c, length = form.shape
+    statistics = readable(state.running_mean), readable(state.running_var)
+    loops.evaluate(form.flat(x), form.flat(y), form.last, c, length, *_vectors(params), *statistics, eps)
+    return y
+
+
+def pullback(
+    dy: np.ndarray, x: np.ndarray, weight: np.ndarray | None, residuals: Residuals, eps: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the gradients of x, weight and bias."""
+    mean, var, count = residuals
+    hi, lo = mean if isinstance(mean, Pair) else (mean, _NO_REST)
+    form, dx = Form.of(x), np.empty_like(x)
+    _, c, length = form.shape
+    arrays = form.flat(dy), form.flat(x), form.flat(dx)
+    sizes = form.last, c, length, form.lanes
+    vectors = _vector(weight), readable(hi), readable(lo), readable(var)
+    sum_dy, sum_dy_xhat = loops.pull_back(*arrays, *sizes, *vectors, count or 0, eps)
+    return dx, sum_dy_xhat, sum_dy
+
+
+def _vectors(params: Params) -> tuple[np.ndarray, np.ndarray]:
+    return _vector(params.weight), _vector(params.bias)
+
+
+def _vector(parameter: np.ndarray | None) -> np.ndarray:
+    return _NO_VECTOR if parameter is None else readable(parameter)

@@ -1,0 +1,408 @@
+"""The innermost loops, compiled by Numba: each goes through a contiguous chunk of x once.
+
+They have to release the interpreter's lock, since threads run them side by side; to give the same bits for both memory
+orders, so sums are made in lanes, (c, l modulo the number of lanes), each in the order of n and l; and to be cached on
+disk. All of them are in this file, because Numba's cache looks for changes no further than the file of a function.
+
+A chunk x is (N, C, L), or (N, L, C) with channels last, as one axis; an (N, C) is a sequence of N in one sample with
+channels last. ``w`` has the weight of each (n, l), or nothing at all where each value counts once; loops that are given
+weights leave out what has none, whatever it is. Vectors are (C,), in float64 if nothing else is said.
+"""
+
+import numba
+import numpy as np
+
+_compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+
+_WIDTH = 256
+"""Values that make a loop long enough."""
+
+
+@_compiled
+def shifted_sums(x, w, last, c, length, lanes, shift, sums):
+    """Write the weighted sums of x - shift and of its squares, (2, C)."""
+    width = lanes * c
+    inner = 1 if last else lanes
+    total, squares, center = np.zeros(width), np.zeros(width), _spread(shift, width, inner)
+    if w.size:
+        _add_weighted(x, w, last, c, length, lanes, center, total, squares)
+    elif last or lanes == length:
+        _add_rows(x, width, length * c, center, total, squares)
+    else:
+        _add_planes(x, c, length, lanes, shift, total, squares)
+    _collapse(total, inner, sums[0])
+    _collapse(squares, inner, sums[1])
+
+
+@_compiled
+def gradient_sums(dy, x, w, last, c, length, lanes, shift, sums):
+    """Write the sums of dy and of dy * (x - shift), (2, C)."""
+    width = lanes * c
+    inner = 1 if last else lanes
+    total, products, center = np.zeros(width), np.zeros(width), _spread(shift, width, inner)
+    if w.size:
+        _add_products_counted(dy, x, w, last, c, length, lanes, center, total, products)
+    elif last or lanes == length:
+        _add_product_rows(dy, x, width, length * c, center, total, products)
+    else:
+        _add_product_planes(dy, x, c, length, lanes, shift, total, products)
+    _collapse(total, inner, sums[0])
+    _collapse(products, inner, sums[1])
+
+
+@_compiled
+def normalize(x, w, y, last, c, length, center, scale, shift):
+    """Write (x - center) * scale + shift, vectors and arithmetic in the dtype of x and y."""
+    if w.size:
+        _normalize_counted(x, w, y, last, c, length, center, scale, shift)
+    elif last or length < _WIDTH:
+        width, inner = _row(last, c, length)
+        center, scale, shift = _spread(center, width, inner), _spread(scale, width, inner), _spread(shift, width, inner)
+        for start in range(0, x.size, width):
+            stop = min(start + width, x.size)
+            values, out = x[start:stop], y[start:stop]
+            for k in range(stop - start):
+                out[k] = (values[k] - center[k]) * scale[k] + shift[k]
+    else:
+        for row in range(x.size // length):
+            values, out = x[row * length : (row + 1) * length], y[row * length : (row + 1) * length]
+            k, a, b = center[row % c], scale[row % c], shift[row % c]
+            for i in range(length):
+                out[i] = (values[i] - k) * a + b
+
+
+@_compiled
+def input_gradient(dy, x, w, dx, last, c, length, center, slope, average, scale):
+    """Write scale * (dy - w * ((x - center) * slope + average)), computed in float64 and rounded once.
+
+    Without a ``center`` it is scale * dy, and x is not read.
+    """
+    if not center.size:
+        _scale(dy, w, dx, last, c, length, scale)
+    elif w.size:
+        _project_counted(dy, x, w, dx, last, c, length, center, slope, average, scale)
+    elif last or length < _WIDTH:
+        width, inner = _row(last, c, length)
+        center, slope = _spread(center, width, inner), _spread(slope, width, inner)
+        average, scale = _spread(average, width, inner), _spread(scale, width, inner)
+        for start in range(0, x.size, width):
+            stop = min(start + width, x.size)
+            gradient, values, out = dy[start:stop], x[start:stop], dx[start:stop]
+            for k in range(stop - start):
+                out[k] = scale[k] * (gradient[k] - ((values[k] - center[k]) * slope[k] + average[k]))
+    else:
+        for row in range(x.size // length):
+            channel = row % c
+            k, a, b, s = center[channel], slope[channel], average[channel], scale[channel]
+            begin, end = row * length, (row + 1) * length
+            gradient, values, out = dy[begin:end], x[begin:end], dx[begin:end]
+            for i in range(length):
+                out[i] = s * (gradient[i] - ((values[i] - k) * a + b))
+
+
+@_compiled
+def train(x, y, last, c, length, lanes, weight, bias, running, share, eps, correction):
+    """Write the output of a step of training; return new running statistics, (2, C), and mean and variance, (3, C).
+
+    ``weight``, ``bias`` and ``running``, (2, C), are empty where there are none; ``share`` is the weight of the batch
+    in the running statistics. The mean is the sum of the first two rows of what is returned, the variance the third.
+    """
+    n = x.size // c
+    no_weights = np.empty(0)
+    stats, sums = np.empty((3, c)), np.empty((2, c))
+    for channel in range(c):
+        stats[0, channel] = x[channel] if last else x[channel * length]
+    shifted_sums(x, no_weights, last, c, length, lanes, stats[0], sums)
+    new = np.empty_like(running)
+    center, scale, shift = np.empty(c, x.dtype), np.empty(c, x.dtype), np.empty(c, x.dtype)
+    for channel in range(c):
+        hi, lo = stats[0, channel], sums[0, channel] / n
+        m2 = sums[1, channel] - sums[0, channel] * lo
+        var = m2 / n
+        stats[1, channel], stats[2, channel] = lo, var
+        if running.size:
+            new[0, channel], new[1, channel] = running[0, channel], running[1, channel]
+            if share != 0:
+                new[0, channel] = (1 - share) * running[0, channel] + share * (hi + lo)
+                new[1, channel] = (1 - share) * running[1, channel] + share * (m2 / (n - correction))
+        factor = _invstd(var, eps) * (weight[channel] if weight.size else 1.0)
+        center[channel] = hi + lo
+        scale[channel] = factor
+        shift[channel] = (center[channel] - hi - lo) * factor + (bias[channel] if bias.size else 0.0)
+    normalize(x, no_weights, y, last, c, length, center, scale, shift)
+    return new, stats
+
+
+@_compiled
+def pull_back(dy, x, dx, last, c, length, lanes, weight, hi, lo, var, count, eps):
+    """Write the gradient of x; return those of bias and weight, (2, C).
+
+    ``lo`` is empty where the mean has no rest, and ``count`` is 0 where mean and variance are constants.
+    """
+    no_weights = np.empty(0)
+    sums, center = np.empty((2, c)), hi.astype(np.float64)
+    gradient_sums(dy, x, no_weights, last, c, length, lanes, center, sums)
+    scale, slope, average = np.empty(c), np.empty(c), np.empty(c)
+    for channel in range(c):
+        invstd, rest = _invstd(np.float64(var[channel]), eps), lo[channel] if lo.size else 0.0
+        sums[1, channel] = (sums[1, channel] - rest * sums[0, channel]) * invstd
+        scale[channel] = invstd * (weight[channel] if weight.size else 1.0)
+        if count:
+            slope[channel] = invstd * sums[1, channel] / count
+            average[channel] = sums[0, channel] / count - rest * slope[channel]
+    if not count:
+        center = no_weights
+    input_gradient(dy, x, no_weights, dx, last, c, length, center, slope, average, scale)
+    return sums
+
+
+@_compiled
+def evaluate(x, y, last, c, length, weight, bias, running_mean, running_var, eps):
+    """Write the output of evaluation; ``weight`` and ``bias`` are empty where there are none."""
+    center, scale, shift = np.empty(c, x.dtype), np.empty(c, x.dtype), np.empty(c, x.dtype)
+    for channel in range(c):
+        mean = np.float64(running_mean[channel])
+        factor = _invstd(np.float64(running_var[channel]), eps) * (weight[channel] if weight.size else 1.0)
+        center[channel] = mean
+        scale[channel] = factor
+        shift[channel] = (center[channel] - mean) * factor + (bias[channel] if bias.size else 0.0)
+    normalize(x, np.empty(0), y, last, c, length, center, scale, shift)
+
+
+@_compiled
+def _invstd(var, eps):
+    """Return 1 / sqrt(var + eps), and 0 where that has no value."""
+    return 0.0 if var + eps == 0 else 1 / np.sqrt(var + eps)
+
+
+@_compiled
+def _row(last, c, length):
+    """Return how many values make a row for loops, and how many of them in turn have the same channel."""
+    plane, inner = (c, 1) if last else (c * length, length)
+    return plane * max(1, _WIDTH // plane), inner
+
+
+@_compiled
+def _spread(vector, width, inner):
+    """Return a vector for each value of a row, of which so many in turn have the same channel."""
+    row = np.empty(width, vector.dtype)
+    for k in range(width):
+        row[k] = vector[k // inner % vector.size]
+    return row
+
+
+@_compiled
+def _collapse(row, inner, out):
+    """Write the sums of the lanes of each channel: a tree of additions, in which the row is used up."""
+    c = out.size
+    step = c if inner == 1 else 1
+    for channel in range(c):
+        first, lanes = channel * inner, row.size // c
+        while lanes > 1:
+            half = (lanes + 1) // 2
+            for lane in range(half, lanes):
+                row[first + (lane - half) * step] += row[first + lane * step]
+            lanes = half
+        out[channel] = row[first]
+
+
+@_compiled
+def _add_rows(x, width, sample, center, total, squares):
+    """Add up rows of ``width``, and in the end what each sample, so many values, has left over."""
+    samples, rows, rest = x.size // sample, sample // width, sample % width
+    if rest == 0:  # nothing between the rows of one sample and the next
+        samples, rows, sample = 1, samples * rows, x.size
+    for n in range(samples):
+        first = n * sample
+        for r in range(0, rows - rows % 4, 4):  # four at a time: a quarter of the traffic of the sums
+            b = first + r * width
+            x0, x1 = x[b:][:width], x[b + width :][:width]
+            x2, x3 = x[b + 2 * width :][:width], x[b + 3 * width :][:width]
+            for k in range(width):
+                d0, d1, d2, d3 = x0[k] - center[k], x1[k] - center[k], x2[k] - center[k], x3[k] - center[k]
+                total[k] = (((total[k] + d0) + d1) + d2) + d3
+                squares[k] = (((squares[k] + d0 * d0) + d1 * d1) + d2 * d2) + d3 * d3
+        for r in range(rows - rows % 4, rows):
+            _add_row(x[first + r * width :][:width], center, total, squares)
+    if rest:
+        for n in range(samples):
+            _add_row(x[(n + 1) * sample - rest :][:rest], center, total, squares)
+
+
+@_compiled
+def _add_row(row, center, total, squares):
+    for k in range(row.size):
+        d = row[k] - center[k]
+        total[k] += d
+        squares[k] += d * d
+
+
+@_compiled
+def _add_planes(x, c, length, lanes, shift, total, squares):
+    whole = length - length % lanes
+    for row in range(x.size // length):
+        k, values = shift[row % c], x[row * length :][:whole]
+        sums, other = total[row % c * lanes :][:lanes], squares[row % c * lanes :][:lanes]
+        for start in range(0, whole, lanes):
+            block = values[start:][:lanes]
+            for i in range(lanes):
+                d = block[i] - k
+                sums[i] += d
+                other[i] += d * d
+    for row in range(x.size // length):
+        k, values = shift[row % c], x[row * length + whole :][: length - whole]
+        for i in range(values.size):
+            d = values[i] - k
+            total[row % c * lanes + i] += d
+            squares[row % c * lanes + i] += d * d
+
+
+@_compiled
+def _add_product_rows(dy, x, width, sample, center, total, products):
+    """Add up rows as ``_add_rows`` does."""
+    samples, rows, rest = x.size // sample, sample // width, sample % width
+    if rest == 0:
+        samples, rows, sample = 1, samples * rows, x.size
+    for n in range(samples):
+        first = n * sample
+        for r in range(0, rows - rows % 2, 2):
+            b = first + r * width
+            g0, g1, x0, x1 = dy[b:][:width], dy[b + width :][:width], x[b:][:width], x[b + width :][:width]
+            for k in range(width):
+                total[k] = (total[k] + g0[k]) + g1[k]
+                products[k] = (products[k] + g0[k] * (x0[k] - center[k])) + g1[k] * (x1[k] - center[k])
+        for r in range(rows - rows % 2, rows):
+            b = first + r * width
+            _add_product_row(dy[b:][:width], x[b:][:width], center, total, products)
+    if rest:
+        for n in range(samples):
+            b = (n + 1) * sample - rest
+            _add_product_row(dy[b:][:rest], x[b:][:rest], center, total, products)
+
+
+@_compiled
+def _add_product_row(gradient, row, center, total, products):
+    for k in range(row.size):
+        total[k] += gradient[k]
+        products[k] += gradient[k] * (row[k] - center[k])
+
+
+@_compiled
+def _add_product_planes(dy, x, c, length, lanes, shift, total, products):
+    whole = length - length % lanes
+    for row in range(x.size // length):
+        k, gradient, values = shift[row % c], dy[row * length :][:whole], x[row * length :][:whole]
+        sums, other = total[row % c * lanes :][:lanes], products[row % c * lanes :][:lanes]
+        for start in range(0, whole, lanes):
+            g, block = gradient[start:][:lanes], values[start:][:lanes]
+            for i in range(lanes):
+                sums[i] += g[i]
+                other[i] += g[i] * (block[i] - k)
+    for row in range(x.size // length):
+        first, k = row * length + whole, shift[row % c]
+        for i in range(length - whole):
+            total[row % c * lanes + i] += dy[first + i]
+            products[row % c * lanes + i] += dy[first + i] * (x[first + i] - k)
+
+
+# With weights: what has none is replaced before anything is computed of it.
+
+
+@_compiled
+def _add_weighted(x, w, last, c, length, lanes, center, total, squares):
+    whole = length - length % lanes
+    for begin, end in ((0, whole), (whole, length)):
+        for n in range(w.size // length):
+            if last:
+                for position in range(begin, end):
+                    weight, lane = w[n * length + position], position % lanes * c
+                    if weight == 0:
+                        continue
+                    row, shift = x[(n * length + position) * c :][:c], center[lane:][:c]
+                    sums, other = total[lane:][:c], squares[lane:][:c]
+                    for i in range(c):
+                        d = row[i] - shift[i]
+                        sums[i] += weight * d
+                        other[i] += weight * (d * d)
+                continue
+            for channel in range(c):
+                k, sums, other = center[channel * lanes], total[channel * lanes :], squares[channel * lanes :]
+                for start in range(begin, end, lanes):
+                    block, weights = x[(n * c + channel) * length + start :], w[n * length + start :]
+                    for i in range(min(lanes, end - start)):
+                        weight = weights[i]
+                        d = block[i] - k if weight != 0 else 0.0
+                        sums[i] += weight * d
+                        other[i] += weight * (d * d)
+
+
+@_compiled
+def _add_products_counted(dy, x, w, last, c, length, lanes, center, total, products):
+    whole = length - length % lanes
+    for begin, end in ((0, whole), (whole, length)):
+        for n in range(w.size // length):
+            if last:
+                for position in range(begin, end):
+                    if w[n * length + position] == 0:
+                        continue
+                    b, lane = (n * length + position) * c, position % lanes * c
+                    gradient, row, shift = dy[b:][:c], x[b:][:c], center[lane:][:c]
+                    sums, other = total[lane:][:c], products[lane:][:c]
+                    for i in range(c):
+                        sums[i] += gradient[i]
+                        other[i] += gradient[i] * (row[i] - shift[i])
+                continue
+            for channel in range(c):
+                k, sums, other = center[channel * lanes], total[channel * lanes :], products[channel * lanes :]
+                for start in range(begin, end, lanes):
+                    b = (n * c + channel) * length + start
+                    gradient, block, weights = dy[b:], x[b:], w[n * length + start :]
+                    for i in range(min(lanes, end - start)):
+                        counts = weights[i] != 0
+                        g = gradient[i] if counts else 0.0
+                        d = block[i] - k if counts else 0.0
+                        sums[i] += g
+                        other[i] += g * d
+
+
+@_compiled
+def _normalize_counted(x, w, y, last, c, length, center, scale, shift):
+    if last:
+        for row in range(w.size):
+            values, out = x[row * c :][:c], y[row * c :][:c]
+            if w[row] == 0:
+                out[:] = 0
+                continue
+            for i in range(c):
+                out[i] = (values[i] - center[i]) * scale[i] + shift[i]
+        return
+    for row in range(x.size // length):
+        values, out, weights = x[row * length :][:length], y[row * length :][:length], w[row // c * length :][:length]
+        k, a, b = center[row % c], scale[row % c], shift[row % c]
+        for i in range(length):
+            value = (values[i] - k) * a + b
+            out[i] = value if weights[i] != 0 else 0
+
+
+@_compiled
+def _scale(dy, w, dx, last, c, length, scale):
+    """Write scale * dy, and 0 where there are weights and this is 0."""
+    inner = 1 if last else length
+    for row in range(dy.size // inner):
+        factor, gradient, out = scale[row % c], dy[row * inner :][:inner], dx[row * inner :][:inner]
+        place = row // c * inner  # of the first weight
+        for i in range(inner):
+            out[i] = factor * gradient[i] if w.size == 0 or w[place + i] != 0 else 0
+
+
+@_compiled
+def _project_counted(dy, x, w, dx, last, c, length, center, slope, average, scale):
+    inner = 1 if last else length
+    for row in range(x.size // inner):
+        channel, place = row % c, row // c * inner
+        k, a, b, s = center[channel], slope[channel], average[channel], scale[channel]
+        gradient, values, out = dy[row * inner :][:inner], x[row * inner :][:inner], dx[row * inner :][:inner]
+        for i in range(inner):
+            weight = w[place + i]
+            value = s * (gradient[i] - weight * ((values[i] - k) * a + b))
+            out[i] = value if weight != 0 else 0
