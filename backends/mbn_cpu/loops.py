@@ -58,11 +58,7 @@ def normalize(x, w, y, last, c, length, center, scale, shift):
     elif last or length < _WIDTH:
         width, inner = _row(last, c, length)
         center, scale, shift = _spread(center, width, inner), _spread(scale, width, inner), _spread(shift, width, inner)
-        for start in range(0, x.size, width):
-            stop = min(start + width, x.size)
-            values, out = x[start:stop], y[start:stop]
-            for k in range(stop - start):
-                out[k] = (values[k] - center[k]) * scale[k] + shift[k]
+        _normalize_rows(x, y, width, center, scale, shift)
     else:
         for row in range(x.size // length):
             values, out = x[row * length : (row + 1) * length], y[row * length : (row + 1) * length]
@@ -186,8 +182,12 @@ def _row(last, c, length):
 def _spread(vector, width, inner):
     """Return a vector for each value of a row, of which so many in turn have the same channel."""
     row = np.empty(width, vector.dtype)
-    for k in range(width):
-        row[k] = vector[k // inner % vector.size]
+    k = 0
+    for _ in range(width // (vector.size * inner)):
+        for channel in range(vector.size):
+            for _ in range(inner):
+                row[k] = vector[channel]
+                k += 1
     return row
 
 
@@ -204,6 +204,24 @@ def _collapse(row, inner, out):
                 row[first + (lane - half) * step] += row[first + lane * step]
             lanes = half
         out[channel] = row[first]
+
+
+@_compiled
+def _normalize_rows(x, y, width, center, scale, shift):
+    whole = x.size // (4 * width) * (4 * width)
+    for b in range(0, whole, 4 * width):  # four at a time, for which the vectors are read once
+        x0, x1 = x[b:][:width], x[b + width :][:width]
+        x2, x3 = x[b + 2 * width :][:width], x[b + 3 * width :][:width]
+        y0, y1 = y[b:][:width], y[b + width :][:width]
+        y2, y3 = y[b + 2 * width :][:width], y[b + 3 * width :][:width]
+        for k in range(width):
+            c, s, t = center[k], scale[k], shift[k]
+            y0[k], y1[k] = (x0[k] - c) * s + t, (x1[k] - c) * s + t
+            y2[k], y3[k] = (x2[k] - c) * s + t, (x3[k] - c) * s + t
+    for b in range(whole, x.size, width):
+        values, out = x[b:][:width], y[b:][:width]
+        for k in range(values.size):
+            out[k] = (values[k] - center[k]) * scale[k] + shift[k]
 
 
 @_compiled

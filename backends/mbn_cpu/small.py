@@ -8,7 +8,7 @@ import numpy as np
 
 from mbn.contract import Residuals
 from mbn.state import Params, State
-from mbn_cpu.vectors import WIDE, Mean, Pair, step
+from mbn_cpu.vectors import WIDE, Pair, step
 
 _SIZE = 1 << 14
 """Values up to which this is the faster way."""
@@ -32,35 +32,49 @@ def train(
     """Return output, new state and residuals of a step of training on x, (N, C) or (N, C, L)."""
     running_mean, running_var, num_batches_tracked = state
     n, axes = x.size // x.shape[1], _axes(x)
-    first = x[0] if x.ndim == 2 else x[0, :, :1]  # noqa: PLR2004 - (N, C)
-    d = np.subtract(x, first, dtype=WIDE, order="C")  # the order of sums must not be that of the memory
-    rest = np.add.reduce(d, axes)
-    rest /= n
-    d -= _column(rest, x)
-    var = np.add.reduce(np.square(d), axes)
-    m2 = var.copy()
-    var /= n
-    mean = Pair(first.reshape(-1).astype(WIDE), rest)
-    y = _affine(d, x, params, _invstd(var, eps), out)
+    d = x.astype(WIDE, order="C")  # the order of sums must not be that of the memory
+    first = d[0].copy() if x.ndim == 2 else d[0, :, 0].copy()  # noqa: PLR2004 - (N, C)
+    d -= _column(first, x)
+    total = np.add.reduce(d, axes)
+    m2 = np.add.reduce(d * d, axes)
+    rest = total / n
+    m2 -= total * rest
+    var = m2 / n
+    scale, shift = _invstd(var, eps), params.bias
+    if params.weight is not None:
+        scale *= params.weight
+    shift = -rest * scale if shift is None else shift - rest * scale
+    y = np.empty_like(x) if out is None else out
+    d *= _column(scale, x)
+    np.add(d, _column(shift, x), out=y, casting="unsafe")
     if num_batches_tracked is not None:
         num_batches_tracked = num_batches_tracked + 1
     if running_mean is not None:
         share = step(momentum, num_batches_tracked, n, correction)
         new = np.array((running_mean, running_var), WIDE)
         if share != 0:  # else they are kept, whatever the batch holds
-            m2 *= share / (n - correction)
             new *= 1 - share
-            new[0] += (mean.hi + rest) * share
-            new[1] += m2
+            mean, unbiased = new
+            mean += (first + rest) * share
+            unbiased += m2 * (share / (n - correction))
         running_mean, running_var = new.astype(running_mean.dtype)
-    return y, State(running_mean, running_var, num_batches_tracked), Residuals(mean, var, n)
+    return y, State(running_mean, running_var, num_batches_tracked), Residuals(Pair(first, rest), var, n)
 
 
 @np.errstate(all="ignore")
 def evaluate(x: np.ndarray, params: Params, state: State, eps: float, out: np.ndarray | None = None) -> np.ndarray:
     """Return the output of evaluation on x, (N, C) or (N, C, L)."""
-    d = np.subtract(x, _column(state.running_mean, x), dtype=WIDE)
-    return _affine(d, x, params, _invstd(state.running_var, eps), out)
+    weight, bias = params
+    scale = _invstd(state.running_var, eps)
+    if weight is not None:
+        scale *= weight
+    y = np.empty_like(x) if out is None else out
+    d = x.astype(WIDE)
+    d -= _column(state.running_mean, x)
+    if bias is None:
+        return np.multiply(d, _column(scale, x), out=y, casting="unsafe")
+    d *= _column(scale, x)
+    return np.add(d, _column(bias, x), out=y, casting="unsafe")
 
 
 @np.errstate(all="ignore")
@@ -69,40 +83,23 @@ def pullback(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the gradients of x, weight and bias."""
     mean, var, count = residuals
+    hi, rest = mean if isinstance(mean, Pair) else (mean, 0)
     axes, invstd = _axes(x), _invstd(var, eps)
-    d = _deviation(x, mean)
-    gradient = dy.astype(WIDE, order="C")
+    d, gradient = x.astype(WIDE, order="C"), dy.astype(WIDE, order="C")
+    d -= _column(hi, x)
     sum_dy = np.add.reduce(gradient, axes)
     sum_dy_xhat = np.add.reduce(d * gradient, axes)
+    sum_dy_xhat -= rest * sum_dy
     sum_dy_xhat *= invstd
     if count is not None:
-        d *= _column(sum_dy_xhat * invstd / count, x)
-        gradient -= _column(sum_dy / count, x)
+        slope = invstd * sum_dy_xhat / count
+        d *= _column(slope, x)
         gradient -= d
-    dx = np.empty_like(x)
+        gradient -= _column(sum_dy / count - rest * slope, x)
     scale = invstd if weight is None else invstd * weight
+    dx = np.empty_like(x)
     np.multiply(gradient, _column(scale, x), out=dx, casting="unsafe")
     return dx, sum_dy_xhat, sum_dy
-
-
-def _affine(d: np.ndarray, x: np.ndarray, params: Params, scale: np.ndarray, out: np.ndarray | None) -> np.ndarray:
-    """Return d * scale * weight + bias, rounded once, like x; d and scale are used up."""
-    weight, bias = params
-    y = np.empty_like(x) if out is None else out
-    if weight is not None:
-        scale *= weight
-    if bias is None:
-        return np.multiply(d, _column(scale, x), out=y, casting="unsafe")
-    d *= _column(scale, x)
-    return np.add(d, _column(bias, x), out=y, casting="unsafe")
-
-
-def _deviation(x: np.ndarray, mean: Mean) -> np.ndarray:
-    hi, lo = mean if isinstance(mean, Pair) else (mean, None)
-    d = np.subtract(x, _column(hi, x), dtype=WIDE, order="C")
-    if lo is not None:
-        d -= _column(lo, x)
-    return d
 
 
 def _invstd(var: np.ndarray, eps: float) -> np.ndarray:
