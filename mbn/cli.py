@@ -11,9 +11,8 @@ from pathlib import Path
 
 import mbn
 from mbn.compare import command
-from mbn.compare.errors import UsageError
-from mbn.compare.examples import DTYPES
 from mbn.registry import BackendNotFoundError
+from mbn.usage import DTYPES, UsageError
 
 _COMPARE = """\
 Run training and evaluation steps of the same BatchNorm1d on every backend, each in a process of its own, and measure

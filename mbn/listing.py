@@ -1,8 +1,6 @@
 """``mbn backends``: what is known, what works here and why the rest does not. One broken backend hides no other."""
 
-from rich.console import Console
-
-from mbn.compare.report import essence, print_filled, table
+from mbn.console import console, essence, print_filled, table
 from mbn.registry import get_backend, known_backends
 
 
@@ -17,7 +15,7 @@ def show() -> None:
             others.add_row(name, essence(str(error)), known.source)
         else:
             usable.add_row(name, *row, known.source)
-    print_filled(Console(markup=False, highlight=False), usable, others)
+    print_filled(console(), usable, others)
 
 
 def _row(name: str) -> list[str]:

@@ -1,8 +1,12 @@
 """What runs here, for bug reports: it must never raise, and never import a framework, which can take seconds."""
 
+import os
 import platform
 import sys
 from importlib import metadata
+from typing import Any
+
+import numpy as np
 
 import mbn
 from mbn.registry import list_backends
@@ -30,6 +34,14 @@ def show_versions() -> None:
     for distribution in _DISTRIBUTIONS:
         print(f"{distribution}: {_version(distribution)}")
     print(f"backends: {_backends()}")
+
+
+def environment() -> dict[str, dict[str, Any]]:
+    """Return what every record of a measurement begins with: versions and machine."""
+    return {
+        "versions": {"mbn": mbn.__version__, "python": platform.python_version(), "numpy": np.__version__},
+        "machine": {"platform": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
+    }
 
 
 def _version(distribution: str) -> str:

@@ -12,9 +12,10 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from mbn.compare.examples import Example
-from mbn.compare.messages import QUANTITIES, Measured, NotRun, Outcome
+from mbn.compare.messages import QUANTITIES, Measured, Outcome
 from mbn.compare.reference import Reference
 from mbn.conformance import ulp
+from mbn.isolation import NotRun
 
 AGREEMENT, DISAGREEMENT, NOTHING_RAN = 0, 1, 2
 """The exit codes."""

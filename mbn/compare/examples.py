@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mbn.compare.errors import UsageError
 from mbn.contract import dtype_name, layer_dtype
+from mbn.usage import DTYPES, UsageError, numpy_dtype
 
-DTYPES = ("float16", "bfloat16", "float32", "float64")
 _SEED = 0
 
 
@@ -88,23 +87,6 @@ def read(path: Path, dtype: str | None) -> list[Example]:
     for name, x in arrays.items():
         _check_array(name, x, dtype)
     return [_with_random_parameters(f"{name} {x.shape}", x, dtype or dtype_name(x.dtype)) for name, x in arrays.items()]
-
-
-def numpy_dtype(name: str) -> np.dtype:
-    """Return NumPy's dtype of this name.
-
-    Raises:
-        UsageError: it is bfloat16, and NumPy has none here.
-    """
-    if name != "bfloat16":
-        return np.dtype(name)
-    try:
-        import ml_dtypes  # noqa: PLC0415 - needed for this dtype alone
-    except ModuleNotFoundError as error:
-        message = "bfloat16 needs ml_dtypes, which is not installed: pip install ml_dtypes."
-        raise UsageError(message) from error
-    dtype: np.dtype = np.dtype(ml_dtypes.bfloat16)
-    return dtype
 
 
 def _plain(name: str, x: np.ndarray, dtype: str) -> Example:

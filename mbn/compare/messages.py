@@ -6,6 +6,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from mbn.compare.examples import Example
+from mbn.isolation import NotRun
 
 QUANTITIES = ("train_output", "eval_output", "running_mean", "running_var")
 """What is compared."""
@@ -28,13 +29,6 @@ class Measured(NamedTuple):
     """By quantity."""
     seconds: Mapping[str, float]
     """The time of a call, by mode: train, eval."""
-
-
-class NotRun(NamedTuple):
-    """What stands for an answer: the backend cannot run here, or it is ``broken``, having claimed that it can."""
-
-    why: str
-    broken: bool
 
 
 Outcome: TypeAlias = Measured | NotRun

@@ -2,22 +2,17 @@
 
 import json
 import math
-import os
-import platform
 from typing import Any
 
-import numpy as np
-
-import mbn
 from mbn.compare.comparison import AGREEMENT, Comparison, Ulps, Verdict, bounds
-from mbn.compare.messages import NotRun
+from mbn.isolation import NotRun
+from mbn.versions import environment
 
 
 def to_json(comparisons: list[Comparison], verdict: Verdict) -> str:
     """Return the comparison as a JSON document. An error that is not finite is the string ``"inf"``."""
     record = {
-        "versions": {"mbn": mbn.__version__, "python": platform.python_version(), "numpy": np.__version__},
-        "machine": {"platform": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
+        **environment(),
         "examples": [_example(comparison) for comparison in comparisons],
         "verdict": {"agreement": verdict.exit_code == AGREEMENT, "exit_code": verdict.exit_code, "text": verdict.text},
     }

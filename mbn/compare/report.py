@@ -4,19 +4,16 @@ It writes ASCII alone, which every terminal, pipe and log takes.
 """
 
 import math
-import re
-import textwrap
-from collections.abc import Iterable
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from mbn.compare.comparison import NOTHING_RAN, Comparison, Ulps, Verdict, bounds, largest, ran
-from mbn.compare.messages import QUANTITIES, Measured, NotRun
+from mbn.compare.messages import QUANTITIES, Measured
+from mbn.console import milliseconds, not_run, print_filled, table
+from mbn.isolation import NotRun
 
 _HEADS = ("y train", "y eval", "running_mean", "running_var")
-_REASON_LENGTH = 300
 
 
 def show(console: Console, comparisons: list[Comparison], verdict: Verdict) -> None:
@@ -34,29 +31,6 @@ def show(console: Console, comparisons: list[Comparison], verdict: Verdict) -> N
     console.print(verdict.text, style="bold red" if verdict.exit_code else "bold green")
 
 
-def print_filled(console: Console, *tables: Table) -> None:
-    """Print those tables that have rows, each with an empty line below."""
-    for filled in tables:
-        if filled.row_count:
-            console.print(filled)
-            console.print()
-
-
-def essence(why: str) -> str:
-    """Return a reason without what its place in a table says already, on one line, and short."""
-    return textwrap.shorten(re.sub(r"^backend '[^']*':? (is known but )?", "", why), _REASON_LENGTH, placeholder=" ...")
-
-
-def table(*columns: str, numbers: Iterable[str] = ()) -> Table:
-    """Return an empty table with columns of text, then of numbers."""
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
-    for column in columns:
-        made.add_column(column, overflow="fold")
-    for column in numbers:
-        made.add_column(column, justify="right", no_wrap=True)
-    return made
-
-
 def _backends(comparisons: list[Comparison]) -> Table:
     made = table("backend", "version", "device")
     for name in ran(comparisons):
@@ -67,16 +41,9 @@ def _backends(comparisons: list[Comparison]) -> Table:
 
 
 def _not_run(comparisons: list[Comparison]) -> Table:
-    made = table("backend", "why it did not run")
-    for name in comparisons[0].outcomes:
-        outcomes = [comparison.outcomes[name] for comparison in comparisons]
-        for reason in dict.fromkeys(_reason(outcome) for outcome in outcomes if isinstance(outcome, NotRun)):
-            made.add_row(name, reason)
-    return made
-
-
-def _reason(outcome: NotRun) -> str:
-    return f"failed: {essence(outcome.why)}" if outcome.broken else essence(outcome.why)
+    outcomes = {name: [comparison.outcomes[name] for comparison in comparisons] for name in comparisons[0].outcomes}
+    reasons = {name: [other for other in several if isinstance(other, NotRun)] for name, several in outcomes.items()}
+    return not_run("backend", reasons)
 
 
 def _example(comparison: Comparison, backends: list[str]) -> Table:
@@ -92,7 +59,7 @@ def _figures(comparison: Comparison, name: str) -> list[str]:
     if isinstance(outcome, NotRun):
         return ["-"] * 6
     times = (outcome.seconds[mode] for mode in ("train", "eval"))
-    return [*_ulps(comparison.errors[name]), *(_milliseconds(seconds) for seconds in times)]
+    return [*_ulps(comparison.errors[name]), *(milliseconds(seconds) for seconds in times)]
 
 
 def _pairs(comparisons: list[Comparison]) -> Table:
@@ -112,8 +79,3 @@ def format_ulp(ulp: float) -> str:
     if ulp == 0 or math.isinf(ulp):
         return f"{ulp:.0f}"
     return f"{ulp:.2f}" if ulp < 1000 else f"{ulp:.1e}"  # noqa: PLR2004 - where decimals stop to matter
-
-
-def _milliseconds(seconds: float) -> str:
-    milliseconds = 1000 * seconds
-    return f"{milliseconds:.3g}" if milliseconds < 100 else f"{milliseconds:.0f}"  # noqa: PLR2004 - no exponents

@@ -1,22 +1,16 @@
-"""One backend's part of a comparison, run as a process of its own.
+"""One backend's part of a comparison, run as a process of its own."""
 
-Frameworks in one process are not to be trusted with each other: their thread pools slow each other down by orders of
-magnitude, and one that crashes would take the others along.
-"""
-
-import pickle
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mbn import BackendUnavailableError, BatchNorm1d, get_backend
-from mbn.compare.messages import Job, Measured, NotRun, Outcome
+from mbn.compare.messages import Job, Measured, Outcome
 from mbn.contract import Backend
+from mbn.isolation import NotRun, broken, serve
 
 _SECONDS = 0.02
 """How long each thing is timed."""
@@ -33,7 +27,7 @@ def outcomes(spec: str, jobs: list[Job]) -> list[Outcome]:
     except (BackendUnavailableError, ValueError) as error:
         return [NotRun(str(error), broken=False)] * len(jobs)
     except Exception as error:  # noqa: BLE001 - whatever a framework raises, the user is told
-        return [_broken(error)] * len(jobs)
+        return [broken(error)] * len(jobs)
     return [_outcome(backend, device or None, job) for job in jobs]
 
 
@@ -43,11 +37,7 @@ def _outcome(backend: Backend, device: str | None, job: Job) -> Outcome:
             return NotRun(f"{backend.name} has no {job.example.dtype} here", broken=False)
         return _measure(backend, device, job)
     except Exception as error:  # noqa: BLE001 - as above
-        return _broken(error)
-
-
-def _broken(error: Exception) -> NotRun:
-    return NotRun(f"{type(error).__name__}: {error}", broken=True)
+        return broken(error)
 
 
 def _measure(backend: Backend, device: str | None, job: Job) -> Measured:
@@ -97,6 +87,4 @@ def _median(call: Callable[[], None]) -> float:
 
 
 if __name__ == "__main__":
-    _, backend_spec, jobs_file, outcomes_file = sys.argv
-    result = outcomes(backend_spec, pickle.loads(Path(jobs_file).read_bytes()))  # noqa: S301 - written by process.py
-    Path(outcomes_file).write_bytes(pickle.dumps(result))
+    serve(lambda question: outcomes(*question))

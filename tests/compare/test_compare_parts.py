@@ -8,10 +8,12 @@ import pytest
 
 from mbn.compare import examples, process, record
 from mbn.compare.comparison import compare, verdict
-from mbn.compare.errors import UsageError
-from mbn.compare.messages import Job, Measured, NotRun
+from mbn.compare.messages import Job, Measured
 from mbn.compare.reference import reference
-from mbn.compare.report import essence, format_ulp
+from mbn.compare.report import format_ulp
+from mbn.console import essence
+from mbn.isolation import NotRun
+from mbn.usage import UsageError
 
 
 @pytest.fixture(scope="module")
