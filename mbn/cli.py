@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import mbn
-from mbn.compare import command
+from mbn.bench import command as bench
+from mbn.bench.workloads import MODES
+from mbn.compare import command as compare
 from mbn.registry import BackendNotFoundError
 from mbn.usage import DTYPES, UsageError
 
@@ -26,6 +28,15 @@ and float64, 1 ulp in float16 and bfloat16; running statistics 2 ulp in float32,
 evaluates from the reference's running statistics, so that no error is counted twice.
 """
 _COMPARE_EXITS = "exit codes: 0 agreement; 1 a disagreement, or a backend failed; 2 bad usage, or no backend could run"
+_BENCH = """\
+Time BatchNorm1d on every backend, and the batch norms of other packages beside it: torch.nn.BatchNorm1d, flax's
+nnx.BatchNorm under jit, the NumPy formula that everyone writes, and a copy of the input, which is the limit. Each has
+a process of its own, which holds its own arrays; they are taken in turn, over several rounds.
+
+Modes: train (forward), eval, backward (training, forward and backward). On backends whose framework has gradients these
+are the framework's; on JAX each step is compiled.
+"""
+_BENCH_EXITS = "exit codes: 0 measured; 1 measured, but a subject failed; 2 bad usage, or no backend could run"
 _CONFORM = """\
 Hold a backend to the contract: run the conformance suite that every backend of mbn must pass. Whatever else is given
 goes to pytest: `mbn conform numpy -x -k float16`.
@@ -53,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mbn {mbn.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_compare(commands)
+    _add_bench(commands)
     _add_backends(commands)
     _add_conform(commands)
     return parser
@@ -66,21 +78,49 @@ def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         epilog=_COMPARE_EXITS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--backends",
-        type=_names,
-        metavar="A,B",
-        help="NAME or NAME:DEVICE, separated by commas: numpy,torch:cuda (default: every known backend)",
-    )
+    _add_backend_option(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--shape", type=_shape, metavar="N,C[,L]", help="compare on seeded random data of this shape")
     source.add_argument("--input", type=Path, metavar="FILE", help="compare on the array(s) of a .npy or .npz file")
     parser.add_argument(
         "--dtype", choices=DTYPES, metavar="DTYPE", help=f"{', '.join(DTYPES)} (default: the file's, or float32)"
     )
+    _add_files(parser, "draw the agreement")
+    parser.set_defaults(run=compare.run)
+
+
+def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="time the backends and their peers on a shape",
+        description=_BENCH,
+        epilog=_BENCH_EXITS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--shape", type=_shape, metavar="N,C[,L]", required=True, help="of x; N,L,C with --axis -1")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", metavar="DTYPE", help=f"{', '.join(DTYPES)} (default: float32)"
+    )
+    parser.add_argument("--axis", type=int, choices=(1, -1), default=1, help="where the channels are (default: 1)")
+    parser.add_argument("--modes", type=_modes, metavar="A,B", help=f"{', '.join(MODES)} (default: all)")
+    parser.add_argument("--masked", action="store_true", help="mask every third place")
+    _add_backend_option(parser)
+    _add_files(parser, "draw the times")
+    parser.set_defaults(run=bench.run)
+
+
+def _add_backend_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backends",
+        type=_names,
+        metavar="A,B",
+        help="NAME or NAME:DEVICE, separated by commas: numpy,torch:cuda (default: every known backend)",
+    )
+
+
+def _add_files(parser: argparse.ArgumentParser, picture: str) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured as JSON")
-    parser.add_argument("--plot", type=_png, metavar="FILE.png", help="draw the agreement (needs mbn[plot])")
-    parser.set_defaults(run=command.run)
+    parser.add_argument("--plot", type=_png, metavar="FILE.png", help=f"{picture} (needs mbn[plot])")
 
 
 def _add_backends(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -126,6 +166,14 @@ def _names(text: str) -> list[str]:
         message = f"{text!r} is no list of backends, such as numpy,torch:cuda"
         raise argparse.ArgumentTypeError(message)
     return list(dict.fromkeys(names))
+
+
+def _modes(text: str) -> list[str]:
+    modes = text.split(",")
+    if not set(modes) <= set(MODES):
+        message = f"{text!r} are no modes, such as {','.join(MODES)}"
+        raise argparse.ArgumentTypeError(message)
+    return modes
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -1,0 +1,1 @@
+"""``mbn bench``: how fast every backend and its peers normalise a shape, measured side by side."""

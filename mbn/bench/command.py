@@ -1,0 +1,62 @@
+"""The command: options to a workload, a workload to a report, and an exit code.
+
+Everything that can be refused is refused before any work is done.
+"""
+
+import argparse
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from mbn import usage
+from mbn.bench import measurement, record, report
+from mbn.bench.measurement import Measurement
+from mbn.bench.workloads import MODES, Workload
+from mbn.console import console
+from mbn.isolation import NotRun
+from mbn.usage import UsageError
+
+_MEASURED, _FAILED, _NOTHING_RAN = 0, 1, 2
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure as the options say, and return the exit code.
+
+    Raises:
+        UsageError: an option cannot be honoured.
+        BackendNotFoundError: a backend has an unknown name.
+    """
+    backends = usage.backends(options.backends)
+    usage.check_files(options.json, options.plot)
+    workload = _workload(options)
+    modes = tuple(mode for mode in MODES if mode in (options.modes or MODES))
+    result = _measure(workload, measurement.subjects(backends), modes)
+    report.show(console(), result)
+    if options.json:
+        options.json.write_text(record.to_json(result), encoding="utf-8")
+    if options.plot and result.timed:
+        from mbn.bench import plot  # noqa: PLC0415 - matplotlib is an extra
+
+        plot.save(result, options.plot)
+    if not any(spec in result.timed for spec in backends):
+        return _NOTHING_RAN
+    return _FAILED if any(isinstance(s, NotRun) and s.broken for s in result.subjects.values()) else _MEASURED
+
+
+def _measure(workload: Workload, specs: list[str], modes: tuple[str, ...]) -> Measurement:
+    columns = TextColumn("{task.description:<12}"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console(stderr=True)) as bar:
+        task = bar.add_task("", total=len(specs) * (measurement.ROUNDS + 1))
+
+        def advance(spec: str) -> None:
+            bar.update(task, advance=1, description=spec)
+
+        return measurement.measure(workload, specs, modes, advance)
+
+
+def _workload(options: argparse.Namespace) -> Workload:
+    workload = Workload(options.shape, options.dtype, options.axis, options.masked)
+    usage.numpy_dtype(workload.dtype)
+    if workload.size <= workload.num_features:
+        message = f"shape {workload.shape} has one value per channel; training takes more."
+        raise UsageError(message)
+    return workload

@@ -1,0 +1,170 @@
+"""``mbn bench`` as its user meets it: output, files and exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import mbn_peers
+from mbn import usage
+from mbn.bench import measurement, worker
+from mbn.cli import main
+
+
+class Here:
+    """A process that is none."""
+
+    def __init__(self, _):
+        self._worker = worker.Worker()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def ask(self, question):
+        return self._worker.answer(question)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Workers in this process, and as few calls as can be."""
+    monkeypatch.setattr(measurement, "Process", Here)
+    monkeypatch.setattr(measurement, "ROUNDS", 2)
+    monkeypatch.setattr(worker, "_SECONDS", 0)
+    monkeypatch.setattr(worker, "_SETTLE", 0)
+    peers = {name: mbn_peers.PEERS[name] for name in ("formula", "copy")}
+    monkeypatch.setattr(mbn_peers, "PEERS", peers)
+
+
+def bench(tmp_path, *arguments):
+    """Return the exit code and the JSON of a benchmark."""
+    path = tmp_path / "out.json"
+    return main(["bench", "--json", str(path), *arguments]), json.loads(path.read_text())
+
+
+def refused(capsys, *arguments):
+    """Return the one line with which the command is refused."""
+    try:
+        code = main(["bench", *arguments])
+    except SystemExit as end:
+        code = end.code
+    assert code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    return err.strip().rpartition("\n")[2]
+
+
+def test_in_real_processes(tmp_path):
+    path = tmp_path / "out.json"
+    command = [sys.executable, "-m", "mbn", "bench", "--shape", "64,8", "--modes", "train", "--json", str(path)]
+    ended = subprocess.run(  # noqa: S603 - our own command
+        [*command, "--backends", "numpy"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "NO_COLOR": "1", "COLUMNS": "80"},
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert max(map(len, ended.stdout.splitlines())) <= 80
+    assert "\x1b" not in ended.stdout
+    subjects = {row["subject"]: row for row in json.loads(path.read_text())["subjects"]}
+    assert list(subjects) == ["numpy", *mbn_peers.PEERS]
+    for name in ("numpy", "formula", "copy"):
+        assert subjects[name]["status"] == "ran", subjects[name]
+        assert len(subjects[name]["seconds_by_round"]["train"]) == measurement.ROUNDS
+    assert subjects["copy"]["ratio"]["train"]["copy"] == 1
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--shape", "16,3"),
+        ("--shape", "16,3,4", "--masked"),
+        ("--shape", "16,4,3", "--axis", "-1"),
+        ("--shape", "16,3", "--dtype", "float16"),
+        ("--shape", "16,3", "--dtype", "bfloat16"),
+    ],
+)
+def test_what_can_be_asked_for(tmp_path, arguments):
+    code, written = bench(tmp_path, "--backends", "numpy", *arguments)
+    assert code == 0
+    assert written["subjects"][0]["status"] == "ran"
+    assert written["subjects"][0]["seconds_per_call"].keys() == {"train", "eval", "backward"}
+
+
+@pytest.mark.usefixtures("quick")
+def test_modes_keep_their_order(tmp_path):
+    _, written = bench(tmp_path, "--backends", "numpy", "--shape", "4,3", "--modes", "eval,train")
+    assert written["modes"] == ["train", "eval"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_who_can_not_run_has_a_line_that_says_why(tmp_path, capsys):
+    code, written = bench(tmp_path, "--backends", "numpy,numpy:cuda", "--shape", "4,3", "--masked")
+    rows = {row["subject"]: row for row in written["subjects"]}
+    assert code == 0
+    assert rows["numpy:cuda"] == {
+        "subject": "numpy:cuda",
+        "status": "cannot run",
+        "why": "NumPy's only device is 'cpu', not 'cuda'.",
+    }
+    out = capsys.readouterr().out
+    assert "NumPy's only device is 'cpu', not 'cuda'." in out
+    assert "the formula takes no masks" in out
+
+
+@pytest.mark.usefixtures("quick")
+def test_who_fails_gives_exit_code_1(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(mbn_peers.PEERS, "formula", "mbn_peers.formula:Nonsense")
+    code, written = bench(tmp_path, "--backends", "numpy", "--shape", "4,3")
+    assert code == 1
+    assert written["subjects"][1]["status"] == "failed"
+    assert "failed: AttributeError" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.usefixtures("quick")
+def test_no_backend_to_run_gives_exit_code_2(tmp_path):
+    assert bench(tmp_path, "--backends", "numpy:cuda", "--shape", "4,3")[0] == 2
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("modes", ["train", "train,eval,backward"])
+def test_plot(tmp_path, modes):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "p.png"
+    bench(tmp_path, "--backends", "numpy", "--shape", "4,3", "--modes", modes, "--plot", str(picture))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "the following arguments are required: --shape"),
+        (("--shape", "4"), "no shape N,C or N,C,L"),
+        (("--shape", "1,3"), "one value per channel"),
+        (("--shape", "4,3", "--backends", "numpi"), "Did you mean 'numpy'?"),
+        (("--shape", "4,3", "--modes", "train,test"), "no modes, such as train,eval,backward"),
+        (("--shape", "4,3", "--axis", "2"), "invalid choice"),
+        (("--shape", "4,3", "--dtype", "int8"), "invalid choice"),
+        (("--shape", "4,3", "--json", "/nowhere/x.json"), "cannot be written"),
+        (("--shape", "4,3", "--plot", "x.svg"), "the picture is a PNG"),
+    ],
+)
+def test_bad_usage_is_one_line(capsys, arguments, message):
+    assert message in refused(capsys, *arguments)
+
+
+def test_bfloat16_without_ml_dtypes(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    assert "pip install ml_dtypes" in refused(capsys, "--shape", "4,3", "--dtype", "bfloat16")
+
+
+def test_plot_without_matplotlib(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(usage.importlib.util, "find_spec", lambda _: None)
+    assert "pip install matplotlib" in refused(capsys, "--shape", "4,3", "--plot", str(tmp_path / "p.png"))

@@ -1,0 +1,90 @@
+"""Whoever is measured does the same work: normalises the same numbers, and comes to the same gradients."""
+
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+
+import mbn_peers
+from mbn.bench.subjects import arrays, subject
+from mbn.bench.workloads import MODES, Workload
+
+WORKLOADS = [
+    Workload((64, 8)),
+    Workload((64, 8), transposed=True),
+    Workload((64, 8), dtype="float16"),
+    Workload((64, 8), dtype="float64"),
+    Workload((64, 8), masked=True),
+    Workload((64, 8, 4)),
+    Workload((64, 8, 4), masked=True),
+    Workload((64, 4, 8), axis=-1),
+]
+NEEDED = {"torch": "torch", "jax": "jax", "torch.nn": "torch", "flax.nnx": "flax"}
+SPECS = ["numpy", *mbn_peers.LAYERS, *(peer for peer in mbn_peers.PEERS if peer != "copy")]
+
+
+def outputs(spec, workload, mode):
+    """Return y and, of a backward step, dx: with the channels last, as float64."""
+    found = [array for array in arrays(subject(spec, workload).step(mode)()) if hasattr(array, "nbytes")]
+    same = [np.asarray(array.detach() if hasattr(array, "detach") else array).astype(np.float64) for array in found]
+    same = [array for array in same if array.size == np.prod(workload.shape)]
+    return [np.moveaxis(array, channels_axis(spec, workload), -1) for array in same]
+
+
+def channels_axis(spec, workload):
+    """Return where the outputs have their channels, whatever the workload says."""
+    return {"flax.nnx": -1, "torch.nn": 1}.get(spec, workload.axis)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("workload", WORKLOADS, ids=str)
+@pytest.mark.parametrize("spec", SPECS[1:])
+def test_all_do_the_same_work(spec, workload, mode):
+    pytest.importorskip(NEEDED.get(spec, "numpy"))
+    expected = outputs("numpy", workload, mode)
+    try:
+        found = outputs(spec, workload, mode)
+    except NotImplementedError as error:
+        assert spec in str(error) or spec in mbn_peers.PEERS  # noqa: PT017
+        return
+    assert len(found) == len(expected) == (2 if mode == "backward" else 1)
+    tolerance = 5e-3 if workload.dtype == "float16" else 1e-5
+    for actual, truth in zip(found, expected, strict=True):
+        np.testing.assert_allclose(actual, truth, rtol=tolerance, atol=tolerance)
+
+
+def test_evaluation_follows_training():
+    layer = subject("numpy", Workload((64, 8)))
+    before = layer.step("eval")()
+    layer.step("train")()
+    assert (layer.step("eval")() != before).any()
+
+
+def test_the_limit_is_a_copy():
+    copy = subject("copy", Workload((64, 8)))
+    copy.step("backward")()
+    np.testing.assert_array_equal(copy._copy, Workload((64, 8)).x())
+
+
+@pytest.mark.parametrize(
+    ("spec", "workload", "message"),
+    [
+        ("formula", Workload((4, 3), masked=True), "takes no masks"),
+        ("formula:cuda", Workload((4, 3)), "no devices"),
+        ("copy:cuda", Workload((4, 3)), "on the CPU"),
+        ("numpy", Workload((4, 3), dtype="float8"), "numpy takes no float8"),
+    ],
+)
+def test_a_workload_that_is_none_for_a_subject(spec, workload, message):
+    with pytest.raises(NotImplementedError, match=message):
+        subject(spec, workload)
+
+
+@pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
+def test_torch_records_nothing_without_gradients():
+    layer = subject("torch", Workload((4, 3)))
+    try:
+        assert not layer.step("train")().requires_grad
+        assert layer.step("backward")()[0].requires_grad
+    finally:
+        layer.step("backward")  # which turns gradients on again for the tests to come
