@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 import mbn
+from mbn.bench import measurement
+from mbn.bench.workloads import Workload
 
 ASV_BENCH = Path(__file__).parents[1] / "asv_bench"
 IS_BENCHMARK = re.compile("(time|timeraw|peakmem|track)_").match
@@ -49,10 +51,22 @@ def _run(cls, method):
     assert arguments[0] == "numpy"
     assert len(cls.param_names) == len(arguments)
     benchmark = cls()
-    benchmark.setup(*arguments)
-    return getattr(benchmark, method)(*arguments)
+    cached = [benchmark.setup_cache()] if hasattr(cls, "setup_cache") else []
+    benchmark.setup(*cached, *arguments)
+    return getattr(benchmark, method)(*cached, *arguments)
 
 
+@pytest.fixture
+def few(monkeypatch):
+    """Of what is measured side by side, which takes minutes, little."""
+    side_by_side = MODULES["side_by_side"]
+    shapes = {workload: Workload(workload.shape).smaller().smaller() for workload in map(Workload, side_by_side.SHAPES)}
+    monkeypatch.setattr(side_by_side, "Workload", lambda shape: shapes[Workload(shape)])
+    monkeypatch.setattr(side_by_side, "SUBJECTS", ["numpy", "nowhere", "copy"])
+    monkeypatch.setattr(measurement, "ROUNDS", 1)
+
+
+@pytest.mark.usefixtures("few")
 @pytest.mark.parametrize(("run", "name"), list(_benchmarks()))
 def test_benchmark_runs_on_numpy(run, name):
     result = run()
@@ -69,12 +83,19 @@ def test_unusable_backend_is_not_measured(monkeypatch, error):
 
     monkeypatch.setattr(mbn, "get_backend", get_backend)
     with pytest.raises(NotImplementedError, match=str(error)):
-        MODULES["_backends"].Subject("numpy")
+        MODULES["_backends"].layer("numpy", Workload((4, 3)))
 
 
-def test_dtype_that_a_backend_lacks_is_not_measured():
+def test_workload_that_is_none_for_a_backend_is_not_measured():
     with pytest.raises(NotImplementedError, match="numpy takes no float8"):
-        MODULES["_backends"].Subject("numpy", "float8")
+        MODULES["_backends"].layer("numpy", Workload((4, 3), dtype="float8"))
+
+
+@pytest.mark.usefixtures("few")
+def test_subject_that_did_not_run_is_not_measured():
+    benchmark = MODULES["side_by_side"].Time()
+    with pytest.raises(NotImplementedError, match="there is no backend 'nowhere'"):
+        benchmark.setup(benchmark.setup_cache(), "nowhere", "train", "(32, 64)")
 
 
 @pytest.mark.skipif(find_spec("asv") is None, reason="asv is not installed")

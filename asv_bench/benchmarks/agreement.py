@@ -3,15 +3,15 @@
 import numpy as np
 
 import mbn
+from mbn.bench.workloads import Workload
 from mbn.conformance import derivatives, oracle, ulp
 from mbn.contract import Array
 
-from ._backends import NAMES, Subject
-from ._data import batch
+from ._backends import NAMES, layer
 
 SHAPE = (1024, 16)
-OFFSETS = [0.0, 1e4]
-"""The second is where sums of squares, and float32 sums of values, have lost most of their digits."""
+OFFSETS = [1e4]
+"""Where sums of squares, and float32 sums of values, have lost most of their digits."""
 
 
 class Float32:
@@ -22,14 +22,13 @@ class Float32:
     unit = "ulp"
 
     def setup(self, name: str, offset: float) -> None:
-        subject = Subject(name)
+        subject = layer(name, Workload(SHAPE))
         generator = np.random.default_rng(1)
         weight, bias, noise, running_var = generator.uniform(0.5, 2, (4, SHAPE[1])).astype(np.float32)
         running_mean = np.float32(offset) + noise
-        x = batch(SHAPE, "float32", offset)
+        x = np.float32(offset) + Workload(SHAPE).x()
         self._arguments = (x, running_mean, running_var, weight, bias)
-        self._x = subject.array(x)
-        self._layer = subject.layer(SHAPE[1])
+        self._x, self._layer = subject.own(x), subject.layer
         self._layer.load_state_dict(
             {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}, strict=False
         )

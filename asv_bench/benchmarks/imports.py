@@ -15,7 +15,7 @@ start = perf_counter()
 import mbn
 
 elapsed = perf_counter() - start
-frameworks = {"torch", "jax", "cupy"} & sys.modules.keys()
+frameworks = {"torch", "jax", "cupy", "numba"} & sys.modules.keys()
 if frameworks:
     sys.exit(f"import mbn imported {', '.join(frameworks)}")
 print(elapsed)

@@ -2,8 +2,10 @@
 
 from timeit import timeit
 
-from ._backends import NAMES, Subject
-from ._data import batch
+import mbn
+from mbn.bench.workloads import Workload
+
+from ._backends import NAMES, layer
 
 SHAPE = (32, 64)
 CALLS = 5
@@ -11,25 +13,20 @@ REPEATS = 1000
 
 
 class Call:
-    """The layer's call, the backend's work in it, and the difference."""
+    """The layer's call, less the backend's work in it."""
 
     params = (NAMES, ["train", "eval"])
     param_names = ("backend", "mode")
+    unit = "seconds"
 
     def setup(self, name: str, mode: str) -> None:
-        subject = Subject(name)
-        self._backend, self._wait = subject.backend, subject.wait
+        subject = layer(name, Workload(SHAPE))
+        self._backend, self._wait = mbn.get_backend(name), subject.wait
         self._training = mode == "train"
-        self._x = subject.array(batch(SHAPE, "float32"))
-        self._layer = subject.layer(SHAPE[1]).train(self._training)
+        self._x = subject.x
+        self._layer = subject.layer.train(self._training)
         self._params, self._state = self._layer.params, self._layer.state
         self._call_layer()
-        self._call_backend()
-
-    def time_layer(self, *_: str) -> None:
-        self._call_layer()
-
-    def time_backend(self, *_: str) -> None:
         self._call_backend()
 
     def track_overhead(self, *_: str) -> float:
@@ -39,8 +36,6 @@ class Call:
         ]
         layer, backend = map(min, zip(*pairs, strict=True))
         return (layer - backend) / CALLS
-
-    track_overhead.unit = "seconds"
 
     def _call_layer(self) -> None:
         self._wait(self._layer(self._x))

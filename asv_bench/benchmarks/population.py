@@ -3,9 +3,9 @@
 import numpy as np
 
 import mbn
+from mbn.bench.workloads import Workload
 
-from ._backends import NAMES, Subject
-from ._data import batch
+from ._backends import NAMES, layer
 
 SIZES = np.random.default_rng(3).integers(1, 64, 1000)
 """Of batches."""
@@ -14,14 +14,15 @@ SIZES = np.random.default_rng(3).integers(1, 64, 1000)
 class Fit:
     """A pass over a thousand unequal batches."""
 
-    params = (NAMES, [0.0, 1e6])
+    params = (NAMES, [1e6])
     param_names = ("backend", "offset")
 
     def setup(self, name: str, offset: float) -> None:
-        subject = Subject(name)
-        self._x = batch((int(SIZES.sum()), 16), "float32", offset)
-        self._batches = [subject.array(rows) for rows in np.split(self._x, np.cumsum(SIZES)[:-1])]
-        self._layer = subject.layer(16)
+        workload = Workload((int(SIZES.sum()), 16))
+        subject = layer(name, workload)
+        self._x = np.float32(offset) + workload.x()
+        self._batches = [subject.own(rows) for rows in np.split(self._x, np.cumsum(SIZES)[:-1])]
+        self._layer = subject.layer
         self._fit()
 
     def time_fit(self, *_: object) -> None:
