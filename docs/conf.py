@@ -1,12 +1,23 @@
 """How Sphinx builds the documentation: ``sphinx-build -W docs docs/_build``."""
 
+import sys
+from pathlib import Path
+
 import mbn
+
+sys.path.insert(0, str(Path(__file__).parent))  # measured, the extension of these docs
 
 project = "mbn"
 author = "The mbn developers"
 release = mbn.__version__
-extensions = ["myst_parser", "matplotlib.sphinxext.plot_directive", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build"]
+extensions = [
+    "myst_parser",
+    "matplotlib.sphinxext.plot_directive",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "measured",
+]
+exclude_patterns = ["_build", "_generated"]
 html_theme = "furo"
 html_title = "mbn"
 autodoc_typehints = "none"  # the docstrings say shapes and dtypes, which types cannot

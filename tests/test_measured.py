@@ -1,0 +1,88 @@
+"""The tables of docs/performance.md say what is in asv's results."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+MEASURED = Path(__file__).parents[1] / "docs" / "measured.py"
+
+
+@pytest.fixture(scope="module")
+def measured():
+    spec = importlib.util.spec_from_file_location("measured", MEASURED)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def asv(values, *axes):
+    return [values, [[repr(name) for name in axis] for axis in axes], "1"]
+
+
+@pytest.fixture
+def run(measured):
+    subjects, modes = ("numpy", "numba", "torch.nn", "copy"), ("train", "eval", "backward")
+    nan = float("nan")
+    results = {
+        "side_by_side.Time.track_step": asv(
+            [0.001, 0.002, 0.003, nan, nan, nan, 0.002, 0.002, 0.002, 0.0005, 0.0005, 0.0005],
+            subjects,
+            modes,
+            ("(32, 64)",),
+        ),
+        "side_by_side.Memory.track_peak": asv([2**20, nan, 3 * 2**20], ("numpy",), modes, ("(65536, 256)",)),
+        "speed.Step.time_step": asv([0.001, 0.002, 0.003], ("numpy",), modes, ("(32, 64) float16",)),
+        "overhead.Call.track_overhead": asv([2e-6, 1e-6], ("numpy",), ("train", "eval")),
+        "imports.track_import_beyond_numpy": [[0.0125], [], "1"],
+        **{
+            f"agreement.Float32.track_{name}": asv([0.5], ("numpy",), (1e4,))
+            for name in ("train", "eval", "running_mean", "running_var")
+        },
+    }
+    params = {"machine": "some-2core", "cpu": "a processor", "python": "3.13"}
+    return measured.Run(
+        {
+            "commit_hash": "0123456789",
+            "date": 1,
+            "params": params,
+            "requirements": {"numpy": "2.4"},
+            "results": results,
+        }
+    )
+
+
+def test_tables_say_what_was_measured_and_leave_out_who_was_not(measured, run, tmp_path):
+    measured.generate(tmp_path / "made", run)
+    tables = {path.stem: path.read_text().splitlines() for path in (tmp_path / "made").glob("*.md")}
+    assert tables["train"] == [
+        "| ms (x torch.nn) | (32, 64) |",
+        "| --- | --- |",
+        "| **numpy** | 1 (0.50) |",
+        "| torch.nn | 2 (1.00) |",
+        "| copy | 0.5 (0.25) |",
+    ]
+    assert tables["memory"][2] == "| **numpy** | 1.0 | - | 3.0 |"
+    assert tables["inputs"][2] == "| (32, 64) float16 | 1 / 2 / 3 |"
+    assert tables["overhead"][2] == "| **numpy** | 2.0 | 1.0 |"
+    assert tables["overhead"][-1].startswith("`import mbn` takes 12.5 ms")
+    assert tables["agreement"][2] == "| **numpy** | 0.50 | 0.50 | 0.50 | 0.50 |"
+    assert "| mbn | 01234567 |" in tables["machine"]
+    for mode in ("train", "eval", "backward"):
+        assert "<svg" in (tmp_path / "made" / f"{mode}.svg").read_text()
+
+
+def test_the_newest_results_count(measured, run, tmp_path):
+    for machine, date in (("a", 1), ("b", 2)):
+        (tmp_path / machine).mkdir()
+        (tmp_path / machine / "machine.json").write_text("{}")
+        record = {**run.record, "date": date, "params": {"machine": machine}}
+        (tmp_path / machine / "01234567-existing-py3.13.json").write_text(json.dumps(record))
+    assert measured.newest(tmp_path).record["params"]["machine"] == "b"
+
+
+def test_without_results_there_are_no_tables(measured, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"measure\.py"):
+        measured.newest(tmp_path)
