@@ -22,7 +22,7 @@ _GIBIBYTE = 2**30
 
 def main(arguments: list[str]) -> int:
     """Run asv and return its exit code."""
-    if _output("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!results"):
+    if _output("git", "status", "--porcelain", "--untracked-files=no", "--", ":/", ":!results"):
         sys.exit("measure.py: there are changes that are in no commit, so no commit could be said to be measured.")
     machine = describe_machine()
     name = machine["machine"]

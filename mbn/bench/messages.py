@@ -26,6 +26,6 @@ class Prepared(NamedTuple):
     version: str
     device: str
     first_call: Mapping[str, float]
-    """Seconds of the first call of the process, compilation included."""
+    """Seconds of the first call of the process, compilation included; on fewer rows where no shape is compiled for."""
     memory: Mapping[str, int | None]
     """Bytes beyond the arrays at the peak of a call; see ``mbn.bench.memory``."""
