@@ -15,9 +15,10 @@ def beyond_arrays(call: Call) -> int | None:
     """Make a call, and return by how many bytes the memory of this process grew meanwhile, less the call's outputs.
 
     What is counted are resident pages: the highest number of them during the call (``VmHWM``, which is reset before),
-    less that before the call (``VmRSS``), less the bytes (``nbytes``) of all arrays that it returns. So temporaries count, and
-    so does what is kept for later calls and was not there before; inputs and outputs don't. What earlier calls have
-    freed is given back to the system first where the C library can do that (glibc), or a call could take it unnoticed.
+    less that before the call (``VmRSS``), less the bytes (``nbytes``) of all arrays that it returns. So temporaries
+    count, and so does what is kept for later calls and was not there before; inputs and outputs don't. What earlier
+    calls have freed is given back to the system first where the C library can do that (glibc), or a call could take it
+    unnoticed. Where outputs still take memory that was there, they take less than their size; 0 is the least result.
 
     Returns:
         Bytes; None where the system does not say, which is everywhere but on Linux.
