@@ -126,6 +126,32 @@ def batch(backend: Backend, x: Array, shape: tuple[int, ...], settings: Settings
         raise ValueError(message)
 
 
+def out(backend: Backend, array: Any, x: Array) -> None:
+    """Check that the output of ``x``, an array of ``backend``, can be written to an array of the caller's."""
+    if not backend.capabilities.out:
+        message = (
+            f"{backend.name} declares no out: it writes to no array of the caller's. Use the output that is returned."
+        )
+        raise TypeError(message)
+    if not backend.owns(array):
+        message = f"out is {type(array).__name__}; it has to be an array of {backend.name}, as the output is."
+        raise TypeError(message)
+    given, needed = dtype_name(array.dtype), dtype_name(x.dtype)
+    if given != needed:
+        message = f"out is {given}; the output has the dtype of x, {needed}."
+        raise TypeError(message)
+    if tuple(array.shape) != tuple(x.shape):
+        message = f"out has shape {tuple(array.shape)}; the output has that of x, {tuple(x.shape)}."
+        raise ValueError(message)
+    if backend.device(array) != backend.device(x):
+        message = f"out is on {backend.device(array)}, and x on {backend.device(x)}."
+        raise ValueError(message)
+    conflict = backend.conflict(array, x)
+    if conflict is not None:
+        message = f"out {conflict}. Give x itself, or an array of its own that can be written to."
+        raise ValueError(message)
+
+
 def linear(backend: Backend, weight: Array, bias: Array, num_features: int | None, dtype: str) -> None:
     """Check weight and bias of the dense layer before a layer of so many features and this dtype."""
     shape = tuple(weight.shape)

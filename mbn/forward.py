@@ -22,19 +22,25 @@ def forward(
     *,
     training: bool,
     masking: Masking | None = None,
+    out: Any = None,
 ) -> tuple[Array, State]:
-    """Check ``x``, an array of ``backend``, and what is said of its places, and normalise it.
+    """Check ``x``, an array of ``backend``, and what is said of its places, and normalise it, to ``out`` if given.
 
     Everything else has been checked. ``training`` says by which statistics: those of ``x`` or the running ones.
     """
     shape = x.shape
     checks.batch(backend, x, shape, settings, training=training)
+    if out is not None:
+        checks.out(backend, out, x)
     weights = None if masking is None else masking.weights(backend, x, settings)
     if 0 in shape:
-        return x, _counted(state, training=training)
+        return x if out is None else out, _counted(state, training=training)
     swap = settings.has_channels_last(len(shape))
-    y, state = backend.batch_norm(x.mT if swap else x, params, state, **_options(settings, training, weights))
-    return y.mT if swap else y, state
+    options = _options(settings, training, weights)
+    if out is not None:
+        options["out"] = out.mT if swap else out
+    y, state = backend.batch_norm(x.mT if swap else x, params, state, **options)
+    return (y.mT if swap else y) if out is None else out, state
 
 
 def forward_vjp(

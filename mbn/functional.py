@@ -4,6 +4,7 @@ Everything is checked here before a backend sees it; nothing that is passed in i
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from mbn import checks, registry
@@ -38,6 +39,7 @@ def batch_norm(
     mask: Any = None,
     lengths: Any = None,
     sample_weight: Any = None,
+    out: Any = None,
     backend: str | Backend | None = None,
 ) -> BatchNormResult:
     """Normalise each channel of ``x``: ``(x - mean) / sqrt(var + eps) * weight + bias``.
@@ -58,20 +60,25 @@ def batch_norm(
         correction: 1 for the unbiased variance in ``running_var``, 0 for the biased one.
         mask, lengths, sample_weight: which places hold a value, and how often it weights, as in
             :meth:`mbn.BatchNorm1d.__call__`.
+        out: an array of the backend in the shape and dtype of ``x`` that the output is written to, in any memory order:
+            ``x`` itself, or one that shares no memory with it. Not on JAX, whose arrays never change.
         backend: a name or a Backend; by default the one chosen by context, default or environment, else ``x``'s own.
 
     Returns:
-        The output, with the shape, dtype, device and memory order of ``x``; the new running statistics.
+        The output, with the shape, dtype, device and memory order of ``x``, or ``out``; the new running statistics.
 
     Raises:
-        TypeError: a dtype that would lose precision or is not floating, or another framework's array.
-        ValueError: a wrong shape; one value per channel in training; no statistics to normalise by; eps < 0.
+        TypeError: a dtype that would lose precision or is not floating, another framework's array, or an ``out`` that
+            the backend does not take. Nothing is written.
+        ValueError: a wrong shape; one value per channel in training; no statistics to normalise by; eps < 0; an ``out``
+            that cannot be written to. Nothing is written.
 
     Source: Ioffe and Szegedy, Batch Normalization, 2015 (arXiv:1502.03167), algorithms 1 and 2.
     """
     params, state = Params(weight, bias), State(running_mean, running_var, None)
     masking = Masking.of(mask, lengths, sample_weight)
-    y, state = _run(forward, x, params, state, training, momentum, eps, axis, correction, masking, backend)
+    run = forward if out is None else partial(forward, out=out)
+    y, state = _run(run, x, params, state, training, momentum, eps, axis, correction, masking, backend)
     return BatchNormResult(y, state.running_mean, state.running_var)
 
 

@@ -70,7 +70,7 @@ def normalize(
         if values is not y:
             y[...] = values
 
-    _each(write, tiles.for_values(x), y, x, _against_x(weights))
+    _each(write, tiles.for_values(x, y), y, x, _against_x(weights))
     return y
 
 
@@ -142,7 +142,7 @@ def grad_input(
         _clear(values, w)
         dx[...] = values
 
-    _each(write, tiles.for_values(x), dx, dy, x, _against_x(weights))
+    _each(write, tiles.for_values(x, dx, dy), dx, dy, x, _against_x(weights))
     return dx
 
 

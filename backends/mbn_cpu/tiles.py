@@ -57,14 +57,14 @@ def for_sums(x: np.ndarray) -> Form:
     return Form(view, _fold(x.shape))
 
 
-def for_values(x: np.ndarray) -> Form:
-    """Return the form to go through the values of x in: along its memory."""
+def for_values(x: np.ndarray, *others: np.ndarray) -> Form:
+    """Return the form to go through the values of x, and of others in its shape, in: along the memory of x."""
     if x.ndim == 2:  # noqa: PLR2004 - (N, C)
         return Form(_transposed, 1) if x.strides[0] < x.strides[1] else for_sums(x)
     _, c, length = x.shape
     if x.strides[1] >= x.strides[2] or c == 1 or length == 1:
         return for_sums(x)
-    if x.strides[0] == length * x.strides[2]:
+    if all(array.strides == x.strides for array in others) and x.strides[0] == length * x.strides[2]:
         return Form(_as_rows, _fold((len(x) * length, c)))
     return Form(_channels_last, 1)
 

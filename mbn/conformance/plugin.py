@@ -18,7 +18,7 @@ from mbn.conformance.target import Target
 
 AREAS = (
     *("semantics", "accuracy", "errors", "state", "files", "population", "folding", "modules"),
-    *("dtypes", "masks", "gradients", "transforms", "agreement"),
+    *("dtypes", "masks", "out", "gradients", "transforms", "agreement"),
 )
 
 settings.register_profile(

@@ -19,9 +19,10 @@ STANDINS = Path(__file__).parents[1] / "standins"
         ("jax", {}),
         ("jax", {"JAX_ENABLE_X64": "1"}),
         ("cupy", {"PYTHONPATH": os.pathsep.join([str(STANDINS), os.environ.get("PYTHONPATH", "")])}),
+        ("numba", {}),
         ("strict", {}),
     ],
-    ids=["numpy", "torch", "jax", "jax in 64 bits", "cupy's stand-in", "the plug-in"],
+    ids=["numpy", "torch", "jax", "jax in 64 bits", "cupy's stand-in", "numba", "the plug-in"],
 )
 def test_backend_conforms(backend: str, environment: dict[str, str], tmp_path: Path) -> None:
     report, junit = tmp_path / "report.json", tmp_path / "junit.xml"
@@ -32,7 +33,7 @@ def test_backend_conforms(backend: str, environment: dict[str, str], tmp_path: P
     areas, capabilities = written["areas"], written["backends"][backend]["capabilities"]
     assert list(areas) == [
         *("semantics", "accuracy", "errors", "state", "files", "population", "folding", "modules"),
-        *("dtypes", "masks", "gradients", "transforms", "agreement"),
+        *("dtypes", "masks", "out", "gradients", "transforms", "agreement"),
     ]
     transforms = areas.pop("transforms")
     assert all(area["passed"] > 0 for area in areas.values())

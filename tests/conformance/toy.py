@@ -23,6 +23,7 @@ class Toy(Backend):
         jit=True,
         compile=True,
         modules=True,
+        out=True,
     )
 
     def owns(self, x: object) -> bool:
@@ -75,12 +76,28 @@ class Toy(Backend):
         d = np.where(spread(weights, x), x, 0) - column(mean.astype(np.float64), x)
         return d * column(invstd, x), invstd
 
+    def conflict(self, out: Array, x: Array) -> str | None:
+        is_same = (out.ctypes.data, out.strides) == (x.ctypes.data, x.strides)
+        return "overlaps x" if np.shares_memory(out, x) and not is_same else None
+
     def normalize(
-        self, x: Array, mean: Array, var: Array, weight: Any, bias: Any, eps: float, weights: Any = None
+        self,
+        x: Array,
+        mean: Array,
+        var: Array,
+        weight: Any,
+        bias: Any,
+        eps: float,
+        weights: Any = None,
+        out: Any = None,
     ) -> Array:
         y, _ = self.xhat(x, mean, var, eps, weights)
         y = y * column(1.0 if weight is None else weight, x) + column(0.0 if bias is None else bias, x)
-        return like(x, np.where(spread(weights, x), y, 0))
+        y = np.where(spread(weights, x), y, 0)
+        if out is None:
+            return like(x, y)
+        out[...] = y
+        return out
 
     def lerp(self, start: Array, end: Array, weight: Any) -> Array:
         if weight == 0:

@@ -14,6 +14,7 @@ import gradient_bugs
 import mask_bugs
 import merge_bugs
 import module_bugs
+import out_bugs
 import transformation_bugs
 from planted import Bug, conform
 from toy import Toy
@@ -25,7 +26,7 @@ def register(toy: type[Toy]) -> None:
     mbn.register_backend("toy", toy)
 
 
-_FILES = forward_bugs, gradient_bugs, mask_bugs, merge_bugs, module_bugs, transformation_bugs
+_FILES = forward_bugs, gradient_bugs, mask_bugs, merge_bugs, module_bugs, out_bugs, transformation_bugs
 
 BUGS = {
     toy.__name__: Bug(partial(register, toy), named_by)
