@@ -17,58 +17,61 @@ from mbn_cpu.vectors import WIDE, Mean, Pair, as_pair, fold_rows, heaviest, invs
 
 _CHUNK = 1 << 18
 """Values that one task takes: enough to be worth a thread's while."""
-_PRECISE = 1 << 13
-"""The same of float64, whose last digit counts: the sums of chunks are added as a tree."""
 _SHARE = 2
 """Chunks that are worth a thread of their own, which takes some of the time of one to wake up."""
 _LARGE = 1 << 22
 """Values of a sample from which on its sequence is cut too."""
 _LANES = 32
-"""Places of a sequence whose sums are made apart, of one that is longer than twice as many."""
+"""Lanes of sequences of more than twice as many places."""
+_ROW = 256
+"""Values that the lanes of shorter ones have at least, where there are so many."""
+_PRECISION = 8
+"""By how much chunks are smaller, and lanes more, in float64: few values are added up before those of a lane are."""
 _NOTHING = np.empty(0)
 
 
 class Chunk(NamedTuple):
-    """Samples and places of an (N, C, L); of an (N, C), which is one sample of N places, the sample is 0."""
+    """Samples and places of an (N, C, L)."""
 
     samples: slice
     places: slice
 
 
 class Form(NamedTuple):
-    """How arrays of a shape are gone through."""
+    """How arrays of a shape are gone through, as (N, C, L): an (N, C) has an L of 1."""
 
     last: bool
-    """Whether channels come last, as they do in an (N, C)."""
+    """Whether channels come last, in an order (N, L, C)."""
     shape: tuple[int, int, int]
     """N, C and L."""
     lanes: int
+    """In how many parts the sum of a channel is made."""
 
     @classmethod
     def of(cls, x: np.ndarray) -> "Form":
         """Return the form that follows the memory of x."""
-        if x.ndim == 2:  # noqa: PLR2004 - (N, C)
-            n, c = x.shape
-            return cls(last=True, shape=(1, c, n), lanes=max(1, min(n, 256 // c)))
-        length = x.shape[2]
-        is_last = x.swapaxes(1, 2).flags.c_contiguous and not x.flags.c_contiguous
-        return cls(is_last, x.shape, length if length <= 2 * _LANES else _LANES)
+        n, c, length = shape = x.shape if x.ndim == 3 else (*x.shape, 1)  # noqa: PLR2004
+        finer = _PRECISION if x.dtype == WIDE else 1
+        is_long, together = length > 2 * finer * _LANES, max(1, min(n, finer * _ROW // (c * length)))
+        lanes = finer * _LANES if is_long else length * together
+        is_last = length > 1 and not x.flags.c_contiguous and x.swapaxes(1, 2).flags.c_contiguous
+        return cls(is_last, shape, lanes)
 
     def arranged(self, array: np.ndarray) -> np.ndarray:
         """Return a view of an array in the shape of x as (N, C, L), or (N, L, C) with channels last."""
         if array.ndim == 2:  # noqa: PLR2004
-            return array[None]
+            return array[:, :, None]
         return array.swapaxes(1, 2) if self.last else array
 
     def chunks(self, size: int) -> list[Chunk]:
-        """Return what a task each takes: about so many values."""
+        """Return what a task each takes: about so many values, in whole lanes."""
         n, c, length = self.shape
+        samples, places = 1, length
         if n > 1 and c * length <= _LARGE:
             # A sum of each chunk and channel is kept, which has to be little beside the chunk.
-            samples, places = max(1, size // (c * length), 64 // length), length
+            samples = _multiple(max(1, size // (c * length), 64 // length), max(1, self.lanes // length))
         else:
-            samples, places = 1, max(1, size // c, 64)
-            places = -(-places // self.lanes) * self.lanes
+            places = _multiple(max(size // c, 64), self.lanes)
         return [
             Chunk(slice(i, min(i + samples, n)), slice(j, min(j + places, length)))
             for i in range(0, n, samples)
@@ -77,9 +80,8 @@ class Form(NamedTuple):
 
     def part(self, array: np.ndarray, chunk: Chunk) -> np.ndarray:
         """Return a chunk of an array in the shape of x, as it is arranged."""
-        samples, places = chunk
-        array = self.arranged(array)[samples]
-        return array[:, places] if self.last else array[:, :, places]
+        array = self.arranged(array)[chunk.samples]
+        return array[:, chunk.places] if self.last else array[:, :, chunk.places]
 
     def flat(self, array: np.ndarray) -> np.ndarray:
         """Return an array in the shape of x, whose memory is in one piece, as one axis."""
@@ -89,12 +91,17 @@ class Form(NamedTuple):
         """Return the weights of a chunk as one axis."""
         if weights is None:
             return _NOTHING
-        weights = weights if weights.ndim == 2 else weights[None]  # noqa: PLR2004 - (N, L), or (N,) of one sample
+        weights = weights if weights.ndim == 2 else weights[:, None]  # noqa: PLR2004 - (N, L), or (N,)
         return np.ascontiguousarray(weights[chunk], WIDE).reshape(-1)
 
     def sizes(self, chunk: Chunk) -> tuple[int, int]:
         """Return C and the L of a chunk."""
         return self.shape[1], chunk.places.stop - chunk.places.start
+
+
+def _multiple(number: int, of: int) -> int:
+    """Return the least multiple of a number that is not less than another."""
+    return -(-number // of) * of
 
 
 def moments(x: np.ndarray, weights: np.ndarray | None = None) -> Moments:
@@ -185,7 +192,7 @@ def _sums(
 ) -> np.ndarray:
     """Return both sums that a loop makes of arrays in the shape of x, (2, C)."""
     form, compute = Form.of(x), compute_dtype(x)
-    chunks = form.chunks(_PRECISE if compute == WIDE else _CHUNK)
+    chunks = form.chunks(_CHUNK // _PRECISION if compute == WIDE else _CHUNK)
     partial = np.empty((len(chunks), 2, form.shape[1]))
 
     def add(i: int) -> None:

@@ -1,18 +1,33 @@
 """The innermost loops, compiled by Numba: each goes through a contiguous chunk of x once.
 
 They have to release the interpreter's lock, since threads run them side by side; to give the same bits for both memory
-orders, so sums are made in lanes, (c, l modulo the number of lanes), each in the order of n and l; and to be cached on
-disk. All of them are in this file, because Numba's cache looks for changes no further than the file of a function.
+orders; and to be cached on disk. All of them are in this file, because Numba's cache looks for changes no further than
+the file of a function.
 
-A chunk x is (N, C, L), or (N, L, C) with channels last, as one axis; an (N, C) is a sequence of N in one sample with
-channels last. ``w`` has the weight of each (n, l), or nothing at all where each value counts once; loops that are given
-weights leave out what has none, whatever it is. Vectors are (C,), in float64 if nothing else is said.
+A chunk x is (N, C, L), or (N, L, C) with channels last, as one axis; an (N, C) has an L of 1. Sums are made in lanes:
+where there are fewer lanes than L, places take turns in them, and else several samples lie side by side in them. Each
+lane is summed up in the order of n and l, and the lanes of a channel as a tree. ``w`` has the weight of each (n, l), or
+nothing at all where each value counts once; loops that are given weights leave out what has none, whatever it is.
+Vectors are (C,), in float64 if nothing else is said.
 """
+
+from collections.abc import Callable
 
 import numba
 import numpy as np
 
-_compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+from mbn_cpu import compilation
+
+
+def _compiled(function: Callable[..., object]) -> Callable[..., object]:
+    options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+    try:
+        return numba.njit(function, cache=True, **options)
+    except RuntimeError:  # there is no folder that may be written to: each process compiles for itself
+        return numba.njit(function, **options)
+
+
+compilation.report(__name__)
 
 _WIDTH = 256
 """Values that make a loop long enough."""
@@ -21,33 +36,31 @@ _WIDTH = 256
 @_compiled
 def shifted_sums(x, w, last, c, length, lanes, shift, sums):
     """Write the weighted sums of x - shift and of its squares, (2, C)."""
-    width = lanes * c
-    inner = 1 if last else lanes
+    width, inner = lanes * c, 1 if last else min(lanes, length)
     total, squares, center = np.zeros(width), np.zeros(width), _spread(shift, width, inner)
     if w.size:
         _add_weighted(x, w, last, c, length, lanes, center, total, squares)
-    elif last or lanes == length:
-        _add_rows(x, width, length * c, center, total, squares)
+    elif last or lanes >= length:
+        _add_rows(x, width, length * c if lanes < length else x.size, center, total, squares)
     else:
         _add_planes(x, c, length, lanes, shift, total, squares)
-    _collapse(total, inner, sums[0])
-    _collapse(squares, inner, sums[1])
+    _collapse(total, lanes, inner, sums[0])
+    _collapse(squares, lanes, inner, sums[1])
 
 
 @_compiled
 def gradient_sums(dy, x, w, last, c, length, lanes, shift, sums):
     """Write the sums of dy and of dy * (x - shift), (2, C)."""
-    width = lanes * c
-    inner = 1 if last else lanes
+    width, inner = lanes * c, 1 if last else min(lanes, length)
     total, products, center = np.zeros(width), np.zeros(width), _spread(shift, width, inner)
     if w.size:
         _add_products_counted(dy, x, w, last, c, length, lanes, center, total, products)
-    elif last or lanes == length:
-        _add_product_rows(dy, x, width, length * c, center, total, products)
+    elif last or lanes >= length:
+        _add_product_rows(dy, x, width, length * c if lanes < length else x.size, center, total, products)
     else:
         _add_product_planes(dy, x, c, length, lanes, shift, total, products)
-    _collapse(total, inner, sums[0])
-    _collapse(products, inner, sums[1])
+    _collapse(total, lanes, inner, sums[0])
+    _collapse(products, lanes, inner, sums[1])
 
 
 @_compiled
@@ -192,18 +205,19 @@ def _spread(vector, width, inner):
 
 
 @_compiled
-def _collapse(row, inner, out):
-    """Write the sums of the lanes of each channel: a tree of additions, in which the row is used up."""
-    c = out.size
-    step = c if inner == 1 else 1
-    for channel in range(c):
-        first, lanes = channel * inner, row.size // c
-        while lanes > 1:
-            half = (lanes + 1) // 2
-            for lane in range(half, lanes):
-                row[first + (lane - half) * step] += row[first + lane * step]
-            lanes = half
-        out[channel] = row[first]
+def _collapse(row, lanes, inner, out):
+    """Write the sum of the lanes of each channel, of which so many in turn have the same: a tree of additions."""
+    values = np.empty(lanes)
+    for channel in range(out.size):
+        for lane in range(lanes):
+            values[lane] = row[(lane // inner * out.size + channel) * inner + lane % inner]
+        n = lanes
+        while n > 1:
+            half = (n + 1) // 2
+            for lane in range(half, n):
+                values[lane - half] += values[lane]
+            n = half
+        out[channel] = values[0]
 
 
 @_compiled
@@ -328,59 +342,87 @@ def _add_product_planes(dy, x, c, length, lanes, shift, total, products):
 
 @_compiled
 def _add_weighted(x, w, last, c, length, lanes, center, total, squares):
-    whole = length - length % lanes
-    for begin, end in ((0, whole), (whole, length)):
-        for n in range(w.size // length):
-            if last:
-                for position in range(begin, end):
-                    weight, lane = w[n * length + position], position % lanes * c
-                    if weight == 0:
-                        continue
-                    row, shift = x[(n * length + position) * c :][:c], center[lane:][:c]
+    if last:
+        _add_weighted_last(x, w, c, length, lanes, center, total, squares)
+    else:
+        _add_weighted_planes(x, w, c, length, lanes, center, total, squares)
+
+
+@_compiled
+def _add_weighted_last(x, w, c, length, lanes, center, total, squares):
+    span = length if lanes < length else w.size
+    whole = span - span % lanes
+    for begin, end in ((0, whole), (whole, span)):
+        for first in range(0, w.size, span):
+            for place in range(first + begin, first + end):
+                weight, lane = w[place], (place - first) % lanes * c
+                if weight != 0:
+                    row, k = x[place * c :][:c], center[lane:][:c]
                     sums, other = total[lane:][:c], squares[lane:][:c]
                     for i in range(c):
-                        d = row[i] - shift[i]
-                        sums[i] += weight * d
-                        other[i] += weight * (d * d)
-                continue
-            for channel in range(c):
-                k, sums, other = center[channel * lanes], total[channel * lanes :], squares[channel * lanes :]
-                for start in range(begin, end, lanes):
-                    block, weights = x[(n * c + channel) * length + start :], w[n * length + start :]
-                    for i in range(min(lanes, end - start)):
-                        weight = weights[i]
-                        d = block[i] - k if weight != 0 else 0.0
+                        d = row[i] - k[i]
                         sums[i] += weight * d
                         other[i] += weight * (d * d)
 
 
 @_compiled
-def _add_products_counted(dy, x, w, last, c, length, lanes, center, total, products):
-    whole = length - length % lanes
+def _add_weighted_planes(x, w, c, length, lanes, center, total, squares):
+    block = min(lanes, length)
+    whole = length - length % block
     for begin, end in ((0, whole), (whole, length)):
-        for n in range(w.size // length):
-            if last:
-                for position in range(begin, end):
-                    if w[n * length + position] == 0:
-                        continue
-                    b, lane = (n * length + position) * c, position % lanes * c
-                    gradient, row, shift = dy[b:][:c], x[b:][:c], center[lane:][:c]
+        for row in range(x.size // length):
+            lane = row * block % (lanes * c)
+            sums, other, k = total[lane:], squares[lane:], center[lane]
+            for start in range(begin, end, block):
+                values, weights = x[row * length + start :], w[row // c * length + start :]
+                for i in range(min(block, end - start)):
+                    weight = weights[i]
+                    d = values[i] - k if weight != 0 else 0.0
+                    sums[i] += weight * d
+                    other[i] += weight * (d * d)
+
+
+@_compiled
+def _add_products_counted(dy, x, w, last, c, length, lanes, center, total, products):
+    if last:
+        _add_products_counted_last(dy, x, w, c, length, lanes, center, total, products)
+    else:
+        _add_products_counted_planes(dy, x, w, c, length, lanes, center, total, products)
+
+
+@_compiled
+def _add_products_counted_last(dy, x, w, c, length, lanes, center, total, products):
+    span = length if lanes < length else w.size
+    whole = span - span % lanes
+    for begin, end in ((0, whole), (whole, span)):
+        for first in range(0, w.size, span):
+            for place in range(first + begin, first + end):
+                lane = (place - first) % lanes * c
+                if w[place] != 0:
+                    gradient, row, k = dy[place * c :][:c], x[place * c :][:c], center[lane:][:c]
                     sums, other = total[lane:][:c], products[lane:][:c]
                     for i in range(c):
                         sums[i] += gradient[i]
-                        other[i] += gradient[i] * (row[i] - shift[i])
-                continue
-            for channel in range(c):
-                k, sums, other = center[channel * lanes], total[channel * lanes :], products[channel * lanes :]
-                for start in range(begin, end, lanes):
-                    b = (n * c + channel) * length + start
-                    gradient, block, weights = dy[b:], x[b:], w[n * length + start :]
-                    for i in range(min(lanes, end - start)):
-                        counts = weights[i] != 0
-                        g = gradient[i] if counts else 0.0
-                        d = block[i] - k if counts else 0.0
-                        sums[i] += g
-                        other[i] += g * d
+                        other[i] += gradient[i] * (row[i] - k[i])
+
+
+@_compiled
+def _add_products_counted_planes(dy, x, w, c, length, lanes, center, total, products):
+    block = min(lanes, length)
+    whole = length - length % block
+    for begin, end in ((0, whole), (whole, length)):
+        for row in range(x.size // length):
+            lane = row * block % (lanes * c)
+            sums, other, k = total[lane:], products[lane:], center[lane]
+            for start in range(begin, end, block):
+                first = row * length + start
+                gradient, values, weights = dy[first:], x[first:], w[row // c * length + start :]
+                for i in range(min(block, end - start)):
+                    counts = weights[i] != 0
+                    g = gradient[i] if counts else 0.0
+                    d = values[i] - k if counts else 0.0
+                    sums[i] += g
+                    other[i] += g * d
 
 
 @_compiled

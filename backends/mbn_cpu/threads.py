@@ -9,7 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 
 from mbn.threads import get_num_threads, num_processors
@@ -48,10 +48,8 @@ def run(task: Callable[[int], object], count: int, at_least: int = 1) -> None:
 
     def work() -> None:
         try:
-            while waiting:
-                with suppress(IndexError):  # another thread took the last
-                    i = waiting.popleft()
-                    task(i)
+            while (i := _next(waiting)) is not None:
+                task(i)
         except BaseException:
             waiting.clear()
             raise
@@ -65,6 +63,13 @@ def run(task: Callable[[int], object], count: int, at_least: int = 1) -> None:
     for helper in helpers:
         if not helper.cancelled():
             helper.result()
+
+
+def _next(waiting: deque[int]) -> int | None:
+    try:
+        return waiting.popleft()
+    except IndexError:  # another thread took the last
+        return None
 
 
 def _num_threads() -> int:

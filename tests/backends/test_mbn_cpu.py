@@ -1,0 +1,182 @@
+"""Arithmetic on host memory: the same bits by every route, little memory, and threads that hurt nobody."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+import mbn
+from mbn.conformance import oracle, ulp
+from mbn_cpu import threads
+
+BACKENDS = ["numpy", "numba"]
+SHAPES = [(70_001, 3), (5000, 300), (300, 5, 100), (33, 40, 257), (2, 3, 500_000), (100_000, 2, 3)]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+def draw(shape, dtype="float32", seed=0):
+    return np.random.default_rng(seed).normal(5, 3, shape).astype(dtype)
+
+
+def step(backend, x, dy, **masking):
+    """Return all that a step gives: output, gradients, statistics."""
+    bn = mbn.BatchNorm1d(x.shape[1], dtype="float64" if x.dtype == np.float64 else None, backend=backend)
+    y, pullback = bn.vjp(x, **masking)
+    return y, *pullback(dy), bn.running_mean, bn.running_var, bn.eval()(x)
+
+
+def assert_same_bits(given, expected):
+    for one, other in zip(given, expected, strict=True):
+        np.testing.assert_array_equal(one, other, strict=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_bits_do_not_depend_on_threads(backend, shape, dtype, monkeypatch, *, masked):
+    x, dy = draw(shape, dtype), draw(shape, dtype, 1)
+    masking = {"mask": np.arange(x.size // shape[1]).reshape(shape[:1] + shape[2:]) % 3 > 0} if masked else {}
+    monkeypatch.setattr(threads, "get_num_threads", lambda: 1)
+    alone = step(backend, x, dy, **masking)
+    monkeypatch.setattr(threads, "get_num_threads", lambda: 5)
+    assert_same_bits(step(backend, x, dy, **masking), alone)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_bits_do_not_depend_on_memory_order(backend, shape, dtype, *, masked):
+    x, dy = draw(shape, dtype), draw(shape, dtype, 1)
+    masking = {"mask": np.arange(x.size // shape[1]).reshape(shape[:1] + shape[2:]) % 3 > 0} if masked else {}
+    expected = step(backend, x, dy, **masking)
+    sliced = np.repeat(x, 2, axis=0)[::2]
+    last = np.ascontiguousarray(x.swapaxes(-1, -2)).swapaxes(-1, -2)
+    for other in (sliced, last, np.asfortranarray(x)):
+        assert not other.flags.c_contiguous
+        assert_same_bits(step(backend, other, dy, **masking), expected)
+    assert_same_bits(step(backend, x, np.asfortranarray(dy), **masking), expected)
+
+
+@pytest.mark.parametrize("shape", [(3000, 2), (300_000, 2), (4000, 70), (30, 3, 1000), (2000, 3, 5)])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_statistics_are_exact_at_every_size(backend, shape, dtype):
+    x = draw(shape, dtype)
+    x[0] = 1e6  # a bad value to take differences to
+    bn = mbn.BatchNorm1d(shape[1], momentum=1.0, eps=0.0, dtype=dtype, backend=backend)
+    y = bn(x)
+    exact = oracle.train(x, np.zeros(shape[1]), np.ones(shape[1]), momentum=1.0, eps=0.0)
+    assert ulp.error(y, exact.y, dtype) <= ulp.OUTPUT_BOUNDS[dtype]
+    assert ulp.error(bn.running_mean, exact.running_mean, dtype) <= ulp.STATISTICS_BOUNDS[dtype]
+    assert ulp.error(bn.running_var, exact.running_var, dtype) <= ulp.STATISTICS_BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("shape", [(65536, 256), (1_048_576, 16), (1024, 128, 128)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_memory_beside_the_output_is_a_few_mebibytes(backend, shape, *, transposed):
+    x = draw(shape)
+    x = np.asfortranarray(x) if transposed else x
+    bn = mbn.BatchNorm1d(shape[1], backend=backend)
+    bn(x[:64])
+    for call in (bn, bn.eval()):
+        tracemalloc.start()
+        y = call(x)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak - y.nbytes <= 8 << 20
+
+
+def test_many_threads_at_once(backend):
+    x = draw((200_000, 7))
+    bn = mbn.BatchNorm1d(7, backend=backend).eval()
+    expected = bn(x)
+    with ThreadPoolExecutor(8) as pool:
+        for y in pool.map(bn, [x] * 24):
+            np.testing.assert_array_equal(y, expected)
+
+
+def _forked(bn, x, queue):
+    queue.put(bn(x).tobytes())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_fork_has_a_pool_of_its_own(backend, monkeypatch):
+    monkeypatch.setattr(threads, "get_num_threads", lambda: 3)
+    x = draw((500_000, 7))
+    bn = mbn.BatchNorm1d(7, backend=backend).eval()
+    expected = bn(x).tobytes()
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_forked, args=(bn, x, queue))
+    child.start()
+    assert queue.get(timeout=60) == expected
+    child.join()
+
+
+def test_small_calls_start_no_thread():
+    program = (
+        "import mbn, numpy as np, threading\n"
+        "bn = mbn.BatchNorm1d(64, backend='numpy')\n"
+        "_, pullback = bn.vjp(np.ones((1024, 64), 'float32'))\n"
+        "pullback(np.ones((1024, 64), 'float32'))\n"
+        "assert threading.active_count() == 1\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)  # noqa: S603
+
+
+class TestThreads:
+    @pytest.fixture(autouse=True)
+    def many(self, monkeypatch):
+        monkeypatch.setattr(threads, "get_num_threads", lambda: 4)
+        monkeypatch.setattr(threads, "num_processors", lambda: 4)
+        monkeypatch.setattr(threads, "_pool", None)
+        yield
+        if threads._pool is not None:
+            threads._pool.shutdown()
+
+    def test_each_task_runs_once(self):
+        done = []
+        threads.run(done.append, 1000)
+        assert sorted(done) == list(range(1000))
+
+    def test_several_threads_share_the_tasks(self):
+        barrier = threading.Barrier(4, timeout=30)
+        threads.run(lambda _: barrier.wait(), 4)
+
+    def test_no_more_threads_than_said(self):
+        names = set()
+        with threads.limited(1):
+            threads.run(lambda _: names.add(threading.current_thread().name), 100)
+        assert names == {threading.current_thread().name}
+
+    def test_tasks_see_the_context_of_the_caller(self):
+        seen = []
+        with np.errstate(over="raise"):
+            threads.run(lambda _: seen.append(np.geterr()["over"]), 50)
+        assert set(seen) == {"raise"}
+
+    @pytest.mark.parametrize("error", [ValueError, IndexError, KeyboardInterrupt])
+    def test_an_error_comes_out_and_nothing_runs_on(self, error):
+        done = []
+
+        def task(i):
+            if i == 10:
+                raise error
+            done.append(i)
+
+        with pytest.raises(error):
+            threads.run(task, 100_000)
+        after = len(done)
+        assert after < 100_000
+        threads.run(lambda _: None, 100)
+        assert len(done) == after

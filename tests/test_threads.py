@@ -1,0 +1,65 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+import mbn
+from mbn import threads
+
+
+@pytest.fixture(autouse=True)
+def four_processors(monkeypatch):
+    monkeypatch.setattr(threads, "num_processors", lambda: 4)
+    monkeypatch.delenv("MBN_NUM_THREADS", raising=False)
+    yield
+    mbn.set_num_threads(None)
+
+
+def test_all_processors_are_used_unless_somebody_says_otherwise(monkeypatch):
+    mbn.set_num_threads(None)
+    assert mbn.get_num_threads() == 4
+    mbn.set_num_threads(3)
+    assert mbn.get_num_threads() == 3
+    mbn.set_num_threads(None)
+    monkeypatch.setenv("MBN_NUM_THREADS", "2")
+    assert mbn.get_num_threads() == 2
+    mbn.set_num_threads(1)
+    assert mbn.get_num_threads() == 1
+
+
+def test_more_than_there_are_processors_is_all_of_them(monkeypatch):
+    mbn.set_num_threads(64)
+    assert mbn.get_num_threads() == 4
+    mbn.set_num_threads(None)
+    monkeypatch.setenv("MBN_NUM_THREADS", "64")
+    assert mbn.get_num_threads() == 4
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "words"),
+    [
+        (0, ValueError, "num_threads is a number of threads, at least 1, not 0"),
+        (-2, ValueError, "at least 1, not -2"),
+        (2.0, TypeError, "num_threads is an int or None, not 2.0"),
+        (True, TypeError, "num_threads is an int or None, not True"),
+        ("2", TypeError, "num_threads is an int or None, not '2'"),
+    ],
+)
+def test_wrong_number_is_refused_and_changes_nothing(number, error, words):
+    mbn.set_num_threads(3)
+    with pytest.raises(error, match=words):
+        mbn.set_num_threads(number)
+    assert mbn.get_num_threads() == 3
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "1.5", "False"])
+def test_wrong_environment_is_refused_where_it_counts(text):
+    program = "import mbn, numpy as np\nbn = mbn.BatchNorm1d(3)\nbn(np.ones((1 << 20, 3), 'float32'))"
+    environment = os.environ | {"MBN_NUM_THREADS": text}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)  # noqa: S603
+    assert run.returncode == 1
+    last_line = run.stderr.strip().splitlines()[-1]
+    assert last_line == (
+        f"ValueError: the environment variable MBN_NUM_THREADS is a number of threads, at least 1, not {text!r}."
+    )
