@@ -1,6 +1,6 @@
 """Normalisation by the statistics of the batch itself, and its derivatives.
 
-It must give the gradients that the formulas of batch normalisation give, with sums in pairs, so that a large mean of x
+It must give the gradients that the formulas of batch normalisation give, with sums in float64, so that a large mean of x
 or dy costs nothing. So it is differentiated as a whole, mean and variance being what they are of x, and not part by
 part; and its derivatives in the same way again.
 
@@ -10,16 +10,17 @@ their sum. In the direction v
     xhat changes by P(v) = s * (v - M(v) - xhat * M(xhat * v)),  s by -s**2 * M(xhat * v).
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from mbn_jax import kernels
+from mbn_jax.channels import channel_sums, once, rows
 from mbn_jax.linear import Arrays, LinearMap, Shape, are_transposes, channel_sum, spread
-from mbn_jax.pairs import Pair, as_pair, channel_sums, difference, divide, multiply
+from mbn_jax.pairs import Pair, as_pair, rounded
 
 
 class Batch(NamedTuple):
@@ -115,7 +116,7 @@ def _vector(batch: Batch, value: jax.Array | None, default: float) -> jax.Array:
 
 def _push(arrays: Arrays, residuals: tuple[Batch, jax.Array], shape: Shape) -> list[jax.Array]:  # noqa: ARG001
     (v, dweight, dbias), (batch, weight) = arrays, residuals
-    mean, slope = (divide(total, batch.count) for total in _sums(v, batch, kernels.weighted))
+    mean, slope = _shares(_sums(v, batch, batch.weights), batch)
     xhat = _standardize(batch)
     scale, dweight, dbias = (spread(vector, v.shape) for vector in (batch.invstd.hi * weight, dweight, dbias))
     change = kernels.residual(v, xhat, mean, slope, None) * scale + xhat * dweight + dbias
@@ -143,11 +144,11 @@ def _push_derivative(
 
 def _pull(arrays: Arrays, residuals: tuple[Batch, jax.Array], shape: Shape) -> list[jax.Array]:  # noqa: ARG001
     (dy,), (batch, weight) = arrays, residuals
-    dbias, dweight = sums = _sums(dy, batch, kernels.masked)
-    mean, slope = (divide(total, batch.count) for total in sums)
+    dbias, dweight = sums = _sums(dy, batch, None)
+    mean, slope = _shares(sums, batch)
     change = kernels.residual(dy, _standardize(batch), mean, slope, batch.weights)
     dx = kernels.unmasked(change * spread(batch.invstd.hi * weight, dy.shape), batch.weights)
-    return [dx, dweight.hi, dbias.hi]
+    return [dx, dweight.astype(dy.dtype), dbias.astype(dy.dtype)]
 
 
 def _pull_derivative(
@@ -170,15 +171,20 @@ def _pull_derivative(
     return [bent + spread(dweight, dy.shape) * moved, bend, jnp.zeros_like(bend)]
 
 
-def _sums(v: jax.Array, batch: Batch, weigh: Callable[[Pair, jax.Array | None], Pair]) -> tuple[Pair, Pair]:
-    """Return the sums of v and of xhat * v for each channel."""
+def _sums(v: jax.Array, batch: Batch, factor: jax.Array | None) -> list[jax.Array]:
+    """Return the sums of v and of xhat * v for each channel, in float64; of each value times a factor, if any."""
+    mean, rest = (once(part) for part in batch.mean)
+    v = kernels.unmasked(rows(v).astype(np.float64), rows(batch.weights))
+    if factor is not None:
+        v *= rows(factor)
+    deviation = kernels.unmasked((rows(batch.x).astype(np.float64) - mean) - rest, rows(batch.weights))
+    total, product = channel_sums(v, v * deviation)
+    return [total, product * rounded(batch.invstd, np.float64)]
 
-    def terms(x: jax.Array, v: jax.Array, weights: jax.Array | None) -> list[Pair]:
-        exact = as_pair(v, v.dtype)
-        return [weigh(term, weights) for term in (exact, multiply(difference(batch.mean, x), exact))]
 
-    total, product = channel_sums(terms, batch.x, v, batch.weights)
-    return total, multiply(product, batch.invstd)
+def _shares(sums: list[jax.Array], batch: Batch) -> list[Pair]:
+    """Return sums divided by the count."""
+    return [as_pair(total / rounded(batch.count, np.float64), batch.mean.hi.dtype) for total in sums]
 
 
 _pushforward = LinearMap("batch_norm_pushforward", _push, lambda arrays, shape: arrays[:1], _push_derivative)  # noqa: ARG005

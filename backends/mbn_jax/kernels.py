@@ -11,23 +11,31 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from mbn_jax.channels import channel_sums, once, rows
 from mbn_jax.linear import Shape, channel_sum, spread
+from mbn_jax.maps import Map
 from mbn_jax.pairs import (
     Pair,
     Statistic,
     add,
     as_pair,
-    channel_sums,
-    difference,
     divide,
     multiply,
     negative,
+    rounded,
     two_sum,
     where,
     widest_dtype,
 )
+
+FAR = 2.0**10
+"""How far from its mean a channel's sum of squares may be taken, in its variance: so many digits are lost, and spare.
+
+They are only where values are narrower than the sums, which are made in float64.
+"""
 
 
 @partial(jax.jit, static_argnames=("shape", "dtype"))
@@ -61,19 +69,37 @@ def against(weights: jax.Array | None, x: jax.Array) -> jax.Array | None:
     return None if weights is None else lax.stop_gradient(weights).reshape(x.shape[0], 1, *x.shape[2:])
 
 
+def _moments(x: jax.Array, weights: jax.Array | None) -> list[jax.Array]:
+    compute = compute_dtype(x)
+    n = rounded(divisor(count(x, weights)), np.float64)
+
+    def around(center: jax.Array) -> tuple[Pair, jax.Array, jax.Array]:
+        """Return the mean, m2, and what m2 was bigger by around the center, from sums of the differences to that."""
+        deviation = unmasked(rows(x).astype(np.float64) - once(center), rows(weights))
+        term = deviation if weights is None else deviation * rows(weights)
+        total, squares = channel_sums(term, term * deviation)
+        excess = total * (total / n)
+        return two_sum(center, total / n), jnp.maximum(squares - excess, 0), excess
+
+    mean, m2, excess = around(_first(x, weights).astype(np.float64))
+    is_far = jnp.any(excess > (FAR if compute == np.float32 else 0) * m2)
+    mean, m2, _ = lax.cond(is_far, lambda: around(mean.hi), lambda: (mean, m2, excess))
+    return [*as_pair(mean, compute), *as_pair(m2, compute)]
+
+
+_MOMENTS = Map("batch_norm_moments", _moments)
+
+
 @jax.custom_jvp
 @jax.jit
 def moments(x: jax.Array, weights: jax.Array | None) -> tuple[Pair, Pair, Pair]:
     """Return the sum of the weights, and mean and m2 of each channel of x, (N, C) or (N, C, L).
 
-    The mean comes from the differences to the first value, so that it is exact for a constant channel; m2 from the
-    differences to the mean.
+    They come from the differences to the first value, so that they are exact for a constant channel; and from those to
+    the mean where a first value is far from it.
     """
-    total_weight, first = count(x, weights), as_pair(_first(x, weights), compute_dtype(x))
-    total = channel_sums(lambda x, weights: weighted(difference(first, x), weights), x, weights)
-    mean = add(first, divide(total, divisor(total_weight)))
-    m2 = channel_sums(lambda x, weights: weighted(_square(difference(mean, x)), weights), x, weights)
-    return total_weight, mean, m2
+    mean, rest, m2, m2_rest = _MOMENTS(x, weights)
+    return count(x, weights), Pair(mean, rest), Pair(m2, m2_rest)
 
 
 @moments.defjvp
@@ -228,16 +254,6 @@ def residual(v: jax.Array, xhat: jax.Array, mean: Pair, slope: Pair, weights: ja
     return (v - center.hi) - (center.lo + xhat)
 
 
-def weighted(terms: Pair, weights: jax.Array | None) -> Pair:
-    """Return terms times their weights, whatever the terms are where those are 0."""
-    return terms if weights is None else where(weights == 0, 0, multiply(terms, as_pair(weights, terms.hi.dtype)))
-
-
-def masked(terms: Pair, weights: jax.Array | None) -> Pair:
-    """Return terms with 0 in place of those of weight 0."""
-    return terms if weights is None else where(weights == 0, 0, terms)
-
-
 def unmasked(values: jax.Array, weights: jax.Array | None) -> jax.Array:
     """Return values with 0 in place of those of weight 0, and NaN where the weight is."""
     return values if weights is None else jnp.where(weights > 0, values, weights.astype(values.dtype))
@@ -276,16 +292,20 @@ def _invstd_jvp(primals: tuple[Pair], tangents: tuple[Pair]) -> tuple[Pair, Pair
     return result, Pair(slope, jnp.zeros_like(slope))
 
 
-def _square(a: Pair) -> Pair:
-    return multiply(a, a)
-
-
 def count(x: jax.Array, weights: jax.Array | None) -> Pair:
     """Return the sum of the weights of a channel."""
     compute = compute_dtype(x)
     if weights is None:
         return as_pair(float(x.size // x.shape[1]), compute)
-    return jax.tree.map(jnp.squeeze, channel_sums(lambda weights: as_pair(weights, compute), weights))
+    return as_pair(Pair(*_TOTAL(weights)), compute)
+
+
+def _total(weights: jax.Array) -> list[jax.Array]:
+    (total,) = channel_sums(rows(weights).astype(np.float64))
+    return [*as_pair(total[0], weights.dtype)]
+
+
+_TOTAL = Map("total_weight", _total)
 
 
 def _left(count: Pair, correction: int) -> Pair:

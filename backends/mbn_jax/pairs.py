@@ -1,25 +1,19 @@
-"""Arithmetic in pairs, and sums of them over the values of each channel.
+"""Arithmetic in pairs.
 
 It must be as exact where JAX has no 64-bit numbers, which is its default, as where it has. So what counts is carried in
 pairs, unevaluated sums of two numbers of the dtype computed in, made by transforms that return their rounding error
 too. XLA contracts products and sums into FMAs as it likes, which changes nothing here: every product whose last bit
-counts is exact. Sums are made in a fixed order, so the bits do not depend on the run or the number of threads.
+counts is exact.
 
-Everything can be traced; all but the sums differentiates as the real numbers that it stands for: a rounding error is a
-constant.
+Everything can be traced, and differentiates as the real numbers that it stands for: a rounding error is a constant.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-
-BLOCK = 1 << 16
-"""Values taken at a time: few enough that the running sums stay in cache, enough for all cores to have a share."""
 
 
 class Pair(NamedTuple):
@@ -30,8 +24,6 @@ class Pair(NamedTuple):
 
 
 Statistic: TypeAlias = Pair | jax.Array
-Pairs: TypeAlias = Any
-"""A tree of pairs."""
 
 
 def widest_dtype() -> np.dtype:
@@ -111,54 +103,6 @@ def divide(a: Pair, b: Pair) -> Pair:
 def where(condition: jax.Array, a: float, b: Pair) -> Pair:
     """Return a small whole number where the condition holds, and b elsewhere."""
     return Pair(jnp.where(condition, a, b.hi), jnp.where(condition, 0, b.lo))
-
-
-def column(vector: jax.Array, ndim: int) -> jax.Array:
-    """Return a (C,) vector in the shape that broadcasts against an x of ndim axes."""
-    return vector if ndim == 2 else vector[:, None]  # noqa: PLR2004 - (N, C) or (N, C, L)
-
-
-def difference(center: Pair, values: jax.Array) -> Pair:
-    """Return values - center, with one center for each channel."""
-    hi, lo = (column(-part, values.ndim) for part in center)
-    return add(as_pair(values, hi.dtype), Pair(hi, lo))
-
-
-def channel_sums(term: Callable[..., Pairs], x: jax.Array, *others: jax.Array | None) -> Pairs:
-    """Return the sums of ``term(x, *others)``, pairs in the shape of x, for each channel of x, (N, C) or (N, C, L).
-
-    Of the others, which broadcast against x, all have its first axis, if they are not None.
-    """
-    total = _sum((x, *others), lambda values: term(*values), axis=0)
-    return total if x.ndim == 2 else _sum(total, lambda pairs: pairs, axis=1)  # noqa: PLR2004 - (N, C) or (N, C, L)
-
-
-def _sum(values: Any, term: Callable[..., Pairs], axis: int) -> Pairs:
-    """Return the sums of ``term(values)`` over an axis: of block upon block, and then within the block."""
-    first = jax.tree.leaves(values)[0]
-    n = first.shape[axis]
-    length = min(n, max(1, BLOCK * n // first.size))
-
-    def add_block(i: jax.Array, total: Pairs) -> Pairs:
-        start = jnp.minimum(i * length, n - length)
-        is_new = jnp.arange(length) >= i * length - start  # the last block may reach back into the one before it
-        is_new = is_new.reshape([length if other == axis else 1 for other in range(first.ndim)])
-        terms = term(_part(values, start, length, axis))
-        return _add(total, jax.tree.map(lambda leaf: jnp.where(is_new, leaf, 0), terms))
-
-    total = term(_part(values, 0, length, axis))
-    if length < n:
-        total = lax.fori_loop(1, -(-n // length), add_block, total)
-    zeros = jax.tree.map(lambda leaf: np.zeros((), leaf.dtype), total)
-    return lax.reduce(total, zeros, _add, (axis,))
-
-
-def _add(a: Pairs, b: Pairs) -> Pairs:
-    return jax.tree.map(add, a, b, is_leaf=lambda leaf: isinstance(leaf, Pair))
-
-
-def _part(values: Any, start: jax.Array | int, length: int, axis: int) -> Any:
-    return jax.tree.map(partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=length, axis=axis), values)
 
 
 def _halves(a: jax.Array) -> Pair:

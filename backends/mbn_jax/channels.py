@@ -1,0 +1,59 @@
+"""From values to vectors of one number per channel, and back: sums, and what they are spread to.
+
+Sums are made in float64, so whoever calls for one has to run where there are 64-bit numbers, as a ``Map`` does. The
+order of their additions is written down here and not left to XLA: the bits must not depend on the run, on the number of
+threads, or on where the channels lie in memory.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+RUN = 16
+"""Values that are added one after the other: few enough for XLA to unroll, and so to vectorise over the channels."""
+
+LARGE = 1 << 24
+"""From this many partial sums on runs are twice as long: memory that large comes fresh from the system each time."""
+
+
+def column(vector: jax.Array, ndim: int) -> jax.Array:
+    """Return a (C,) vector in the shape that broadcasts against an x of ndim axes."""
+    return vector if ndim == 2 else vector[:, None]  # noqa: PLR2004 - (N, C) or (N, C, L)
+
+
+def rows(x: jax.Array | None) -> jax.Array | None:
+    """Return (N, C) or (N, C, L) with all values of a channel along the first axis, and the channels along the last."""
+    return None if x is None else jnp.moveaxis(x, 1, -1).reshape(-1, x.shape[1])
+
+
+def once(vector: jax.Array) -> jax.Array:
+    """Return a (C,) vector, computed once, and not again for each value that it meets.
+
+    XLA repeats what is cheap in every loop that reads it, to which arithmetic in pairs is no exception. Divisions are
+    none of that; nor does it see what is behind a barrier, until it has decided.
+    """
+    return vector / lax.optimization_barrier(jnp.ones_like(vector))
+
+
+def channel_sums(*terms: jax.Array) -> list[jax.Array]:
+    """Return the sums of terms, float64 and (n, C) each, over the first axis: a tree of runs."""
+    rests = []
+    while (n := terms[0].shape[0]) > 2 * RUN:
+        run = RUN if sum(term.size for term in terms) < LARGE * RUN else 2 * RUN
+        whole = n - n % run
+        if whole < n:
+            rests.append(_sums([term[whole:] for term in terms], 0))
+        terms = _sums([term[:whole].reshape(n // run, run, -1) for term in terms], 1)
+    return [sum(parts[1:], parts[0]) for parts in zip(_sums(terms, 0), *rests, strict=True)]
+
+
+def _sums(terms: Sequence[jax.Array], axis: int) -> list[jax.Array]:
+    """Return the sums of float64 arrays of one shape over an axis, in one pass."""
+
+    def add(totals: Sequence[jax.Array], values: Sequence[jax.Array]) -> list[jax.Array]:
+        return [total + value for total, value in zip(totals, values, strict=True)]
+
+    return lax.reduce(list(terms), [np.zeros((), term.dtype) for term in terms], add, (axis,))

@@ -1,0 +1,83 @@
+"""Functions as primitives.
+
+They must compute in float64 where they have to, though JAX has no 64-bit numbers by default and the switch is the
+user's: a primitive is lowered with them, whatever else is. And they must compose with vmap, as often as it is applied.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+Arrays: TypeAlias = Sequence[jax.Array]
+Levels: TypeAlias = tuple[tuple[bool, ...], ...]
+
+
+class Map:
+    """A function of trees of arrays that returns a list of arrays. Nobody differentiates it. To call it is to apply it.
+
+    Args:
+        name: how it is called in a jaxpr.
+        function: ``function(*arguments, **settings)``. It is traced with 64-bit numbers; its results have a dtype that
+            there is without them too.
+    """
+
+    def __init__(self, name: str, function: Callable[..., list[jax.Array]]) -> None:
+        self._function = function
+        self.primitive = primitive = Primitive(name)
+        primitive.multiple_results = True
+        primitive.def_impl(self._run)
+        primitive.def_abstract_eval(self._abstract_eval)
+        batching.primitive_batchers[primitive] = self._batch
+        mlir.register_lowering(primitive, self._lower)
+
+    def __call__(self, *arguments: Any, **settings: Any) -> list[jax.Array]:
+        """Apply the map."""
+        leaves, tree = jax.tree.flatten(arguments)
+        return self.primitive.bind(*leaves, tree=tree, levels=(), **settings)
+
+    # The parameters of the primitive: the tree that its operands are the leaves of; the levels of vmap, the outermost
+    # first; and the settings. At each level the results have one more axis in front; so do those operands that the
+    # level says have it.
+
+    def _apply(self, *operands: Any, tree: Any, levels: Levels, **settings: Any) -> list[jax.Array]:
+        return vectorised(lambda *leaves: self._function(*tree.unflatten(leaves), **settings), levels)(*operands)
+
+    def _run(self, *operands: Any, **parameters: Any) -> list[jax.Array]:
+        return _compiled(self.primitive, *operands, **parameters)
+
+    def _abstract_eval(self, *operands: Any, **parameters: Any) -> list[Any]:
+        with jax.enable_x64(True):
+            results = jax.eval_shape(partial(self._apply, **parameters), *operands)
+        return [jax.core.ShapedArray(result.shape, result.dtype) for result in results]
+
+    def _lower(self, context: Any, *operands: Any, **parameters: Any) -> Any:
+        with jax.enable_x64(True):
+            return mlir.lower_fun(self._apply, multiple_results=True)(context, *operands, **parameters)
+
+    def _batch(
+        self, operands: Arrays, axes: Sequence[int | None], *, levels: Levels, **parameters: Any
+    ) -> tuple[list[jax.Array], list[int]]:
+        in_front = [
+            operand if axis is None else jnp.moveaxis(operand, axis, 0)
+            for operand, axis in zip(operands, axes, strict=True)
+        ]
+        level = tuple(axis is not None for axis in axes)
+        results = self.primitive.bind(*in_front, levels=(level, *levels), **parameters)
+        return results, [0] * len(results)
+
+
+@partial(jax.jit, static_argnums=0, static_argnames=("tree", "levels", "shape"))
+def _compiled(primitive: Primitive, *operands: Any, **parameters: Any) -> list[jax.Array]:
+    return primitive.bind(*operands, **parameters)
+
+
+def vectorised(function: Callable[..., Any], levels: Levels) -> Callable[..., Any]:
+    """Return ``function`` under a vmap for each level, which says what arguments have its axis in front."""
+    for level in reversed(levels):
+        function = jax.vmap(function, in_axes=tuple(0 if has_axis else None for has_axis in level))
+    return function
