@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from mbn_jax import kernels
 from mbn_jax.channels import channel_sums, once, rows
 from mbn_jax.linear import Arrays, LinearMap, Shape, are_transposes, channel_sum, spread
-from mbn_jax.pairs import Pair, as_pair, rounded
+from mbn_jax.pairs import Pair, as_pair, wide
 
 
 class Batch(NamedTuple):
@@ -118,7 +117,7 @@ def _push(arrays: Arrays, residuals: tuple[Batch, jax.Array], shape: Shape) -> l
     (v, dweight, dbias), (batch, weight) = arrays, residuals
     mean, slope = _shares(_sums(v, batch, batch.weights), batch)
     xhat = _standardize(batch)
-    scale, dweight, dbias = (spread(vector, v.shape) for vector in (batch.invstd.hi * weight, dweight, dbias))
+    scale, dweight, dbias = (spread(vector, v.shape) for vector in (once(batch.invstd.hi * weight), dweight, dbias))
     change = kernels.residual(v, xhat, mean, slope, None) * scale + xhat * dweight + dbias
     return [kernels.unmasked(change, batch.weights)]
 
@@ -147,7 +146,7 @@ def _pull(arrays: Arrays, residuals: tuple[Batch, jax.Array], shape: Shape) -> l
     dbias, dweight = sums = _sums(dy, batch, None)
     mean, slope = _shares(sums, batch)
     change = kernels.residual(dy, _standardize(batch), mean, slope, batch.weights)
-    dx = kernels.unmasked(change * spread(batch.invstd.hi * weight, dy.shape), batch.weights)
+    dx = kernels.unmasked(change * spread(once(batch.invstd.hi * weight), dy.shape), batch.weights)
     return [dx, dweight.astype(dy.dtype), dbias.astype(dy.dtype)]
 
 
@@ -174,17 +173,17 @@ def _pull_derivative(
 def _sums(v: jax.Array, batch: Batch, factor: jax.Array | None) -> list[jax.Array]:
     """Return the sums of v and of xhat * v for each channel, in float64; of each value times a factor, if any."""
     mean, rest = (once(part) for part in batch.mean)
-    v = kernels.unmasked(rows(v).astype(np.float64), rows(batch.weights))
+    v = kernels.unmasked(wide(rows(v)), rows(batch.weights))
     if factor is not None:
         v *= rows(factor)
-    deviation = kernels.unmasked((rows(batch.x).astype(np.float64) - mean) - rest, rows(batch.weights))
+    deviation = kernels.unmasked((wide(rows(batch.x)) - mean) - rest, rows(batch.weights))
     total, product = channel_sums(v, v * deviation)
-    return [total, product * rounded(batch.invstd, np.float64)]
+    return [total, product * wide(batch.invstd)]
 
 
 def _shares(sums: list[jax.Array], batch: Batch) -> list[Pair]:
     """Return sums divided by the count."""
-    return [as_pair(total / rounded(batch.count, np.float64), batch.mean.hi.dtype) for total in sums]
+    return [as_pair(total / wide(batch.count), batch.mean.hi.dtype) for total in sums]
 
 
 _pushforward = LinearMap("batch_norm_pushforward", _push, lambda arrays, shape: arrays[:1], _push_derivative)  # noqa: ARG005

@@ -25,16 +25,16 @@ from mbn_jax.pairs import (
     divide,
     multiply,
     negative,
-    rounded,
     two_sum,
     where,
+    wide,
     widest_dtype,
 )
 
-FAR = 2.0**10
-"""How far from its mean a channel's sum of squares may be taken, in its variance: so many digits are lost, and spare.
+FAR = 1 << 20
+"""How many times its variance a channel's mean square may be, around what deviations are taken from.
 
-They are only where values are narrower than the sums, which are made in float64.
+So much precision is lost, and float64 has it to spare for values that are narrower.
 """
 
 
@@ -71,19 +71,21 @@ def against(weights: jax.Array | None, x: jax.Array) -> jax.Array | None:
 
 def _moments(x: jax.Array, weights: jax.Array | None) -> list[jax.Array]:
     compute = compute_dtype(x)
-    n = rounded(divisor(count(x, weights)), np.float64)
+    n = x.size // x.shape[1] if weights is None else _total_weight(weights)[0]
 
     def around(center: jax.Array) -> tuple[Pair, jax.Array, jax.Array]:
-        """Return the mean, m2, and what m2 was bigger by around the center, from sums of the differences to that."""
-        deviation = unmasked(rows(x).astype(np.float64) - once(center), rows(weights))
+        """Return the mean, m2 and the sum of squares that m2 is left of, from the deviations from a center."""
+        deviation = unmasked(wide(rows(x)) - center, rows(weights))
         term = deviation if weights is None else deviation * rows(weights)
         total, squares = channel_sums(term, term * deviation)
-        excess = total * (total / n)
-        return two_sum(center, total / n), jnp.maximum(squares - excess, 0), excess
+        step = total / (n if weights is None else jnp.where(n == 0, 1, n))
+        return two_sum(center, step), jnp.maximum(squares - total * step, 0), squares
 
-    mean, m2, excess = around(_first(x, weights).astype(np.float64))
-    is_far = jnp.any(excess > (FAR if compute == np.float32 else 0) * m2)
-    mean, m2, _ = lax.cond(is_far, lambda: around(mean.hi), lambda: (mean, m2, excess))
+    mean, m2, squares = around(wide(_first(x, weights)))
+    # The first of n values is far from the mean by no more than the square root of n - 1 standard deviations.
+    if compute == np.float64 or weights is not None or n > FAR:
+        is_far = jnp.any(squares > (1 if compute == np.float64 else FAR) * m2)
+        mean, m2, _ = lax.cond(is_far, lambda: around(once(mean.hi)), lambda: (mean, m2, squares))
     return [*as_pair(mean, compute), *as_pair(m2, compute)]
 
 
@@ -138,11 +140,28 @@ def merge(
     return total, add(mean, step), add(add(m2, other_m2), cross)
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
 @partial(jax.jit, static_argnames=("correction",))
 def variance(m2: Pair, count: Pair, correction: int) -> Pair:
     """Return m2 / (count - correction), and 0 where count is no more than correction."""
-    left = _left(as_pair(count, m2.hi.dtype), correction)
-    return where(left.hi <= 0, 0, divide(m2, where(left.hi <= 0, 1, left)))
+    return Pair(*_VARIANCE(m2, count, correction=correction))
+
+
+@variance.defjvp
+def _variance_jvp(correction: int, primals: tuple[Pair, Pair], tangents: tuple[Pair, Pair]) -> tuple[Pair, Pair]:
+    """Differentiate by m2: a count is a constant."""
+    (m2, count), (change, _) = primals, tangents
+    left = lax.stop_gradient(_left(as_pair(count, m2.hi.dtype), correction).hi)
+    slope = jnp.where(left <= 0, 0, change.hi / jnp.where(left <= 0, 1, left))
+    return variance(m2, count, correction), Pair(slope, jnp.zeros_like(slope))
+
+
+def _variance(m2: Pair, count: Pair, correction: int) -> list[jax.Array]:
+    left = wide(count) - correction
+    return [*as_pair(jnp.where(left <= 0, 0, wide(m2) / jnp.where(left <= 0, 1, left)), m2.hi.dtype)]
+
+
+_VARIANCE = Map("variance", _variance)
 
 
 @jax.jit
@@ -175,21 +194,28 @@ def affine(
     """
     compute = mean.hi.dtype
     scale = invstd if weight is None else multiply(invstd, as_pair(weight, compute))
-    shift = -mean.lo * scale.hi
+    factor = once(scale.hi)
+    shift = -mean.lo * factor
     if bias is not None:
         shift += bias.astype(compute)
-    rounded, factor, shift = (spread(vector, x.shape) for vector in (mean.hi, scale.hi, shift))
+    rounded, factor, shift = (spread(vector, x.shape) for vector in (once(mean.hi), factor, once(shift)))
     return unmasked((_filled(x, rounded, weights) - rounded) * factor + shift, weights)
 
 
 @jax.jit
 def lerp(start: jax.Array, end: Statistic, weight: Pair | jax.Array) -> jax.Array:
-    """Return (1 - weight) * start + weight * end, computed in pairs and rounded once to the dtype of start."""
+    """Return (1 - weight) * start + weight * end, rounded to the dtype of start."""
     # Constants before anything is computed: then even a gradient that is taken step by step leaves no tracer behind.
-    start, end, weight = lax.stop_gradient((start, end, weight))
-    one, old, new, step = (as_pair(value, start.dtype) for value in (1.0, start, end, weight))
-    moved = add(multiply(add(one, negative(step)), old), multiply(step, new)).hi
-    return jnp.where(step.hi == 0, start, moved)  # whatever the end is, NaN included
+    return _LERP(*lax.stop_gradient((start, end, weight)))[0]
+
+
+def _lerp(start: jax.Array, end: Statistic, weight: Pair | jax.Array) -> list[jax.Array]:
+    old, new, step = (wide(value) for value in (start, end, weight))
+    moved = (1 - step) * old + step * new
+    return [jnp.where(step == 0, old, moved).astype(start.dtype)]  # whatever the end is, NaN included
+
+
+_LERP = Map("lerp", _lerp)
 
 
 @jax.jit
@@ -236,7 +262,7 @@ def grad_input(
         change = residual(change, affine(x, mean, scale, None, None, weights), *means, weights)
     if weight is not None:
         scale = multiply(scale, as_pair(weight, compute))
-    return unmasked(change * spread(scale.hi, x.shape), weights).astype(x.dtype)
+    return unmasked(change * spread(once(scale.hi), x.shape), weights).astype(x.dtype)
 
 
 def residual(v: jax.Array, xhat: jax.Array, mean: Pair, slope: Pair, weights: jax.Array | None) -> jax.Array:
@@ -245,8 +271,8 @@ def residual(v: jax.Array, xhat: jax.Array, mean: Pair, slope: Pair, weights: ja
     Like x - K in ``affine``, v - mean is exact where v is near the mean, and the rest of the mean is taken off with the
     small terms.
     """
-    center = Pair(*(spread(part, v.shape) for part in mean))
-    xhat *= spread(slope.hi, v.shape)
+    center = Pair(*(spread(once(part), v.shape) for part in mean))
+    xhat *= spread(once(slope.hi), v.shape)
     if weights is not None:
         weights = weights.astype(v.dtype)
         center = multiply(center, as_pair(weights, v.dtype))
@@ -276,12 +302,16 @@ def invstd(var: Statistic, eps: Pair, dtype: jnp.dtype) -> Pair:
 
 @jax.custom_jvp
 def _invstd(spread: Pair) -> Pair:
-    """Return the rounded result and a Newton step from it."""
-    is_zero = spread.hi == 0
-    rounded = as_pair(1 / jnp.sqrt(jnp.where(is_zero, 1, spread.hi)), spread.hi.dtype)
-    excess = add(multiply(multiply(spread, rounded), rounded), as_pair(-1.0, spread.hi.dtype))
-    step = -rounded.hi * excess.hi / 2
-    return where(is_zero, 0, two_sum(rounded.hi, step))
+    return Pair(*_INVSTD(spread))
+
+
+def _inverse_root(spread: Pair) -> list[jax.Array]:
+    square = wide(spread)
+    root = 1 / jnp.sqrt(jnp.where(square == 0, 1, square))
+    return [*as_pair(jnp.where(square == 0, 0, root), spread.hi.dtype)]
+
+
+_INVSTD = Map("invstd", _inverse_root)
 
 
 @_invstd.defjvp
@@ -297,15 +327,14 @@ def count(x: jax.Array, weights: jax.Array | None) -> Pair:
     compute = compute_dtype(x)
     if weights is None:
         return as_pair(float(x.size // x.shape[1]), compute)
-    return as_pair(Pair(*_TOTAL(weights)), compute)
+    return as_pair(Pair(*_TOTAL_WEIGHT(weights)), compute)
 
 
-def _total(weights: jax.Array) -> list[jax.Array]:
-    (total,) = channel_sums(rows(weights).astype(np.float64))
-    return [*as_pair(total[0], weights.dtype)]
+def _total_weight(weights: jax.Array) -> jax.Array:
+    return channel_sums(wide(rows(weights)))[0]
 
 
-_TOTAL = Map("total_weight", _total)
+_TOTAL_WEIGHT = Map("total_weight", lambda weights: [*as_pair(_total_weight(weights)[0], weights.dtype)])
 
 
 def _left(count: Pair, correction: int) -> Pair:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import ad
 
-from mbn_jax.channels import channel_sums, column, once, rows
+from mbn_jax.channels import channel_sums, column, rows
 from mbn_jax.maps import Arrays, Levels, Map, vectorised
 
 Shape: TypeAlias = tuple[int, ...]
@@ -113,7 +113,7 @@ def _channel_sum(arrays: Arrays, residuals: Any, shape: Shape) -> list[jax.Array
 
 
 def _spread(arrays: Arrays, residuals: Any, shape: Shape) -> list[jax.Array]:  # noqa: ARG001
-    return [jnp.broadcast_to(column(once(arrays[0]), len(shape)), shape)]
+    return [jnp.broadcast_to(column(arrays[0], len(shape)), shape)]
 
 
 _CHANNEL_SUM = LinearMap("channel_sum", _channel_sum, lambda arrays, shape: [shape[1:2]])  # noqa: ARG005

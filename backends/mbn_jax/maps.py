@@ -71,7 +71,7 @@ class Map:
         return results, [0] * len(results)
 
 
-@partial(jax.jit, static_argnums=0, static_argnames=("tree", "levels", "shape"))
+@partial(jax.jit, static_argnums=0, static_argnames=("tree", "levels", "shape", "correction"))
 def _compiled(primitive: Primitive, *operands: Any, **parameters: Any) -> list[jax.Array]:
     return primitive.bind(*operands, **parameters)
 

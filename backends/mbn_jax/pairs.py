@@ -56,9 +56,11 @@ def as_pair(value: Statistic | float, dtype: np.dtype) -> Pair:
     return Pair(hi.astype(dtype), (value - hi).astype(dtype))
 
 
-def rounded(value: Pair, dtype: np.dtype) -> jax.Array:
-    """Return a pair as one number of ``dtype``, which may be wider than what the pair is made of."""
-    return value.hi.astype(dtype) + value.lo.astype(dtype)
+def wide(value: Statistic) -> jax.Array:
+    """Return a value in float64, where that is there; more than it holds of a pair of float32 it never was."""
+    if isinstance(value, Pair):
+        return wide(value.hi) + wide(value.lo)
+    return value.astype(np.float64)
 
 
 def two_sum(a: jax.Array, b: jax.Array) -> Pair:
