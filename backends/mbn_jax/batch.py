@@ -1,7 +1,7 @@
 """Normalisation by the statistics of the batch itself, and its derivatives.
 
-It must give the gradients that the formulas of batch normalisation give, with sums in float64, so that a large mean of x
-or dy costs nothing. So it is differentiated as a whole, mean and variance being what they are of x, and not part by
+It must give the gradients that the formulas of batch normalisation give, with sums in float64, so that a large mean of
+x or dy costs nothing. So it is differentiated as a whole, mean and variance being what they are of x, and not part by
 part; and its derivatives in the same way again.
 
 In the following xhat = (x - mean) * s with s = 1 / sqrt(var + eps), and M(v) = sum(w * v) / n with w the weights and n

@@ -15,7 +15,7 @@ from jax import lax
 RUN = 16
 """Values that are added one after the other: few enough for XLA to unroll, and so to vectorise over the channels."""
 
-LARGE = 1 << 24
+LARGE = 1 << 22
 """From this many partial sums on runs are twice as long: memory that large comes fresh from the system each time."""
 
 

@@ -343,13 +343,14 @@ def _left(count: Pair, correction: int) -> Pair:
 
 def _first(x: jax.Array, weights: jax.Array | None) -> jax.Array:
     """Return the first value of each channel that has a weight, or 0 where none has."""
-    channels = x.reshape(*x.shape[:2], -1)
     if weights is None:
-        return channels[0, :, 0]
+        return rows(x)[0]
     places = jnp.arange(weights.size).reshape(weights.shape)
     place = jnp.min(jnp.where(weights == 0, weights.size, places))
-    row, column = jnp.divmod(jnp.minimum(place, weights.size - 1), channels.shape[2])
-    return jnp.where(place < weights.size, channels[row, :, column], 0)
+    row, column = jnp.divmod(jnp.minimum(place, weights.size - 1), weights[0].size)
+    # Slices, where indices would have XLA copy an x that lies in memory otherwise.
+    first = lax.dynamic_index_in_dim(x, row, 0, keepdims=False).reshape(x.shape[1], -1)
+    return jnp.where(place < weights.size, lax.dynamic_index_in_dim(first, column, 1, keepdims=False), 0)
 
 
 def _filled(x: jax.Array, filler: jax.Array, weights: jax.Array | None) -> jax.Array:

@@ -73,7 +73,9 @@ class LinearMap(Map):
                 _, changes = tree.unflatten((*arrays, *operands[len(primals) :]))
                 return self._derivative(arrays, residuals, changes)
 
-            terms.append(vectorised(derivative, [level + level[count:] for level in levels])(*primals, *tangents[count:]))
+            terms.append(
+                vectorised(derivative, [level + level[count:] for level in levels])(*primals, *tangents[count:])
+            )
         return bind(*primals), [sum(parts[1:], parts[0]) for parts in zip(*terms, strict=True)]
 
     def _transpose(

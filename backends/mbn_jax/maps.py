@@ -51,12 +51,12 @@ class Map:
         return _compiled(self.primitive, *operands, **parameters)
 
     def _abstract_eval(self, *operands: Any, **parameters: Any) -> list[Any]:
-        with jax.enable_x64(True):
+        with jax.enable_x64(True):  # noqa: FBT003 - its only argument
             results = jax.eval_shape(partial(self._apply, **parameters), *operands)
         return [jax.core.ShapedArray(result.shape, result.dtype) for result in results]
 
     def _lower(self, context: Any, *operands: Any, **parameters: Any) -> Any:
-        with jax.enable_x64(True):
+        with jax.enable_x64(True):  # noqa: FBT003 - its only argument
             return mlir.lower_fun(self._apply, multiple_results=True)(context, *operands, **parameters)
 
     def _batch(

@@ -16,7 +16,7 @@ from jax_samples import NOTHING, OPTIONS, backend, jax, jnp, new_state
 import mbn
 from mbn.conformance import oracle, ulp
 from mbn.state import Params, State
-from mbn_jax import channels, pairs
+from mbn_jax import channels, kernels, pairs
 from mbn_jax.backend import _batch_norm
 
 
@@ -98,7 +98,7 @@ def test_moments_against_fsum(rng, shape, offset):
 @pytest.mark.parametrize("shape", [(-1, 1), (1, 1, -1)])
 def test_every_value_is_summed_once(n, shape):
     x = jnp.arange(n, dtype=jnp.float32).reshape(shape)
-    with jax.enable_x64(True):  # the switch for this thread alone, and for these lines
+    with jax.enable_x64(True):  # noqa: FBT003 - its only argument
         (total,) = jax.jit(lambda x: channels.channel_sums(channels.rows(x).astype("float64")))(x)
     assert np.asarray(total) == n * (n - 1) // 2
 
@@ -123,6 +123,47 @@ def test_outlier_as_the_first_value(rng, outlier):
         (state.running_var, truth.running_var),
     ):
         assert ulp.error(np.asarray(actual), expected, "float32") <= 4
+
+
+@pytest.mark.parametrize("outlier", [1e5, 1e12, 1e18])
+@pytest.mark.parametrize(("n", "weighted"), [(kernels.FAR + 3, False), (5000, True)])
+def test_a_first_value_that_no_digits_are_to_spare_for(rng, n, weighted, outlier):
+    x = rng.standard_normal((n, 1)).astype(np.float32)
+    x[0] = outlier
+    weights = np.ones(n, np.float32)
+    if weighted:
+        weights[0] = 2.0**-60  # it counts for next to nothing, and yet comes first
+    _, mean, m2 = backend.moments(jnp.asarray(x), jnp.asarray(weights) if weighted else None)
+    wide, weights = x.astype(np.float64), weights.astype(np.float64)[:, None]
+    expected = math.fsum((weights * wide).ravel()) / math.fsum(weights.ravel())
+    np.testing.assert_allclose(exact(mean), expected, rtol=2.0**-38, atol=2.0**-36)
+    expected = math.fsum((weights * (wide - expected) ** 2).ravel())
+    np.testing.assert_allclose(exact(m2), expected, rtol=2.0**-30)
+
+
+@pytest.mark.parametrize("shape", [(60, 3, 7), (300, 5, 129), (4096, 64, 16)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_bits_do_not_depend_on_where_the_channels_lie(rng, shape, masked):
+    x, dy = rng.standard_normal((2, *shape)).astype(np.float32)
+    mask = {"mask": rng.random((shape[0], shape[2])) < 0.9} if masked else {}
+
+    def step(axis):
+        bn = mbn.BatchNorm1d(shape[1], backend="jax", axis=axis)
+
+        @jax.jit
+        def run(params, x, dy):
+            def train(params, x):
+                return bn.apply(params, bn.state, x, training=True, **mask)
+
+            y, pullback, state = jax.vjp(train, params, x, has_aux=True)
+            return y, state, pullback(dy)
+
+        given = (x, dy) if axis == 1 else (x.swapaxes(1, 2), dy.swapaxes(1, 2))
+        y, state, (dparams, dx) = run(bn.params, *given)
+        return [y, dx] if axis == 1 else [y.mT, dx.mT], state[:2], dparams
+
+    for one, other in zip(*map(jax.tree.leaves, (step(1), step(-1))), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
