@@ -15,9 +15,6 @@ from jax import lax
 RUN = 16
 """Values that are added one after the other: few enough for XLA to unroll, and so to vectorise over the channels."""
 
-LARGE = 1 << 22
-"""From this many partial sums on runs are twice as long: memory that large comes fresh from the system each time."""
-
 
 def column(vector: jax.Array, ndim: int) -> jax.Array:
     """Return a (C,) vector in the shape that broadcasts against an x of ndim axes."""
@@ -38,11 +35,10 @@ def once(vector: jax.Array) -> jax.Array:
     return vector / lax.optimization_barrier(jnp.ones_like(vector))
 
 
-def channel_sums(*terms: jax.Array) -> list[jax.Array]:
-    """Return the sums of terms, float64 and (n, C) each, over the first axis: a tree of runs."""
+def channel_sums(*terms: jax.Array, run: int = RUN) -> list[jax.Array]:
+    """Return the sums of terms, float64 and (n, C) each, over the first axis: a tree of runs of so many values."""
     rests = []
     while (n := terms[0].shape[0]) > 2 * RUN:
-        run = RUN if sum(term.size for term in terms) < LARGE * RUN else 2 * RUN
         whole = n - n % run
         if whole < n:
             rests.append(_sums([term[whole:] for term in terms], 0))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mbn_jax.channels import channel_sums, once, rows
+from mbn_jax.channels import RUN, channel_sums, once, rows
 from mbn_jax.linear import Shape, channel_sum, spread
 from mbn_jax.maps import Map
 from mbn_jax.pairs import (
@@ -35,6 +35,12 @@ FAR = 1 << 20
 """How many times its variance a channel's mean square may be, around what deviations are taken from.
 
 So much precision is lost, and float64 has it to spare for values that are narrower.
+"""
+
+LARGE = 1 << 24
+"""Values from which on the memory for sums of short runs comes fresh from the system each time: longer ones need less.
+
+It does not pay where two arrays are read.
 """
 
 
@@ -77,7 +83,7 @@ def _moments(x: jax.Array, weights: jax.Array | None) -> list[jax.Array]:
         """Return the mean, m2 and the sum of squares that m2 is left of, from the deviations from a center."""
         deviation = unmasked(wide(rows(x)) - center, rows(weights))
         term = deviation if weights is None else deviation * rows(weights)
-        total, squares = channel_sums(term, term * deviation)
+        total, squares = channel_sums(term, term * deviation, run=RUN if x.size <= LARGE else 2 * RUN)
         step = total / (n if weights is None else jnp.where(n == 0, 1, n))
         return two_sum(center, step), jnp.maximum(squares - total * step, 0), squares
 
@@ -347,10 +353,8 @@ def _first(x: jax.Array, weights: jax.Array | None) -> jax.Array:
         return rows(x)[0]
     places = jnp.arange(weights.size).reshape(weights.shape)
     place = jnp.min(jnp.where(weights == 0, weights.size, places))
-    row, column = jnp.divmod(jnp.minimum(place, weights.size - 1), weights[0].size)
-    # Slices, where indices would have XLA copy an x that lies in memory otherwise.
-    first = lax.dynamic_index_in_dim(x, row, 0, keepdims=False).reshape(x.shape[1], -1)
-    return jnp.where(place < weights.size, lax.dynamic_index_in_dim(first, column, 1, keepdims=False), 0)
+    first = lax.dynamic_index_in_dim(rows(x), jnp.minimum(place, weights.size - 1), keepdims=False)
+    return jnp.where(place < weights.size, first, 0)
 
 
 def _filled(x: jax.Array, filler: jax.Array, weights: jax.Array | None) -> jax.Array:
