@@ -20,7 +20,7 @@ def dtypes_in_the_table() -> dict[str, list[str]]:
 
 
 def test_every_built_in_backend_is_in_the_table() -> None:
-    assert list(dtypes_in_the_table()) == ["numpy", "torch", "jax", "cupy"]
+    assert list(dtypes_in_the_table()) == ["numpy", "torch", "jax", "cupy", "numba"]
 
 
 @pytest.mark.parametrize("name", ["numpy", "torch", "jax", "cupy"])
