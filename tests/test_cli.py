@@ -20,8 +20,9 @@ class Planted(NumpyBackend):
 
     name = "planted"
 
-    def normalize(self, *args):
-        return super().normalize(*args) + np.float32(1e-5)
+    def batch_norm_residuals(self, *args, **settings):
+        y, *rest = super().batch_norm_residuals(*args, **settings)
+        return y + np.float32(1e-5), *rest
 
 
 class Raising(NumpyBackend):
@@ -29,7 +30,7 @@ class Raising(NumpyBackend):
 
     name = "raising"
 
-    def normalize(self, *_):
+    def batch_norm_residuals(self, *_, **__):
         message = "out of luck"
         raise RuntimeError(message)
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from mbn.threads import num_processors
 
-SIZE = 1 << 18
-"""Values that a tile has at most: 2 MiB in float64. Fewer make threads wait for each other in the interpreter."""
+SIZE = 3 << 16
+"""Values that a tile has at most: 1.5 MiB in float64. Fewer make threads wait for each other in the interpreter."""
 _FEW = 32
 """Rows that are not worth folding."""
 _ROW = 1 << 13
