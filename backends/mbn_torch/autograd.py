@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from mbn.contract import Residuals
 from mbn.state import Params, State
-from mbn_torch import formulas, kernels
+from mbn_torch import formulas, host, kernels
 from mbn_torch.tracing import is_recorded, is_traced, is_transformed
 from mbn_torch.vectors import WIDE, variance
 
@@ -35,7 +35,7 @@ def pullback(
         return _pullback_by_formulas(*arguments)
     if is_recorded(dy, x, weight):
         return Pullback.apply(*arguments)
-    return _pullback(kernels, *arguments)
+    return _pullback_of_values(*arguments)
 
 
 class BatchNorm(Function):
@@ -47,16 +47,17 @@ class BatchNorm(Function):
         x: torch.Tensor,
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
-        eps: float,
+        state: State,
         weights: torch.Tensor | None,
+        settings: dict[str, Any],
         run: Callable[..., tuple[torch.Tensor, State, Residuals]],
     ) -> tuple[torch.Tensor, State, Residuals]:
-        y, state, residuals = run(x, Params(weight, bias), eps=eps, weights=weights)
+        y, state, residuals = run(x, Params(weight, bias), state, **settings, weights=weights)
         ctx.save_for_backward(x, weight, weights)
         mean, var, count = residuals
         if count is None:  # running statistics, which may be written to before the backward pass
             mean, var = mean.clone(), var.clone()
-        ctx.residuals, ctx.eps = Residuals(mean, var, count), eps
+        ctx.residuals, ctx.eps = Residuals(mean, var, count), settings["eps"]
         return y, state, residuals
 
     @staticmethod
@@ -64,12 +65,8 @@ class BatchNorm(Function):
         x, weight, weights = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         gradients = pullback(dy, x, weight, ctx.residuals, ctx.eps, weights, needs)
-        return (
-            *(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)),
-            None,
-            None,
-            None,
-        )
+        dx, dweight, dbias = (gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
+        return dx, dweight, dbias, None, None, None, None
 
 
 class Pullback(Function):
@@ -89,7 +86,7 @@ class Pullback(Function):
         ctx.save_for_backward(dy, x, weight, weights)
         ctx.set_materialize_grads(False)
         ctx.rest = residuals, eps, needs
-        return _pullback(kernels, dy, x, weight, residuals, eps, weights, needs)
+        return _pullback_of_values(dy, x, weight, residuals, eps, weights, needs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -137,6 +134,23 @@ def _pullback_by_formulas(
         residuals = Residuals(moments.mean, variance(moments, 0), moments.count)
     dx, dweight, dbias = _pullback(formulas, wide_dy, wide_x, weight, residuals, eps, weights, needs)
     return None if dx is None else dx.to(x.dtype), dweight, dbias
+
+
+def _pullback_of_values(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    residuals: Residuals,
+    eps: float,
+    weights: torch.Tensor | None,
+    needs: tuple[bool, ...],
+) -> tuple[torch.Tensor | None, ...]:
+    """Return the gradients where nothing follows how they are computed."""
+    if not host.takes(dy, x, weight, weights):
+        return _pullback(kernels, dy, x, weight, host.tensors(residuals), eps, weights, needs)
+    if all(needs):
+        return host.pullback(dy, x, weight, residuals, eps, weights)
+    return _pullback(host, dy, x, weight, residuals, eps, weights, needs)
 
 
 def _pullback(

@@ -2,7 +2,8 @@
 
 import warnings
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
+from itertools import chain
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ import torch
 
 from mbn.contract import Backend, Capabilities, Moments, Residuals, dtype_name
 from mbn.state import Params, State
-from mbn_torch import autograd, formulas, kernels, masks, vectors
+from mbn_torch import autograd, formulas, host, kernels, masks, overlaps, vectors
 from mbn_torch.module import BatchNorm1d
 from mbn_torch.tracing import is_backward, is_recorded, is_traced, is_transformed
 
@@ -40,6 +41,7 @@ class TorchBackend(Backend):
             vmap=True,
             compile=True,
             modules=True,
+            out=True,
         )
 
     def owns(self, x: object) -> bool:
@@ -63,6 +65,9 @@ class TorchBackend(Backend):
 
     def copy(self, x: torch.Tensor) -> torch.Tensor:
         return x.detach().clone()
+
+    def conflict(self, out: torch.Tensor, x: torch.Tensor) -> str | None:
+        return overlaps.conflict(out, x)
 
     def weights(
         self,
@@ -98,8 +103,9 @@ class TorchBackend(Backend):
         bias: torch.Tensor | None,
         eps: float,
         weights: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return _verbs(x, mean, var, weight, bias).normalize(x, mean, var, weight, bias, eps, weights)
+        return _verbs(x, mean, var, weight, bias).normalize(x, mean, var, weight, bias, eps, weights, out)
 
     def lerp(self, start: torch.Tensor, end: vectors.Mean, weight: float | torch.Tensor) -> torch.Tensor:
         return vectors.lerp(start, end, weight)
@@ -135,29 +141,41 @@ class TorchBackend(Backend):
         verbs = _verbs(dy, x, mean, var, weight, *(sums or ()))
         return verbs.grad_input(dy, x, mean, var, weight, eps, sums, count, weights)
 
+    def batch_norm(self, x: torch.Tensor, params: Params, state: State, **settings: Any) -> tuple[torch.Tensor, State]:
+        y, state, _ = self._run(x, params, state, **settings)
+        return y, state
+
     def batch_norm_residuals(
+        self, x: torch.Tensor, params: Params, state: State, **settings: Any
+    ) -> tuple[torch.Tensor, State, Residuals]:
+        y, state, residuals = self._run(x, params, state, **settings)
+        return y, state, host.tensors(residuals)
+
+    def _run(
         self,
         x: torch.Tensor,
         params: Params,
         state: State,
         *,
-        training: bool,
-        momentum: float | None,
-        eps: float,
-        correction: int,
         weights: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        **settings: Any,
     ) -> tuple[torch.Tensor, State, Residuals]:
-        run = partial(
-            super().batch_norm_residuals, state=state, training=training, momentum=momentum, correction=correction
-        )
-        statistics = () if training else state[:2]
-        if is_transformed() or is_recorded(*statistics):
+        """Do what ``batch_norm_residuals`` does; the residuals may be arrays."""
+        if is_transformed() or (not settings["training"] and is_recorded(*state[:2])):
             # x is widened once, since what it gets of a gradient from each place is summed up in its dtype.
-            y, state, residuals = run(x.to(vectors.WIDE), params, eps=eps, weights=weights)
-            return y.to(x.dtype), state, residuals
-        if is_recorded(x, *params):
-            return autograd.BatchNorm.apply(x, *params, eps, weights, run)
-        return run(x, params, eps=eps, weights=weights)
+            y, state, residuals = super().batch_norm_residuals(
+                x.to(vectors.WIDE), params, state, weights=weights, **settings
+            )
+            y = y.to(x.dtype)
+            return y if out is None else out.copy_(y), state, residuals
+        run = host.batch_norm_residuals if host.takes(x, *params, *state, weights) else super().batch_norm_residuals
+        if not is_recorded(x, *params):
+            return run(x, params, state, weights=weights, **({} if out is None else {"out": out}), **settings)
+        if out is not None:
+            message = "out is written to, which autograd cannot record: call it under torch.no_grad()."
+            raise RuntimeError(message)
+        return autograd.BatchNorm.apply(x, *params, state, weights, settings, run)
 
     def pullback(
         self,
@@ -220,7 +238,9 @@ class TorchBackend(Backend):
 
 def _verbs(*values: vectors.Mean | None) -> ModuleType:
     """Return what does the arithmetic on these: the formulas where anything follows it, else the kernels."""
-    return formulas if is_transformed() or is_recorded(*values) else kernels
+    if is_transformed() or is_recorded(*values):
+        return formulas
+    return host if host.takes(*chain.from_iterable(map(vectors.parts, values))) else kernels
 
 
 def _quietly(function: Callable[..., Any]) -> Callable[..., Any]:

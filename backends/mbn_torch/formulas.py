@@ -39,6 +39,7 @@ def normalize(
     bias: torch.Tensor | None,
     eps: float,
     weights: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return (x - mean) / sqrt(var + eps) * weight + bias in x's dtype."""
     y = _xhat(x, mean, var, eps, weights)
@@ -46,7 +47,8 @@ def normalize(
         y = y * weight[:, None]
     if bias is not None:
         y = y + bias[:, None]
-    return _like(x, y, weights)
+    y = _like(x, y, weights)
+    return y if out is None else out.copy_(y)
 
 
 def grad_sums(

@@ -54,6 +54,7 @@ def normalize(
     bias: torch.Tensor | None,
     eps: float,
     weights: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return (x - mean) / sqrt(var + eps) * weight + bias in x's dtype and memory order.
 
@@ -70,13 +71,13 @@ def normalize(
     if bias is not None:
         shift = shift + bias
     rounded, scale, shift = (vector.to(compute)[:, None] for vector in (rounded, scale, shift))
-    y = torch.empty_like(x)
-    for block, out, mask in _blocks(lifted(x), lifted(y), _mask(weights, compute)):
-        values = out if out.dtype == compute else torch.empty_like(out, dtype=compute)
+    y = torch.empty_like(x) if out is None else out
+    for block, part, mask in _blocks(lifted(x), lifted(y), _mask(weights, compute)):
+        values = part if part.dtype == compute else torch.empty_like(part, dtype=compute)
         torch.sub(block, rounded, out=values).mul_(scale).add_(shift)
         _clear(values, mask)
-        if values is not out:
-            out.copy_(values)
+        if values is not part:
+            part.copy_(values)
     return y
 
 

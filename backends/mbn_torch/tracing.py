@@ -6,10 +6,13 @@ Under ``torch.compile`` nothing here may be traced but ``is_compiling``, which D
 from typing import Any
 
 import torch
-from torch._C import _current_graph_task_id
+from torch._C import _current_graph_task_id, _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor, peek_interpreter_stack
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
+
+_OWN = torch.Tensor, torch.nn.Parameter
+"""Classes whose operations nobody overrides."""
 
 
 def is_transformed() -> bool:
@@ -31,6 +34,23 @@ def is_traced(value: torch.Tensor | None) -> bool:
         or isinstance(value, FakeTensor)
         or is_functorch_wrapped_tensor(value)
         or is_legacy_batchedtensor(value)
+    )
+
+
+def is_plain(*values: torch.Tensor | None) -> bool:
+    """Tell whether these are nothing but values in host memory, and nobody sees the operations; None is nothing."""
+    if _get_tracing_state() is not None or _len_torch_dispatch_stack():
+        return False
+    return all(
+        value is None
+        or (
+            type(value) in _OWN
+            and value.is_cpu
+            and value.layout is torch.strided
+            and not (value.is_neg() or value._is_zerotensor() or is_functorch_wrapped_tensor(value))  # noqa: SLF001
+            and not is_legacy_batchedtensor(value)
+        )
+        for value in values
     )
 
 

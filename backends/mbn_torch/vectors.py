@@ -33,6 +33,11 @@ def as_pair(mean: Mean) -> Pair:
     return mean if isinstance(mean, Pair) else Pair(mean.to(WIDE), torch.zeros_like(mean, dtype=WIDE))
 
 
+def parts(mean: Mean | None) -> tuple[torch.Tensor | None, ...]:
+    """Return the tensors that a mean consists of."""
+    return mean if isinstance(mean, Pair) else (mean,)
+
+
 def divisor(count: Any) -> Any:
     """Return what to divide sums by: the count, or 1 where that is 0 and so are the sums."""
     return count.masked_fill(count == 0, 1) if isinstance(count, torch.Tensor) else count

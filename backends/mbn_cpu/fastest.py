@@ -1,0 +1,29 @@
+"""The fastest arithmetic on host memory that is installed, for backends whose own framework is slower there."""
+
+from functools import cache
+from types import ModuleType
+
+import numpy as np
+
+from mbn_cpu import blocked, small
+from mbn_cpu.backend import HostBackend
+
+
+class Host(HostBackend):
+    """The verbs on NumPy arrays that another backend's arrays share their memory with; it has no name to ask for."""
+
+    name = "host"
+    version = np.__version__
+
+    def __init__(self, kernels: ModuleType, whole: ModuleType) -> None:
+        self.kernels, self.whole = kernels, whole  # type: ignore[misc] - the same for all in other backends
+
+
+@cache
+def host() -> Host:
+    """Return the verbs, compiled by Numba where that can be imported, which is first done here: it takes long."""
+    try:
+        from mbn_cpu import compiled, fused  # noqa: PLC0415 - as said
+    except ImportError:
+        return Host(blocked, small)
+    return Host(compiled, fused)

@@ -1,0 +1,210 @@
+"""Torch's tensors in host memory, for the kernels that work on NumPy arrays.
+
+Nothing is copied, and nothing is left behind on a tensor: ``Tensor.numpy`` would forbid for good to resize its storage.
+New tensors of x's size are Torch's own, so that they can do whatever tensors of Torch can. The verbs take and return
+what those of the other kernels do; the residuals of training stay arrays, which only the pullback reads.
+"""
+
+from contextlib import AbstractContextManager
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+
+from mbn.contract import Moments, Residuals
+from mbn.state import Params, State
+from mbn_cpu import pages, threads, vectors
+from mbn_cpu.fastest import host
+from mbn_torch.tracing import is_plain
+from mbn_torch.vectors import Mean, Pair
+
+_has_versions = hasattr(torch._C, "_to_dlpack_versioned")  # noqa: SLF001 - Torch 2.9 and later
+
+
+class _Shared:
+    """A tensor whose memory NumPy may share: ``Tensor.__dlpack__`` without its checks, which are those of takes."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __dlpack__(self, *, max_version: tuple[int, int] | None = None, **_: object) -> object:
+        is_versioned = max_version is not None and _has_versions
+        return (torch._C._to_dlpack_versioned if is_versioned else torch._C._to_dlpack)(self.tensor)  # noqa: SLF001
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0  # the CPU
+
+
+def takes(*tensors: torch.Tensor | None) -> bool:
+    """Tell whether all of these can be arrays, and nobody has to see what is done with them; None is nothing."""
+    return is_plain(*tensors) and (
+        _has_bfloat16() or not any(tensor is not None and tensor.dtype == torch.bfloat16 for tensor in tensors)
+    )
+
+
+def tensors(residuals: Residuals) -> Residuals:
+    """Return residuals as tensors, whatever they are."""
+    mean, var, count = residuals
+    mean = Pair(*map(_tensor, mean)) if isinstance(mean, tuple) else _tensor(mean)
+    return Residuals(mean, _tensor(var), count if isinstance(count, int | None) else _tensor(count))
+
+
+def moments(x: torch.Tensor, weights: torch.Tensor | None = None) -> Moments:
+    """Return count, mean (a Pair) and m2 (float64) of each channel of x, (N, C) or (N, C, L)."""
+    with _limited():
+        count, (hi, lo), m2 = host().moments(_array(x), _array(weights))
+    return Moments(count if weights is None else _tensor(count), Pair(_tensor(hi), _tensor(lo)), _tensor(m2))
+
+
+def normalize(
+    x: torch.Tensor,
+    mean: Mean,
+    var: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    weights: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return (x - mean) / sqrt(var + eps) * weight + bias in x's dtype and memory order."""
+    y = _like(x) if out is None else out
+    arrays = map(_array, (x, mean, var, weight, bias))
+    with _limited():
+        host().normalize(*arrays, eps, _array(weights), _writable(y))
+    return y
+
+
+def grad_sums(
+    dy: torch.Tensor, x: torch.Tensor, mean: Mean, var: torch.Tensor, eps: float, weights: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sums of dy and of dy * xhat for each channel, in float64."""
+    with _limited():
+        sum_dy, sum_dy_xhat = host().grad_sums(*map(_array, (dy, x, mean, var)), eps, _array(weights))
+    return _tensor(sum_dy), _tensor(sum_dy_xhat)
+
+
+def grad_input(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    mean: Mean,
+    var: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    sums: tuple[torch.Tensor, torch.Tensor] | None,
+    count: Any,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the gradient of x, in its dtype and memory order."""
+    arrays = *map(_array, (dy, x, mean, var, weight)), eps, None if sums is None else tuple(map(_array, sums))
+    with _limited():
+        return _arranged(host().grad_input(*arrays, _array(count), _array(weights)), x)
+
+
+def batch_norm_residuals(
+    x: torch.Tensor,
+    params: Params,
+    state: State,
+    *,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    correction: int,
+    weights: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, State, Residuals]:
+    """Return output, new state and residuals of a whole call."""
+    y = _like(x) if out is None else out
+    with _limited():
+        _, after, residuals = host().batch_norm_residuals(
+            _array(x),
+            Params(*map(_array, params)),
+            State(*map(_array, state)),
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            correction=correction,
+            weights=_array(weights),
+            out=_writable(y),
+        )
+    if not training:
+        return y, state, Residuals(state.running_mean, state.running_var, None)
+    return y, State(*map(_tensor, after)), residuals
+
+
+def pullback(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    residuals: Residuals,
+    eps: float,
+    weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Return the gradients of x, weight and bias."""
+    with _limited():
+        dx, dweight, dbias = host().pullback(
+            _array(dy), _array(x), _array(weight), Residuals(*map(_array, residuals)), eps, _array(weights)
+        )
+    return _arranged(dx, x), _tensor(dweight), _tensor(dbias)
+
+
+def _limited() -> AbstractContextManager[None]:
+    return threads.limited(torch.get_num_threads())
+
+
+def _array(value: Any) -> Any:
+    """Return a tensor, or both of a pair, as arrays; anything else is one, or no array at all."""
+    if isinstance(value, torch.Tensor):
+        if value.dtype == torch.bfloat16:
+            return np.from_dlpack(_Shared(value.detach().view(torch.int16))).view(_bfloat16())
+        return np.from_dlpack(_Shared(value))
+    return vectors.Pair(*map(_array, value)) if isinstance(value, tuple) else value
+
+
+def _writable(tensor: torch.Tensor) -> np.ndarray:
+    array = _array(tensor)
+    if array.flags.writeable:
+        return array
+    if tensor.dtype == torch.bfloat16:  # versions of either before NumPy and Torch could say who may write
+        return tensor.view(torch.int16).numpy().view(_bfloat16())
+    return tensor.numpy()
+
+
+def _tensor(value: Any) -> Any:
+    """Return an array as a tensor; anything else is one, or None."""
+    if value is None or isinstance(value, torch.Tensor):
+        return value
+    array = np.asarray(value)
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _arranged(values: np.ndarray, x: torch.Tensor) -> torch.Tensor:
+    """Return an array in the shape of x as a tensor in its memory order, as Torch has it: expanded axes last."""
+    tensor = _tensor(values)
+    if tensor.stride() == x.stride():
+        return tensor
+    like = torch.empty_like(x)
+    return tensor if tensor.stride() == like.stride() else like.copy_(tensor)
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
+    """Return a new tensor like x, to be written to."""
+    y = torch.empty_like(x)
+    pages.advise(y.data_ptr(), y.nbytes)
+    return y
+
+
+@cache
+def _has_bfloat16() -> bool:
+    return find_spec("ml_dtypes") is not None
+
+
+def _bfloat16() -> np.dtype:
+    import ml_dtypes  # noqa: PLC0415 - the only dtype that NumPy itself does not have
+
+    return np.dtype(ml_dtypes.bfloat16)
