@@ -17,6 +17,7 @@ from mbn.contract import Moments, Residuals
 from mbn.state import Params, State
 from mbn_cpu import pages, threads, vectors
 from mbn_cpu.fastest import host
+from mbn_torch import ops
 from mbn_torch.tracing import is_plain
 from mbn_torch.vectors import Mean, Pair
 
@@ -118,18 +119,8 @@ def batch_norm_residuals(
 ) -> tuple[torch.Tensor, State, Residuals]:
     """Return output, new state and residuals of a whole call."""
     y = _like(x) if out is None else out
-    with _limited():
-        _, after, residuals = host().batch_norm_residuals(
-            _array(x),
-            Params(*map(_array, params)),
-            State(*map(_array, state)),
-            training=training,
-            momentum=momentum,
-            eps=eps,
-            correction=correction,
-            weights=_array(weights),
-            out=_writable(y),
-        )
+    params, arrays = Params(*map(_array, params)), State(*map(_array, state))
+    after, residuals = _run(x, y, params, arrays, training, momentum, eps, correction, weights)
     if not training:
         return y, state, Residuals(state.running_mean, state.running_var, None)
     return y, State(*map(_tensor, after)), residuals
@@ -144,11 +135,44 @@ def pullback(
     weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Return the gradients of x, weight and bias."""
+    weight, residuals = _array(weight), Residuals(*map(_array, residuals))
+    if ops.takes(x, weights, training=True):
+        dx, *sums = ops.pullback(dy, x, weight, residuals, eps)
+    else:
+        with _limited():
+            dx, *sums = host().pullback(_array(dy), _array(x), weight, residuals, eps, _array(weights))
+        dx = _arranged(dx, x)
+    if weight is not None:  # which autograd would do, in more time
+        sums = [total.astype(weight.dtype, copy=False) for total in sums]
+    return dx, *map(_tensor, sums)
+
+
+def _run(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    params: Params,
+    state: State,
+    training: bool,  # noqa: FBT001 - in every call, where keywords cost
+    momentum: float | None,
+    eps: float,
+    correction: int,
+    weights: torch.Tensor | None,
+) -> tuple[State, Residuals | None]:
+    """Write the output to y in the fastest way; return new state and, of training, residuals. Vectors are arrays."""
+    if ops.takes(x, weights, training=training):
+        if training:
+            return ops.train(x, y, params, state, momentum, eps, correction)
+        ops.evaluate(x, y, params, state, eps)
+        return state, None
+    fastest, values, out = host(), _array(x), _writable(y)
+    if fastest.whole.takes(values, weights, out):
+        if training:
+            return fastest.whole.train(values, params, state, momentum, eps, correction, out)[1:]
+        fastest.whole.evaluate(values, params, state, eps, out)
+        return state, None
+    settings = {"training": training, "momentum": momentum, "eps": eps, "correction": correction}
     with _limited():
-        dx, dweight, dbias = host().pullback(
-            _array(dy), _array(x), _array(weight), Residuals(*map(_array, residuals)), eps, _array(weights)
-        )
-    return _arranged(dx, x), _tensor(dweight), _tensor(dbias)
+        return fastest.batch_norm_residuals(values, params, state, **settings, weights=_array(weights), out=out)[1:]
 
 
 def _limited() -> AbstractContextManager[None]:
@@ -178,7 +202,7 @@ def _tensor(value: Any) -> Any:
     if value is None or isinstance(value, torch.Tensor):
         return value
     array = np.asarray(value)
-    if array.dtype.name == "bfloat16":
+    if array.dtype.kind == "V":  # bfloat16
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mbn.contract import Moments
-from mbn_torch.vectors import WIDE, Mean, Pair, as_pair, divisor, heaviest, invstd, lifted, lifted_weights
+from mbn_torch.vectors import WIDE, Mean, Pair, as_pair, divisor, heaviest, invstd, lifted, lifted_weights, line
 
 CPU_BLOCK = 1 << 17
 """Values converted to float64 at a time: 1 MiB, small enough for the caches and large enough for a few threads."""
@@ -37,7 +37,7 @@ def moments(x: torch.Tensor, weights: torch.Tensor | None = None) -> Moments:
     """
     values = lifted(x)
     shift = heaviest(values, weights)
-    count = x.numel() // x.shape[1] if weights is None else _fold(_wide(weights).flatten())
+    count = x.numel() // x.shape[1] if weights is None else fold(_wide(weights).flatten())
     n = divisor(count)
     if x.dtype == WIDE:
         total, _ = _shifted_sums(values, shift, weights)
@@ -62,19 +62,15 @@ def normalize(
     mean, and the rest of the mean goes into the shift.
     """
     compute = torch.promote_types(x.dtype, torch.float32)  # float16 and bfloat16 are computed in float32
-    scale = invstd(var, eps)
-    if weight is not None:
-        scale = scale * weight
-    hi, lo = as_pair(mean)
-    rounded = (hi + lo).to(compute)
-    shift = (rounded - hi - lo) * scale
-    if bias is not None:
-        shift = shift + bias
-    rounded, scale, shift = (vector.to(compute)[:, None] for vector in (rounded, scale, shift))
+    center, scale, shift = (
+        None if vector is None else vector[:, None] for vector in line(mean, var, weight, bias, eps, compute)
+    )
     y = torch.empty_like(x) if out is None else out
     for block, part, mask in _blocks(lifted(x), lifted(y), _mask(weights, compute)):
         values = part if part.dtype == compute else torch.empty_like(part, dtype=compute)
-        torch.sub(block, rounded, out=values).mul_(scale).add_(shift)
+        torch.sub(block, center, out=values).mul_(scale)
+        if shift is not None:
+            values.add_(shift)
         _clear(values, mask)
         if values is not part:
             part.copy_(values)
@@ -175,7 +171,7 @@ def _sums(
     """
     rows = _rows(arrays[0])
     runs = [_run(terms, run, rows) for run in _split(RUN * rows, *arrays)]
-    total, squares = _fold(_fold(torch.stack(runs)).movedim(-1, 0))
+    total, squares = fold(fold(torch.stack(runs)).movedim(-1, 0))
     return total, squares
 
 
@@ -188,10 +184,10 @@ def _run(
     for block in blocks:  # the last may be smaller
         for total, term in zip(sums, terms(*block), strict=True):
             total[: len(term)].add_(term)
-    return _fold(torch.stack(sums, dim=1))
+    return fold(torch.stack(sums, dim=1))
 
 
-def _fold(d: torch.Tensor) -> torch.Tensor:
+def fold(d: torch.Tensor) -> torch.Tensor:
     """Return the sum over the first axis by adding the second half to the first until one is left; d is used up."""
     n = len(d)
     while n > 1:

@@ -41,17 +41,16 @@ def is_plain(*values: torch.Tensor | None) -> bool:
     """Tell whether these are nothing but values in host memory, and nobody sees the operations; None is nothing."""
     if _get_tracing_state() is not None or _len_torch_dispatch_stack():
         return False
-    return all(
-        value is None
-        or (
-            type(value) in _OWN
-            and value.is_cpu
-            and value.layout is torch.strided
-            and not (value.is_neg() or value._is_zerotensor() or is_functorch_wrapped_tensor(value))  # noqa: SLF001
-            and not is_legacy_batchedtensor(value)
-        )
-        for value in values
-    )
+    for value in values:  # in every call, where a generator costs
+        if value is None:
+            continue
+        if type(value) not in _OWN or not value.is_cpu or value.layout is not torch.strided:
+            return False
+        if value.is_neg() or value._is_zerotensor():  # noqa: SLF001 - there is no public way to ask
+            return False
+        if is_functorch_wrapped_tensor(value) or is_legacy_batchedtensor(value):
+            return False
+    return True
 
 
 def is_backward() -> bool:

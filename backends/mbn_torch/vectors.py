@@ -38,6 +38,40 @@ def parts(mean: Mean | None) -> tuple[torch.Tensor | None, ...]:
     return mean if isinstance(mean, Pair) else (mean,)
 
 
+class Line(NamedTuple):
+    """Normalisation as ``(x - center) * scale + shift`` in the dtype that it is computed in; each (C,), or no shift.
+
+    ``x - center`` is exact where x is near the mean, of which the center is all that its dtype holds; the rest of the
+    mean is in the shift.
+    """
+
+    center: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor | None
+
+
+def line(
+    mean: Mean,
+    var: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> Line:
+    """Return how to normalise in ``dtype``."""
+    scale = invstd(var, eps)
+    if weight is not None:
+        scale = scale * weight
+    if not isinstance(mean, Pair) and mean.dtype == dtype:  # nothing of it is lost
+        return Line(mean, scale.to(dtype), None if bias is None else bias.to(dtype))
+    hi, lo = as_pair(mean)
+    center = (hi + lo).to(dtype)
+    shift = (center - hi - lo) * scale
+    if bias is not None:
+        shift = shift + bias
+    return Line(center, scale.to(dtype), shift.to(dtype))
+
+
 def divisor(count: Any) -> Any:
     """Return what to divide sums by: the count, or 1 where that is 0 and so are the sums."""
     return count.masked_fill(count == 0, 1) if isinstance(count, torch.Tensor) else count

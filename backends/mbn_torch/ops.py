@@ -1,0 +1,148 @@
+"""The whole of a call in as few of Torch's operations as it takes, each of them on several threads.
+
+It is for float32 of a size for which one operation is done in some microseconds, and the values that it leaves behind
+are still in the caches when the next one reads them. Statistics are exact to float64. The bits do not depend on the
+memory order or the number of threads: all that is summed up lies in one order, and Torch sums each row of a result
+on one thread. Vectors are NumPy's, whose calls take less time.
+"""
+
+import numpy as np
+import torch
+
+from mbn.contract import Residuals
+from mbn.state import Params, State
+from mbn_cpu.tiles import Scratch
+from mbn_cpu.vectors import WIDE, Line, Pair, as_pair, invstd, lerp, line, step
+
+_SMALLEST = 1 << 14
+_LARGEST = 1 << 19
+"""Values of a batch in training: with more, memory in float64 is what everything waits for."""
+_PARTS = 32
+"""Sums made apart and added afterwards: a thread takes whole ones as long as there are no more threads than these."""
+_BLOCK = 1 << 18
+"""Values that two operations one after another find in the caches."""
+
+
+def takes(x: torch.Tensor, weights: torch.Tensor | None, *, training: bool) -> bool:
+    """Tell whether this is the fastest way for a batch."""
+    if weights is not None or x.dtype != torch.float32:
+        return False
+    size = x.numel()
+    return size > _SMALLEST and (not training or (size <= _LARGEST and len(x) >= _PARTS))
+
+
+@np.errstate(all="ignore")
+def train(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    params: Params,
+    state: State,
+    momentum: float | None,
+    eps: float,
+    correction: int,
+) -> tuple[State, Residuals]:
+    """Write the output of a step of training on x, (N, C) or (N, C, L), to y; return new state and residuals.
+
+    Parameters and statistics are arrays, those returned too.
+    """
+    running_mean, running_var, num_batches_tracked = state
+    n = x.numel() // x.shape[1]
+    shift = (x[0] if x.ndim == 2 else x[0, :, 0]).to(torch.float64).numpy()  # noqa: PLR2004 - (N, C)
+    with Scratch.taken() as scratch:
+        d = _deviations(scratch, x, shift)
+        total, squares = _sums(x, d, torch.mul(d, d, out=_empty(scratch, d.shape)))
+    rest = total / n
+    m2 = squares - total * rest
+    mean, var = Pair(shift, rest), m2 / n
+    _normalize(x, y, line(mean, var, *params, eps, np.float32))
+    if num_batches_tracked is not None:
+        num_batches_tracked = num_batches_tracked + 1
+    if running_mean is not None:
+        share = step(momentum, num_batches_tracked, n, correction)
+        running_mean = lerp(running_mean, mean, share)
+        running_var = lerp(running_var, m2 / (n - correction), share)
+    return State(running_mean, running_var, num_batches_tracked), Residuals(mean, var, n)
+
+
+def evaluate(x: torch.Tensor, y: torch.Tensor, params: Params, state: State, eps: float) -> None:
+    """Write the output of evaluation on x, (N, C) or (N, C, L), to y."""
+    with np.errstate(all="ignore"):
+        vectors = line(state.running_mean, state.running_var, *params, eps, np.float32)
+    _normalize(x, y, vectors)
+
+
+@np.errstate(all="ignore")
+def pullback(
+    dy: torch.Tensor, x: torch.Tensor, weight: np.ndarray | None, residuals: Residuals, eps: float
+) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+    """Return the gradients of x, weight and bias; the last two, as what is not in the shape of x, are arrays."""
+    mean, var, count = residuals
+    hi, lo = as_pair(mean)
+    spread = invstd(var, eps)
+    factor = spread if weight is None else spread * weight
+    dx = torch.empty_like(x)
+    with Scratch.taken() as scratch:
+        d, gradient = _deviations(scratch, x, hi), _contiguous(scratch, dy)
+        sum_dy, products = _sums(x, gradient, torch.mul(d, gradient, out=_empty(scratch, d.shape)))
+        sum_dy_xhat = (products - lo * sum_dy) * spread
+        if count is None:
+            gradient.mul_(_along(factor, x))
+        else:
+            slope = spread * sum_dy_xhat / count
+            average = sum_dy / count - lo * slope
+            torch.addcmul(gradient, d, _along(-slope, x), out=gradient)
+            torch.addcmul(_along(-average * factor, x), gradient, _along(factor, x), out=gradient)
+        dx.copy_(gradient.view(x.shape))
+    return dx, sum_dy_xhat, sum_dy
+
+
+def _normalize(x: torch.Tensor, y: torch.Tensor, vectors: Line) -> None:
+    """Write (x - center) * scale + shift to y, block by block."""
+    rows, results = x, y
+    if x.ndim == 3:  # noqa: PLR2004 - (N, C, L)
+        if x.is_contiguous() and y.is_contiguous():
+            rows, results = x.view(len(x), -1), y.view(len(x), -1)
+            vectors = Line(*(vector.repeat(x.shape[2]) for vector in vectors))
+        elif x.mT.is_contiguous() and y.mT.is_contiguous():
+            rows, results = (values.mT.reshape(-1, x.shape[1]) for values in (x, y))
+        else:
+            vectors = Line(*(vector[:, None] for vector in vectors))
+    center, scale, shift = map(torch.from_numpy, vectors)
+    size = max(1, _BLOCK * len(rows) // x.numel())
+    blocks = ((rows, results),) if len(rows) <= size else zip(rows.split(size), results.split(size), strict=True)
+    for block, result in blocks:
+        torch.addcmul(shift, torch.sub(block, center, out=result), scale, out=result)
+
+
+def _sums(x: torch.Tensor, *terms: torch.Tensor) -> np.ndarray:
+    """Return the sums of two (N, C) or (N, C * L) for each channel, (2, C)."""
+    n, width = terms[0].shape
+    height = n // _PARTS
+    whole = height * _PARTS
+    parts = np.empty((_PARTS + n - whole, 2, width))
+    tensor = torch.from_numpy(parts)
+    for i, values in enumerate(terms):
+        torch.sum(values[:whole].view(_PARTS, height, width), 1, out=tensor[:_PARTS, i])
+        if whole < n:
+            tensor[_PARTS:, i] = values[whole:]
+    sums = np.add.reduce(parts)
+    return sums if x.ndim == 2 else np.add.reduce(sums.reshape(2, *x.shape[1:]), axis=2)  # noqa: PLR2004 - (N, C)
+
+
+def _deviations(scratch: Scratch, x: torch.Tensor, center: np.ndarray) -> torch.Tensor:
+    """Return x - center as (N, C) or (N, C * L) in float64."""
+    return _contiguous(scratch, x).sub_(_along(center, x))
+
+
+def _contiguous(scratch: Scratch, x: torch.Tensor) -> torch.Tensor:
+    """Return a copy of x in float64 and C order, as (N, C) or (N, C * L)."""
+    return _empty(scratch, x.shape).copy_(x).view(len(x), -1)
+
+
+def _empty(scratch: Scratch, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.from_numpy(scratch.empty(shape, WIDE))
+
+
+def _along(vector: np.ndarray, x: torch.Tensor) -> torch.Tensor:
+    """Return a (C,) vector as it goes along a row of x, as (C,) or (C * L,)."""
+    return torch.from_numpy(vector if x.ndim == 2 else vector.repeat(x.shape[2]))  # noqa: PLR2004 - (N, C)
