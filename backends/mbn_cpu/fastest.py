@@ -15,8 +15,9 @@ class Host(HostBackend):
     name = "host"
     version = np.__version__
 
-    def __init__(self, kernels: ModuleType, whole: ModuleType) -> None:
-        self.kernels, self.whole = kernels, whole  # type: ignore[misc] - the same for all in other backends
+    def __init__(self, kernels: ModuleType, whole: ModuleType, *, compiled: bool) -> None:
+        """Make the verbs of two modules; ``compiled`` says whether they leave other ways nothing to be faster at."""
+        self.kernels, self.whole, self.compiled = kernels, whole, compiled
 
 
 @cache
@@ -25,5 +26,5 @@ def host() -> Host:
     try:
         from mbn_cpu import compiled, fused  # noqa: PLC0415 - as said
     except ImportError:
-        return Host(blocked, small)
-    return Host(compiled, fused)
+        return Host(blocked, small, compiled=False)
+    return Host(compiled, fused, compiled=True)

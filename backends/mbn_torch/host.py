@@ -136,11 +136,12 @@ def pullback(
 ) -> tuple[torch.Tensor, ...]:
     """Return the gradients of x, weight and bias."""
     weight, residuals = _array(weight), Residuals(*map(_array, residuals))
-    if ops.takes(x, weights, training=True):
+    fastest = host()
+    if not fastest.compiled and ops.takes(x, weights, training=True):
         dx, *sums = ops.pullback(dy, x, weight, residuals, eps)
     else:
         with _limited():
-            dx, *sums = host().pullback(_array(dy), _array(x), weight, residuals, eps, _array(weights))
+            dx, *sums = fastest.pullback(_array(dy), _array(x), weight, residuals, eps, _array(weights))
         dx = _arranged(dx, x)
     if weight is not None:  # which autograd would do, in more time
         sums = [total.astype(weight.dtype, copy=False) for total in sums]
@@ -159,12 +160,13 @@ def _run(
     weights: torch.Tensor | None,
 ) -> tuple[State, Residuals | None]:
     """Write the output to y in the fastest way; return new state and, of training, residuals. Vectors are arrays."""
-    if ops.takes(x, weights, training=training):
+    if ops.takes(x, weights, training=training) and not (training and host().compiled):
         if training:
             return ops.train(x, y, params, state, momentum, eps, correction)
         ops.evaluate(x, y, params, state, eps)
         return state, None
-    fastest, values, out = host(), _array(x), _writable(y)
+    fastest = host()
+    values, out = _array(x), _writable(y)
     if fastest.whole.takes(values, weights, out):
         if training:
             return fastest.whole.train(values, params, state, momentum, eps, correction, out)[1:]

@@ -12,13 +12,15 @@ import torch
 from mbn.contract import Residuals
 from mbn.state import Params, State
 from mbn_cpu.tiles import Scratch
-from mbn_cpu.vectors import WIDE, Line, Pair, as_pair, invstd, lerp, line, step
+from mbn_cpu.vectors import WIDE, Mean, Pair, as_pair, invstd, lerp, line, step
 
 _SMALLEST = 1 << 14
 _LARGEST = 1 << 19
 """Values of a batch in training: with more, memory in float64 is what everything waits for."""
 _PARTS = 32
 """Sums made apart and added afterwards: a thread takes whole ones as long as there are no more threads than these."""
+_SMALL_MEAN = 0.5
+"""The largest mean, in standard deviations, that need not be subtracted first."""
 _BLOCK = 1 << 18
 """Values that two operations one after another find in the caches."""
 
@@ -50,11 +52,11 @@ def train(
     shift = (x[0] if x.ndim == 2 else x[0, :, 0]).to(torch.float64).numpy()  # noqa: PLR2004 - (N, C)
     with Scratch.taken() as scratch:
         d = _deviations(scratch, x, shift)
-        total, squares = _sums(x, d, torch.mul(d, d, out=_empty(scratch, d.shape)))
+        total, squares = _sums(scratch, x, d, torch.mul(d, d, out=_empty(scratch, d.shape)))
     rest = total / n
     m2 = squares - total * rest
     mean, var = Pair(shift, rest), m2 / n
-    _normalize(x, y, line(mean, var, *params, eps, np.float32))
+    _normalize(x, y, mean, var, params, eps)
     if num_batches_tracked is not None:
         num_batches_tracked = num_batches_tracked + 1
     if running_mean is not None:
@@ -64,11 +66,10 @@ def train(
     return State(running_mean, running_var, num_batches_tracked), Residuals(mean, var, n)
 
 
+@np.errstate(all="ignore")
 def evaluate(x: torch.Tensor, y: torch.Tensor, params: Params, state: State, eps: float) -> None:
     """Write the output of evaluation on x, (N, C) or (N, C, L), to y."""
-    with np.errstate(all="ignore"):
-        vectors = line(state.running_mean, state.running_var, *params, eps, np.float32)
-    _normalize(x, y, vectors)
+    _normalize(x, y, state.running_mean, state.running_var, params, eps)
 
 
 @np.errstate(all="ignore")
@@ -83,7 +84,7 @@ def pullback(
     dx = torch.empty_like(x)
     with Scratch.taken() as scratch:
         d, gradient = _deviations(scratch, x, hi), _contiguous(scratch, dy)
-        sum_dy, products = _sums(x, gradient, torch.mul(d, gradient, out=_empty(scratch, d.shape)))
+        sum_dy, products = _sums(scratch, x, gradient, torch.mul(d, gradient, out=_empty(scratch, d.shape)))
         sum_dy_xhat = (products - lo * sum_dy) * spread
         if count is None:
             gradient.mul_(_along(factor, x))
@@ -96,30 +97,52 @@ def pullback(
     return dx, sum_dy_xhat, sum_dy
 
 
-def _normalize(x: torch.Tensor, y: torch.Tensor, vectors: Line) -> None:
-    """Write (x - center) * scale + shift to y, block by block."""
+def _normalize(x: torch.Tensor, y: torch.Tensor, mean: Mean, var: np.ndarray, params: Params, eps: float) -> None:
+    """Write (x - mean) / sqrt(var + eps) * weight + bias to y, block by block."""
+    vectors = _line(mean, var, *params, eps)
     rows, results = x, y
     if x.ndim == 3:  # noqa: PLR2004 - (N, C, L)
         if x.is_contiguous() and y.is_contiguous():
             rows, results = x.view(len(x), -1), y.view(len(x), -1)
-            vectors = Line(*(vector.repeat(x.shape[2]) for vector in vectors))
+            vectors = [vector.repeat(x.shape[2]) for vector in vectors]
         elif x.mT.is_contiguous() and y.mT.is_contiguous():
             rows, results = (values.mT.reshape(-1, x.shape[1]) for values in (x, y))
         else:
-            vectors = Line(*(vector[:, None] for vector in vectors))
-    center, scale, shift = map(torch.from_numpy, vectors)
+            vectors = [vector[:, None] for vector in vectors]
+    *center, scale, shift = map(torch.from_numpy, vectors)
     size = max(1, _BLOCK * len(rows) // x.numel())
     blocks = ((rows, results),) if len(rows) <= size else zip(rows.split(size), results.split(size), strict=True)
     for block, result in blocks:
-        torch.addcmul(shift, torch.sub(block, center, out=result), scale, out=result)
+        values = torch.sub(block, *center, out=result) if center else block
+        torch.addcmul(shift, values, scale, out=result)
 
 
-def _sums(x: torch.Tensor, *terms: torch.Tensor) -> np.ndarray:
+def _line(
+    mean: Mean, var: np.ndarray, weight: np.ndarray | None, bias: np.ndarray | None, eps: float
+) -> list[np.ndarray]:
+    """Return center, scale and shift, or two of them: x * scale + shift is as exact where no mean is large.
+
+    Up to half a standard deviation the mean adds no more to the error, in a shift and a product that are rounded once,
+    than the rounding of x - center would.
+    """
+    hi, lo = as_pair(mean)
+    scale = invstd(var, eps)
+    if not abs(hi * scale).max() <= _SMALL_MEAN:  # NaN is not small
+        return list(line(mean, var, weight, bias, eps, np.float32))
+    if weight is not None:
+        scale *= weight
+    shift = -(hi + lo) * scale
+    if bias is not None:
+        shift += bias
+    return [scale.astype(np.float32), shift.astype(np.float32)]
+
+
+def _sums(scratch: Scratch, x: torch.Tensor, *terms: torch.Tensor) -> np.ndarray:
     """Return the sums of two (N, C) or (N, C * L) for each channel, (2, C)."""
     n, width = terms[0].shape
     height = n // _PARTS
     whole = height * _PARTS
-    parts = np.empty((_PARTS + n - whole, 2, width))
+    parts = scratch.empty((_PARTS + n - whole, 2, width), WIDE)
     tensor = torch.from_numpy(parts)
     for i, values in enumerate(terms):
         torch.sum(values[:whole].view(_PARTS, height, width), 1, out=tensor[:_PARTS, i])

@@ -1,0 +1,308 @@
+"""Tensors in host memory: what the kernels there make of any of them, and what they leave alone."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+from torch_samples import relative_error, sample
+
+import mbn
+from mbn_cpu import blocked, fastest, pages, small, threads
+
+torch = pytest.importorskip("torch")
+backend = mbn.get_backend("torch")
+host = pytest.importorskip("mbn_torch.host")
+
+SHAPES = [(32, 8), (700, 40), (130, 12, 33), (9, 4, 5000), (70_000, 8), (150, 16, 256)]
+"""Some for each way: small, for Torch's operations, and for passes in tiles."""
+
+
+@pytest.fixture(params=["numpy", "numba"])
+def kernels(request, monkeypatch):
+    """Have the kernels with or without Numba, whatever is installed."""
+    if request.param == "numba":
+        pytest.importorskip("numba")
+        assert fastest.host().compiled
+    else:
+        monkeypatch.setattr(host, "host", lambda: fastest.Host(blocked, small, compiled=False))
+    return request.param
+
+
+def _results(x, dy, **masking):
+    """Return what training and evaluation of a layer make of x, gradients of both included."""
+    bn = mbn.BatchNorm1d(x.shape[1], dtype="float64" if x.dtype == torch.float64 else None, backend="torch")
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in bn.parameters():
+            parameter.copy_(torch.randn(x.shape[1], generator=generator))
+    results = []
+    for training in (True, False):
+        leaf = x.detach().requires_grad_()
+        y = bn.train(training)(leaf, **masking)
+        results += [y.detach(), *bn.state, *torch.autograd.grad(y, (leaf, *bn.parameters()), dy)]
+    return results
+
+
+def _forms(x):
+    """Return x in several memory orders."""
+    forms = [x, torch.stack([x, x], -1)[..., 0], torch.cat([x, x])[len(x) :]]
+    if x.ndim == 2:
+        return [*forms, x.T.contiguous().T]
+    return [*forms, x.mT.contiguous().mT, x.permute(1, 2, 0).contiguous().permute(2, 0, 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bits_depend_on_neither_memory_order_nor_threads(kernels, shape, dtype):
+    x, dy = sample(*shape, dtype=dtype), sample(*shape, dtype=dtype, seed=1)
+    before, expected = torch.get_num_threads(), None
+    try:
+        for form in _forms(x):
+            for num_threads in (1, 2, 5):
+                torch.set_num_threads(num_threads)
+                results = _results(form, dy)
+                expected = expected or results
+                assert all(map(torch.equal, results, expected))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("offset", [0, 1000])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_agrees_with_float64(kernels, shape, offset, masked):
+    x, dy = offset + sample(*shape), sample(*shape, seed=1)
+    masking = {"mask": torch.arange(len(x)) % 3 > 0} if masked else {}
+    wide = _results(x.double(), dy.double(), **masking)
+    for actual, expected in zip(_results(x, dy, **masking), wide, strict=True):
+        # Running statistics are rounded before they are used.
+        assert relative_error(actual, expected) < (1e-6 if offset == 0 else 1e-5)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        torch.nn.Parameter,
+        lambda x: x.clone().requires_grad_(),
+        lambda x: x.clone().requires_grad_() * 1,
+        lambda x: x.conj(),
+        lambda x: torch._neg_view(-x),
+        lambda x: torch.stack([x, x])[1],
+        lambda x: x.to(torch.float32, copy=True).detach_(),
+        lambda x: x.as_subclass(type("Subclass", (torch.Tensor,), {})),
+    ],
+    ids=["parameter", "leaf", "function", "conjugate", "negative", "sliced", "detached", "subclass"],
+)
+@pytest.mark.parametrize("size", [16, 3000])
+def test_odd_tensors(kernels, form, size):
+    x = sample(size, 8)
+    expected = mbn.BatchNorm1d(8, backend="torch")(x)
+    given = form(x)
+    y = mbn.BatchNorm1d(8, backend="torch")(given)
+    torch.testing.assert_close(y.detach().as_subclass(torch.Tensor), expected.detach())
+    assert isinstance(y, torch.Tensor)
+    assert torch.equal(given.detach().as_subclass(torch.Tensor), x)
+    given.detach().resize_(size + 1, 8)  # nobody has forbidden it
+
+
+@pytest.mark.parametrize("negative", ["x", "dy"])
+def test_gradients_of_negative_views(kernels, negative):
+    x, dy = sample(50, 8), sample(50, 8, seed=1)
+    expected = _results(x, dy)
+    views = {"x": x, "dy": dy}
+    views[negative] = torch._neg_view(-views[negative])
+    for actual, result in zip(_results(**views), expected, strict=True):
+        torch.testing.assert_close(actual, result)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_outputs_can_do_what_tensors_can(kernels, shape, training):
+    bn = mbn.BatchNorm1d(shape[1], backend="torch").train(training)
+    x = sample(*shape)
+    with torch.no_grad():
+        y = bn(x)
+        expected = y.clone()
+        assert torch.equal(pickle.loads(pickle.dumps(y)), expected)
+        assert torch.equal(copy.deepcopy(y), expected)
+        assert torch.equal(bn(x[:-1]).resize_(x.shape)[:0], x[:0])
+        assert y.untyped_storage().nbytes() == x.nbytes
+        y.add_(1).sub_(1).share_memory_()
+        assert y.is_shared()
+    for tensor in bn.state:
+        copy.deepcopy(tensor).share_memory_()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_inference_mode(kernels, shape):
+    x = sample(*shape)
+    expected = mbn.BatchNorm1d(shape[1], backend="torch")(x)
+    with torch.inference_mode():
+        bn = mbn.BatchNorm1d(shape[1], backend="torch")
+        for given in (x, x.clone()):
+            y = bn(given)
+            assert torch.equal(y, expected)
+            assert y.is_inference()
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_number_of_threads_is_that_of_torch(kernels, num_threads, monkeypatch):
+    seen = []
+    run = threads.run
+
+    def watched(*args, **kwargs):
+        seen.append(threads._num_threads())
+        run(*args, **kwargs)
+
+    monkeypatch.setattr(threads, "run", watched)
+    monkeypatch.setattr(threads, "get_num_threads", lambda: 2)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(num_threads)
+        _results(sample(70_000, 8), sample(70_000, 8, seed=1))
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {num_threads}
+
+
+class _Operations(torch.utils._python_dispatch.TorchDispatchMode):
+    """Sees all operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_modes_see_all_operations():
+    bn = mbn.BatchNorm1d(8, backend="torch")
+    x = sample(50, 8)
+    expected = mbn.BatchNorm1d(8, backend="torch")(x)
+    with _Operations() as mode:
+        y = bn(x)
+    assert {"sub", "mul_"} <= mode.names
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_traced_by_torch_jit():
+    bn = mbn.BatchNorm1d(8, backend="torch").eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(bn.as_module(), sample(50, 8))
+        x = sample(50, 8, seed=1)
+        torch.testing.assert_close(traced(x), bn(x))
+
+
+def test_bfloat16_without_ml_dtypes(monkeypatch):
+    x, dy = (sample(50, 8, dtype=torch.bfloat16, seed=seed) for seed in (0, 1))
+    expected = _results(x, dy)
+    monkeypatch.setattr(host, "_has_bfloat16", lambda: False)
+    monkeypatch.setattr(host, "_bfloat16", None)
+    for actual, result in zip(_results(x, dy), expected, strict=True):
+        torch.testing.assert_close(actual, result)
+
+
+def test_without_versions_of_dlpack(monkeypatch):
+    monkeypatch.setattr(host, "_has_versions", False)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = sample(50, 8, dtype=dtype)
+        assert not host._array(x).flags.writeable
+        host._writable(x)[...] = 1
+        assert x.eq(1).all()
+
+
+@pytest.mark.parametrize("size", [0, 1, 1 << 22, (1 << 23) + 5])
+def test_advice_on_memory_changes_no_value(size):
+    x = torch.arange(size, dtype=torch.int64).to(torch.uint8)
+    expected = x.clone()
+    pages.advise(x.data_ptr(), x.nbytes)
+    assert torch.equal(x, expected)
+
+
+def test_no_memory_of_the_system_to_advise(monkeypatch):
+    monkeypatch.delattr(pages.mmap, "MADV_HUGEPAGE", raising=False)
+    monkeypatch.setattr(pages, "_madvise", pages._madvise.__wrapped__)
+    assert pages._madvise() is None
+    test_advice_on_memory_changes_no_value(1 << 22)
+
+
+# Outputs written to the caller's tensors.
+
+
+def _call(x, out, *params, training=True, weights=None):
+    return backend.batch_norm(
+        x,
+        mbn.Params(*(params or (None, None))),
+        mbn.State(torch.zeros(x.shape[1]), torch.ones(x.shape[1]), None),
+        training=training,
+        momentum=0.1,
+        eps=1e-5,
+        correction=1,
+        weights=weights,
+        out=out,
+    )[0]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_output_is_written_where_it_should(kernels, shape, masked, training):
+    x = sample(*shape)
+    weights = (torch.arange(len(x)) % 3 > 0).float() if masked else None
+    if masked and x.ndim == 3:
+        weights = weights[:, None].expand(-1, shape[2])
+    expected = _call(x, torch.empty_like(x), training=training, weights=weights)
+    for out in (*_forms(torch.zeros_like(x)), x):
+        y = _call(x, out, training=training, weights=weights)
+        assert y is out
+        assert torch.equal(out, expected)
+
+
+def test_output_is_written_under_compilation():
+    x = sample(50, 8)
+    out, expected = torch.empty_like(x), _call(x, torch.empty_like(x))
+    torch._dynamo.reset()
+    torch.compile(_call, fullgraph=True, backend="aot_eager")(x, out)
+    torch.testing.assert_close(out, expected)
+
+
+def test_conflicts():
+    x = sample(6, 4)
+    whole = sample(7, 8)
+    leaf = x.clone().requires_grad_()
+    with torch.inference_mode():
+        inferred = torch.empty_like(x)
+    for out, given, words in (
+        (torch.empty_like(x), x, None),
+        (x, x, None),
+        (whole[:6, ::2], whole[:6, 1::2], None),
+        (whole[:6, :4], whole[1:, :4], "overlaps"),
+        (x.view(4, 6).T, x, "overlaps"),
+        (torch.empty(1, 4).expand(6, 4), x, "expanded"),
+        (leaf, x, "requires grad"),
+        (torch.empty_like(x), leaf, "x requires grad"),
+        (inferred, x, "inference_mode"),
+    ):
+        reason = backend.conflict(out, given)
+        assert (reason is None) if words is None else (words in reason)
+    with torch.no_grad():
+        assert backend.conflict(leaf, leaf) is None
+    with torch.inference_mode():
+        assert backend.conflict(inferred, x) is None
+
+
+def test_recorded_parameters_refuse_an_output():
+    x, weight = sample(6, 4), torch.ones(4, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"torch\.no_grad"):
+        _call(x, torch.empty_like(x), weight, None)
+    with torch.no_grad():
+        _call(x, torch.empty_like(x), weight, None)
+
+
+def test_numpy_shares_what_torch_has():
+    x = sample(4, 3)
+    assert np.shares_memory(host._array(x), x.numpy())
