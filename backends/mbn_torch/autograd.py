@@ -16,7 +16,7 @@ from torch.autograd import Function
 from mbn.contract import Residuals
 from mbn.state import Params, State
 from mbn_torch import formulas, host, kernels
-from mbn_torch.tracing import is_recorded, is_traced, is_transformed
+from mbn_torch.tracing import is_plain, is_recorded, is_traced, is_transformed
 from mbn_torch.vectors import WIDE, variance
 
 
@@ -146,7 +146,7 @@ def _pullback_of_values(
     needs: tuple[bool, ...],
 ) -> tuple[torch.Tensor | None, ...]:
     """Return the gradients where nothing follows how they are computed."""
-    if not host.takes(dy, x, weight, weights):
+    if not is_plain(dy, x, weight, weights):
         return _pullback(kernels, dy, x, weight, host.tensors(residuals), eps, weights, needs)
     if all(needs):
         return host.pullback(dy, x, weight, residuals, eps, weights)

@@ -1,13 +1,12 @@
 """Torch's tensors in host memory, for the kernels that work on NumPy arrays.
 
-Nothing is copied, and nothing is left behind on a tensor: ``Tensor.numpy`` would forbid for good to resize its storage.
-New tensors of x's size are Torch's own, so that they can do whatever tensors of Torch can. The verbs take and return
-what those of the other kernels do; the residuals of training stay arrays, which only the pullback reads.
+Nothing is copied but halves, which Torch brings to float32 and back much faster than NumPy. Nothing is left behind on a
+tensor: ``Tensor.numpy`` would forbid for good to resize its storage. New tensors of x's size are Torch's own wherever a
+kernel can write to them, so that they can do whatever tensors of Torch can. The verbs take and return what those of the
+other kernels do; the residuals of training stay arrays, which only the pullback reads.
 """
 
 from contextlib import AbstractContextManager
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -18,14 +17,16 @@ from mbn.state import Params, State
 from mbn_cpu import pages, threads, vectors
 from mbn_cpu.fastest import host
 from mbn_torch import ops
-from mbn_torch.tracing import is_plain
 from mbn_torch.vectors import Mean, Pair
 
 _has_versions = hasattr(torch._C, "_to_dlpack_versioned")  # noqa: SLF001 - Torch 2.9 and later
 
 
+_HALVES = torch.float16, torch.bfloat16
+
+
 class _Shared:
-    """A tensor whose memory NumPy may share: ``Tensor.__dlpack__`` without its checks, which are those of takes."""
+    """A tensor whose memory NumPy may share: ``Tensor.__dlpack__`` without its checks, which have been made."""
 
     __slots__ = ("tensor",)
 
@@ -40,13 +41,6 @@ class _Shared:
         return 1, 0  # the CPU
 
 
-def takes(*tensors: torch.Tensor | None) -> bool:
-    """Tell whether all of these can be arrays, and nobody has to see what is done with them; None is nothing."""
-    return is_plain(*tensors) and (
-        _has_bfloat16() or not any(tensor is not None and tensor.dtype == torch.bfloat16 for tensor in tensors)
-    )
-
-
 def tensors(residuals: Residuals) -> Residuals:
     """Return residuals as tensors, whatever they are."""
     mean, var, count = residuals
@@ -57,7 +51,7 @@ def tensors(residuals: Residuals) -> Residuals:
 def moments(x: torch.Tensor, weights: torch.Tensor | None = None) -> Moments:
     """Return count, mean (a Pair) and m2 (float64) of each channel of x, (N, C) or (N, C, L)."""
     with _limited():
-        count, (hi, lo), m2 = host().moments(_array(x), _array(weights))
+        count, (hi, lo), m2 = host().moments(_array(_wide(x)), _array(weights))
     return Moments(count if weights is None else _tensor(count), Pair(_tensor(hi), _tensor(lo)), _tensor(m2))
 
 
@@ -73,10 +67,11 @@ def normalize(
 ) -> torch.Tensor:
     """Return (x - mean) / sqrt(var + eps) * weight + bias in x's dtype and memory order."""
     y = _like(x) if out is None else out
-    arrays = map(_array, (x, mean, var, weight, bias))
+    wide_x, wide_y = _wide(x), _room(y)
+    arrays = map(_array, (wide_x, mean, var, weight, bias))
     with _limited():
-        host().normalize(*arrays, eps, _array(weights), _writable(y))
-    return y
+        host().normalize(*arrays, eps, _array(weights), _writable(wide_y))
+    return _narrow(wide_y, y)
 
 
 def grad_sums(
@@ -84,7 +79,7 @@ def grad_sums(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the sums of dy and of dy * xhat for each channel, in float64."""
     with _limited():
-        sum_dy, sum_dy_xhat = host().grad_sums(*map(_array, (dy, x, mean, var)), eps, _array(weights))
+        sum_dy, sum_dy_xhat = host().grad_sums(*map(_array, (_wide(dy), _wide(x), mean, var)), eps, _array(weights))
     return _tensor(sum_dy), _tensor(sum_dy_xhat)
 
 
@@ -100,7 +95,11 @@ def grad_input(
     weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the gradient of x, in its dtype and memory order."""
-    arrays = *map(_array, (dy, x, mean, var, weight)), eps, None if sums is None else tuple(map(_array, sums))
+    arrays = (
+        *map(_array, (_wide(dy), _wide(x), mean, var, weight)),
+        eps,
+        None if sums is None else tuple(map(_array, sums)),
+    )
     with _limited():
         return _arranged(host().grad_input(*arrays, _array(count), _array(weights)), x)
 
@@ -120,7 +119,9 @@ def batch_norm_residuals(
     """Return output, new state and residuals of a whole call."""
     y = _like(x) if out is None else out
     params, arrays = Params(*map(_array, params)), State(*map(_array, state))
-    after, residuals = _run(x, y, params, arrays, training, momentum, eps, correction, weights)
+    wide_y = _room(y)
+    after, residuals = _run(_wide(x), wide_y, params, arrays, training, momentum, eps, correction, weights)
+    _narrow(wide_y, y)
     if not training:
         return y, state, Residuals(state.running_mean, state.running_var, None)
     return y, State(*map(_tensor, after)), residuals
@@ -136,12 +137,13 @@ def pullback(
 ) -> tuple[torch.Tensor, ...]:
     """Return the gradients of x, weight and bias."""
     weight, residuals = _array(weight), Residuals(*map(_array, residuals))
-    fastest = host()
-    if not fastest.compiled and ops.takes(x, weights, training=True):
-        dx, *sums = ops.pullback(dy, x, weight, residuals, eps)
+    wide_dy, wide_x, fastest = _wide(dy), _wide(x), host()
+    if not fastest.compiled and ops.takes(wide_x, weights, training=True):
+        dx = torch.empty_like(x)
+        sums = ops.pullback(wide_dy, wide_x, weight, residuals, eps, dx)
     else:
         with _limited():
-            dx, *sums = fastest.pullback(_array(dy), _array(x), weight, residuals, eps, _array(weights))
+            dx, *sums = fastest.pullback(_array(wide_dy), _array(wide_x), weight, residuals, eps, _array(weights))
         dx = _arranged(dx, x)
     if weight is not None:  # which autograd would do, in more time
         sums = [total.astype(weight.dtype, copy=False) for total in sums]
@@ -184,53 +186,51 @@ def _limited() -> AbstractContextManager[None]:
 def _array(value: Any) -> Any:
     """Return a tensor, or both of a pair, as arrays; anything else is one, or no array at all."""
     if isinstance(value, torch.Tensor):
-        if value.dtype == torch.bfloat16:
-            return np.from_dlpack(_Shared(value.detach().view(torch.int16))).view(_bfloat16())
         return np.from_dlpack(_Shared(value))
     return vectors.Pair(*map(_array, value)) if isinstance(value, tuple) else value
 
 
 def _writable(tensor: torch.Tensor) -> np.ndarray:
     array = _array(tensor)
-    if array.flags.writeable:
-        return array
-    if tensor.dtype == torch.bfloat16:  # versions of either before NumPy and Torch could say who may write
-        return tensor.view(torch.int16).numpy().view(_bfloat16())
-    return tensor.numpy()
+    # Before Torch 2.9 and NumPy 2.1 neither could say who may write.
+    return array if array.flags.writeable else tensor.numpy()
 
 
 def _tensor(value: Any) -> Any:
     """Return an array as a tensor; anything else is one, or None."""
     if value is None or isinstance(value, torch.Tensor):
         return value
-    array = np.asarray(value)
-    if array.dtype.kind == "V":  # bfloat16
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+    return torch.from_numpy(np.asarray(value))
 
 
 def _arranged(values: np.ndarray, x: torch.Tensor) -> torch.Tensor:
-    """Return an array in the shape of x as a tensor in its memory order, as Torch has it: expanded axes last."""
+    """Return an array in the shape of x as a tensor in its dtype and memory order, as Torch has it."""
     tensor = _tensor(values)
-    if tensor.stride() == x.stride():
-        return tensor
-    like = torch.empty_like(x)
-    return tensor if tensor.stride() == like.stride() else like.copy_(tensor)
+    if tensor.dtype == x.dtype:
+        if tensor.stride() == x.stride():
+            return tensor
+        like = torch.empty_like(x)
+        return tensor if tensor.stride() == like.stride() else like.copy_(tensor)
+    return _like(x).copy_(tensor)
 
 
-def _like(x: torch.Tensor) -> torch.Tensor:
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """Return x, or a copy in float32 of halves."""
+    return _like(x, torch.float32).copy_(x) if x.dtype in _HALVES else x
+
+
+def _room(y: torch.Tensor) -> torch.Tensor:
+    """Return y to write to, or a tensor like it in float32 for one of halves."""
+    return _like(y, torch.float32) if y.dtype in _HALVES else y
+
+
+def _narrow(wide: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return y with what was written to its room."""
+    return y if wide is y else y.copy_(wide)
+
+
+def _like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Return a new tensor like x, to be written to."""
-    y = torch.empty_like(x)
+    y = torch.empty_like(x, dtype=dtype)
     pages.advise(y.data_ptr(), y.nbytes)
     return y
-
-
-@cache
-def _has_bfloat16() -> bool:
-    return find_spec("ml_dtypes") is not None
-
-
-def _bfloat16() -> np.dtype:
-    import ml_dtypes  # noqa: PLC0415 - the only dtype that NumPy itself does not have
-
-    return np.dtype(ml_dtypes.bfloat16)

@@ -74,14 +74,18 @@ def evaluate(x: torch.Tensor, y: torch.Tensor, params: Params, state: State, eps
 
 @np.errstate(all="ignore")
 def pullback(
-    dy: torch.Tensor, x: torch.Tensor, weight: np.ndarray | None, residuals: Residuals, eps: float
-) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
-    """Return the gradients of x, weight and bias; the last two, as what is not in the shape of x, are arrays."""
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: np.ndarray | None,
+    residuals: Residuals,
+    eps: float,
+    dx: torch.Tensor,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Write the gradient of x to dx; return those of weight and bias."""
     mean, var, count = residuals
     hi, lo = as_pair(mean)
     spread = invstd(var, eps)
     factor = spread if weight is None else spread * weight
-    dx = torch.empty_like(x)
     with Scratch.taken() as scratch:
         d, gradient = _deviations(scratch, x, hi), _contiguous(scratch, dy)
         sum_dy, products = _sums(scratch, x, gradient, torch.mul(d, gradient, out=_empty(scratch, d.shape)))
@@ -94,7 +98,7 @@ def pullback(
             torch.addcmul(gradient, d, _along(-slope, x), out=gradient)
             torch.addcmul(_along(-average * factor, x), gradient, _along(factor, x), out=gradient)
         dx.copy_(gradient.view(x.shape))
-    return dx, sum_dy_xhat, sum_dy
+    return sum_dy_xhat, sum_dy
 
 
 def _normalize(x: torch.Tensor, y: torch.Tensor, mean: Mean, var: np.ndarray, params: Params, eps: float) -> None:
