@@ -21,7 +21,7 @@ def conflict(out: torch.Tensor, x: torch.Tensor) -> str | None:
         return "is not recorded by autograd, and x requires grad: call it under torch.no_grad()"
     if out.is_inference() and not torch.is_inference_mode_enabled():
         return "was made under torch.inference_mode() and can be written to only there"
-    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
+    if out.numel() and any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
         return "is expanded: some of its values share one place in memory"
     # Writing to x itself is safe: each value is read before the one in its place is written.
     is_same = out.data_ptr() == x.data_ptr() and out.stride() == x.stride()
