@@ -71,7 +71,7 @@ def test_out_has_any_dtype_of_x(target: Target, dtype: str) -> None:
     target.require("out")
     target.require_dtype(dtype)
     x, out = (target.array(values.astype(dtype)) for values in (X, np.zeros_like(X)))
-    arguments = {"training": True, "backend": target.backend}
+    arguments: dict[str, Any] = {"training": True, "backend": target.backend}
     expected = mbn.functional.batch_norm(x, **arguments).output
     mbn.functional.batch_norm(x, out=out, **arguments)
     np.testing.assert_array_equal(target.numpy(out), target.numpy(expected), strict=True)
