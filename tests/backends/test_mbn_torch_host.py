@@ -280,6 +280,7 @@ def test_conflicts():
         (whole[:6, ::2], whole[:6, 1::2], None),
         (whole[:6, :4], whole[1:, :4], "overlaps"),
         (x.view(4, 6).T, x, "overlaps"),
+        (x[:0], x[:0], None),
         (torch.empty(1, 4).expand(6, 4), x, "expanded"),
         (leaf, x, "requires grad"),
         (torch.empty_like(x), leaf, "x requires grad"),
