@@ -46,21 +46,32 @@ class Form(NamedTuple):
     """N, C and L."""
     lanes: int
     """In how many parts the sum of a channel is made."""
+    turned: bool = False
+    """Whether N and L have changed places."""
 
     @classmethod
     def of(cls, x: np.ndarray) -> "Form":
-        """Return the form that follows the memory of x."""
+        """Return the form that follows the memory of x, as far as the order of sums allows."""
         n, c, length = shape = x.shape if x.ndim == 3 else (*x.shape, 1)  # noqa: PLR2004
         finer = _PRECISION if x.dtype == WIDE else 1
         is_long, together = length > 2 * finer * _LANES, max(1, min(n, finer * _ROW // (c * length)))
         lanes = finer * _LANES if is_long else length * together
-        is_last = length > 1 and not x.flags.c_contiguous and x.swapaxes(1, 2).flags.c_contiguous
+        is_last = length == 1 or (not x.flags.c_contiguous and x.swapaxes(1, 2).flags.c_contiguous)
         return cls(is_last, shape, lanes)
+
+    @classmethod
+    def for_values(cls, x: np.ndarray) -> "Form":
+        """Return the form that follows the memory of x where nothing is summed up."""
+        if x.flags.c_contiguous or not x.flags.f_contiguous:
+            return cls.of(x)
+        return cls(False, x.T.shape if x.ndim == 3 else (1, *x.T.shape), 1, turned=True)  # noqa: FBT003, PLR2004
 
     def arranged(self, array: np.ndarray) -> np.ndarray:
         """Return a view of an array in the shape of x as (N, C, L), or (N, L, C) with channels last."""
         if array.ndim == 2:  # noqa: PLR2004
-            return array[:, :, None]
+            return array.T[None] if self.turned else array[:, None]
+        if self.turned:
+            return array.T
         return array.swapaxes(1, 2) if self.last else array
 
     def chunks(self, size: int) -> list[Chunk]:
@@ -92,6 +103,7 @@ class Form(NamedTuple):
         if weights is None:
             return _NOTHING
         weights = weights if weights.ndim == 2 else weights[:, None]  # noqa: PLR2004 - (N, L), or (N,)
+        weights = weights.T if self.turned else weights
         return np.ascontiguousarray(weights[chunk], WIDE).reshape(-1)
 
     def sizes(self, chunk: Chunk) -> tuple[int, int]:
@@ -210,7 +222,7 @@ def _each(
     task: Callable[..., None], result: np.ndarray, weights: np.ndarray | None, x: np.ndarray, *others: np.ndarray
 ) -> None:
     """Have ``task(form, sizes, result, x, *others, weights)`` fill all chunks of a result in the shape of x."""
-    form, compute = Form.of(x), compute_dtype(x)
+    form, compute = Form.for_values(x), compute_dtype(x)
     chunks = form.chunks(_CHUNK)
 
     def fill(i: int) -> None:

@@ -447,22 +447,42 @@ def _normalize_counted(x, w, y, last, c, length, center, scale, shift):
 @_compiled
 def _scale(dy, w, dx, last, c, length, scale):
     """Write scale * dy, and 0 where there are weights and this is 0."""
-    inner = 1 if last else length
-    for row in range(dy.size // inner):
-        factor, gradient, out = scale[row % c], dy[row * inner :][:inner], dx[row * inner :][:inner]
-        place = row // c * inner  # of the first weight
-        for i in range(inner):
-            out[i] = factor * gradient[i] if w.size == 0 or w[place + i] != 0 else 0
+    if last:
+        for row in range(dy.size // c):
+            gradient, out = dy[row * c :][:c], dx[row * c :][:c]
+            if w.size and w[row] == 0:
+                out[:] = 0
+                continue
+            for i in range(c):
+                out[i] = scale[i] * gradient[i]
+        return
+    for row in range(dy.size // length):
+        factor, gradient, out = scale[row % c], dy[row * length :][:length], dx[row * length :][:length]
+        if w.size:
+            weights = w[row // c * length :][:length]
+            for i in range(length):
+                out[i] = factor * gradient[i] if weights[i] != 0 else 0
+        else:
+            for i in range(length):
+                out[i] = factor * gradient[i]
 
 
 @_compiled
 def _project_counted(dy, x, w, dx, last, c, length, center, slope, average, scale):
-    inner = 1 if last else length
-    for row in range(x.size // inner):
-        channel, place = row % c, row // c * inner
-        k, a, b, s = center[channel], slope[channel], average[channel], scale[channel]
-        gradient, values, out = dy[row * inner :][:inner], x[row * inner :][:inner], dx[row * inner :][:inner]
-        for i in range(inner):
-            weight = w[place + i]
-            value = s * (gradient[i] - weight * ((values[i] - k) * a + b))
-            out[i] = value if weight != 0 else 0
+    if last:
+        for row in range(w.size):
+            gradient, values, out = dy[row * c :][:c], x[row * c :][:c], dx[row * c :][:c]
+            weight = w[row]
+            if weight == 0:
+                out[:] = 0
+                continue
+            for i in range(c):
+                out[i] = scale[i] * (gradient[i] - weight * ((values[i] - center[i]) * slope[i] + average[i]))
+        return
+    for row in range(x.size // length):
+        k, a, b, s = center[row % c], slope[row % c], average[row % c], scale[row % c]
+        gradient, values, out = dy[row * length :][:length], x[row * length :][:length], dx[row * length :][:length]
+        weights = w[row // c * length :][:length]
+        for i in range(length):
+            value = s * (gradient[i] - weights[i] * ((values[i] - k) * a + b))
+            out[i] = value if weights[i] != 0 else 0
