@@ -64,7 +64,8 @@ class Form(NamedTuple):
         """Return the form that follows the memory of x where nothing is summed up."""
         if x.flags.c_contiguous or not x.flags.f_contiguous:
             return cls.of(x)
-        return cls(False, x.T.shape if x.ndim == 3 else (1, *x.T.shape), 1, turned=True)  # noqa: FBT003, PLR2004
+        shape = x.T.shape if x.ndim == 3 else (1, *x.T.shape)  # noqa: PLR2004
+        return cls(last=False, shape=shape, lanes=1, turned=True)
 
     def arranged(self, array: np.ndarray) -> np.ndarray:
         """Return a view of an array in the shape of x as (N, C, L), or (N, L, C) with channels last."""
