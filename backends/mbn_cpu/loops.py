@@ -12,6 +12,7 @@ Vectors are (C,), in float64 if nothing else is said.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numba
 import numpy as np
@@ -19,12 +20,16 @@ import numpy as np
 from mbn_cpu import compilation
 
 
-def _compiled(function: Callable[..., object]) -> Callable[..., object]:
-    options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+def _compiled(function: Callable[..., object], **options: object) -> Callable[..., object]:
+    options |= {"nogil": True, "error_model": "numpy"}
     try:
         return numba.njit(function, cache=True, **options)
     except RuntimeError:  # there is no folder that may be written to: each process compiles for itself
         return numba.njit(function, **options)
+
+
+_loop = partial(_compiled, fastmath={"contract"})
+"""Of loops, where a product and a sum may be one operation; what is once per channel has the bits that NumPy gives."""
 
 
 compilation.report(__name__)
@@ -33,7 +38,7 @@ _WIDTH = 256
 """Values that make a loop long enough."""
 
 
-@_compiled
+@_loop
 def shifted_sums(x, w, last, c, length, lanes, shift, sums):
     """Write the weighted sums of x - shift and of its squares, (2, C)."""
     width, inner = lanes * c, 1 if last else min(lanes, length)
@@ -48,7 +53,7 @@ def shifted_sums(x, w, last, c, length, lanes, shift, sums):
     _collapse(squares, lanes, inner, sums[1])
 
 
-@_compiled
+@_loop
 def gradient_sums(dy, x, w, last, c, length, lanes, shift, sums):
     """Write the sums of dy and of dy * (x - shift), (2, C)."""
     width, inner = lanes * c, 1 if last else min(lanes, length)
@@ -63,7 +68,7 @@ def gradient_sums(dy, x, w, last, c, length, lanes, shift, sums):
     _collapse(products, lanes, inner, sums[1])
 
 
-@_compiled
+@_loop
 def normalize(x, w, y, last, c, length, center, scale, shift):
     """Write (x - center) * scale + shift, vectors and arithmetic in the dtype of x and y."""
     if w.size:
@@ -80,7 +85,7 @@ def normalize(x, w, y, last, c, length, center, scale, shift):
                 out[i] = (values[i] - k) * a + b
 
 
-@_compiled
+@_loop
 def input_gradient(dy, x, w, dx, last, c, length, center, slope, average, scale):
     """Write scale * (dy - w * ((x - center) * slope + average)), computed in float64 and rounded once.
 
@@ -184,14 +189,14 @@ def _invstd(var, eps):
     return 0.0 if var + eps == 0 else 1 / np.sqrt(var + eps)
 
 
-@_compiled
+@_loop
 def _row(last, c, length):
     """Return how many values make a row for loops, and how many of them in turn have the same channel."""
     plane, inner = (c, 1) if last else (c * length, length)
     return plane * max(1, _WIDTH // plane), inner
 
 
-@_compiled
+@_loop
 def _spread(vector, width, inner):
     """Return a vector for each value of a row, of which so many in turn have the same channel."""
     row = np.empty(width, vector.dtype)
@@ -204,7 +209,7 @@ def _spread(vector, width, inner):
     return row
 
 
-@_compiled
+@_loop
 def _collapse(row, lanes, inner, out):
     """Write the sum of the lanes of each channel, of which so many in turn have the same: a tree of additions."""
     values = np.empty(lanes)
@@ -220,7 +225,7 @@ def _collapse(row, lanes, inner, out):
         out[channel] = values[0]
 
 
-@_compiled
+@_loop
 def _normalize_rows(x, y, width, center, scale, shift):
     whole = x.size // (4 * width) * (4 * width)
     for b in range(0, whole, 4 * width):  # four at a time, for which the vectors are read once
@@ -238,7 +243,7 @@ def _normalize_rows(x, y, width, center, scale, shift):
             out[k] = (values[k] - center[k]) * scale[k] + shift[k]
 
 
-@_compiled
+@_loop
 def _add_rows(x, width, sample, center, total, squares):
     """Add up rows of ``width``, and in the end what each sample, so many values, has left over."""
     samples, rows, rest = x.size // sample, sample // width, sample % width
@@ -261,7 +266,7 @@ def _add_rows(x, width, sample, center, total, squares):
             _add_row(x[(n + 1) * sample - rest :][:rest], center, total, squares)
 
 
-@_compiled
+@_loop
 def _add_row(row, center, total, squares):
     for k in range(row.size):
         d = row[k] - center[k]
@@ -269,7 +274,7 @@ def _add_row(row, center, total, squares):
         squares[k] += d * d
 
 
-@_compiled
+@_loop
 def _add_planes(x, c, length, lanes, shift, total, squares):
     whole = length - length % lanes
     for row in range(x.size // length):
@@ -289,7 +294,7 @@ def _add_planes(x, c, length, lanes, shift, total, squares):
             squares[row % c * lanes + i] += d * d
 
 
-@_compiled
+@_loop
 def _add_product_rows(dy, x, width, sample, center, total, products):
     """Add up rows as ``_add_rows`` does."""
     samples, rows, rest = x.size // sample, sample // width, sample % width
@@ -312,14 +317,14 @@ def _add_product_rows(dy, x, width, sample, center, total, products):
             _add_product_row(dy[b:][:rest], x[b:][:rest], center, total, products)
 
 
-@_compiled
+@_loop
 def _add_product_row(gradient, row, center, total, products):
     for k in range(row.size):
         total[k] += gradient[k]
         products[k] += gradient[k] * (row[k] - center[k])
 
 
-@_compiled
+@_loop
 def _add_product_planes(dy, x, c, length, lanes, shift, total, products):
     whole = length - length % lanes
     for row in range(x.size // length):
@@ -340,7 +345,7 @@ def _add_product_planes(dy, x, c, length, lanes, shift, total, products):
 # With weights: what has none is replaced before anything is computed of it.
 
 
-@_compiled
+@_loop
 def _add_weighted(x, w, last, c, length, lanes, center, total, squares):
     if last:
         _add_weighted_last(x, w, c, length, lanes, center, total, squares)
@@ -348,7 +353,7 @@ def _add_weighted(x, w, last, c, length, lanes, center, total, squares):
         _add_weighted_planes(x, w, c, length, lanes, center, total, squares)
 
 
-@_compiled
+@_loop
 def _add_weighted_last(x, w, c, length, lanes, center, total, squares):
     span = length if lanes < length else w.size
     whole = span - span % lanes
@@ -365,7 +370,7 @@ def _add_weighted_last(x, w, c, length, lanes, center, total, squares):
                         other[i] += weight * (d * d)
 
 
-@_compiled
+@_loop
 def _add_weighted_planes(x, w, c, length, lanes, center, total, squares):
     block = min(lanes, length)
     whole = length - length % block
@@ -382,7 +387,7 @@ def _add_weighted_planes(x, w, c, length, lanes, center, total, squares):
                     other[i] += weight * (d * d)
 
 
-@_compiled
+@_loop
 def _add_products_counted(dy, x, w, last, c, length, lanes, center, total, products):
     if last:
         _add_products_counted_last(dy, x, w, c, length, lanes, center, total, products)
@@ -390,7 +395,7 @@ def _add_products_counted(dy, x, w, last, c, length, lanes, center, total, produ
         _add_products_counted_planes(dy, x, w, c, length, lanes, center, total, products)
 
 
-@_compiled
+@_loop
 def _add_products_counted_last(dy, x, w, c, length, lanes, center, total, products):
     span = length if lanes < length else w.size
     whole = span - span % lanes
@@ -406,7 +411,7 @@ def _add_products_counted_last(dy, x, w, c, length, lanes, center, total, produc
                         other[i] += gradient[i] * (row[i] - k[i])
 
 
-@_compiled
+@_loop
 def _add_products_counted_planes(dy, x, w, c, length, lanes, center, total, products):
     block = min(lanes, length)
     whole = length - length % block
@@ -425,7 +430,7 @@ def _add_products_counted_planes(dy, x, w, c, length, lanes, center, total, prod
                     other[i] += g * d
 
 
-@_compiled
+@_loop
 def _normalize_counted(x, w, y, last, c, length, center, scale, shift):
     if last:
         for row in range(w.size):
@@ -444,7 +449,7 @@ def _normalize_counted(x, w, y, last, c, length, center, scale, shift):
             out[i] = value if weights[i] != 0 else 0
 
 
-@_compiled
+@_loop
 def _scale(dy, w, dx, last, c, length, scale):
     """Write scale * dy, and 0 where there are weights and this is 0."""
     if last:
@@ -467,7 +472,7 @@ def _scale(dy, w, dx, last, c, length, scale):
                 out[i] = factor * gradient[i]
 
 
-@_compiled
+@_loop
 def _project_counted(dy, x, w, dx, last, c, length, center, slope, average, scale):
     if last:
         for row in range(w.size):

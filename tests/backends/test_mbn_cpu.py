@@ -15,7 +15,16 @@ from mbn.conformance import oracle, ulp
 from mbn_cpu import threads
 
 BACKENDS = ["numpy", "numba"]
-SHAPES = [(70_001, 3), (5000, 300), (300, 5, 100), (33, 40, 257), (2, 3, 500_000), (100_000, 2, 3)]
+SHAPES = [
+    (300, 5),
+    (30, 5, 70),
+    (70_001, 3),
+    (5000, 300),
+    (300, 5, 100),
+    (33, 40, 257),
+    (2, 3, 500_000),
+    (100_000, 2, 3),
+]
 
 
 @pytest.fixture(params=BACKENDS)
