@@ -43,10 +43,14 @@ def shifted_sums(x, w, last, c, length, lanes, shift, sums):
     """Write the weighted sums of x - shift and of its squares, (2, C)."""
     width, inner = lanes * c, 1 if last else min(lanes, length)
     total, squares, center = np.zeros(width), np.zeros(width), _spread(shift, width, inner)
-    if w.size:
-        _add_weighted(x, w, last, c, length, lanes, center, total, squares)
-    elif last or lanes >= length:
-        _add_rows(x, width, length * c if lanes < length else x.size, center, total, squares)
+    sample = length * c if lanes < length else x.size
+    if last or lanes >= length:
+        if w.size:
+            _add_weighted_rows(x, w, last, c, length, width, sample, center, total, squares)
+        else:
+            _add_rows(x, width, sample, center, total, squares)
+    elif w.size:
+        _add_weighted_planes(x, w, c, length, lanes, shift, total, squares)
     else:
         _add_planes(x, c, length, lanes, shift, total, squares)
     _collapse(total, lanes, inner, sums[0])
@@ -58,10 +62,14 @@ def gradient_sums(dy, x, w, last, c, length, lanes, shift, sums):
     """Write the sums of dy and of dy * (x - shift), (2, C)."""
     width, inner = lanes * c, 1 if last else min(lanes, length)
     total, products, center = np.zeros(width), np.zeros(width), _spread(shift, width, inner)
-    if w.size:
-        _add_products_counted(dy, x, w, last, c, length, lanes, center, total, products)
-    elif last or lanes >= length:
-        _add_product_rows(dy, x, width, length * c if lanes < length else x.size, center, total, products)
+    sample = length * c if lanes < length else x.size
+    if last or lanes >= length:
+        if w.size:
+            _add_counted_product_rows(dy, x, w, last, c, length, width, sample, center, total, products)
+        else:
+            _add_product_rows(dy, x, width, sample, center, total, products)
+    elif w.size:
+        _add_counted_product_planes(dy, x, w, c, length, lanes, shift, total, products)
     else:
         _add_product_planes(dy, x, c, length, lanes, shift, total, products)
     _collapse(total, lanes, inner, sums[0])
@@ -71,16 +79,23 @@ def gradient_sums(dy, x, w, last, c, length, lanes, shift, sums):
 @_loop
 def normalize(x, w, y, last, c, length, center, scale, shift):
     """Write (x - center) * scale + shift, vectors and arithmetic in the dtype of x and y."""
-    if w.size:
-        _normalize_counted(x, w, y, last, c, length, center, scale, shift)
-    elif last or length < _WIDTH:
+    if last or length < _WIDTH:
         width, inner = _row(last, c, length)
         center, scale, shift = _spread(center, width, inner), _spread(scale, width, inner), _spread(shift, width, inner)
-        _normalize_rows(x, y, width, center, scale, shift)
-    else:
-        for row in range(x.size // length):
-            values, out = x[row * length : (row + 1) * length], y[row * length : (row + 1) * length]
-            k, a, b = center[row % c], scale[row % c], shift[row % c]
+        if w.size:
+            _normalize_counted_rows(x, w, y, last, c, length, center, scale, shift)
+        else:
+            _normalize_rows(x, y, width, center, scale, shift)
+        return
+    for row in range(x.size // length):
+        values, out = x[row * length :][:length], y[row * length :][:length]
+        k, a, b = center[row % c], scale[row % c], shift[row % c]
+        if w.size:
+            weights = w[row // c * length :][:length]
+            for i in range(length):
+                value = (values[i] - k) * a + b
+                out[i] = value if weights[i] != 0 else 0
+        else:
             for i in range(length):
                 out[i] = (values[i] - k) * a + b
 
@@ -91,27 +106,36 @@ def input_gradient(dy, x, w, dx, last, c, length, center, slope, average, scale)
 
     Without a ``center`` it is scale * dy, and x is not read.
     """
-    if not center.size:
-        _scale(dy, w, dx, last, c, length, scale)
-    elif w.size:
-        _project_counted(dy, x, w, dx, last, c, length, center, slope, average, scale)
-    elif last or length < _WIDTH:
+    if last or length < _WIDTH:
         width, inner = _row(last, c, length)
-        center, slope = _spread(center, width, inner), _spread(slope, width, inner)
-        average, scale = _spread(average, width, inner), _spread(scale, width, inner)
-        for start in range(0, x.size, width):
-            stop = min(start + width, x.size)
-            gradient, values, out = dy[start:stop], x[start:stop], dx[start:stop]
-            for k in range(stop - start):
-                out[k] = scale[k] * (gradient[k] - ((values[k] - center[k]) * slope[k] + average[k]))
-    else:
-        for row in range(x.size // length):
-            channel = row % c
-            k, a, b, s = center[channel], slope[channel], average[channel], scale[channel]
-            begin, end = row * length, (row + 1) * length
-            gradient, values, out = dy[begin:end], x[begin:end], dx[begin:end]
+        scale = _spread(scale, width, inner)
+        if not center.size:
+            _scale_rows(dy, w, dx, last, c, length, scale)
+            return
+        center, slope, average = (
+            _spread(center, width, inner),
+            _spread(slope, width, inner),
+            _spread(average, width, inner),
+        )
+        _project_rows(dy, x, w, dx, last, c, length, center, slope, average, scale)
+        return
+    for row in range(dy.size // length):
+        first, channel = row * length, row % c
+        gradient, out, s = dy[first:][:length], dx[first:][:length], scale[channel]
+        weights = w[row // c * length :][:length]
+        if not center.size:
             for i in range(length):
-                out[i] = s * (gradient[i] - ((values[i] - k) * a + b))
+                out[i] = s * gradient[i]
+        else:
+            values, k, a, b = x[first:][:length], center[channel], slope[channel], average[channel]
+            if w.size:
+                for i in range(length):
+                    out[i] = s * (gradient[i] - weights[i] * ((values[i] - k) * a + b))
+            else:
+                for i in range(length):
+                    out[i] = s * (gradient[i] - ((values[i] - k) * a + b))
+        for i in range(weights.size):
+            out[i] = out[i] if weights[i] != 0 else 0
 
 
 @_compiled
@@ -346,148 +370,128 @@ def _add_product_planes(dy, x, c, length, lanes, shift, total, products):
 
 
 @_loop
-def _add_weighted(x, w, last, c, length, lanes, center, total, squares):
+def _spread_weights(w, place, last, c, length, row):
+    """Write the weight of each value of a row that begins at a place."""
     if last:
-        _add_weighted_last(x, w, c, length, lanes, center, total, squares)
-    else:
-        _add_weighted_planes(x, w, c, length, lanes, center, total, squares)
+        for start in range(0, row.size, c):
+            weight, part = w[place + start // c], row[start:][:c]
+            for i in range(c):
+                part[i] = weight
+        return
+    for start in range(0, row.size, c * length):
+        plane, weights = row[start:][: c * length], w[place + start // c :]
+        for i in range(length):
+            plane[i] = weights[i]
+        done = length
+        while done < plane.size:  # twice as many each time: long loops
+            source, copy = plane[:done], plane[done:][:done]
+            for i in range(copy.size):
+                copy[i] = source[i]
+            done += copy.size
 
 
 @_loop
-def _add_weighted_last(x, w, c, length, lanes, center, total, squares):
-    span = length if lanes < length else w.size
-    whole = span - span % lanes
-    for begin, end in ((0, whole), (whole, span)):
-        for first in range(0, w.size, span):
-            for place in range(first + begin, first + end):
-                weight, lane = w[place], (place - first) % lanes * c
-                if weight != 0:
-                    row, k = x[place * c :][:c], center[lane:][:c]
-                    sums, other = total[lane:][:c], squares[lane:][:c]
-                    for i in range(c):
-                        d = row[i] - k[i]
-                        sums[i] += weight * d
-                        other[i] += weight * (d * d)
+def _add_weighted_rows(x, w, last, c, length, width, sample, center, total, squares):
+    """Add up rows as ``_add_rows`` does."""
+    row, whole = np.empty(width), sample - sample % width
+    for begin, end in ((0, whole), (whole, sample)):
+        for first in range(0, x.size, sample):
+            for b in range(first + begin, first + end, width):
+                values = x[b : first + end][:width]
+                weights = row[: values.size]
+                _spread_weights(w, b // c, last, c, length, weights)
+                for k in range(values.size):
+                    weight, d = weights[k], values[k] - center[k]
+                    d = d if weight != 0 else 0.0
+                    total[k] += weight * d
+                    squares[k] += weight * (d * d)
 
 
 @_loop
-def _add_weighted_planes(x, w, c, length, lanes, center, total, squares):
-    block = min(lanes, length)
-    whole = length - length % block
+def _add_weighted_planes(x, w, c, length, lanes, shift, total, squares):
+    whole = length - length % lanes
     for begin, end in ((0, whole), (whole, length)):
         for row in range(x.size // length):
-            lane = row * block % (lanes * c)
-            sums, other, k = total[lane:], squares[lane:], center[lane]
-            for start in range(begin, end, block):
-                values, weights = x[row * length + start :], w[row // c * length + start :]
-                for i in range(min(block, end - start)):
-                    weight = weights[i]
-                    d = values[i] - k if weight != 0 else 0.0
+            k, sums, other = shift[row % c], total[row % c * lanes :][:lanes], squares[row % c * lanes :][:lanes]
+            for start in range(begin, end, lanes):
+                values, weights = x[row * length :][start:end][:lanes], w[row // c * length :][start:end][:lanes]
+                for i in range(values.size):
+                    weight, d = weights[i], values[i] - k
+                    d = d if weight != 0 else 0.0
                     sums[i] += weight * d
                     other[i] += weight * (d * d)
 
 
 @_loop
-def _add_products_counted(dy, x, w, last, c, length, lanes, center, total, products):
-    if last:
-        _add_products_counted_last(dy, x, w, c, length, lanes, center, total, products)
-    else:
-        _add_products_counted_planes(dy, x, w, c, length, lanes, center, total, products)
+def _add_counted_product_rows(dy, x, w, last, c, length, width, sample, center, total, products):
+    """Add up rows as ``_add_rows`` does."""
+    row, whole = np.empty(width), sample - sample % width
+    for begin, end in ((0, whole), (whole, sample)):
+        for first in range(0, x.size, sample):
+            for b in range(first + begin, first + end, width):
+                gradient, values = dy[b : first + end][:width], x[b : first + end][:width]
+                weights = row[: values.size]
+                _spread_weights(w, b // c, last, c, length, weights)
+                for k in range(values.size):
+                    g, d = gradient[k], values[k] - center[k]
+                    total[k] += g if weights[k] != 0 else 0.0
+                    products[k] += g * d if weights[k] != 0 else 0.0
 
 
 @_loop
-def _add_products_counted_last(dy, x, w, c, length, lanes, center, total, products):
-    span = length if lanes < length else w.size
-    whole = span - span % lanes
-    for begin, end in ((0, whole), (whole, span)):
-        for first in range(0, w.size, span):
-            for place in range(first + begin, first + end):
-                lane = (place - first) % lanes * c
-                if w[place] != 0:
-                    gradient, row, k = dy[place * c :][:c], x[place * c :][:c], center[lane:][:c]
-                    sums, other = total[lane:][:c], products[lane:][:c]
-                    for i in range(c):
-                        sums[i] += gradient[i]
-                        other[i] += gradient[i] * (row[i] - k[i])
-
-
-@_loop
-def _add_products_counted_planes(dy, x, w, c, length, lanes, center, total, products):
-    block = min(lanes, length)
-    whole = length - length % block
+def _add_counted_product_planes(dy, x, w, c, length, lanes, shift, total, products):
+    whole = length - length % lanes
     for begin, end in ((0, whole), (whole, length)):
         for row in range(x.size // length):
-            lane = row * block % (lanes * c)
-            sums, other, k = total[lane:], products[lane:], center[lane]
-            for start in range(begin, end, block):
-                first = row * length + start
-                gradient, values, weights = dy[first:], x[first:], w[row // c * length + start :]
-                for i in range(min(block, end - start)):
-                    counts = weights[i] != 0
-                    g = gradient[i] if counts else 0.0
-                    d = values[i] - k if counts else 0.0
-                    sums[i] += g
-                    other[i] += g * d
+            k, sums, other = shift[row % c], total[row % c * lanes :][:lanes], products[row % c * lanes :][:lanes]
+            for start in range(begin, end, lanes):
+                gradient, values = dy[row * length :][start:end][:lanes], x[row * length :][start:end][:lanes]
+                weights = w[row // c * length :][start:end][:lanes]
+                for i in range(values.size):
+                    g, d = gradient[i], values[i] - k
+                    sums[i] += g if weights[i] != 0 else 0.0
+                    other[i] += g * d if weights[i] != 0 else 0.0
 
 
 @_loop
-def _normalize_counted(x, w, y, last, c, length, center, scale, shift):
-    if last:
-        for row in range(w.size):
-            values, out = x[row * c :][:c], y[row * c :][:c]
-            if w[row] == 0:
-                out[:] = 0
-                continue
-            for i in range(c):
-                out[i] = (values[i] - center[i]) * scale[i] + shift[i]
-        return
-    for row in range(x.size // length):
-        values, out, weights = x[row * length :][:length], y[row * length :][:length], w[row // c * length :][:length]
-        k, a, b = center[row % c], scale[row % c], shift[row % c]
-        for i in range(length):
-            value = (values[i] - k) * a + b
-            out[i] = value if weights[i] != 0 else 0
+def _normalize_counted_rows(x, w, y, last, c, length, center, scale, shift):
+    width = center.size
+    row = np.empty(width)
+    for b in range(0, x.size, width):
+        values, out = x[b:][:width], y[b:][:width]
+        weights = row[: values.size]
+        _spread_weights(w, b // c, last, c, length, weights)
+        for k in range(values.size):
+            value = (values[k] - center[k]) * scale[k] + shift[k]
+            out[k] = value if weights[k] != 0 else 0
 
 
 @_loop
-def _scale(dy, w, dx, last, c, length, scale):
-    """Write scale * dy, and 0 where there are weights and this is 0."""
-    if last:
-        for row in range(dy.size // c):
-            gradient, out = dy[row * c :][:c], dx[row * c :][:c]
-            if w.size and w[row] == 0:
-                out[:] = 0
-                continue
-            for i in range(c):
-                out[i] = scale[i] * gradient[i]
-        return
-    for row in range(dy.size // length):
-        factor, gradient, out = scale[row % c], dy[row * length :][:length], dx[row * length :][:length]
+def _scale_rows(dy, w, dx, last, c, length, scale):
+    width = scale.size
+    row = np.ones(width)
+    for b in range(0, dy.size, width):
+        gradient, out = dy[b:][:width], dx[b:][:width]
+        weights = row[: gradient.size]
         if w.size:
-            weights = w[row // c * length :][:length]
-            for i in range(length):
-                out[i] = factor * gradient[i] if weights[i] != 0 else 0
-        else:
-            for i in range(length):
-                out[i] = factor * gradient[i]
+            _spread_weights(w, b // c, last, c, length, weights)
+        for k in range(gradient.size):
+            value = scale[k] * gradient[k]
+            out[k] = value if weights[k] != 0 else 0
 
 
 @_loop
-def _project_counted(dy, x, w, dx, last, c, length, center, slope, average, scale):
-    if last:
-        for row in range(w.size):
-            gradient, values, out = dy[row * c :][:c], x[row * c :][:c], dx[row * c :][:c]
-            weight = w[row]
-            if weight == 0:
-                out[:] = 0
-                continue
-            for i in range(c):
-                out[i] = scale[i] * (gradient[i] - weight * ((values[i] - center[i]) * slope[i] + average[i]))
-        return
-    for row in range(x.size // length):
-        k, a, b, s = center[row % c], slope[row % c], average[row % c], scale[row % c]
-        gradient, values, out = dy[row * length :][:length], x[row * length :][:length], dx[row * length :][:length]
-        weights = w[row // c * length :][:length]
-        for i in range(length):
-            value = s * (gradient[i] - weights[i] * ((values[i] - k) * a + b))
-            out[i] = value if weights[i] != 0 else 0
+def _project_rows(dy, x, w, dx, last, c, length, center, slope, average, scale):
+    width = scale.size
+    row = np.empty(width)
+    for b in range(0, x.size, width):
+        gradient, values, out = dy[b:][:width], x[b:][:width], dx[b:][:width]
+        if w.size:
+            weights = row[: values.size]
+            _spread_weights(w, b // c, last, c, length, weights)
+            for k in range(values.size):
+                value = scale[k] * (gradient[k] - weights[k] * ((values[k] - center[k]) * slope[k] + average[k]))
+                out[k] = value if weights[k] != 0 else 0
+        else:
+            for k in range(values.size):
+                out[k] = scale[k] * (gradient[k] - ((values[k] - center[k]) * slope[k] + average[k]))
