@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mbn.contract import Moments
-from mbn_cpu import loops, threads
+from mbn_cpu import halves, loops, threads
 from mbn_cpu.tiles import Scratch
 from mbn_cpu.vectors import WIDE, Mean, Pair, as_pair, fold_rows, heaviest, invstd, line
 
@@ -235,14 +235,33 @@ def _each(
             pieces = [_piece(scratch, form.part(array, chunk), compute) for array in (x, *others)]
             task(form, form.sizes(chunk), filled, *pieces, form.weights(weights, chunk))
             if not is_direct:
-                np.copyto(part, filled.reshape(part.shape), casting="unsafe")
+                _store(scratch, filled, part)
 
     threads.run(fill, len(chunks), at_least=_SHARE)
 
 
 def _piece(scratch: Scratch, part: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Return a part of an array as one axis in a dtype."""
-    return readable(part.reshape(-1)) if _is_plain(part, dtype) else scratch.copy(part, dtype).reshape(-1)
+    if _is_plain(part, dtype):
+        return readable(part.reshape(-1))
+    if part.dtype != np.float16:
+        return scratch.copy(part, dtype).reshape(-1)
+    values = scratch.empty((part.size,), dtype)
+    bits = part if _is_plain(part, part.dtype) else scratch.copy(part, part.dtype)
+    halves.widen(readable(bits.reshape(-1).view(np.uint16)), values.view(np.uint32), values)
+    return values
+
+
+def _store(scratch: Scratch, values: np.ndarray, part: np.ndarray) -> None:
+    """Write values, one axis in the dtype that they were computed in, to a part of an array."""
+    if part.dtype == np.float16:
+        is_plain = _is_plain(part, part.dtype)
+        rounded = part.reshape(-1) if is_plain else scratch.empty((part.size,), part.dtype)
+        halves.narrow(values.view(np.uint32), rounded.view(np.uint16))
+        if is_plain:
+            return
+        values = rounded
+    np.copyto(part, values.reshape(part.shape), casting="unsafe")
 
 
 def _is_plain(part: np.ndarray, dtype: np.dtype) -> bool:

@@ -11,34 +11,15 @@ nothing at all where each value counts once; loops that are given weights leave 
 Vectors are (C,), in float64 if nothing else is said.
 """
 
-from collections.abc import Callable
-from functools import partial
-
-import numba
 import numpy as np
 
-from mbn_cpu import compilation
-
-
-def _compiled(function: Callable[..., object], **options: object) -> Callable[..., object]:
-    options |= {"nogil": True, "error_model": "numpy"}
-    try:
-        return numba.njit(function, cache=True, **options)
-    except RuntimeError:  # there is no folder that may be written to: each process compiles for itself
-        return numba.njit(function, **options)
-
-
-_loop = partial(_compiled, fastmath={"contract"})
-"""Of loops, where a product and a sum may be one operation; what is once per channel has the bits that NumPy gives."""
-
-
-compilation.report(__name__)
+from mbn_cpu.compilation import compiled, loop
 
 _WIDTH = 256
 """Values that make a loop long enough."""
 
 
-@_loop
+@loop
 def shifted_sums(x, w, last, c, length, lanes, shift, sums):
     """Write the weighted sums of x - shift and of its squares, (2, C)."""
     width, inner = lanes * c, 1 if last else min(lanes, length)
@@ -57,7 +38,7 @@ def shifted_sums(x, w, last, c, length, lanes, shift, sums):
     _collapse(squares, lanes, inner, sums[1])
 
 
-@_loop
+@loop
 def gradient_sums(dy, x, w, last, c, length, lanes, shift, sums):
     """Write the sums of dy and of dy * (x - shift), (2, C)."""
     width, inner = lanes * c, 1 if last else min(lanes, length)
@@ -76,7 +57,7 @@ def gradient_sums(dy, x, w, last, c, length, lanes, shift, sums):
     _collapse(products, lanes, inner, sums[1])
 
 
-@_loop
+@loop
 def normalize(x, w, y, last, c, length, center, scale, shift):
     """Write (x - center) * scale + shift, vectors and arithmetic in the dtype of x and y."""
     if last or length < _WIDTH:
@@ -100,7 +81,7 @@ def normalize(x, w, y, last, c, length, center, scale, shift):
                 out[i] = (values[i] - k) * a + b
 
 
-@_loop
+@loop
 def input_gradient(dy, x, w, dx, last, c, length, center, slope, average, scale):
     """Write scale * (dy - w * ((x - center) * slope + average)), computed in float64 and rounded once.
 
@@ -138,7 +119,7 @@ def input_gradient(dy, x, w, dx, last, c, length, center, slope, average, scale)
             out[i] = out[i] if weights[i] != 0 else 0
 
 
-@_compiled
+@compiled
 def train(x, y, last, c, length, lanes, weight, bias, running, share, eps, correction):
     """Write the output of a step of training; return new running statistics, (2, C), and mean and variance, (3, C).
 
@@ -171,7 +152,7 @@ def train(x, y, last, c, length, lanes, weight, bias, running, share, eps, corre
     return new, stats
 
 
-@_compiled
+@compiled
 def pull_back(dy, x, dx, last, c, length, lanes, weight, hi, lo, var, count, eps):
     """Write the gradient of x; return those of bias and weight, (2, C).
 
@@ -194,7 +175,7 @@ def pull_back(dy, x, dx, last, c, length, lanes, weight, hi, lo, var, count, eps
     return sums
 
 
-@_compiled
+@compiled
 def evaluate(x, y, last, c, length, weight, bias, running_mean, running_var, eps):
     """Write the output of evaluation; ``weight`` and ``bias`` are empty where there are none."""
     center, scale, shift = np.empty(c, x.dtype), np.empty(c, x.dtype), np.empty(c, x.dtype)
@@ -207,20 +188,20 @@ def evaluate(x, y, last, c, length, weight, bias, running_mean, running_var, eps
     normalize(x, np.empty(0), y, last, c, length, center, scale, shift)
 
 
-@_compiled
+@compiled
 def _invstd(var, eps):
     """Return 1 / sqrt(var + eps), and 0 where that has no value."""
     return 0.0 if var + eps == 0 else 1 / np.sqrt(var + eps)
 
 
-@_loop
+@loop
 def _row(last, c, length):
     """Return how many values make a row for loops, and how many of them in turn have the same channel."""
     plane, inner = (c, 1) if last else (c * length, length)
     return plane * max(1, _WIDTH // plane), inner
 
 
-@_loop
+@loop
 def _spread(vector, width, inner):
     """Return a vector for each value of a row, of which so many in turn have the same channel."""
     row = np.empty(width, vector.dtype)
@@ -233,7 +214,7 @@ def _spread(vector, width, inner):
     return row
 
 
-@_loop
+@loop
 def _collapse(row, lanes, inner, out):
     """Write the sum of the lanes of each channel, of which so many in turn have the same: a tree of additions."""
     values = np.empty(lanes)
@@ -249,7 +230,7 @@ def _collapse(row, lanes, inner, out):
         out[channel] = values[0]
 
 
-@_loop
+@loop
 def _normalize_rows(x, y, width, center, scale, shift):
     whole = x.size // (4 * width) * (4 * width)
     for b in range(0, whole, 4 * width):  # four at a time, for which the vectors are read once
@@ -267,7 +248,7 @@ def _normalize_rows(x, y, width, center, scale, shift):
             out[k] = (values[k] - center[k]) * scale[k] + shift[k]
 
 
-@_loop
+@loop
 def _add_rows(x, width, sample, center, total, squares):
     """Add up rows of ``width``, and in the end what each sample, so many values, has left over."""
     samples, rows, rest = x.size // sample, sample // width, sample % width
@@ -290,7 +271,7 @@ def _add_rows(x, width, sample, center, total, squares):
             _add_row(x[(n + 1) * sample - rest :][:rest], center, total, squares)
 
 
-@_loop
+@loop
 def _add_row(row, center, total, squares):
     for k in range(row.size):
         d = row[k] - center[k]
@@ -298,7 +279,7 @@ def _add_row(row, center, total, squares):
         squares[k] += d * d
 
 
-@_loop
+@loop
 def _add_planes(x, c, length, lanes, shift, total, squares):
     whole = length - length % lanes
     for row in range(x.size // length):
@@ -318,7 +299,7 @@ def _add_planes(x, c, length, lanes, shift, total, squares):
             squares[row % c * lanes + i] += d * d
 
 
-@_loop
+@loop
 def _add_product_rows(dy, x, width, sample, center, total, products):
     """Add up rows as ``_add_rows`` does."""
     samples, rows, rest = x.size // sample, sample // width, sample % width
@@ -341,14 +322,14 @@ def _add_product_rows(dy, x, width, sample, center, total, products):
             _add_product_row(dy[b:][:rest], x[b:][:rest], center, total, products)
 
 
-@_loop
+@loop
 def _add_product_row(gradient, row, center, total, products):
     for k in range(row.size):
         total[k] += gradient[k]
         products[k] += gradient[k] * (row[k] - center[k])
 
 
-@_loop
+@loop
 def _add_product_planes(dy, x, c, length, lanes, shift, total, products):
     whole = length - length % lanes
     for row in range(x.size // length):
@@ -369,7 +350,7 @@ def _add_product_planes(dy, x, c, length, lanes, shift, total, products):
 # With weights: what has none is replaced before anything is computed of it.
 
 
-@_loop
+@loop
 def _spread_weights(w, place, last, c, length, row):
     """Write the weight of each value of a row that begins at a place."""
     if last:
@@ -390,7 +371,7 @@ def _spread_weights(w, place, last, c, length, row):
             done += copy.size
 
 
-@_loop
+@loop
 def _add_weighted_rows(x, w, last, c, length, width, sample, center, total, squares):
     """Add up rows as ``_add_rows`` does."""
     row, whole = np.empty(width), sample - sample % width
@@ -407,7 +388,7 @@ def _add_weighted_rows(x, w, last, c, length, width, sample, center, total, squa
                     squares[k] += weight * (d * d)
 
 
-@_loop
+@loop
 def _add_weighted_planes(x, w, c, length, lanes, shift, total, squares):
     whole = length - length % lanes
     for begin, end in ((0, whole), (whole, length)):
@@ -422,7 +403,7 @@ def _add_weighted_planes(x, w, c, length, lanes, shift, total, squares):
                     other[i] += weight * (d * d)
 
 
-@_loop
+@loop
 def _add_counted_product_rows(dy, x, w, last, c, length, width, sample, center, total, products):
     """Add up rows as ``_add_rows`` does."""
     row, whole = np.empty(width), sample - sample % width
@@ -438,7 +419,7 @@ def _add_counted_product_rows(dy, x, w, last, c, length, width, sample, center, 
                     products[k] += g * d if weights[k] != 0 else 0.0
 
 
-@_loop
+@loop
 def _add_counted_product_planes(dy, x, w, c, length, lanes, shift, total, products):
     whole = length - length % lanes
     for begin, end in ((0, whole), (whole, length)):
@@ -453,7 +434,7 @@ def _add_counted_product_planes(dy, x, w, c, length, lanes, shift, total, produc
                     other[i] += g * d if weights[i] != 0 else 0.0
 
 
-@_loop
+@loop
 def _normalize_counted_rows(x, w, y, last, c, length, center, scale, shift):
     width = center.size
     row = np.empty(width)
@@ -466,7 +447,7 @@ def _normalize_counted_rows(x, w, y, last, c, length, center, scale, shift):
             out[k] = value if weights[k] != 0 else 0
 
 
-@_loop
+@loop
 def _scale_rows(dy, w, dx, last, c, length, scale):
     width = scale.size
     row = np.ones(width)
@@ -480,7 +461,7 @@ def _scale_rows(dy, w, dx, last, c, length, scale):
             out[k] = value if weights[k] != 0 else 0
 
 
-@_loop
+@loop
 def _project_rows(dy, x, w, dx, last, c, length, center, slope, average, scale):
     width = scale.size
     row = np.empty(width)
