@@ -1,16 +1,19 @@
 """CuPy's verbs. CuPy computes on the current device, so each verb makes the one of its array current."""
 
+from contextlib import nullcontext
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import cupy
 import numpy as np
 
 from mbn.contract import Backend, Capabilities, Moments, Residuals
-from mbn.state import State
-from mbn_cupy import kernels
+from mbn.state import Params, State
+from mbn_cupy import kernels, vectors
 
 _DTYPE_CHARACTERS = "?bhilqBHILQefdFD"
-"""Those that all of CuPy supports. It can hold bfloat16, but hardly compute with it."""
+"""Those that CuPy supports whatever its version."""
+_KNOWS_BFLOAT16 = int(cupy.__version__.partition(".")[0]) >= 14 and find_spec("ml_dtypes") is not None  # noqa: PLR2004
 
 
 class CupyBackend(Backend):
@@ -25,11 +28,12 @@ class CupyBackend(Backend):
             message = "CUDA finds no device."
             raise RuntimeError(message)
         self._capabilities = Capabilities(
-            dtypes=frozenset({"float16", "float32", "float64"}),
+            dtypes=frozenset({"float16", "float32", "float64"} | ({"bfloat16"} if _KNOWS_BFLOAT16 else set())),
             devices=tuple(f"cuda:{index}" for index in range(count)),
             mutable=True,
             strided=True,
             masks=True,
+            out=True,
         )
 
     @property
@@ -56,6 +60,12 @@ class CupyBackend(Backend):
         with x.device:
             return x.copy()
 
+    def conflict(self, out: cupy.ndarray, x: cupy.ndarray) -> str | None:
+        # Writing to x itself is safe: each value is read before the one in its place is written.
+        is_same = out.data.ptr == x.data.ptr and out.strides == x.strides
+        is_apart = is_same or not cupy.may_share_memory(out, x) or not cupy.shares_memory(out, x)
+        return None if is_apart else "overlaps x in memory without being x"
+
     def weights(
         self,
         shape: tuple[int, ...],
@@ -65,7 +75,7 @@ class CupyBackend(Backend):
         sample_weight: cupy.ndarray | None,
     ) -> cupy.ndarray:
         with next(given.device for given in (mask, lengths, sample_weight) if given is not None):
-            return kernels.weights(shape, dtype, mask, lengths, sample_weight)
+            return vectors.weights(shape, dtype, mask, lengths, sample_weight)
 
     def within(self, values: cupy.ndarray, low: float, high: float) -> bool:
         with values.device:
@@ -77,28 +87,29 @@ class CupyBackend(Backend):
 
     def merge(self, first: Moments, second: Moments) -> Moments:
         with first.m2.device:
-            return kernels.merge(first, second)
+            return vectors.merge(first, second)
 
     def variance(self, moments: Moments, correction: int) -> cupy.ndarray:
         with moments.m2.device:
-            return kernels.variance(moments, correction)
+            return vectors.variance(moments, correction)
 
     def normalize(
         self,
         x: cupy.ndarray,
-        mean: kernels.Mean,
+        mean: vectors.Mean,
         var: cupy.ndarray,
         weight: cupy.ndarray | None,
         bias: cupy.ndarray | None,
         eps: float,
         weights: cupy.ndarray | None = None,
+        out: cupy.ndarray | None = None,
     ) -> cupy.ndarray:
         with x.device:
-            return kernels.normalize(x, mean, var, weight, bias, eps, weights)
+            return kernels.normalize(x, mean, var, weight, bias, eps, weights, out)
 
-    def lerp(self, start: cupy.ndarray, end: kernels.Mean, weight: float | cupy.ndarray) -> cupy.ndarray:
+    def lerp(self, start: cupy.ndarray, end: vectors.Mean, weight: float | cupy.ndarray) -> cupy.ndarray:
         with start.device:
-            return kernels.lerp(start, end, weight)
+            return vectors.lerp(start, end, weight)
 
     def step(
         self,
@@ -107,19 +118,15 @@ class CupyBackend(Backend):
         count: int | cupy.ndarray,
         correction: int,
     ) -> float | cupy.ndarray:
-        if momentum is None:
-            with num_batches_tracked.device:
-                momentum = 1 / num_batches_tracked
-        if isinstance(count, int):
-            return momentum
-        with count.device:
-            return momentum * (count > correction).astype(kernels.WIDE)
+        given = [array for array in (num_batches_tracked, count) if isinstance(array, cupy.ndarray)]
+        with given[0].device if given else nullcontext():
+            return vectors.step(momentum, num_batches_tracked, count, correction)
 
     def grad_sums(
         self,
         dy: cupy.ndarray,
         x: cupy.ndarray,
-        mean: kernels.Mean,
+        mean: vectors.Mean,
         var: cupy.ndarray,
         eps: float,
         weights: cupy.ndarray | None = None,
@@ -131,7 +138,7 @@ class CupyBackend(Backend):
         self,
         dy: cupy.ndarray,
         x: cupy.ndarray,
-        mean: kernels.Mean,
+        mean: vectors.Mean,
         var: cupy.ndarray,
         weight: cupy.ndarray | None,
         eps: float,
@@ -143,10 +150,24 @@ class CupyBackend(Backend):
             return kernels.grad_input(dy, x, mean, var, weight, eps, sums, count, weights)
 
     def batch_norm_residuals(
-        self, x: cupy.ndarray, *args: Any, **options: Any
+        self,
+        x: cupy.ndarray,
+        params: Params,
+        state: State,
+        *,
+        training: bool,
+        momentum: float | None,
+        eps: float,
+        correction: int,
+        weights: cupy.ndarray | None = None,
+        out: cupy.ndarray | None = None,
     ) -> tuple[cupy.ndarray, State, Residuals]:
-        with x.device:  # for the arithmetic between the verbs
-            return super().batch_norm_residuals(x, *args, **options)
+        with x.device:
+            if training:
+                return kernels.train(x, params, state, momentum, eps, correction, weights, out)
+            running_mean, running_var, _ = state
+            y = kernels.normalize(x, running_mean, running_var, *params, eps, weights, out)
+            return y, state, Residuals(running_mean, running_var, None)
 
     def _device(self, device: Any) -> cupy.cuda.Device:
         name = f"cuda:{int(device)}" if isinstance(device, int | cupy.cuda.Device) else device
@@ -160,8 +181,12 @@ class CupyBackend(Backend):
 
 
 def _dtype(dtype: Any) -> np.dtype:
+    if dtype == "bfloat16" and _KNOWS_BFLOAT16:
+        import ml_dtypes  # noqa: PLC0415 - the only dtype that NumPy itself does not have
+
+        return np.dtype(ml_dtypes.bfloat16)
     found = np.dtype(dtype)
-    if found.char not in _DTYPE_CHARACTERS:
+    if found.char not in _DTYPE_CHARACTERS and not (found.name == "bfloat16" and _KNOWS_BFLOAT16):
         message = f"CuPy has no dtype {found}."
         raise TypeError(message)
     return found.newbyteorder("=")

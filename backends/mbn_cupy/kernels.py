@@ -1,95 +1,66 @@
-"""CuPy's arithmetic.
+"""CuPy's arithmetic on x: calls of the kernels in ``kernels.cu``.
 
-Statistics are exact to float64, whatever x is, and nothing waits for the GPU. Neither the bits nor the error depend on
-how CuPy reduces: sums are fixed trees of elementwise additions. Memory beyond that of the output is bounded.
+Statistics are exact to float64, whatever x is. Nothing waits for the GPU, and nothing is allocated but the results and,
+for sums, a small part of x's size that goes back to the pool at the end of the call: all of it can be captured in a
+CUDA graph. Everything happens on the current device, in the current stream.
 """
 
-import math
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import cupy
 import numpy as np
 
-from mbn.contract import Moments
+from mbn.contract import Moments, Residuals
+from mbn.state import Params, State
+from mbn_cupy.compilation import Variant, kernel
+from mbn_cupy.layout import THREADS, Layout, layout, power
+from mbn_cupy.vectors import WIDE, Mean, Pair
 
-BLOCK = 1 << 24
-"""Values converted to float64 at a time: 128 MiB."""
-
-WIDE = np.float64
-
-
-class Pair(NamedTuple):
-    """A mean as the unevaluated sum of two float64 vectors: what float64 input needs to keep its last digits."""
-
-    hi: cupy.ndarray
-    lo: cupy.ndarray
-
-
-Mean: TypeAlias = Pair | cupy.ndarray
-
-
-def weights(
-    shape: tuple[int, ...],
-    dtype: str,
-    mask: cupy.ndarray | None,
-    lengths: cupy.ndarray | None,
-    sample_weight: cupy.ndarray | None,
-) -> cupy.ndarray:
-    """Return the sample weight (1 if None) where mask and lengths allow, else 0."""
-    result = cupy.ones(shape, dtype)
-    if sample_weight is not None:
-        result *= _row(sample_weight, len(shape))
-    if mask is not None:
-        result *= _row(mask, len(shape))
-    if lengths is not None:
-        result *= cupy.arange(shape[1]) < lengths[:, None]
-    return result
+_NULL = 0
+"""The pointer to an array that is not there."""
+_COLUMNS = 8
+"""Channels in a block that merges the results of others: enough to read whole sectors of memory."""
 
 
 def moments(x: cupy.ndarray, weights: cupy.ndarray | None = None) -> Moments:
-    """Return count, mean (a Pair) and m2 (float64) of each channel of x, (N, C) or (N, C, L).
-
-    Sums of d = x - shift and of d², with a value of each channel for a shift, lose at most a factor N of float64's
-    precision however far the shift is from the mean, since no value weighs more than this one. That is plenty for
-    narrower input. float64 input is summed again around its mean, which also gives the rest of the mean.
-
-    Source: Chan, Golub and LeVeque, Algorithms for Computing the Sample Variance, 1983, section 3 (shifted data).
-    """
-    shift = _heaviest(x, weights)
-    if weights is None:
-        count = divisor = x.size // x.shape[1]
-    else:
-        count = _fold_rows(weights.ravel().astype(WIDE)).copy()  # what was folded need not stay
-        divisor = cupy.where(count == 0, 1, count)  # without any weight the sums are 0 as well
-    total, squares = _shifted_sums(x, shift, weights)
-    if x.dtype == WIDE:
-        shift += total / divisor
-        total, squares = _shifted_sums(x, shift, weights)
-    return Moments(count, Pair(shift, total / divisor), squares - total * total / divisor)
+    """Return count, mean (a Pair) and m2 (float64) of each channel of x, (N, C) or (N, C, L)."""
+    call = _Call.of((x,), weights)
+    results = call.sums("moments", 4)
+    mean, rest, m2 = cupy.empty((3, x.shape[1]))
+    count = _count(x, weights)
+    call.merge("merge_moments", results, _if_array(count), mean, rest, m2)
+    return Moments(count, Pair(mean, rest), m2)
 
 
-def merge(first: Moments, second: Moments) -> Moments:
-    """Return the statistics of two batches together.
-
-    Source: Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances, 1979,
-    equations 2.1.
-    """
-    (count, (hi, lo), m2), (more, (other_hi, other_lo), more_m2) = first, second
-    total = count + more
-    share = more / (total if isinstance(total, int) else cupy.where(total == 0, 1, total))
-    difference = (other_hi - hi) + (other_lo - lo)
-    change = lo + difference * share
-    mean = hi + change
-    rest = change - (mean - hi)  # what rounding took off
-    return Moments(total, Pair(mean, rest), m2 + (more_m2 + difference * difference * (count * share)))
-
-
-def variance(moments: Moments, correction: int) -> cupy.ndarray:
-    """Return m2 / (count - correction), and 0 where weights add up to no more than the correction."""
-    count, _, m2 = moments
-    var = m2 / (count - correction)
-    return var if isinstance(count, int) else cupy.where(count > correction, var, 0)
+def train(
+    x: cupy.ndarray,
+    params: Params,
+    state: State,
+    momentum: float | None,
+    eps: float,
+    correction: int,
+    weights: cupy.ndarray | None = None,
+    out: cupy.ndarray | None = None,
+) -> tuple[cupy.ndarray, State, Residuals]:
+    """Return output, new state and residuals of a training step."""
+    call = _Call.of((x,), weights, *params, *state[:2])
+    results = call.sums("moments", 4)
+    mean, rest, var = cupy.empty((3, x.shape[1]))
+    count = _count(x, weights)
+    after = State(*(None if old is None else cupy.empty(old.shape, old.dtype) for old in state))
+    steps = zip(state, after, strict=True)
+    (running_mean, new_mean), (running_var, new_var), (batches, new_batches) = steps
+    call.merge(
+        "merge_batch",
+        results,
+        *(_if_array(count), mean, rest, var),
+        *(float(correction), float(momentum or 0), int(momentum is None)),
+        *(_pointer(batches), _pointer(new_batches)),
+        *(call.vector(running_mean), _pointer(new_mean), call.vector(running_var), _pointer(new_var)),
+    )
+    residuals = Residuals(Pair(mean, rest), var, count)
+    return normalize(x, residuals.mean, var, *params, eps, weights, out), after, residuals
 
 
 def normalize(
@@ -100,38 +71,13 @@ def normalize(
     bias: cupy.ndarray | None,
     eps: float,
     weights: cupy.ndarray | None = None,
+    out: cupy.ndarray | None = None,
 ) -> cupy.ndarray:
-    """Return (x - mean) / sqrt(var + eps) * weight + bias in x's dtype and memory order, and 0 where weights are 0.
-
-    Computed as (x - K) * scale + shift with K the mean rounded to x's precision: x - K is exact where x is near the
-    mean, and the rest of the mean goes into the shift.
-    """
-    compute = np.promote_types(x.dtype, np.float32)  # float16 is computed in float32
-    scale = _invstd(var, eps)
-    if weight is not None:
-        scale *= weight
-    hi, lo = _pair(mean)
-    rounded = (hi + lo).astype(compute)
-    shift = (rounded - hi - lo) * scale
-    if bias is not None:
-        shift += bias
-    rounded, scale, shift = (_column(v.astype(compute), x.ndim) for v in (rounded, scale, shift))
-    y = cupy.empty_like(x, dtype=compute)  # a ufunc's own output would be in C order, whatever that of x is
-    cupy.subtract(x, rounded, out=y)
-    y *= scale
-    y += shift
-    _clear(y, weights)
-    return y.astype(x.dtype, copy=False)
-
-
-def lerp(start: cupy.ndarray, end: Mean, weight: float | cupy.ndarray) -> cupy.ndarray:
-    """Return (1 - weight) * start + weight * end, computed in float64 and rounded once to the dtype of start."""
-    if isinstance(end, Pair):
-        end = end.hi + end.lo
-    moved = ((1 - weight) * start.astype(WIDE) + weight * end).astype(start.dtype)
-    if isinstance(weight, cupy.ndarray):
-        return cupy.where(weight == 0, start, moved)
-    return start.copy() if weight == 0 else moved
+    """Return (x - mean) / sqrt(var + eps) * weight + bias in x's dtype and memory order, and 0 where weights are 0."""
+    y = cupy.empty_like(x) if out is None else out
+    call = _Call.of((x, y), weights, mean, var, weight, bias)
+    call.write("normalize", *call.known(mean, var), call.vector(weight), call.vector(bias), float(eps))
+    return y
 
 
 def grad_sums(
@@ -143,18 +89,12 @@ def grad_sums(
     weights: cupy.ndarray | None = None,
 ) -> tuple[cupy.ndarray, cupy.ndarray]:
     """Return the sums of dy and of dy * (x - mean) / sqrt(var + eps) for each channel, in float64."""
-    hi, lo = _pair(mean)
-    column = _column(hi, x.ndim)
-
-    def terms(rows: slice) -> tuple[cupy.ndarray, cupy.ndarray]:
-        gradient = dy[rows].astype(WIDE)
-        product = (x[rows] - column) * gradient
-        for values in (gradient, product):
-            _clear(values, weights, rows)
-        return gradient, product
-
-    sum_dy, products = _sums(x.shape, terms)
-    return sum_dy, (products - lo * sum_dy) * _invstd(var, eps)
+    call = _Call.of((x, dy), weights, mean, var)
+    known = call.known(mean, var)
+    results = call.sums("grad_sums", 2, *known)
+    sum_dy, sum_dy_xhat = cupy.empty((2, x.shape[1]))
+    call.merge("merge_sums", results, *known, float(eps), sum_dy, sum_dy_xhat)
+    return sum_dy, sum_dy_xhat
 
 
 def grad_input(
@@ -168,118 +108,91 @@ def grad_input(
     count: int | cupy.ndarray | None,
     weights: cupy.ndarray | None = None,
 ) -> cupy.ndarray:
-    """Return the gradient of x, in its dtype and memory order: scale * (dy - w * (mean_dy + xhat * mean_dy_xhat)).
-
-    Computed in float64, since the difference may be all but nothing: where dy is proportional to y, for one.
-    """
-    invstd = _invstd(var, eps)
-    scale = _column(invstd if weight is None else invstd * weight, x.ndim)
-    if sums is not None:
-        hi, lo = _pair(mean)
-        sum_dy, sum_dy_xhat = sums
-        slope = sum_dy_xhat / count * invstd
-        average = sum_dy / count - lo * slope
-        hi, slope, average = (_column(v, x.ndim) for v in (hi, slope, average))
+    """Return the gradient of x, in its dtype and memory order."""
     dx = cupy.empty_like(x)
-    for rows in _blocks(x.shape):
-        values = dy[rows].astype(WIDE)
-        if sums is not None:
-            w = 1 if weights is None else weights[rows, None]
-            values -= average * w  # a large mean of dy goes first: what is left keeps its digits
-            shared = x[rows] - hi
-            shared *= slope * w
-            values -= shared
-        values *= scale
-        _clear(values, weights, rows)
-        dx[rows] = values
+    call = _Call.of((x, dy, dx), weights, mean, var, weight)
+    given = (_NULL, _NULL) if sums is None else tuple(map(cupy.ascontiguousarray, sums))
+    counts = (0.0, count) if isinstance(count, cupy.ndarray) else (float(count or 0), _NULL)
+    call.write("grad_input", *call.known(mean, var), call.vector(weight), float(eps), *given, *counts)
     return dx
 
 
-def _heaviest(x: cupy.ndarray, weights: cupy.ndarray | None) -> cupy.ndarray:
-    """Return the first of the values that weigh most, one for each channel, in float64; 0 where none has a weight."""
-    values = x if x.ndim == 3 else x[:, :, None]  # noqa: PLR2004 - (N, C) is (N, C, 1)
-    if weights is None:
-        return values[0, :, 0].astype(WIDE)
-    weights = weights.ravel()
-    place, length = cupy.argmax(weights), values.shape[2]
-    # Indices that are arrays stay on the GPU.
-    return cupy.where(weights[place] > 0, values[place // length][:, place % length], 0).astype(WIDE)
+class _Call(NamedTuple):
+    """The arrays of a call, how to go through them, and what has to be compiled for that."""
+
+    layout: Layout
+    variant: Variant
+    arrays: tuple[Any, ...]
+    """The kernels' arguments that say where x, the others and the weights are."""
+
+    @classmethod
+    def of(cls, arrays: Sequence[cupy.ndarray], weights: cupy.ndarray | None, *vectors: Mean | None) -> "_Call":
+        """Return a call with arrays of one shape and dtype, of which x is the first, and vectors."""
+        given = [weights, *vectors]
+        is_narrow = any(isinstance(vector, cupy.ndarray) and vector.dtype == np.float32 for vector in given)
+        is_wide = any(isinstance(vector, cupy.ndarray) and vector.dtype == WIDE for vector in given)
+        statistic = "float64" if is_wide and not is_narrow else "float32"
+        plan = layout(arrays, weights)
+        placed = [value for array, steps in zip(arrays, plan.strides, strict=False) for value in (array, *steps)]
+        weighting = _NULL, 0, 0
+        if weights is not None:
+            row, _, place = plan.strides[-1]
+            weighting = weights, row, place
+        variant = Variant(arrays[0].dtype.name, statistic, *plan.item, weights is not None)
+        return cls(plan, variant, (*placed, *weighting))
+
+    def sums(self, name: str, fields: int, *arguments: Any) -> cupy.ndarray:
+        """Have a kernel go through the values, and return what each block has found, (blocks, C, fields) in float64."""
+        share = self.layout.summing()
+        results = cupy.empty((-(-self.layout.items // share), self.layout.channels, fields))
+        self._pass(name, share, *arguments, results)
+        return results
+
+    def write(self, name: str, *arguments: Any) -> None:
+        """Have a kernel go through the values that writes one for each."""
+        self._pass(name, self.layout.writing(), *arguments)
+
+    def merge(self, name: str, results: cupy.ndarray, *arguments: Any) -> None:
+        """Have a kernel merge what blocks have found."""
+        blocks, channels, _ = results.shape
+        threads = _COLUMNS * min(THREADS // _COLUMNS, power(blocks))
+        arguments = _COLUMNS, blocks, channels, results, *arguments
+        kernel(name, self.variant)((-(-channels // _COLUMNS), 1, 1), (threads, 1, 1), arguments)
+
+    def known(self, mean: Mean, var: cupy.ndarray) -> tuple[Any, ...]:
+        """Return the arguments mean, rest and var of a batch, and running mean and variance: those that are there."""
+        batch_mean, running_mean = _NULL, _NULL
+        rest = _NULL
+        if isinstance(mean, Pair):
+            batch_mean, rest = mean
+        elif mean.dtype == self.variant.statistic:
+            running_mean = self.vector(mean)
+        else:
+            batch_mean = cupy.ascontiguousarray(mean, WIDE)
+        if var.dtype == self.variant.statistic:
+            return batch_mean, rest, _NULL, running_mean, self.vector(var)
+        return batch_mean, rest, cupy.ascontiguousarray(var, WIDE), running_mean, _NULL
+
+    def vector(self, vector: cupy.ndarray | None) -> Any:
+        """Return a (C,) vector as an argument: in the dtype of all of them, without a gap."""
+        return _NULL if vector is None else cupy.ascontiguousarray(vector, self.variant.statistic)
+
+    def _pass(self, name: str, share: int, *arguments: Any) -> None:
+        plan = self.layout
+        lanes = plan.place_lanes, plan.channel_lanes
+        grid = plan.tiles, -(-plan.items // share), 1
+        arguments = *lanes, share, plan.rows, plan.channels, plan.places, *self.arrays, *arguments
+        kernel(name, self.variant)(grid, (plan.lanes * plan.channel_lanes, 1, 1), arguments)
 
 
-def _shifted_sums(
-    x: cupy.ndarray, shift: cupy.ndarray, weights: cupy.ndarray | None
-) -> tuple[cupy.ndarray, cupy.ndarray]:
-    """Return the weighted sums of x - shift and of its squares for each channel, in float64."""
-    column = _column(shift, x.ndim)
-
-    def terms(rows: slice) -> tuple[cupy.ndarray, cupy.ndarray]:
-        d = x[rows] - column
-        if weights is None:
-            return d, d * d
-        _clear(d, weights, rows)
-        weighted = d * weights[rows, None]
-        d *= weighted
-        return weighted, d
-
-    return _sums(x.shape, terms)
+def _count(x: cupy.ndarray, weights: cupy.ndarray | None) -> int | cupy.ndarray:
+    """Return the number of values per channel, or where the sum of their weights is to be written."""
+    return x.size // x.shape[1] if weights is None else cupy.empty(())
 
 
-def _sums(
-    shape: tuple[int, ...], terms: Callable[[slice], tuple[cupy.ndarray, cupy.ndarray]]
-) -> tuple[cupy.ndarray, cupy.ndarray]:
-    """Return the sums of two terms for each channel, in a fixed order; the terms of a block of rows are used up."""
-    first, second = cupy.zeros(shape[1]), cupy.zeros(shape[1])
-    for rows in _blocks(shape):
-        firsts, seconds = terms(rows)
-        first += _fold(firsts)
-        second += _fold(seconds)
-    return first, second
+def _pointer(array: cupy.ndarray | None) -> Any:
+    return _NULL if array is None else array
 
 
-def _fold(d: cupy.ndarray) -> cupy.ndarray:
-    """Return the sum of each channel of d, (N, C) or (N, C, L), as a tree of additions; d is used up."""
-    channels = _fold_rows(d)
-    return channels if channels.ndim == 1 else _fold_rows(channels.T)
-
-
-def _fold_rows(d: cupy.ndarray) -> cupy.ndarray:
-    """Return the sum over the first axis by adding the second half to the first until one is left; d is used up."""
-    n = d.shape[0]
-    while n > 1:
-        half = (n + 1) // 2
-        cupy.add(d[: n - half], d[half:n], out=d[: n - half])  # `+=` would copy the slice onto itself as well
-        n = half
-    return d[0]
-
-
-def _blocks(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Return slices of rows that cover an array, with BLOCK values or a single row each."""
-    height = max(1, BLOCK // math.prod(shape[1:]))
-    return (slice(row, row + height) for row in range(0, shape[0], height))
-
-
-def _clear(values: cupy.ndarray, weights: cupy.ndarray | None, rows: slice = slice(None)) -> None:
-    """Set to 0 what has no weight, whatever it is; the values are those of some rows."""
-    if weights is not None:
-        cupy.copyto(values, 0, where=weights[rows, None] == 0)
-
-
-def _invstd(var: cupy.ndarray, eps: float) -> cupy.ndarray:
-    """Return 1 / sqrt(var + eps) in float64, and 0 where that has no value."""
-    spread = var.astype(WIDE) + eps
-    return 1 / cupy.sqrt(cupy.where(spread == 0, np.inf, spread))
-
-
-def _pair(mean: Mean) -> Pair:
-    """Return a mean as a pair, whatever it is."""
-    return mean if isinstance(mean, Pair) else Pair(mean.astype(WIDE), cupy.zeros_like(mean, WIDE))
-
-
-def _column(vector: cupy.ndarray, ndim: int) -> cupy.ndarray:
-    """Return a (C,) vector in the shape that broadcasts against an x of ndim axes."""
-    return vector if ndim == 2 else vector[:, None]  # noqa: PLR2004 - (N, C) or (N, C, L)
-
-
-def _row(values: cupy.ndarray, ndim: int) -> cupy.ndarray:
-    """Return values for each sample in the shape that broadcasts against an array of ndim axes."""
-    return values if values.ndim == ndim else values[:, None]
+def _if_array(count: int | cupy.ndarray) -> Any:
+    return count if isinstance(count, cupy.ndarray) else _NULL

@@ -1,0 +1,714 @@
+// The passes over x of batch normalisation, and what is between them.
+//
+// The same bits on every run and on every GPU: no atomics, and the order of all additions depends on shapes alone. No
+// count of values is too large: indices have 64 bits. Nothing is included, so nothing but the compiler need be there.
+//
+// An array of (N, C) or (N, C, L) is rows x channels x places here, in any memory order. A thread reads a few values at
+// once, its *item*: those of CHANNELS neighbouring channels, or of PLACES neighbouring places; one of them is 1. The
+// threads of a block are place_lanes x channel_lanes x as many as there are: neighbours have neighbouring places first,
+// then channels, then rows. Those of one channel share the items of the block: `share` of them, from blockIdx.y on.
+//
+// The compiler is told VALUE, the dtype of x, y and their gradients; STATISTIC, that of weights, parameters and running
+// statistics; CHANNELS; PLACES; and WEIGHTED: whether values count as often as their weights say.
+
+using Index = long long;
+using float32 = float;
+using float64 = double;
+struct float16 {
+    unsigned short bits;
+};
+struct bfloat16 {
+    unsigned short bits;
+};
+
+constexpr int THREADS = 256;       // of a block, at most
+constexpr int CHANNEL_LANES = 32;  // at most
+constexpr int WIDTH = CHANNELS * PLACES;
+constexpr int BYTES = WIDTH * sizeof(VALUE);
+// Items that a thread holds at a time: enough to keep memory busy, and few enough for the registers.
+constexpr int RUN = WEIGHTED ? (PLACES > 4 ? 2 : 4) : BYTES > 8 ? 8 : 16;
+constexpr int UNROLLED = 4;
+
+// What values are computed in where one rounding more does not matter to x's dtype, and where it would.
+template <typename T>
+struct Precision {
+    using Short = float;
+    using Gradient = float;
+};
+template <>
+struct Precision<float32> {
+    using Short = float;
+    using Gradient = double;  // dx may be all but nothing, where dy is proportional to y, for one
+};
+template <>
+struct Precision<float64> {
+    using Short = double;
+    using Gradient = double;
+};
+using Short = typename Precision<VALUE>::Short;
+using Gradient = typename Precision<VALUE>::Gradient;
+
+template <bool CONDITION, typename Then, typename Else>
+struct Choice {
+    using Type = Then;
+};
+template <typename Then, typename Else>
+struct Choice<false, Then, Else> {
+    using Type = Else;
+};
+
+// From values to numbers, and back with one rounding.
+
+__device__ __forceinline__ double widen(float64 value) { return value; }
+__device__ __forceinline__ float widen(float32 value) { return value; }
+
+__device__ __forceinline__ float widen(float16 value) {
+#ifdef __CUDA_ARCH__
+    float wide;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
+    return wide;
+#else  // the host of a test
+    return __builtin_bit_cast(_Float16, value.bits);
+#endif
+}
+
+__device__ __forceinline__ float widen(bfloat16 value) {
+    const unsigned bits = static_cast<unsigned>(value.bits) << 16;
+    return reinterpret_cast<const float&>(bits);
+}
+
+__device__ __forceinline__ void narrow(double wide, float64& value) { value = wide; }
+__device__ __forceinline__ void narrow(double wide, float32& value) { value = static_cast<float>(wide); }
+
+__device__ __forceinline__ void narrow(float wide, float16& value) {
+#ifdef __CUDA_ARCH__
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(value.bits) : "f"(wide));
+#else
+    value.bits = __builtin_bit_cast(unsigned short, static_cast<_Float16>(wide));
+#endif
+}
+
+__device__ __forceinline__ void narrow(float wide, bfloat16& value) {
+    const unsigned bits = reinterpret_cast<const unsigned&>(wide);
+    const unsigned half = 0x7fff + (bits >> 16 & 1);  // to even, where two are as near
+    value.bits = wide == wide ? (bits + half) >> 16 : 0x7fc0;
+}
+
+// Where a thread is, and what it reads.
+
+struct Place {
+    int lane, lanes;      // among the threads of its channels
+    int column, columns;  // among those of its items
+    Index channel;        // its first
+
+    __device__ Place(Index place_lanes, Index channel_lanes) {
+        const int thread = threadIdx.x, along = static_cast<int>(place_lanes);
+        columns = static_cast<int>(channel_lanes);
+        column = thread / along % columns;
+        lane = thread % along + along * (thread / (along * columns));
+        lanes = blockDim.x / columns;
+        channel = (static_cast<Index>(blockIdx.x) * columns + column) * CHANNELS;
+    }
+};
+
+// The items of a thread, one after another.
+struct Walk {
+    Index left;  // how many are still to come
+    Index row, place, row_step, place_step, places;
+
+    __device__ Walk(const Place& at, Index rows, Index channels, Index places, Index share) : places(places) {
+        const Index packs = places / PLACES, first = blockIdx.y * share + at.lane;
+        const Index all = rows * packs, others = (blockIdx.y + 1) * share, end = all < others ? all : others;
+        left = at.channel < channels && first < end ? (end - first + at.lanes - 1) / at.lanes : 0;
+        row = first / packs;
+        place = first % packs * PLACES;
+        row_step = at.lanes / packs;
+        place_step = at.lanes % packs * PLACES;
+    }
+
+    __device__ __forceinline__ void advance() {
+        --left;
+        row += row_step;
+        place += place_step;
+        if (place >= places) {
+            place -= places;
+            ++row;
+        }
+    }
+};
+
+// What is written in one piece. A plain assignment is taken apart by the compiler, and not always put together again.
+template <int SIZE>
+struct Piece;
+template <>
+struct Piece<2> {
+    using Type = unsigned short;
+};
+template <>
+struct Piece<4> {
+    using Type = unsigned;
+};
+template <>
+struct Piece<8> {
+    using Type = uint2;
+};
+template <>
+struct Piece<16> {
+    using Type = uint4;
+};
+
+struct alignas(BYTES) Item {
+    VALUE values[WIDTH];
+
+    __device__ __forceinline__ auto at(int channel, int place) const { return widen(values[channel * PLACES + place]); }
+};
+
+// An array, and how far its neighbours are from each other.
+template <typename T>
+struct Array {
+    T* values;
+    Index row, channel, place;
+
+    __device__ __forceinline__ T* at(const Walk& walk, Index first_channel) const {
+        return values + walk.row * row + first_channel * channel + walk.place * place;
+    }
+    __device__ __forceinline__ Item load(const Walk& walk, Index first_channel) const {
+        return *reinterpret_cast<const Item*>(at(walk, first_channel));
+    }
+    __device__ __forceinline__ void store(const Walk& walk, Index first_channel, const Item& item) const {
+        using Whole = typename Piece<BYTES>::Type;
+        __stwb(reinterpret_cast<Whole*>(at(walk, first_channel)), reinterpret_cast<const Whole&>(item));
+    }
+};
+
+// The weights of an item's places: 1 where none are given. They are the same for all channels.
+struct Weights {
+    STATISTIC values[PLACES];
+
+    __device__ __forceinline__ void load(const Array<const STATISTIC>& weights, const Walk& walk) {
+        if constexpr (WEIGHTED) {
+#pragma unroll
+            for (int place = 0; place < PLACES; ++place) values[place] = weights.at(walk, 0)[place * weights.place];
+        }
+    }
+    __device__ __forceinline__ bool counts(int place) const { return !WEIGHTED || values[place] > 0; }
+    __device__ __forceinline__ STATISTIC at(int place) const { return WEIGHTED ? values[place] : STATISTIC(1); }
+};
+
+// Results of blocks, and of threads within a block.
+
+// Count, mean (as mean + rest) and sum of squared deviations of some values.
+struct Moments {
+    double count, mean, rest, m2;
+
+    __device__ __forceinline__ double share_of(double more) const { return more / (count + more); }
+
+    // Source: Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances, 1979,
+    // equations 2.1.
+    __device__ __forceinline__ void merge(const Moments& other, double share) {
+        if (other.count == 0) return;
+        if (count == 0) {
+            *this = other;
+            return;
+        }
+        const double difference = (other.mean - mean) + (other.rest - rest);
+        m2 += other.m2 + difference * difference * (count * share);
+        set_mean(mean, rest + difference * share);
+        count += other.count;
+    }
+    __device__ __forceinline__ void merge(const Moments& other) { merge(other, share_of(other.count)); }
+
+    // Set the mean to a sum, and the rest to what rounding takes off it. Of narrower values float64 holds all there is.
+    // Source: Knuth, The Art of Computer Programming, volume 2, section 4.2.2, theorem B.
+    __device__ __forceinline__ void set_mean(double a, double b) {
+        mean = a + b;
+        const double b_part = mean - a, a_part = mean - b_part;
+        rest = sizeof(VALUE) == sizeof(double) ? (a - a_part) + (b - b_part) : 0;
+    }
+};
+
+// The sums of dy and of dy times a deviation.
+struct Sums {
+    double dy, product;
+
+    __device__ __forceinline__ void merge(const Sums& other) {
+        dy += other.dy;
+        product += other.product;
+    }
+};
+
+// Merge the results of all lanes into those of lane 0, as a tree.
+template <typename Result, int N>
+__device__ void merge_lanes(Result (&mine)[N], const Place& at) {
+    __shared__ Result others[THREADS / 2 * N];
+    for (int half = at.lanes / 2; half > 0; half /= 2) {
+        if (at.lane >= half && at.lane < 2 * half) {
+            for (int i = 0; i < N; ++i) others[((at.lane - half) * at.columns + at.column) * N + i] = mine[i];
+        }
+        __syncthreads();
+        if (at.lane < half) {
+            for (int i = 0; i < N; ++i) mine[i].merge(others[(at.lane * at.columns + at.column) * N + i]);
+        }
+        __syncthreads();
+    }
+}
+
+template <typename Result>
+__device__ void store_result(const Result (&mine)[CHANNELS], const Place& at, Index channels, Result* results) {
+    if (at.lane > 0 || at.channel >= channels) return;
+    for (int i = 0; i < CHANNELS; ++i) results[blockIdx.y * channels + at.channel + i] = mine[i];
+}
+
+// Merge what all blocks have found of a channel; lane 0 of each column has it.
+template <typename Result>
+__device__ Result merge_blocks(const Result* results, Index blocks, Index channel, Index channels, const Place& at) {
+    Result mine[1] = {};
+    if (channel < channels) {
+        for (Index block = at.lane; block < blocks; block += at.lanes) mine[0].merge(results[block * channels + channel]);
+    }
+    merge_lanes(mine, at);
+    return mine[0];
+}
+
+// Moments.
+
+__device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ __forceinline__ double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+
+// A power of two by which deviations are multiplied, so that their squares stay within the range of Real: their sizes
+// add up to `spread`, after they have been multiplied by SMALL. It is 0 where they all are.
+template <typename Real>
+struct Scale;
+template <>
+struct Scale<float> {
+    static constexpr float SMALL = 1.0f / 256;  // so that no sum of a run is too large
+    float factor;
+    double inverse;
+
+    __device__ __forceinline__ explicit Scale(float spread) {
+        const unsigned exponent = reinterpret_cast<const unsigned&>(spread) >> 23;
+        const unsigned bits = spread == 0 ? 0 : (254 - (exponent > 0 ? exponent : 1)) << 23;
+        factor = reinterpret_cast<const float&>(bits) * SMALL;
+        inverse = spread == 0 ? 0 : 1 / static_cast<double>(factor);
+    }
+};
+template <>
+struct Scale<double> {  // whose range is large enough
+    static constexpr double SMALL = 1, factor = 1, inverse = 1;
+
+    __device__ __forceinline__ explicit Scale(double) {}
+};
+
+template <int N>
+struct Run {
+    Item items[N];
+    Weights weights[N];
+
+    __device__ __forceinline__ double count() const {
+        double total = 0;
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+#pragma unroll
+            for (int place = 0; place < PLACES; ++place) total += weights[i].at(place);
+        return total;
+    }
+
+    // Moments of one channel: two passes over values that are in registers. The center is only as exact as Real, but what
+    // the second pass finds of its error is put right in float64.
+    // Source: Chan, Golub and LeVeque, Algorithms for Computing the Sample Variance, 1983, equation 1.7.
+    template <typename Real>
+    __device__ __forceinline__ Moments moments(int channel, double count) const {
+        Real pivot = 0;  // the first value that counts
+#pragma unroll
+        for (int i = N * PLACES - 1; i >= 0; --i) {
+            if (counts(i)) pivot = at(channel, i);
+        }
+        const Real small = Scale<Real>::SMALL;
+        Real total = 0, spread = 0;
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            Real part = 0, spread_part = 0;
+#pragma unroll
+            for (int place = 0; place < PLACES; ++place) {
+                const Real deviation = deviation_from(pivot * small, small, i * PLACES + place, channel);
+                part += weight<Real>(i * PLACES + place) * deviation;
+                spread_part += deviation < 0 ? -deviation : deviation;
+            }
+            total += part;
+            spread += spread_part;
+        }
+        const Real center = pivot + total / (small * static_cast<Real>(count));
+        const Scale<Real> scale(spread);
+        Real rest = 0, squares = 0;
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            Real rest_part = 0, squares_part = 0;
+#pragma unroll
+            for (int place = 0; place < PLACES; ++place) {
+                const Real deviation =
+                    deviation_from(center * scale.factor, scale.factor, i * PLACES + place, channel);
+                const Real once = weight<Real>(i * PLACES + place) * deviation;
+                rest_part += once;
+                squares_part += once * deviation;
+            }
+            rest += rest_part;
+            squares += squares_part;
+        }
+        Moments result;
+        const double error = rest / count;
+        result.count = count;
+        result.m2 = (squares - rest * error) * scale.inverse * scale.inverse;
+        result.set_mean(center, error * scale.inverse);
+        return result;
+    }
+
+   private:
+    __device__ __forceinline__ bool counts(int i) const { return weights[i / PLACES].counts(i % PLACES); }
+    __device__ __forceinline__ Short at(int channel, int i) const { return items[i / PLACES].at(channel, i % PLACES); }
+
+    template <typename Real>
+    __device__ __forceinline__ Real weight(int i) const { return weights[i / PLACES].at(i % PLACES); }
+    // Return (value - center) * scale, rounded once.
+    template <typename Real>
+    __device__ __forceinline__ Real deviation_from(Real scaled_center, Real scale, int i, int channel) const {
+        return counts(i) ? multiply_add(static_cast<Real>(at(channel, i)), scale, -scaled_center) : 0;
+    }
+};
+
+// Read the next items of a thread, and merge their moments into those of its channels.
+template <int N>
+__device__ __forceinline__ void absorb(Moments (&mine)[CHANNELS], const Place& at, Walk& walk,
+                                       const Array<const VALUE>& x, const Array<const STATISTIC>& weights) {
+    Run<N> run;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        run.items[i] = x.load(walk, at.channel);
+        run.weights[i].load(weights, walk);
+        walk.advance();
+    }
+    const double count = run.count();
+    if (count == 0) return;
+    const double share = mine[0].share_of(count);
+    using Real = typename Choice<WEIGHTED, double, Short>::Type;
+#pragma unroll
+    for (int i = 0; i < CHANNELS; ++i) mine[i].merge(run.template moments<Real>(i, count), share);
+}
+
+// Write the moments of each block's values: `results` is blocks x channels.
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+    moments(Index place_lanes, Index channel_lanes, Index share, Index rows, Index channels, Index places,
+            const VALUE* __restrict__ x, Index x_row, Index x_channel, Index x_place,
+            const STATISTIC* __restrict__ weights, Index weights_row, Index weights_place,
+            Moments* __restrict__ results) {
+    const Place at(place_lanes, channel_lanes);
+    Walk walk(at, rows, channels, places, share);
+    const Array<const VALUE> values = {x, x_row, x_channel, x_place};
+    const Array<const STATISTIC> counts = {weights, weights_row, 0, weights_place};
+    Moments mine[CHANNELS] = {};
+    while (walk.left >= RUN) absorb<RUN>(mine, at, walk, values, counts);
+    while (walk.left > 0) absorb<1>(mine, at, walk, values, counts);
+    merge_lanes(mine, at);
+    store_result(mine, at, channels, results);
+}
+
+// Merge the moments of all blocks.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    merge_moments(Index channel_lanes, Index blocks, Index channels, const Moments* __restrict__ results,
+                  double* __restrict__ count, double* __restrict__ mean, double* __restrict__ rest,
+                  double* __restrict__ m2) {
+    const Place at(1, channel_lanes);
+    const Index channel = static_cast<Index>(blockIdx.x) * at.columns + at.column;
+    const Moments all = merge_blocks(results, blocks, channel, channels, at);
+    if (at.lane > 0 || channel >= channels) return;
+    if (count && channel == 0) *count = all.count;
+    mean[channel] = all.mean;
+    rest[channel] = all.rest;
+    m2[channel] = all.m2;
+}
+
+__device__ __forceinline__ double variance(const Moments& moments, double correction) {
+    const double left = moments.count - correction;
+    return left > 0 ? moments.m2 / left : 0;
+}
+
+// Return the start moved towards the end by a share of the way; all of it where the share is 0, whatever the end is.
+__device__ __forceinline__ STATISTIC lerp(STATISTIC start, double end, double share) {
+    return share == 0 ? start : static_cast<STATISTIC>((1 - share) * start + share * end);
+}
+
+// Merge the moments of all blocks, and take the step of the running statistics: what is null is not there. Without a
+// momentum (cumulative) they are averages of all batches so far.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    merge_batch(Index channel_lanes, Index blocks, Index channels, const Moments* __restrict__ results,
+                double* __restrict__ count, double* __restrict__ mean, double* __restrict__ rest,
+                double* __restrict__ var, double correction, double momentum, Index cumulative,
+                const Index* __restrict__ batches, Index* __restrict__ new_batches,
+                const STATISTIC* __restrict__ running_mean, STATISTIC* __restrict__ new_mean,
+                const STATISTIC* __restrict__ running_var, STATISTIC* __restrict__ new_var) {
+    const Place at(1, channel_lanes);
+    const Index channel = static_cast<Index>(blockIdx.x) * at.columns + at.column;
+    const Moments all = merge_blocks(results, blocks, channel, channels, at);
+    if (at.lane > 0 || channel >= channels) return;
+    mean[channel] = all.mean;
+    rest[channel] = all.rest;
+    var[channel] = variance(all, 0);
+    if (count && channel == 0) *count = all.count;
+    if (batches && channel == 0) *new_batches = *batches + 1;
+    if (running_mean) {
+        double step = cumulative ? 1 / static_cast<double>(*batches + 1) : momentum;
+        if (WEIGHTED && all.count <= correction) step = 0;
+        new_mean[channel] = lerp(running_mean[channel], all.mean + all.rest, step);
+        new_var[channel] = lerp(running_var[channel], variance(all, correction), step);
+    }
+}
+
+// Normalisation.
+
+// What is known of channels. Mean and variance are those of a batch, or running ones where those are null.
+struct Known {
+    const double *mean, *rest, *var;
+    const STATISTIC *running_mean, *running_var;
+
+    __device__ __forceinline__ double mean_of(Index channel) const {
+        return mean ? mean[channel] : static_cast<double>(running_mean[channel]);
+    }
+    __device__ __forceinline__ double rest_of(Index channel) const { return rest ? rest[channel] : 0; }
+    // 1 / sqrt(var + eps), and 0 where that has no value.
+    __device__ __forceinline__ double invstd_of(Index channel, double eps) const {
+        const double spread = (var ? var[channel] : static_cast<double>(running_var[channel])) + eps;
+        return spread == 0 ? 0 : 1 / sqrt(spread);
+    }
+};
+
+// y = (x - center) * scale + shift. The center is all of the mean that fits its dtype, so x - center is exact where x
+// is near the mean; the rest of the mean goes into the shift.
+struct Line {
+    Short center, scale, shift;
+};
+
+// Normalise the next items of a thread.
+template <int N>
+__device__ __forceinline__ void normalize_items(const Line (&lines)[CHANNELS], const Place& at, Walk& walk,
+                                                const Array<const VALUE>& x, const Array<VALUE>& y,
+                                                const Array<const STATISTIC>& weights) {
+    Item items[N];
+    Weights own[N];
+    Walk writer = walk;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        items[i] = x.load(walk, at.channel);
+        own[i].load(weights, walk);
+        walk.advance();
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        Item result;
+#pragma unroll
+        for (int channel = 0; channel < CHANNELS; ++channel) {
+#pragma unroll
+            for (int place = 0; place < PLACES; ++place) {
+                const Line& line = lines[channel];
+                const Short value = (items[i].at(channel, place) - line.center) * line.scale + line.shift;
+                narrow(own[i].counts(place) ? value : 0, result.values[channel * PLACES + place]);
+            }
+        }
+        y.store(writer, at.channel, result);
+        writer.advance();
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    normalize(Index place_lanes, Index channel_lanes, Index share, Index rows, Index channels, Index places,
+              const VALUE* x, Index x_row, Index x_channel, Index x_place,  // y may be x: nothing is restricted
+              VALUE* y, Index y_row, Index y_channel, Index y_place,
+              const STATISTIC* weights, Index weights_row, Index weights_place, const double* mean, const double* rest,
+              const double* var, const STATISTIC* running_mean, const STATISTIC* running_var, const STATISTIC* weight,
+              const STATISTIC* bias, double eps) {
+    const Place at(place_lanes, channel_lanes);
+    __shared__ Line lines[CHANNEL_LANES * CHANNELS];
+    const Known known = {mean, rest, var, running_mean, running_var};
+    for (int i = threadIdx.x; i < at.columns * CHANNELS; i += blockDim.x) {
+        const Index channel = static_cast<Index>(blockIdx.x) * at.columns * CHANNELS + i;
+        if (channel >= channels) continue;
+        double scale = known.invstd_of(channel, eps);
+        if (weight) scale *= weight[channel];
+        const double hi = known.mean_of(channel), lo = known.rest_of(channel);
+        const Short center = static_cast<Short>(hi + lo);
+        const double shift = (center - hi - lo) * scale + (bias ? static_cast<double>(bias[channel]) : 0);
+        lines[i] = {center, static_cast<Short>(scale), static_cast<Short>(shift)};
+    }
+    __syncthreads();
+    Walk walk(at, rows, channels, places, share);
+    if (walk.left == 0) return;
+    Line mine[CHANNELS];
+    for (int i = 0; i < CHANNELS; ++i) mine[i] = lines[at.column * CHANNELS + i];
+    const Array<const VALUE> from = {x, x_row, x_channel, x_place};
+    const Array<VALUE> to = {y, y_row, y_channel, y_place};
+    const Array<const STATISTIC> counts = {weights, weights_row, 0, weights_place};
+    while (walk.left >= UNROLLED) normalize_items<UNROLLED>(mine, at, walk, from, to, counts);
+    while (walk.left > 0) normalize_items<1>(mine, at, walk, from, to, counts);
+}
+
+// Gradients.
+
+// Add the next items of a thread to the sums of its channels.
+template <int N>
+__device__ __forceinline__ void add_items(Sums (&mine)[CHANNELS], const Gradient (&centers)[CHANNELS], const Place& at,
+                                          Walk& walk, const Array<const VALUE>& x, const Array<const VALUE>& dy,
+                                          const Array<const STATISTIC>& weights) {
+    Item xs[N], dys[N];
+    Weights own[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        xs[i] = x.load(walk, at.channel);
+        dys[i] = dy.load(walk, at.channel);
+        own[i].load(weights, walk);
+        walk.advance();
+    }
+#pragma unroll
+    for (int channel = 0; channel < CHANNELS; ++channel) {
+        Gradient sum = 0, product = 0;  // of few values, so that they may be narrow
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+#pragma unroll
+            for (int place = 0; place < PLACES; ++place) {
+                if (!own[i].counts(place)) continue;
+                const Gradient gradient = dys[i].at(channel, place);
+                sum += gradient;
+                product += gradient * (xs[i].at(channel, place) - centers[channel]);
+            }
+        }
+        mine[channel].merge({sum, product});
+    }
+}
+
+// Write the sums over each block's values of dy and of dy * (x - center): `results` is blocks x channels.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    grad_sums(Index place_lanes, Index channel_lanes, Index share, Index rows, Index channels, Index places,
+              const VALUE* __restrict__ x, Index x_row, Index x_channel, Index x_place,
+              const VALUE* __restrict__ dy, Index dy_row, Index dy_channel, Index dy_place,
+              const STATISTIC* __restrict__ weights, Index weights_row, Index weights_place,
+              const double* __restrict__ mean, const double* __restrict__ rest, const double* __restrict__ var,
+              const STATISTIC* __restrict__ running_mean, const STATISTIC* __restrict__ running_var,
+              Sums* __restrict__ results) {
+    const Place at(place_lanes, channel_lanes);
+    Walk walk(at, rows, channels, places, share);
+    const Array<const VALUE> gradients = {dy, dy_row, dy_channel, dy_place}, values = {x, x_row, x_channel, x_place};
+    const Array<const STATISTIC> counts = {weights, weights_row, 0, weights_place};
+    const Known known = {mean, rest, var, running_mean, running_var};
+    Gradient centers[CHANNELS] = {};
+    if (walk.left > 0) {
+        for (int i = 0; i < CHANNELS; ++i) {
+            centers[i] = static_cast<Gradient>(known.mean_of(at.channel + i) + known.rest_of(at.channel + i));
+        }
+    }
+    Sums mine[CHANNELS] = {};
+    while (walk.left >= UNROLLED) add_items<UNROLLED>(mine, centers, at, walk, values, gradients, counts);
+    while (walk.left > 0) add_items<1>(mine, centers, at, walk, values, gradients, counts);
+    merge_lanes(mine, at);
+    store_result(mine, at, channels, results);
+}
+
+// Merge the sums of all blocks into those of dy and of dy * xhat.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    merge_sums(Index channel_lanes, Index blocks, Index channels, const Sums* __restrict__ results,
+               const double* __restrict__ mean, const double* __restrict__ rest, const double* __restrict__ var,
+               const STATISTIC* __restrict__ running_mean, const STATISTIC* __restrict__ running_var, double eps,
+               double* __restrict__ sum_dy, double* __restrict__ sum_dy_xhat) {
+    const Place at(1, channel_lanes);
+    const Index channel = static_cast<Index>(blockIdx.x) * at.columns + at.column;
+    const Sums all = merge_blocks(results, blocks, channel, channels, at);
+    if (at.lane > 0 || channel >= channels) return;
+    const Known known = {mean, rest, var, running_mean, running_var};
+    const double hi = known.mean_of(channel), lo = known.rest_of(channel);
+    const double left = (hi - static_cast<double>(static_cast<Gradient>(hi + lo))) + lo;  // of the mean
+    sum_dy[channel] = all.dy;
+    sum_dy_xhat[channel] = (all.product - left * all.dy) * known.invstd_of(channel, eps);
+}
+
+// dx = scale * (dy - w * average - w * ((x - center) * slope + left))
+struct Back {
+    Gradient scale, average, center, slope, left;
+};
+
+// Write the gradients of the next items of a thread.
+template <int N>
+__device__ __forceinline__ void grad_items(const Back (&backs)[CHANNELS], bool is_constant, const Place& at, Walk& walk,
+                                           const Array<const VALUE>& x, const Array<const VALUE>& dy,
+                                           const Array<VALUE>& dx, const Array<const STATISTIC>& weights) {
+    Item xs[N], dys[N];
+    Weights own[N];
+    Walk writer = walk;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        if (!is_constant) xs[i] = x.load(walk, at.channel);
+        dys[i] = dy.load(walk, at.channel);
+        own[i].load(weights, walk);
+        walk.advance();
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        Item result;
+#pragma unroll
+        for (int channel = 0; channel < CHANNELS; ++channel) {
+#pragma unroll
+            for (int place = 0; place < PLACES; ++place) {
+                const Back& back = backs[channel];
+                Gradient gradient = dys[i].at(channel, place);
+                if (!is_constant) {
+                    const Gradient w = own[i].at(place);
+                    // A large mean of dy goes first: what is left keeps its digits.
+                    gradient -= w * back.average;
+                    gradient -= w * ((xs[i].at(channel, place) - back.center) * back.slope + back.left);
+                }
+                narrow(own[i].counts(place) ? gradient * back.scale : 0, result.values[channel * PLACES + place]);
+            }
+        }
+        dx.store(writer, at.channel, result);
+        writer.advance();
+    }
+}
+
+// Without sums, mean and variance are constants.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    grad_input(Index place_lanes, Index channel_lanes, Index share, Index rows, Index channels, Index places,
+               const VALUE* __restrict__ x, Index x_row, Index x_channel, Index x_place,
+               const VALUE* __restrict__ dy, Index dy_row, Index dy_channel, Index dy_place,
+               VALUE* __restrict__ dx, Index dx_row, Index dx_channel, Index dx_place,
+               const STATISTIC* __restrict__ weights, Index weights_row, Index weights_place,
+               const double* __restrict__ mean, const double* __restrict__ rest, const double* __restrict__ var,
+               const STATISTIC* __restrict__ running_mean, const STATISTIC* __restrict__ running_var,
+               const STATISTIC* __restrict__ weight, double eps, const double* __restrict__ sum_dy,
+               const double* __restrict__ sum_dy_xhat, double count, const double* __restrict__ weighted_count) {
+    const Place at(place_lanes, channel_lanes);
+    __shared__ Back backs[CHANNEL_LANES * CHANNELS];
+    const Known known = {mean, rest, var, running_mean, running_var};
+    for (int i = threadIdx.x; i < at.columns * CHANNELS; i += blockDim.x) {
+        const Index channel = static_cast<Index>(blockIdx.x) * at.columns * CHANNELS + i;
+        if (channel >= channels) continue;
+        const double invstd = known.invstd_of(channel, eps);
+        const double scale = weight ? invstd * weight[channel] : invstd;
+        double average = 0, slope = 0, left = 0;
+        const double hi = known.mean_of(channel), lo = known.rest_of(channel);
+        const Gradient center = static_cast<Gradient>(hi + lo);
+        if (sum_dy) {
+            double n = weighted_count ? *weighted_count : count;
+            if (n == 0) n = 1;  // the sums are 0 too
+            average = sum_dy[channel] / n;
+            slope = sum_dy_xhat[channel] / n * invstd;
+            left = ((center - hi) - lo) * slope;
+        }
+        backs[i] = {static_cast<Gradient>(scale), static_cast<Gradient>(average), center, static_cast<Gradient>(slope),
+                    static_cast<Gradient>(left)};
+    }
+    __syncthreads();
+    Walk walk(at, rows, channels, places, share);
+    if (walk.left == 0) return;
+    Back mine[CHANNELS];
+    for (int i = 0; i < CHANNELS; ++i) mine[i] = backs[at.column * CHANNELS + i];
+    const Array<const VALUE> gradients = {dy, dy_row, dy_channel, dy_place}, values = {x, x_row, x_channel, x_place};
+    const Array<VALUE> to = {dx, dx_row, dx_channel, dx_place};
+    const Array<const STATISTIC> counts = {weights, weights_row, 0, weights_place};
+    while (walk.left >= UNROLLED) grad_items<UNROLLED>(mine, !sum_dy, at, walk, values, gradients, to, counts);
+    while (walk.left > 0) grad_items<1>(mine, !sum_dy, at, walk, values, gradients, to, counts);
+}

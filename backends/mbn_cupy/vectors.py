@@ -1,0 +1,87 @@
+"""Arithmetic on the statistics of channels, (C,) vectors in float64, and on weights: what no pass over x has to do.
+
+Nothing waits for the GPU.
+"""
+
+from typing import NamedTuple, TypeAlias
+
+import cupy
+import numpy as np
+
+from mbn.contract import Moments
+
+WIDE = np.float64
+
+
+class Pair(NamedTuple):
+    """A mean as the unevaluated sum of two float64 vectors: what float64 input needs to keep its last digits."""
+
+    hi: cupy.ndarray
+    lo: cupy.ndarray
+
+
+Mean: TypeAlias = Pair | cupy.ndarray
+
+
+def weights(
+    shape: tuple[int, ...],
+    dtype: str,
+    mask: cupy.ndarray | None,
+    lengths: cupy.ndarray | None,
+    sample_weight: cupy.ndarray | None,
+) -> cupy.ndarray:
+    """Return the sample weight (1 if None) where mask and lengths allow, else 0."""
+    result = cupy.ones(shape, dtype)
+    if sample_weight is not None:
+        result *= _row(sample_weight, len(shape))
+    if mask is not None:
+        result *= _row(mask, len(shape))
+    if lengths is not None:
+        result *= cupy.arange(shape[1]) < lengths[:, None]
+    return result
+
+
+def merge(first: Moments, second: Moments) -> Moments:
+    """Return the statistics of two batches together.
+
+    Source: Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances, 1979,
+    equations 2.1.
+    """
+    (count, (hi, lo), m2), (more, (other_hi, other_lo), more_m2) = first, second
+    total = count + more
+    share = more / (total if isinstance(total, int) else cupy.where(total == 0, 1, total))
+    difference = (other_hi - hi) + (other_lo - lo)
+    change = lo + difference * share
+    mean = hi + change
+    rest = change - (mean - hi)  # what rounding took off
+    return Moments(total, Pair(mean, rest), m2 + (more_m2 + difference * difference * (count * share)))
+
+
+def variance(moments: Moments, correction: int) -> cupy.ndarray:
+    """Return m2 / (count - correction), and 0 where weights add up to no more than the correction."""
+    count, _, m2 = moments
+    var = m2 / (count - correction)
+    return var if isinstance(count, int) else cupy.where(count > correction, var, 0)
+
+
+def lerp(start: cupy.ndarray, end: Mean, weight: float | cupy.ndarray) -> cupy.ndarray:
+    """Return (1 - weight) * start + weight * end, computed in float64 and rounded once to the dtype of start."""
+    if isinstance(end, Pair):
+        end = end.hi + end.lo
+    moved = ((1 - weight) * start.astype(WIDE) + weight * end).astype(start.dtype)
+    if isinstance(weight, cupy.ndarray):
+        return cupy.where(weight == 0, start, moved)
+    return start.copy() if weight == 0 else moved
+
+
+def step(
+    momentum: float | None, num_batches_tracked: cupy.ndarray | None, count: int | cupy.ndarray, correction: int
+) -> float | cupy.ndarray:
+    """Return momentum or 1 / num_batches_tracked, and 0 where weights add up to ``correction`` or less."""
+    weight = 1 / num_batches_tracked if momentum is None else momentum
+    return weight if isinstance(count, int) else weight * (count > correction).astype(WIDE)
+
+
+def _row(values: cupy.ndarray, ndim: int) -> cupy.ndarray:
+    """Return values for each sample in the shape that broadcasts against an array of ndim axes."""
+    return values if values.ndim == ndim else values[:, None]
