@@ -22,8 +22,8 @@ class Variant(NamedTuple):
     def options(self) -> tuple[str, ...]:
         """The compiler's options."""
         told = self._replace(weighted=int(self.weighted))._asdict()
-        return "-std=c++17", *(f"-D{name.upper()}={value}" for name, value in told.items())
-        return "-std=c++17", *(
+        return "--std=c++17", *(f"-D{name.upper()}={value}" for name, value in told.items())
+        return "--std=c++17", *(
             f"-D{name.upper()}={int(v) if isinstance(v, int) else v}" for name, v in self._asdict().items()
         )
 

@@ -29,33 +29,26 @@ constexpr int BYTES = WIDTH * sizeof(VALUE);
 constexpr int RUN = WEIGHTED ? (PLACES > 4 ? 2 : 4) : BYTES > 8 ? 8 : 16;
 constexpr int UNROLLED = 4;
 
-// What values are computed in where one rounding more does not matter to x's dtype, and where it would.
+constexpr bool IS_WIDE = sizeof(VALUE) == sizeof(double);
+
+// What results are computed in that are rounded to VALUE next. Sums are always in float64.
 template <typename T>
 struct Precision {
-    using Short = float;
+    using Output = float;
     using Gradient = float;
 };
 template <>
 struct Precision<float32> {
-    using Short = float;
-    using Gradient = double;  // dx may be all but nothing, where dy is proportional to y, for one
+    using Output = float;
+    using Gradient = double;  // dx may be all but nothing: where dy is proportional to y, for one
 };
 template <>
 struct Precision<float64> {
-    using Short = double;
+    using Output = double;
     using Gradient = double;
 };
-using Short = typename Precision<VALUE>::Short;
+using Output = typename Precision<VALUE>::Output;
 using Gradient = typename Precision<VALUE>::Gradient;
-
-template <bool CONDITION, typename Then, typename Else>
-struct Choice {
-    using Type = Then;
-};
-template <typename Then, typename Else>
-struct Choice<false, Then, Else> {
-    using Type = Else;
-};
 
 // From values to numbers, and back with one rounding.
 
@@ -223,7 +216,7 @@ struct Moments {
     __device__ __forceinline__ void set_mean(double a, double b) {
         mean = a + b;
         const double b_part = mean - a, a_part = mean - b_part;
-        rest = sizeof(VALUE) == sizeof(double) ? (a - a_part) + (b - b_part) : 0;
+        rest = IS_WIDE ? (a - a_part) + (b - b_part) : 0;
     }
 };
 
@@ -272,33 +265,6 @@ __device__ Result merge_blocks(const Result* results, Index blocks, Index channe
 
 // Moments.
 
-__device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
-__device__ __forceinline__ double multiply_add(double a, double b, double c) { return fma(a, b, c); }
-
-// A power of two by which deviations are multiplied, so that their squares stay within the range of Real: their sizes
-// add up to `spread`, after they have been multiplied by SMALL. It is 0 where they all are.
-template <typename Real>
-struct Scale;
-template <>
-struct Scale<float> {
-    static constexpr float SMALL = 1.0f / 256;  // so that no sum of a run is too large
-    float factor;
-    double inverse;
-
-    __device__ __forceinline__ explicit Scale(float spread) {
-        const unsigned exponent = reinterpret_cast<const unsigned&>(spread) >> 23;
-        const unsigned bits = spread == 0 ? 0 : (254 - (exponent > 0 ? exponent : 1)) << 23;
-        factor = reinterpret_cast<const float&>(bits) * SMALL;
-        inverse = spread == 0 ? 0 : 1 / static_cast<double>(factor);
-    }
-};
-template <>
-struct Scale<double> {  // whose range is large enough
-    static constexpr double SMALL = 1, factor = 1, inverse = 1;
-
-    __device__ __forceinline__ explicit Scale(double) {}
-};
-
 template <int N>
 struct Run {
     Item items[N];
@@ -313,66 +279,44 @@ struct Run {
         return total;
     }
 
-    // Moments of one channel: two passes over values that are in registers. The center is only as exact as Real, but what
-    // the second pass finds of its error is put right in float64.
+    // Moments of one channel, from deviations from a value of it. If that is an outlier, it costs digits: as many as
+    // float64 has to spare for narrower values, but wide ones are gone through again, around their mean.
     // Source: Chan, Golub and LeVeque, Algorithms for Computing the Sample Variance, 1983, equation 1.7.
-    template <typename Real>
     __device__ __forceinline__ Moments moments(int channel, double count) const {
-        Real pivot = 0;  // the first value that counts
+        double center = 0;  // the first value that counts
 #pragma unroll
         for (int i = N * PLACES - 1; i >= 0; --i) {
-            if (counts(i)) pivot = at(channel, i);
+            if (counts(i)) center = at(channel, i);
         }
-        const Real small = Scale<Real>::SMALL;
-        Real total = 0, spread = 0;
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-            Real part = 0, spread_part = 0;
-#pragma unroll
-            for (int place = 0; place < PLACES; ++place) {
-                const Real deviation = deviation_from(pivot * small, small, i * PLACES + place, channel);
-                part += weight<Real>(i * PLACES + place) * deviation;
-                spread_part += deviation < 0 ? -deviation : deviation;
-            }
-            total += part;
-            spread += spread_part;
+        double total, squares;
+        sum_around(center, channel, total, squares);
+        if constexpr (IS_WIDE) {
+            center += total / count;
+            sum_around(center, channel, total, squares);
         }
-        const Real center = pivot + total / (small * static_cast<Real>(count));
-        const Scale<Real> scale(spread);
-        Real rest = 0, squares = 0;
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-            Real rest_part = 0, squares_part = 0;
-#pragma unroll
-            for (int place = 0; place < PLACES; ++place) {
-                const Real deviation =
-                    deviation_from(center * scale.factor, scale.factor, i * PLACES + place, channel);
-                const Real once = weight<Real>(i * PLACES + place) * deviation;
-                rest_part += once;
-                squares_part += once * deviation;
-            }
-            rest += rest_part;
-            squares += squares_part;
-        }
+        const double error = total / count;
         Moments result;
-        const double error = rest / count;
         result.count = count;
-        result.m2 = (squares - rest * error) * scale.inverse * scale.inverse;
-        result.set_mean(center, error * scale.inverse);
+        result.m2 = squares - total * error;
+        result.set_mean(center, error);
         return result;
     }
 
    private:
-    __device__ __forceinline__ bool counts(int i) const { return weights[i / PLACES].counts(i % PLACES); }
-    __device__ __forceinline__ Short at(int channel, int i) const { return items[i / PLACES].at(channel, i % PLACES); }
-
-    template <typename Real>
-    __device__ __forceinline__ Real weight(int i) const { return weights[i / PLACES].at(i % PLACES); }
-    // Return (value - center) * scale, rounded once.
-    template <typename Real>
-    __device__ __forceinline__ Real deviation_from(Real scaled_center, Real scale, int i, int channel) const {
-        return counts(i) ? multiply_add(static_cast<Real>(at(channel, i)), scale, -scaled_center) : 0;
+    __device__ __forceinline__ void sum_around(double center, int channel, double& total, double& squares) const {
+        total = squares = 0;
+#pragma unroll
+        for (int i = 0; i < N * PLACES; ++i) {
+            if (!counts(i)) continue;
+            const double deviation = at(channel, i) - center;
+            const double once = weights[i / PLACES].at(i % PLACES) * deviation;
+            total += once;
+            squares += once * deviation;
+        }
     }
+
+    __device__ __forceinline__ bool counts(int i) const { return weights[i / PLACES].counts(i % PLACES); }
+    __device__ __forceinline__ double at(int channel, int i) const { return items[i / PLACES].at(channel, i % PLACES); }
 };
 
 // Read the next items of a thread, and merge their moments into those of its channels.
@@ -389,9 +333,8 @@ __device__ __forceinline__ void absorb(Moments (&mine)[CHANNELS], const Place& a
     const double count = run.count();
     if (count == 0) return;
     const double share = mine[0].share_of(count);
-    using Real = typename Choice<WEIGHTED, double, Short>::Type;
 #pragma unroll
-    for (int i = 0; i < CHANNELS; ++i) mine[i].merge(run.template moments<Real>(i, count), share);
+    for (int i = 0; i < CHANNELS; ++i) mine[i].merge(run.moments(i, count), share);
 }
 
 // Write the moments of each block's values: `results` is blocks x channels.
@@ -483,7 +426,7 @@ struct Known {
 // y = (x - center) * scale + shift. The center is all of the mean that fits its dtype, so x - center is exact where x
 // is near the mean; the rest of the mean goes into the shift.
 struct Line {
-    Short center, scale, shift;
+    Output center, scale, shift;
 };
 
 // Normalise the next items of a thread.
@@ -508,7 +451,7 @@ __device__ __forceinline__ void normalize_items(const Line (&lines)[CHANNELS], c
 #pragma unroll
             for (int place = 0; place < PLACES; ++place) {
                 const Line& line = lines[channel];
-                const Short value = (items[i].at(channel, place) - line.center) * line.scale + line.shift;
+                const Output value = (items[i].at(channel, place) - line.center) * line.scale + line.shift;
                 narrow(own[i].counts(place) ? value : 0, result.values[channel * PLACES + place]);
             }
         }
@@ -533,9 +476,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         double scale = known.invstd_of(channel, eps);
         if (weight) scale *= weight[channel];
         const double hi = known.mean_of(channel), lo = known.rest_of(channel);
-        const Short center = static_cast<Short>(hi + lo);
+        const Output center = static_cast<Output>(hi + lo);
         const double shift = (center - hi - lo) * scale + (bias ? static_cast<double>(bias[channel]) : 0);
-        lines[i] = {center, static_cast<Short>(scale), static_cast<Short>(shift)};
+        lines[i] = {center, static_cast<Output>(scale), static_cast<Output>(shift)};
     }
     __syncthreads();
     Walk walk(at, rows, channels, places, share);
@@ -553,7 +496,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
 // Add the next items of a thread to the sums of its channels.
 template <int N>
-__device__ __forceinline__ void add_items(Sums (&mine)[CHANNELS], const Gradient (&centers)[CHANNELS], const Place& at,
+__device__ __forceinline__ void add_items(Sums (&mine)[CHANNELS], const double (&centers)[CHANNELS], const Place& at,
                                           Walk& walk, const Array<const VALUE>& x, const Array<const VALUE>& dy,
                                           const Array<const STATISTIC>& weights) {
     Item xs[N], dys[N];
@@ -567,18 +510,16 @@ __device__ __forceinline__ void add_items(Sums (&mine)[CHANNELS], const Gradient
     }
 #pragma unroll
     for (int channel = 0; channel < CHANNELS; ++channel) {
-        Gradient sum = 0, product = 0;  // of few values, so that they may be narrow
 #pragma unroll
         for (int i = 0; i < N; ++i) {
 #pragma unroll
             for (int place = 0; place < PLACES; ++place) {
                 if (!own[i].counts(place)) continue;
-                const Gradient gradient = dys[i].at(channel, place);
-                sum += gradient;
-                product += gradient * (xs[i].at(channel, place) - centers[channel]);
+                const double gradient = dys[i].at(channel, place);
+                mine[channel].dy += gradient;
+                mine[channel].product += gradient * (xs[i].at(channel, place) - centers[channel]);
             }
         }
-        mine[channel].merge({sum, product});
     }
 }
 
@@ -596,10 +537,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const Array<const VALUE> gradients = {dy, dy_row, dy_channel, dy_place}, values = {x, x_row, x_channel, x_place};
     const Array<const STATISTIC> counts = {weights, weights_row, 0, weights_place};
     const Known known = {mean, rest, var, running_mean, running_var};
-    Gradient centers[CHANNELS] = {};
+    double centers[CHANNELS] = {};
     if (walk.left > 0) {
         for (int i = 0; i < CHANNELS; ++i) {
-            centers[i] = static_cast<Gradient>(known.mean_of(at.channel + i) + known.rest_of(at.channel + i));
+            centers[i] = known.mean_of(at.channel + i) + known.rest_of(at.channel + i);
         }
     }
     Sums mine[CHANNELS] = {};
@@ -621,7 +562,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (at.lane > 0 || channel >= channels) return;
     const Known known = {mean, rest, var, running_mean, running_var};
     const double hi = known.mean_of(channel), lo = known.rest_of(channel);
-    const double left = (hi - static_cast<double>(static_cast<Gradient>(hi + lo))) + lo;  // of the mean
+    const double left = (hi - (hi + lo)) + lo;  // of the mean
     sum_dy[channel] = all.dy;
     sum_dy_xhat[channel] = (all.product - left * all.dy) * known.invstd_of(channel, eps);
 }
