@@ -1,7 +1,8 @@
 // The passes over x of batch normalisation, and what is between them.
 //
-// The same bits on every run and on every GPU: no atomics, and the order of all additions depends on shapes alone. No
-// count of values is too large: indices have 64 bits. Nothing is included, so nothing but the compiler need be there.
+// The same bits on every run and on every GPU: no atomics, and the order of all additions depends on shapes and memory
+// orders alone. No count of values is too large: indices have 64 bits. Nothing is included, so nothing but the compiler
+// need be there.
 //
 // An array of (N, C) or (N, C, L) is rows x channels x places here, in any memory order. A thread reads a few values at
 // once, its *item*: those of CHANNELS neighbouring channels, or of PLACES neighbouring places; one of them is 1. The
@@ -89,16 +90,16 @@ __device__ __forceinline__ void narrow(float wide, bfloat16& value) {
 
 // Where a thread is, and what it reads.
 
-struct Place {
-    int lane, lanes;      // among the threads of its channels
-    int column, columns;  // among those of its items
-    Index channel;        // its first
+struct Thread {
+    int lane, lanes;      // its place among those with the same channels
+    int column, columns;  // and among those with the same rows and places
+    Index channel;        // the first of its own
 
-    __device__ Place(Index place_lanes, Index channel_lanes) {
-        const int thread = threadIdx.x, along = static_cast<int>(place_lanes);
+    __device__ Thread(Index place_lanes, Index channel_lanes) {
+        const int number = threadIdx.x, along = static_cast<int>(place_lanes);
         columns = static_cast<int>(channel_lanes);
-        column = thread / along % columns;
-        lane = thread % along + along * (thread / (along * columns));
+        column = number / along % columns;
+        lane = number % along + along * (number / (along * columns));
         lanes = blockDim.x / columns;
         channel = (static_cast<Index>(blockIdx.x) * columns + column) * CHANNELS;
     }
@@ -109,7 +110,7 @@ struct Walk {
     Index left;  // how many are still to come
     Index row, place, row_step, place_step, places;
 
-    __device__ Walk(const Place& at, Index rows, Index channels, Index places, Index share) : places(places) {
+    __device__ Walk(const Thread& at, Index rows, Index channels, Index places, Index share) : places(places) {
         const Index packs = places / PLACES, first = blockIdx.y * share + at.lane;
         const Index all = rows * packs, others = (blockIdx.y + 1) * share, end = all < others ? all : others;
         left = at.channel < channels && first < end ? (end - first + at.lanes - 1) / at.lanes : 0;
@@ -232,7 +233,7 @@ struct Sums {
 
 // Merge the results of all lanes into those of lane 0, as a tree.
 template <typename Result, int N>
-__device__ void merge_lanes(Result (&mine)[N], const Place& at) {
+__device__ void merge_lanes(Result (&mine)[N], const Thread& at) {
     __shared__ Result others[THREADS / 2 * N];
     for (int half = at.lanes / 2; half > 0; half /= 2) {
         if (at.lane >= half && at.lane < 2 * half) {
@@ -247,14 +248,14 @@ __device__ void merge_lanes(Result (&mine)[N], const Place& at) {
 }
 
 template <typename Result>
-__device__ void store_result(const Result (&mine)[CHANNELS], const Place& at, Index channels, Result* results) {
+__device__ void store_result(const Result (&mine)[CHANNELS], const Thread& at, Index channels, Result* results) {
     if (at.lane > 0 || at.channel >= channels) return;
     for (int i = 0; i < CHANNELS; ++i) results[blockIdx.y * channels + at.channel + i] = mine[i];
 }
 
 // Merge what all blocks have found of a channel; lane 0 of each column has it.
 template <typename Result>
-__device__ Result merge_blocks(const Result* results, Index blocks, Index channel, Index channels, const Place& at) {
+__device__ Result merge_blocks(const Result* results, Index blocks, Index channel, Index channels, const Thread& at) {
     Result mine[1] = {};
     if (channel < channels) {
         for (Index block = at.lane; block < blocks; block += at.lanes) mine[0].merge(results[block * channels + channel]);
@@ -321,7 +322,7 @@ struct Run {
 
 // Read the next items of a thread, and merge their moments into those of its channels.
 template <int N>
-__device__ __forceinline__ void absorb(Moments (&mine)[CHANNELS], const Place& at, Walk& walk,
+__device__ __forceinline__ void absorb(Moments (&mine)[CHANNELS], const Thread& at, Walk& walk,
                                        const Array<const VALUE>& x, const Array<const STATISTIC>& weights) {
     Run<N> run;
 #pragma unroll
@@ -343,7 +344,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
             const VALUE* __restrict__ x, Index x_row, Index x_channel, Index x_place,
             const STATISTIC* __restrict__ weights, Index weights_row, Index weights_place,
             Moments* __restrict__ results) {
-    const Place at(place_lanes, channel_lanes);
+    const Thread at(place_lanes, channel_lanes);
     Walk walk(at, rows, channels, places, share);
     const Array<const VALUE> values = {x, x_row, x_channel, x_place};
     const Array<const STATISTIC> counts = {weights, weights_row, 0, weights_place};
@@ -359,7 +360,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     merge_moments(Index channel_lanes, Index blocks, Index channels, const Moments* __restrict__ results,
                   double* __restrict__ count, double* __restrict__ mean, double* __restrict__ rest,
                   double* __restrict__ m2) {
-    const Place at(1, channel_lanes);
+    const Thread at(1, channel_lanes);
     const Index channel = static_cast<Index>(blockIdx.x) * at.columns + at.column;
     const Moments all = merge_blocks(results, blocks, channel, channels, at);
     if (at.lane > 0 || channel >= channels) return;
@@ -388,7 +389,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 const Index* __restrict__ batches, Index* __restrict__ new_batches,
                 const STATISTIC* __restrict__ running_mean, STATISTIC* __restrict__ new_mean,
                 const STATISTIC* __restrict__ running_var, STATISTIC* __restrict__ new_var) {
-    const Place at(1, channel_lanes);
+    const Thread at(1, channel_lanes);
     const Index channel = static_cast<Index>(blockIdx.x) * at.columns + at.column;
     const Moments all = merge_blocks(results, blocks, channel, channels, at);
     if (at.lane > 0 || channel >= channels) return;
@@ -431,7 +432,7 @@ struct Line {
 
 // Normalise the next items of a thread.
 template <int N>
-__device__ __forceinline__ void normalize_items(const Line (&lines)[CHANNELS], const Place& at, Walk& walk,
+__device__ __forceinline__ void normalize_items(const Line (&lines)[CHANNELS], const Thread& at, Walk& walk,
                                                 const Array<const VALUE>& x, const Array<VALUE>& y,
                                                 const Array<const STATISTIC>& weights) {
     Item items[N];
@@ -467,7 +468,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
               const STATISTIC* weights, Index weights_row, Index weights_place, const double* mean, const double* rest,
               const double* var, const STATISTIC* running_mean, const STATISTIC* running_var, const STATISTIC* weight,
               const STATISTIC* bias, double eps) {
-    const Place at(place_lanes, channel_lanes);
+    const Thread at(place_lanes, channel_lanes);
     __shared__ Line lines[CHANNEL_LANES * CHANNELS];
     const Known known = {mean, rest, var, running_mean, running_var};
     for (int i = threadIdx.x; i < at.columns * CHANNELS; i += blockDim.x) {
@@ -496,7 +497,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
 // Add the next items of a thread to the sums of its channels.
 template <int N>
-__device__ __forceinline__ void add_items(Sums (&mine)[CHANNELS], const double (&centers)[CHANNELS], const Place& at,
+__device__ __forceinline__ void add_items(Sums (&mine)[CHANNELS], const double (&centers)[CHANNELS], const Thread& at,
                                           Walk& walk, const Array<const VALUE>& x, const Array<const VALUE>& dy,
                                           const Array<const STATISTIC>& weights) {
     Item xs[N], dys[N];
@@ -532,7 +533,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
               const double* __restrict__ mean, const double* __restrict__ rest, const double* __restrict__ var,
               const STATISTIC* __restrict__ running_mean, const STATISTIC* __restrict__ running_var,
               Sums* __restrict__ results) {
-    const Place at(place_lanes, channel_lanes);
+    const Thread at(place_lanes, channel_lanes);
     Walk walk(at, rows, channels, places, share);
     const Array<const VALUE> gradients = {dy, dy_row, dy_channel, dy_place}, values = {x, x_row, x_channel, x_place};
     const Array<const STATISTIC> counts = {weights, weights_row, 0, weights_place};
@@ -556,7 +557,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                const double* __restrict__ mean, const double* __restrict__ rest, const double* __restrict__ var,
                const STATISTIC* __restrict__ running_mean, const STATISTIC* __restrict__ running_var, double eps,
                double* __restrict__ sum_dy, double* __restrict__ sum_dy_xhat) {
-    const Place at(1, channel_lanes);
+    const Thread at(1, channel_lanes);
     const Index channel = static_cast<Index>(blockIdx.x) * at.columns + at.column;
     const Sums all = merge_blocks(results, blocks, channel, channels, at);
     if (at.lane > 0 || channel >= channels) return;
@@ -574,7 +575,7 @@ struct Back {
 
 // Write the gradients of the next items of a thread.
 template <int N>
-__device__ __forceinline__ void grad_items(const Back (&backs)[CHANNELS], bool is_constant, const Place& at, Walk& walk,
+__device__ __forceinline__ void grad_items(const Back (&backs)[CHANNELS], bool is_constant, const Thread& at, Walk& walk,
                                            const Array<const VALUE>& x, const Array<const VALUE>& dy,
                                            const Array<VALUE>& dx, const Array<const STATISTIC>& weights) {
     Item xs[N], dys[N];
@@ -621,7 +622,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                const STATISTIC* __restrict__ running_mean, const STATISTIC* __restrict__ running_var,
                const STATISTIC* __restrict__ weight, double eps, const double* __restrict__ sum_dy,
                const double* __restrict__ sum_dy_xhat, double count, const double* __restrict__ weighted_count) {
-    const Place at(place_lanes, channel_lanes);
+    const Thread at(place_lanes, channel_lanes);
     __shared__ Back backs[CHANNEL_LANES * CHANNELS];
     const Known known = {mean, rest, var, running_mean, running_var};
     for (int i = threadIdx.x; i < at.columns * CHANNELS; i += blockDim.x) {

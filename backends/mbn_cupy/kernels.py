@@ -14,7 +14,7 @@ import numpy as np
 from mbn.contract import Moments, Residuals
 from mbn.state import Params, State
 from mbn_cupy.compilation import Variant, kernel
-from mbn_cupy.layout import THREADS, Layout, layout, power
+from mbn_cupy.layout import THREADS, Cover, Layout, layout
 from mbn_cupy.vectors import WIDE, Mean, Pair
 
 _NULL = 0
@@ -124,40 +124,41 @@ class _Call(NamedTuple):
     variant: Variant
     arrays: tuple[Any, ...]
     """The kernels' arguments that say where x, the others and the weights are."""
+    num_features: int
 
     @classmethod
     def of(cls, arrays: Sequence[cupy.ndarray], weights: cupy.ndarray | None, *vectors: Mean | None) -> "_Call":
         """Return a call with arrays of one shape and dtype, of which x is the first, and vectors."""
-        given = [weights, *vectors]
-        is_narrow = any(isinstance(vector, cupy.ndarray) and vector.dtype == np.float32 for vector in given)
-        is_wide = any(isinstance(vector, cupy.ndarray) and vector.dtype == WIDE for vector in given)
-        statistic = "float64" if is_wide and not is_narrow else "float32"
+        x = arrays[0]
+        given = [vector.dtype for vector in (weights, *vectors) if isinstance(vector, cupy.ndarray)]
+        statistic = "float64" if WIDE in given and np.float32 not in given else "float32"
         plan = layout(arrays, weights)
-        placed = [value for array, steps in zip(arrays, plan.strides, strict=False) for value in (array, *steps)]
-        weighting = _NULL, 0, 0
-        if weights is not None:
+        placed = [value for array, strides in zip(arrays, plan.strides, strict=False) for value in (array, *strides)]
+        if weights is None:
+            placed += _NULL, 0, 0
+        else:
             row, _, place = plan.strides[-1]
-            weighting = weights, row, place
-        variant = Variant(arrays[0].dtype.name, statistic, *plan.item, weights is not None)
-        return cls(plan, variant, (*placed, *weighting))
+            placed += weights, row, place
+        variant = Variant(x.dtype.name, statistic, plan.channels, plan.places, weights is not None)
+        return cls(plan, variant, tuple(placed), x.shape[1])
 
     def sums(self, name: str, fields: int, *arguments: Any) -> cupy.ndarray:
         """Have a kernel go through the values, and return what each block has found, (blocks, C, fields) in float64."""
-        share = self.layout.summing()
-        results = cupy.empty((-(-self.layout.items // share), self.layout.channels, fields))
-        self._pass(name, share, *arguments, results)
+        cover = self.layout.summing
+        results = cupy.empty((cover.blocks[1], self.num_features, fields))
+        self._pass(name, cover, *arguments, results)
         return results
 
     def write(self, name: str, *arguments: Any) -> None:
         """Have a kernel go through the values that writes one for each."""
-        self._pass(name, self.layout.writing(), *arguments)
+        self._pass(name, self.layout.writing, *arguments)
 
     def merge(self, name: str, results: cupy.ndarray, *arguments: Any) -> None:
         """Have a kernel merge what blocks have found."""
         blocks, channels, _ = results.shape
-        threads = _COLUMNS * min(THREADS // _COLUMNS, power(blocks))
+        lanes = 1 << min(blocks - 1, THREADS // _COLUMNS - 1).bit_length()
         arguments = _COLUMNS, blocks, channels, results, *arguments
-        kernel(name, self.variant)((-(-channels // _COLUMNS), 1, 1), (threads, 1, 1), arguments)
+        kernel(name, self.variant)((-(-channels // _COLUMNS), 1, 1), (_COLUMNS * lanes, 1, 1), arguments)
 
     def known(self, mean: Mean, var: cupy.ndarray) -> tuple[Any, ...]:
         """Return the arguments mean, rest and var of a batch, and running mean and variance: those that are there."""
@@ -177,12 +178,9 @@ class _Call(NamedTuple):
         """Return a (C,) vector as an argument: in the dtype of all of them, without a gap."""
         return _NULL if vector is None else cupy.ascontiguousarray(vector, self.variant.statistic)
 
-    def _pass(self, name: str, share: int, *arguments: Any) -> None:
-        plan = self.layout
-        lanes = plan.place_lanes, plan.channel_lanes
-        grid = plan.tiles, -(-plan.items // share), 1
-        arguments = *lanes, share, plan.rows, plan.channels, plan.places, *self.arrays, *arguments
-        kernel(name, self.variant)(grid, (plan.lanes * plan.channel_lanes, 1, 1), arguments)
+    def _pass(self, name: str, cover: Cover, *arguments: Any) -> None:
+        arguments = *cover.arguments, *self.arrays, *arguments
+        kernel(name, self.variant)(cover.blocks, cover.threads, arguments)
 
 
 def _count(x: cupy.ndarray, weights: cupy.ndarray | None) -> int | cupy.ndarray:

@@ -1,123 +1,141 @@
-"""How arrays lie in memory, and which threads read what of them.
+"""How arrays lie in memory, and which threads of a GPU read what of them.
 
-It depends on shapes, strides and alignment alone, and how sums are split on shapes: the same on every GPU.
+It depends on shapes, strides and alignment alone: not on the GPU, or bits would.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import cupy
 
 THREADS = 256
-"""In a block, as in the source."""
+"""In a block, at most: as in the source."""
 _WARP = 32
 _LINE = 128
-"""Bytes of a cache line: what neighbouring threads read together at least, where channels are next to each other."""
+"""Bytes of a cache line: what neighbouring threads read together, where channels are next to each other."""
 _WIDEST = 16
 """Bytes that a thread can read at once."""
 _RUN = 16
-"""Items that a thread reads in a run, or a multiple of it."""
+"""A multiple of the items that a thread sums up in a run."""
 _ENOUGH_BLOCKS = 512
-"""To keep a GPU busy: beyond that, a thread has several runs, so that the blocks' own work counts for less."""
-_BLOCKS = 4096
-"""At most, where each leaves a result behind: few enough for those to be small beside x."""
+"""Blocks to keep a GPU busy. Where there would be more, threads do several runs: blocks have work of their own."""
+_SUMMING_BLOCKS = 4096
+"""At most, since each leaves a result behind: they are to be small beside x."""
+_STEP = 4
+"""Items that a thread reads before it writes any."""
 _WRITING_BLOCKS = 8192
-"""At most, where none does."""
-_UNROLLED = 4
-"""Items that such a thread reads at a time."""
+"""At most."""
 
 Strides = tuple[int, int, int]
 """Of rows, channels and places, in values."""
 
 
-class Layout(NamedTuple):
-    """Arrays of one shape as rows x channels x places, and the items and lanes of the threads; see the source."""
+class Cover(NamedTuple):
+    """A grid of blocks that goes through all values once."""
 
-    rows: int
+    blocks: tuple[int, int, int]
+    """Those for all channels, and those that share a channel."""
+    threads: tuple[int, int, int]
+    arguments: tuple[int, ...]
+    """The kernels' first: lanes of places and of channels, the items that a block shares, rows, channels and places."""
+
+
+class Layout(NamedTuple):
+    """Arrays of one shape as rows x channels x places."""
+
+    strides: tuple[Strides, ...]
+    """Of the arrays in their order; at last of the weights, which have one channel for all."""
     channels: int
     places: int
-    strides: tuple[Strides, ...]
-    """Of the arrays in their order, and of the weights at last, whose channels are all one."""
-    item: tuple[int, int]
-    """Channels and places that a thread reads at once; one of them is 1."""
-    place_lanes: int
-    channel_lanes: int
-
-    @property
-    def lanes(self) -> int:
-        """Threads in a block that share a channel: a power of two."""
-        return min(THREADS // self.channel_lanes, power(self.items))
-
-    @property
-    def items(self) -> int:
-        """Items of a channel."""
-        return self.rows * (self.places // self.item[1])
-
-    @property
-    def tiles(self) -> int:
-        """Blocks side by side, for all channels."""
-        return -(-self.channels // (self.channel_lanes * self.item[0]))
-
-    def summing(self) -> int:
-        """Return how many items of a channel a block takes to sum them up."""
-        runs = -(-self.items // (self.lanes * _RUN))
-        blocks = min(max(runs // 4, -(-_ENOUGH_BLOCKS // self.tiles)), max(1, _BLOCKS // self.tiles))
-        return -(-runs // min(blocks, runs)) * self.lanes * _RUN
-
-    def writing(self) -> int:
-        """Return how many items of a channel a block takes where each value has a result of its own."""
-        steps = -(-self.items // (self.lanes * _UNROLLED))
-        return -(-steps // max(1, _WRITING_BLOCKS // self.tiles)) * self.lanes * _UNROLLED
+    """Neighbours that a thread reads at once, its item: channels or places, of which the other is 1."""
+    summing: Cover
+    """For kernels that leave a result for each block and channel."""
+    writing: Cover
+    """For those that write to each place."""
 
 
 def layout(arrays: Sequence[cupy.ndarray], weights: cupy.ndarray | None) -> Layout:
-    """Return the layout of arrays of (N, C) or (N, C, L), by whose first the order of the threads goes, and weights."""
+    """Return the layout of arrays of (N, C) or (N, C, L), and weights; the order of threads is that of the first."""
     first = arrays[0]
-    rows, channels, places = (*first.shape, 1)[:3]
-    strides = [tuple(step // array.itemsize for step in (*array.strides, 0)[:3]) for array in arrays]
-    if weights is not None:
-        row, place = (step // weights.itemsize for step in (*weights.strides, 0)[:2])
+    return _layout(
+        first.shape,
+        first.itemsize,
+        tuple(array.strides for array in arrays),
+        tuple(array.data.ptr % _WIDEST for array in arrays),
+        None if weights is None else tuple(stride // weights.itemsize for stride in weights.strides),
+    )
+
+
+@lru_cache(maxsize=1024)  # a call would take as long without as its launches do
+def _layout(
+    shape: tuple[int, ...],
+    itemsize: int,
+    all_strides: tuple[tuple[int, ...], ...],
+    offsets: tuple[int, ...],
+    weights_strides: tuple[int, ...] | None,
+) -> Layout:
+    rows, channels, places = (*shape, 1)[:3]
+    strides = [tuple(stride // itemsize for stride in (*own, 0)[:3]) for own in all_strides]
+    if weights_strides is not None:
+        row, place = (*weights_strides, 0)[:2]
         strides.append((row, 0, place))
-    # An axis of one has no stride.
+    # An axis of one has no stride, whatever is said of it.
     strides = [(row * (rows > 1), channel * (channels > 1), place * (places > 1)) for row, channel, place in strides]
-    if rows == 1 or all(row == places * place for row, _, place in strides):  # one axis, in two pieces
-        strides = [(place if places > 1 else row, channel, 0) for row, channel, place in strides]
+    if rows == 1 or (places > 1 and all(row == places * place for row, _, place in strides)):  # one axis in two
+        strides = [(place, channel, 0) for _, channel, place in strides]
         rows, places = rows * places, 1
     row, channel, place = map(abs, strides[0])
     if (row < channel or channels == 1) if places == 1 else row < place:  # neighbours are places
         strides = [(place, channel, row) for row, channel, place in strides]
         rows, places = places, rows
-    row, channel, place = map(abs, strides[0])
-    along_channels = places == 1 or channel < place
-    item = _item(arrays, strides[: len(arrays)], channels if along_channels else places, along_channels)
-    size = item * first.itemsize
-    if along_channels:
-        lanes = 1, min(power(channels // item), _WARP, _LINE // size)
-        return Layout(rows, channels, places, tuple(strides), (item, 1), *lanes)
-    place_lanes = min(power(places // item), _WARP)
-    lanes = place_lanes, min(power(channels), _WARP // place_lanes)
-    return Layout(rows, channels, places, tuple(strides), (1, item), *lanes)
+    _, channel, place = map(abs, strides[0])
+    if places == 1 or channel < place:
+        # Four channels at most, since a thread keeps what it has found of each.
+        widest = min(4, _WIDEST // itemsize)
+        item = _item([(channel, row, place) for row, channel, place in strides], channels, widest, itemsize, offsets)
+        lanes = 1, min(_power(channels // item), _WARP, _LINE // (item * itemsize))
+        return _covered(strides, (rows, channels, places), (item, 1), lanes)
+    widest = _WIDEST // itemsize
+    item = _item([(place, row, channel) for row, channel, place in strides], places, widest, itemsize, offsets)
+    place_lanes = min(_power(places // item), _WARP)
+    lanes = place_lanes, min(_power(channels), _WARP // place_lanes)
+    return _covered(strides, (rows, channels, places), (1, item), lanes)
 
 
-def _item(arrays: Sequence[cupy.ndarray], strides: Sequence[Strides], length: int, along_channels: bool) -> int:  # noqa: FBT001
-    """Return how many neighbours can be read at once, along an axis of a length, in all arrays."""
-    itemsize = arrays[0].itemsize
-    # Four channels: of each, a thread keeps what it has found.
-    widest = min(4, _WIDEST // itemsize) if along_channels else _WIDEST // itemsize
+def _item(strides: Sequence[Strides], length: int, widest: int, itemsize: int, offsets: tuple[int, ...]) -> int:
+    """Return how many neighbours, along the axis of the first strides, can be read at once in all arrays."""
+    own = list(zip(strides, offsets, strict=False))  # weights have no offset: they are read one by one
     for size in (8, 4, 2):
         if size > widest or length % size:
             continue
         if all(
-            (channel if along_channels else place) == 1
-            and row % size == 0
-            and (place if along_channels else channel) % size == 0
-            and array.data.ptr % (size * itemsize) == 0
-            for array, (row, channel, place) in zip(arrays, strides, strict=True)
+            along == 1 and not (other % size or another % size or offset % (size * itemsize))
+            for (along, other, another), offset in own
         ):
             return size
     return 1
 
 
-def power(number: int) -> int:
+def _covered(
+    strides: Sequence[Strides], sizes: tuple[int, int, int], item: tuple[int, int], lanes: tuple[int, int]
+) -> Layout:
+    rows, channels, places = sizes
+    items = rows * (places // item[1])
+    sharing = min(THREADS // lanes[1], _power(items))  # threads with the same channels
+    tiles = -(-channels // (lanes[1] * item[0]))
+    runs = -(-items // (sharing * _RUN))
+    blocks = min(max(runs // 4, -(-_ENOUGH_BLOCKS // tiles)), max(1, _SUMMING_BLOCKS // tiles), runs)
+    steps = -(-items // (sharing * _STEP))
+
+    def cover(share: int) -> Cover:
+        return Cover((tiles, -(-items // share), 1), (sharing * lanes[1], 1, 1), (*lanes, share, *sizes))
+
+    summing = cover(-(-runs // blocks) * sharing * _RUN)
+    writing = cover(-(-steps // max(1, _WRITING_BLOCKS // tiles)) * sharing * _STEP)
+    return Layout(tuple(strides), *item, summing, writing)
+
+
+def _power(number: int) -> int:
     """Return the least power of two that is no less."""
     return 1 << (number - 1).bit_length()
