@@ -1,0 +1,165 @@
+"""CuPy's array with NumPy's arithmetic, on the current one of the pretended devices."""
+
+from types import SimpleNamespace
+
+import numpy as np
+
+from ._device import Device, current_id
+from ._memory import allocated
+
+
+class ndarray:  # noqa: N801 - CuPy's name
+    """An array that keeps its values to itself, ``_host``, and says on which device they are pretended to lie."""
+
+    __array_ufunc__ = None  # so that NumPy leaves `numpy_array + x` to this class, which refuses it
+    __hash__ = None
+
+    def __init__(self, host, memory, device_id):
+        self._host = host
+        self._memory = memory
+        self._device_id = device_id
+
+    shape = property(lambda self: self._host.shape)
+    strides = property(lambda self: self._host.strides)
+    dtype = property(lambda self: self._host.dtype)
+    ndim = property(lambda self: self._host.ndim)
+    size = property(lambda self: self._host.size)
+    itemsize = property(lambda self: self._host.itemsize)
+    nbytes = property(lambda self: self._host.nbytes)
+    flags = property(lambda self: self._host.flags)
+    data = property(lambda self: SimpleNamespace(ptr=self._host.ctypes.data))
+    device = property(lambda self: Device(self._device_id))
+    T = property(lambda self: self._result(self._host.T))
+    mT = property(lambda self: self._result(self._host.mT))  # noqa: N815 - CuPy's name
+
+    def __array__(self, *args, **options):
+        message = "Implicit conversion to a NumPy array is not allowed. Please use `.get()`."
+        raise TypeError(message)
+
+    def __repr__(self):
+        return repr(self._host)
+
+    def __int__(self):
+        return int(self._host)
+
+    def __bool__(self):
+        return bool(self._host)
+
+    def __getitem__(self, key):
+        parts = tuple(map(_index, key if isinstance(key, tuple) else (key,)))
+        if not any(part is Ellipsis for part in parts):
+            parts += (Ellipsis,)  # what picks a single value is a view of it
+        return self._result(self._host[parts])
+
+    def __setitem__(self, key, value):
+        operand(self)[key] = operand(value)
+
+    def __reduce__(self):
+        from . import asarray  # noqa: PLC0415
+
+        return asarray, (self.get(),)
+
+    def __deepcopy__(self, memo):
+        with self.device:
+            return self.copy()
+
+    def get(self):
+        return self._host.copy()
+
+    def copy(self):
+        return stored(self._host.copy())
+
+    def ravel(self):
+        return self._result(self._host.ravel())
+
+    def astype(self, dtype, *, copy=True):
+        if not copy and dtype == self.dtype:
+            return self
+        return call(np.ndarray.astype, self, dtype=dtype)
+
+    def _result(self, host):
+        """Return a view as an array that shares this one's memory, and a copy in memory of its own."""
+        if np.may_share_memory(host, self._host):
+            return ndarray(host, self._memory, self._device_id)
+        return stored(host, self._device_id)
+
+
+def _operator(ufunc):
+    return lambda self, other: call(ufunc, self, other)
+
+
+def _reflected(ufunc):
+    return lambda self, other: call(ufunc, other, self)
+
+
+def _in_place(ufunc):
+    return lambda self, other: call(ufunc, self, other, out=self)
+
+
+for _name, _ufunc in {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "truediv": np.true_divide,
+    "floordiv": np.floor_divide,
+    "mod": np.remainder,
+    "and": np.bitwise_and,
+}.items():
+    setattr(ndarray, f"__{_name}__", _operator(_ufunc))
+    setattr(ndarray, f"__r{_name}__", _reflected(_ufunc))
+    setattr(ndarray, f"__i{_name}__", _in_place(_ufunc))
+for _name, _ufunc in {
+    "eq": np.equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+}.items():
+    setattr(ndarray, f"__{_name}__", _operator(_ufunc))
+ndarray.__neg__ = lambda self: call(np.negative, self)
+
+
+def unwritten(shape, dtype, strides=None):
+    """Return an array on the current device that nobody has written to."""
+    return ndarray(*allocated(shape, np.dtype(dtype), strides), current_id())
+
+
+def stored(host, device_id=None):
+    """Return the values of a NumPy array, in its order, as an array on a device: the current one if None."""
+    copy, memory = allocated(host.shape, host.dtype, np.empty_like(host).strides)
+    copy[...] = host
+    return ndarray(copy, memory, current_id() if device_id is None else device_id)
+
+
+def call(function, *operands, out=None, **options):
+    """Do what NumPy does, on the current device."""
+    if out is not None:
+        options["out"] = operand(out)
+    with np.errstate(all="ignore"):
+        result = function(*map(operand, operands), **options)
+    return stored(np.asarray(result)) if out is None else out
+
+
+def operand(value):
+    """Return what NumPy takes for a value that CuPy takes.
+
+    Raises:
+        TypeError: CuPy doesn't take it.
+        ValueError: it is not on the current device.
+    """
+    if isinstance(value, ndarray):
+        if value._device_id != current_id():
+            message = f"The array is on device {value._device_id}, the current device is {current_id()}."
+            raise ValueError(message)
+        return value._host
+    if isinstance(value, int | float | np.generic):
+        return value
+    message = f"Unsupported type {type(value)}"
+    raise TypeError(message)
+
+
+def _index(key):
+    if isinstance(key, ndarray) and key.dtype == bool:
+        message = "A boolean index would wait for the GPU, to count its values."
+        raise TypeError(message)
+    return operand(key) if isinstance(key, ndarray) else key
