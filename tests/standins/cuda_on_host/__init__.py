@@ -28,10 +28,7 @@ _OPTIONS = (
     "-fsanitize=alignment,null,bounds-strict,shift,integer-divide-by-zero,signed-integer-overflow",
 )
 _LIBRARIES = ("-Wl,-z,defs", "-nodefaultlibs", "-lm", "-lc", "-lgcc")  # all but the sanitizer's own, which would print
-_KERNEL = re.compile(
-    r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\(([^)]*)\)\s*)?(\w+)\s*\('
-    r'|extern\s+"C"\s+__global__\s+__launch_bounds__\s*\(([^)]*)\)\s+void\s+(\w+)\s*\('
-)
+_KERNEL = re.compile(r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\(([^,)]+)[^)]*\)\s*)?(\w+)\s*\(')
 _MOST_THREADS = 1024
 _LIMITS = (("grid", (2**31 - 1, 65535, 65535)), ("block", (1024, 1024, 64)))
 _running = threading.Lock()
@@ -112,8 +109,7 @@ def compile(source: str, options: tuple[str, ...] = ()) -> Library:  # noqa: A00
         message = "Running CUDA kernels without a GPU needs g++, and there is none on PATH."
         raise RuntimeError(message)
     exported = "\n".join(
-        f"CUDA_ON_HOST_KERNEL({name}, {bound or 0})"
-        for bound, name in ((found[1] or found[3], found[2] or found[4]) for found in _KERNEL.finditer(source))
+        f"CUDA_ON_HOST_KERNEL({name}, {bound or 0})" for bound, name in _KERNEL.findall(source)
     )
     # What a compiler says of the source is said of its own lines.
     text = f'#include "cuda.hpp"\n#line 1 "kernels.cu"\n{source}\n#line 1 "exported"\n{exported}\n'

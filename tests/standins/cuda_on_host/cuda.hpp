@@ -25,6 +25,19 @@
 // In a segment of its own, which can be found whatever is shared; who writes there is not for the compiler to say.
 #define __shared__ __attribute__((used)) static thread_local
 
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+
+template <class T>
+void __stwb(T* place, T value) {
+    *place = value;
+}
+
 inline void __syncthreads(int line = __builtin_LINE()) { cuda_on_host::wait(cuda_on_host::block_barrier, line); }
 
 inline void __syncwarp(unsigned = ~0U, int line = __builtin_LINE()) {

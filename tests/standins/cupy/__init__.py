@@ -29,6 +29,11 @@ def asarray(a, dtype=None):
     return stored(host.astype(host.dtype.newbyteorder("=") if dtype is None else dtype))
 
 
+def ascontiguousarray(a, dtype=None):
+    host = operand(a)
+    return a if host.flags.c_contiguous and dtype in (None, a.dtype) else stored(np.ascontiguousarray(host, dtype))
+
+
 def asnumpy(a):
     return a.get()
 
@@ -40,10 +45,6 @@ def empty(shape, dtype=float):
 def empty_like(prototype, dtype=None):
     like = np.empty_like(prototype._host, dtype)
     return unwritten(like.shape, like.dtype, like.strides)
-
-
-def zeros_like(a, dtype=None):
-    return stored(np.zeros_like(a._host, dtype))
 
 
 def zeros(shape, dtype=float):
@@ -58,29 +59,16 @@ def arange(stop):
     return stored(np.arange(stop))
 
 
-def sqrt(x):
-    return call(np.sqrt, x)
-
-
-def add(x1, x2, out):
-    return call(np.add, x1, x2, out=out)
-
-
-def subtract(x1, x2, out):
-    return call(np.subtract, x1, x2, out=out)
-
-
 def where(condition, x, y):
     return call(np.where, condition, x, y)
 
 
-def copyto(dst, src, where):
-    with np.errstate(all="ignore"):
-        np.copyto(*map(operand, (dst, src)), where=operand(where))
+def may_share_memory(a, b):
+    return np.may_share_memory(a._host, b._host)
 
 
-def argmax(a):
-    return call(np.argmax, a)
+def shares_memory(a, b):
+    return np.shares_memory(a._host, b._host)
 
 
 def all(a):  # noqa: A001 - CuPy's name
