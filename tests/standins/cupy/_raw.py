@@ -18,7 +18,7 @@ class RawModule:
             raise TypeError(message)
         self._code = code
         self._macros = tuple(option for option in options if option.startswith("-D"))
-        if others := set(options) - {*self._macros, "-std=c++17"}:
+        if others := set(options) - {*self._macros, "--std=c++17", "-std=c++17"}:
             message = f"The stand-in has no options {others}."
             raise ValueError(message)
 
