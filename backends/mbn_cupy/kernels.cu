@@ -120,14 +120,13 @@ struct Walk {
         place_step = at.lanes % packs * PLACES;
     }
 
-    __device__ __forceinline__ void advance() {
+    // Go on, and return whether this takes one row more than the step, since its places were at their end.
+    __device__ __forceinline__ bool advance() {
         --left;
-        row += row_step;
         place += place_step;
-        if (place >= places) {
-            place -= places;
-            ++row;
-        }
+        const bool wraps = place >= places;
+        if (wraps) place -= places;
+        return wraps;
     }
 };
 
@@ -157,32 +156,37 @@ struct alignas(BYTES) Item {
     __device__ __forceinline__ auto at(int channel, int place) const { return widen(values[channel * PLACES + place]); }
 };
 
-// An array, and how far its neighbours are from each other.
+// An array, at the item of a walk.
 template <typename T>
-struct Array {
-    T* values;
-    Index row, channel, place;
+struct Cursor {
+    T* next;
+    Index step, wrap, place;  // from an item to the next, what a wrap adds, and from a place to the next
 
-    __device__ __forceinline__ T* at(const Walk& walk, Index first_channel) const {
-        return values + walk.row * row + first_channel * channel + walk.place * place;
-    }
-    __device__ __forceinline__ Item load(const Walk& walk, Index first_channel) const {
-        return *reinterpret_cast<const Item*>(at(walk, first_channel));
-    }
-    __device__ __forceinline__ void store(const Walk& walk, Index first_channel, const Item& item) const {
+    __device__ Cursor(const Walk& walk, Index first_channel, T* values, Index row, Index channel, Index place)
+        : next(values + walk.row * row + first_channel * channel + walk.place * place),
+          step(walk.row_step * row + walk.place_step * place),
+          wrap(step + row - walk.places * place),
+          place(place) {}
+
+    __device__ __forceinline__ void advance(bool wraps) { next += wraps ? wrap : step; }
+    __device__ __forceinline__ Item load() const { return *reinterpret_cast<const Item*>(next); }
+    __device__ __forceinline__ void store(const Item& item) const {
         using Whole = typename Piece<BYTES>::Type;
-        __stwb(reinterpret_cast<Whole*>(at(walk, first_channel)), reinterpret_cast<const Whole&>(item));
+        __stwb(reinterpret_cast<Whole*>(next), reinterpret_cast<const Whole&>(item));
     }
 };
+using Values = Cursor<const VALUE>;
+using Results = Cursor<VALUE>;
+using Counts = Cursor<const STATISTIC>;
 
 // The weights of an item's places: 1 where none are given. They are the same for all channels.
 struct Weights {
     STATISTIC values[PLACES];
 
-    __device__ __forceinline__ void load(const Array<const STATISTIC>& weights, const Walk& walk) {
+    __device__ __forceinline__ void load(const Counts& weights) {
         if constexpr (WEIGHTED) {
 #pragma unroll
-            for (int place = 0; place < PLACES; ++place) values[place] = weights.at(walk, 0)[place * weights.place];
+            for (int place = 0; place < PLACES; ++place) values[place] = weights.next[place * weights.place];
         }
     }
     __device__ __forceinline__ bool counts(int place) const { return !WEIGHTED || values[place] > 0; }
@@ -322,14 +326,15 @@ struct Run {
 
 // Read the next items of a thread, and merge their moments into those of its channels.
 template <int N>
-__device__ __forceinline__ void absorb(Moments (&mine)[CHANNELS], const Thread& at, Walk& walk,
-                                       const Array<const VALUE>& x, const Array<const STATISTIC>& weights) {
+__device__ __forceinline__ void absorb(Moments (&mine)[CHANNELS], Walk& walk, Values& x, Counts& weights) {
     Run<N> run;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-        run.items[i] = x.load(walk, at.channel);
-        run.weights[i].load(weights, walk);
-        walk.advance();
+        run.items[i] = x.load();
+        run.weights[i].load(weights);
+        const bool wraps = walk.advance();
+        x.advance(wraps);
+        weights.advance(wraps);
     }
     const double count = run.count();
     if (count == 0) return;
@@ -346,11 +351,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
             Moments* __restrict__ results) {
     const Thread at(place_lanes, channel_lanes);
     Walk walk(at, rows, channels, places, share);
-    const Array<const VALUE> values = {x, x_row, x_channel, x_place};
-    const Array<const STATISTIC> counts = {weights, weights_row, 0, weights_place};
+    Values values(walk, at.channel, x, x_row, x_channel, x_place);
+    Counts counts(walk, 0, weights, weights_row, 0, weights_place);
     Moments mine[CHANNELS] = {};
-    while (walk.left >= RUN) absorb<RUN>(mine, at, walk, values, counts);
-    while (walk.left > 0) absorb<1>(mine, at, walk, values, counts);
+    while (walk.left >= RUN) absorb<RUN>(mine, walk, values, counts);
+    while (walk.left > 0) absorb<1>(mine, walk, values, counts);
     merge_lanes(mine, at);
     store_result(mine, at, channels, results);
 }
@@ -432,17 +437,18 @@ struct Line {
 
 // Normalise the next items of a thread.
 template <int N>
-__device__ __forceinline__ void normalize_items(const Line (&lines)[CHANNELS], const Thread& at, Walk& walk,
-                                                const Array<const VALUE>& x, const Array<VALUE>& y,
-                                                const Array<const STATISTIC>& weights) {
+__device__ __forceinline__ void normalize_items(const Line (&lines)[CHANNELS], Walk& walk, Values& x, Results& y,
+                                                Counts& weights) {
     Item items[N];
     Weights own[N];
-    Walk writer = walk;
+    bool wraps[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-        items[i] = x.load(walk, at.channel);
-        own[i].load(weights, walk);
-        walk.advance();
+        items[i] = x.load();
+        own[i].load(weights);
+        wraps[i] = walk.advance();
+        x.advance(wraps[i]);
+        weights.advance(wraps[i]);
     }
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -456,8 +462,8 @@ __device__ __forceinline__ void normalize_items(const Line (&lines)[CHANNELS], c
                 narrow(own[i].counts(place) ? value : 0, result.values[channel * PLACES + place]);
             }
         }
-        y.store(writer, at.channel, result);
-        writer.advance();
+        y.store(result);
+        y.advance(wraps[i]);
     }
 }
 
@@ -486,28 +492,30 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (walk.left == 0) return;
     Line mine[CHANNELS];
     for (int i = 0; i < CHANNELS; ++i) mine[i] = lines[at.column * CHANNELS + i];
-    const Array<const VALUE> from = {x, x_row, x_channel, x_place};
-    const Array<VALUE> to = {y, y_row, y_channel, y_place};
-    const Array<const STATISTIC> counts = {weights, weights_row, 0, weights_place};
-    while (walk.left >= UNROLLED) normalize_items<UNROLLED>(mine, at, walk, from, to, counts);
-    while (walk.left > 0) normalize_items<1>(mine, at, walk, from, to, counts);
+    Values from(walk, at.channel, x, x_row, x_channel, x_place);
+    Results to(walk, at.channel, y, y_row, y_channel, y_place);
+    Counts counts(walk, 0, weights, weights_row, 0, weights_place);
+    while (walk.left >= UNROLLED) normalize_items<UNROLLED>(mine, walk, from, to, counts);
+    while (walk.left > 0) normalize_items<1>(mine, walk, from, to, counts);
 }
 
 // Gradients.
 
 // Add the next items of a thread to the sums of its channels.
 template <int N>
-__device__ __forceinline__ void add_items(Sums (&mine)[CHANNELS], const double (&centers)[CHANNELS], const Thread& at,
-                                          Walk& walk, const Array<const VALUE>& x, const Array<const VALUE>& dy,
-                                          const Array<const STATISTIC>& weights) {
+__device__ __forceinline__ void add_items(Sums (&mine)[CHANNELS], const double (&centers)[CHANNELS], Walk& walk,
+                                          Values& x, Values& dy, Counts& weights) {
     Item xs[N], dys[N];
     Weights own[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-        xs[i] = x.load(walk, at.channel);
-        dys[i] = dy.load(walk, at.channel);
-        own[i].load(weights, walk);
-        walk.advance();
+        xs[i] = x.load();
+        dys[i] = dy.load();
+        own[i].load(weights);
+        const bool wraps = walk.advance();
+        x.advance(wraps);
+        dy.advance(wraps);
+        weights.advance(wraps);
     }
 #pragma unroll
     for (int channel = 0; channel < CHANNELS; ++channel) {
@@ -535,8 +543,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
               Sums* __restrict__ results) {
     const Thread at(place_lanes, channel_lanes);
     Walk walk(at, rows, channels, places, share);
-    const Array<const VALUE> gradients = {dy, dy_row, dy_channel, dy_place}, values = {x, x_row, x_channel, x_place};
-    const Array<const STATISTIC> counts = {weights, weights_row, 0, weights_place};
+    Values values(walk, at.channel, x, x_row, x_channel, x_place);
+    Values gradients(walk, at.channel, dy, dy_row, dy_channel, dy_place);
+    Counts counts(walk, 0, weights, weights_row, 0, weights_place);
     const Known known = {mean, rest, var, running_mean, running_var};
     double centers[CHANNELS] = {};
     if (walk.left > 0) {
@@ -545,8 +554,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
     }
     Sums mine[CHANNELS] = {};
-    while (walk.left >= UNROLLED) add_items<UNROLLED>(mine, centers, at, walk, values, gradients, counts);
-    while (walk.left > 0) add_items<1>(mine, centers, at, walk, values, gradients, counts);
+    while (walk.left >= UNROLLED) add_items<UNROLLED>(mine, centers, walk, values, gradients, counts);
+    while (walk.left > 0) add_items<1>(mine, centers, walk, values, gradients, counts);
     merge_lanes(mine, at);
     store_result(mine, at, channels, results);
 }
@@ -575,18 +584,20 @@ struct Back {
 
 // Write the gradients of the next items of a thread.
 template <int N>
-__device__ __forceinline__ void grad_items(const Back (&backs)[CHANNELS], bool is_constant, const Thread& at, Walk& walk,
-                                           const Array<const VALUE>& x, const Array<const VALUE>& dy,
-                                           const Array<VALUE>& dx, const Array<const STATISTIC>& weights) {
+__device__ __forceinline__ void grad_items(const Back (&backs)[CHANNELS], bool is_constant, Walk& walk, Values& x,
+                                           Values& dy, Results& dx, Counts& weights) {
     Item xs[N], dys[N];
     Weights own[N];
-    Walk writer = walk;
+    bool wraps[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-        if (!is_constant) xs[i] = x.load(walk, at.channel);
-        dys[i] = dy.load(walk, at.channel);
-        own[i].load(weights, walk);
-        walk.advance();
+        if (!is_constant) xs[i] = x.load();
+        dys[i] = dy.load();
+        own[i].load(weights);
+        wraps[i] = walk.advance();
+        x.advance(wraps[i]);
+        dy.advance(wraps[i]);
+        weights.advance(wraps[i]);
     }
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -606,8 +617,8 @@ __device__ __forceinline__ void grad_items(const Back (&backs)[CHANNELS], bool i
                 narrow(own[i].counts(place) ? gradient * back.scale : 0, result.values[channel * PLACES + place]);
             }
         }
-        dx.store(writer, at.channel, result);
-        writer.advance();
+        dx.store(result);
+        dx.advance(wraps[i]);
     }
 }
 
@@ -648,9 +659,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (walk.left == 0) return;
     Back mine[CHANNELS];
     for (int i = 0; i < CHANNELS; ++i) mine[i] = backs[at.column * CHANNELS + i];
-    const Array<const VALUE> gradients = {dy, dy_row, dy_channel, dy_place}, values = {x, x_row, x_channel, x_place};
-    const Array<VALUE> to = {dx, dx_row, dx_channel, dx_place};
-    const Array<const STATISTIC> counts = {weights, weights_row, 0, weights_place};
-    while (walk.left >= UNROLLED) grad_items<UNROLLED>(mine, !sum_dy, at, walk, values, gradients, to, counts);
-    while (walk.left > 0) grad_items<1>(mine, !sum_dy, at, walk, values, gradients, to, counts);
+    Values values(walk, at.channel, x, x_row, x_channel, x_place);
+    Values gradients(walk, at.channel, dy, dy_row, dy_channel, dy_place);
+    Results to(walk, at.channel, dx, dx_row, dx_channel, dx_place);
+    Counts counts(walk, 0, weights, weights_row, 0, weights_place);
+    while (walk.left >= UNROLLED) grad_items<UNROLLED>(mine, !sum_dy, walk, values, gradients, to, counts);
+    while (walk.left > 0) grad_items<1>(mine, !sum_dy, walk, values, gradients, to, counts);
 }
