@@ -1,4 +1,4 @@
-"""From ``kernels.cu`` to functions, compiled when they are first called; CuPy keeps what was compiled on disk."""
+"""From ``cuda/`` to functions, compiled when they are first called; CuPy keeps what was compiled on disk."""
 
 from functools import cache
 from pathlib import Path
@@ -6,11 +6,14 @@ from typing import Any, NamedTuple
 
 import cupy
 
-SOURCE = Path(__file__).with_name("kernels.cu")
+_FILES = (
+    *("values.cuh", "threads.cuh", "merging.cuh", "channels.cuh"),
+    *("moments.cu", "normalization.cu", "gradients.cu"),
+)
 
 
 class Variant(NamedTuple):
-    """What the compiler is told; see the source."""
+    """What the compiler is told; see ``values.cuh`` and ``threads.cuh``."""
 
     value: str
     statistic: str
@@ -23,9 +26,12 @@ class Variant(NamedTuple):
         """The compiler's options."""
         told = self._replace(weighted=int(self.weighted))._asdict()
         return "--std=c++17", *(f"-D{name.upper()}={value}" for name, value in told.items())
-        return "--std=c++17", *(
-            f"-D{name.upper()}={int(v) if isinstance(v, int) else v}" for name, v in self._asdict().items()
-        )
+
+
+def source() -> str:
+    """Return the source of all kernels, in one piece: then no compiler has to find a file."""
+    folder = Path(__file__).with_name("cuda")
+    return "".join(f'#line 1 "{name}"\n{(folder / name).read_text(encoding="utf-8")}' for name in _FILES)
 
 
 @cache
@@ -36,4 +42,4 @@ def kernel(name: str, variant: Variant) -> Any:
 
 @cache
 def _module(variant: Variant) -> cupy.RawModule:
-    return cupy.RawModule(code=SOURCE.read_text(encoding="utf-8"), options=variant.options)
+    return cupy.RawModule(code=source(), options=variant.options)

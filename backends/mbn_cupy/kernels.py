@@ -1,4 +1,4 @@
-"""CuPy's arithmetic on x: calls of the kernels in ``kernels.cu``.
+"""CuPy's arithmetic on x: calls of the kernels in ``cuda/``.
 
 Statistics are exact to float64, whatever x is. Nothing waits for the GPU, and nothing is allocated but the results and,
 for sums, a small part of x's size that goes back to the pool at the end of the call: all of it can be captured in a

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import cupy
 
 THREADS = 256
-"""In a block, at most: as in the source."""
+"""In a block, at most: as in ``threads.cuh``."""
 _WARP = 32
 _LINE = 128
 """Bytes of a cache line: what neighbouring threads read together, where channels are next to each other."""

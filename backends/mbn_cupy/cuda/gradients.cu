@@ -1,0 +1,177 @@
+// Gradients: a pass over x and dy that sums up, and one that writes dx.
+
+// The sums of dy and of dy times a deviation.
+struct Sums {
+    double dy, product;
+
+    __device__ __forceinline__ void merge(const Sums& other) {
+        dy += other.dy;
+        product += other.product;
+    }
+};
+
+// Add the next items of a thread to the sums of its channels.
+template <int N>
+__device__ __forceinline__ void add_items(Sums (&mine)[CHANNELS], const double (&centers)[CHANNELS], Walk& walk,
+                                          Values& x, Values& dy, Counts& weights) {
+    Item xs[N], dys[N];
+    Weights own[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        xs[i] = x.load();
+        dys[i] = dy.load();
+        own[i].load(weights);
+        const bool wraps = walk.advance();
+        x.advance(wraps);
+        dy.advance(wraps);
+        weights.advance(wraps);
+    }
+#pragma unroll
+    for (int channel = 0; channel < CHANNELS; ++channel) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+#pragma unroll
+            for (int place = 0; place < PLACES; ++place) {
+                if (!own[i].counts(place)) continue;
+                const double gradient = dys[i].at(channel, place);
+                mine[channel].dy += gradient;
+                mine[channel].product += gradient * (xs[i].at(channel, place) - centers[channel]);
+            }
+        }
+    }
+}
+
+// Write the sums over each block's values of dy and of dy * (x - center): `results` is blocks x channels.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    grad_sums(Index place_lanes, Index channel_lanes, Index share, Index rows, Index channels, Index places,
+              const VALUE* __restrict__ x, Index x_row, Index x_channel, Index x_place,
+              const VALUE* __restrict__ dy, Index dy_row, Index dy_channel, Index dy_place,
+              const STATISTIC* __restrict__ weights, Index weights_row, Index weights_place,
+              const double* __restrict__ mean, const double* __restrict__ rest, const double* __restrict__ var,
+              const STATISTIC* __restrict__ running_mean, const STATISTIC* __restrict__ running_var,
+              Sums* __restrict__ results) {
+    const Thread at(place_lanes, channel_lanes);
+    Walk walk(at, rows, channels, places, share);
+    Values values(walk, at.channel, x, x_row, x_channel, x_place);
+    Values gradients(walk, at.channel, dy, dy_row, dy_channel, dy_place);
+    Counts counts(walk, 0, weights, weights_row, 0, weights_place);
+    const Known known = {mean, rest, var, running_mean, running_var};
+    double centers[CHANNELS] = {};
+    if (walk.left > 0) {
+        for (int i = 0; i < CHANNELS; ++i) {
+            centers[i] = known.mean_of(at.channel + i) + known.rest_of(at.channel + i);
+        }
+    }
+    Sums mine[CHANNELS] = {};
+    while (walk.left >= UNROLLED) add_items<UNROLLED>(mine, centers, walk, values, gradients, counts);
+    while (walk.left > 0) add_items<1>(mine, centers, walk, values, gradients, counts);
+    merge_lanes(mine, at);
+    store_result(mine, at, channels, results);
+}
+
+// Merge the sums of all blocks into those of dy and of dy * xhat.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    merge_sums(Index channel_lanes, Index blocks, Index channels, const Sums* __restrict__ results,
+               const double* __restrict__ mean, const double* __restrict__ rest, const double* __restrict__ var,
+               const STATISTIC* __restrict__ running_mean, const STATISTIC* __restrict__ running_var, double eps,
+               double* __restrict__ sum_dy, double* __restrict__ sum_dy_xhat) {
+    const Thread at(1, channel_lanes);
+    const Index channel = static_cast<Index>(blockIdx.x) * at.columns + at.column;
+    const Sums all = merge_blocks(results, blocks, channel, channels, at);
+    if (at.lane > 0 || channel >= channels) return;
+    const Known known = {mean, rest, var, running_mean, running_var};
+    const double hi = known.mean_of(channel), lo = known.rest_of(channel);
+    const double left = (hi - (hi + lo)) + lo;  // of the mean
+    sum_dy[channel] = all.dy;
+    sum_dy_xhat[channel] = (all.product - left * all.dy) * known.invstd_of(channel, eps);
+}
+
+// dx = scale * (dy - w * average - w * ((x - center) * slope + left))
+struct Back {
+    Gradient scale, average, center, slope, left;
+};
+
+// Write the gradients of the next items of a thread.
+template <int N>
+__device__ __forceinline__ void grad_items(const Back (&backs)[CHANNELS], bool is_constant, Walk& walk, Values& x,
+                                           Values& dy, Results& dx, Counts& weights) {
+    Item xs[N], dys[N];
+    Weights own[N];
+    bool wraps[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        if (!is_constant) xs[i] = x.load();
+        dys[i] = dy.load();
+        own[i].load(weights);
+        wraps[i] = walk.advance();
+        x.advance(wraps[i]);
+        dy.advance(wraps[i]);
+        weights.advance(wraps[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        Item result;
+#pragma unroll
+        for (int channel = 0; channel < CHANNELS; ++channel) {
+#pragma unroll
+            for (int place = 0; place < PLACES; ++place) {
+                const Back& back = backs[channel];
+                Gradient gradient = dys[i].at(channel, place);
+                if (!is_constant) {
+                    const Gradient w = own[i].at(place);
+                    // A large mean of dy goes first: what is left keeps its digits.
+                    gradient -= w * back.average;
+                    gradient -= w * ((xs[i].at(channel, place) - back.center) * back.slope + back.left);
+                }
+                narrow(own[i].counts(place) ? gradient * back.scale : 0, result.values[channel * PLACES + place]);
+            }
+        }
+        dx.store(result);
+        dx.advance(wraps[i]);
+    }
+}
+
+// Without sums, mean and variance are constants.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    grad_input(Index place_lanes, Index channel_lanes, Index share, Index rows, Index channels, Index places,
+               const VALUE* __restrict__ x, Index x_row, Index x_channel, Index x_place,
+               const VALUE* __restrict__ dy, Index dy_row, Index dy_channel, Index dy_place,
+               VALUE* __restrict__ dx, Index dx_row, Index dx_channel, Index dx_place,
+               const STATISTIC* __restrict__ weights, Index weights_row, Index weights_place,
+               const double* __restrict__ mean, const double* __restrict__ rest, const double* __restrict__ var,
+               const STATISTIC* __restrict__ running_mean, const STATISTIC* __restrict__ running_var,
+               const STATISTIC* __restrict__ weight, double eps, const double* __restrict__ sum_dy,
+               const double* __restrict__ sum_dy_xhat, double count, const double* __restrict__ weighted_count) {
+    const Thread at(place_lanes, channel_lanes);
+    __shared__ Back backs[CHANNEL_LANES * CHANNELS];
+    const Known known = {mean, rest, var, running_mean, running_var};
+    for (int i = threadIdx.x; i < at.columns * CHANNELS; i += blockDim.x) {
+        const Index channel = static_cast<Index>(blockIdx.x) * at.columns * CHANNELS + i;
+        if (channel >= channels) continue;
+        const double invstd = known.invstd_of(channel, eps);
+        const double scale = weight ? invstd * weight[channel] : invstd;
+        double average = 0, slope = 0, left = 0;
+        const double hi = known.mean_of(channel), lo = known.rest_of(channel);
+        const Gradient center = static_cast<Gradient>(hi + lo);
+        if (sum_dy) {
+            double n = weighted_count ? *weighted_count : count;
+            if (n == 0) n = 1;  // the sums are 0 too
+            average = sum_dy[channel] / n;
+            slope = sum_dy_xhat[channel] / n * invstd;
+            left = ((center - hi) - lo) * slope;
+        }
+        backs[i] = {static_cast<Gradient>(scale), static_cast<Gradient>(average), center, static_cast<Gradient>(slope),
+                    static_cast<Gradient>(left)};
+    }
+    __syncthreads();
+    Walk walk(at, rows, channels, places, share);
+    if (walk.left == 0) return;
+    Back mine[CHANNELS];
+    for (int i = 0; i < CHANNELS; ++i) mine[i] = backs[at.column * CHANNELS + i];
+    Values values(walk, at.channel, x, x_row, x_channel, x_place);
+    Values gradients(walk, at.channel, dy, dy_row, dy_channel, dy_place);
+    Results to(walk, at.channel, dx, dx_row, dx_channel, dx_place);
+    Counts counts(walk, 0, weights, weights_row, 0, weights_place);
+    while (walk.left >= UNROLLED) grad_items<UNROLLED>(mine, !sum_dy, walk, values, gradients, to, counts);
+    while (walk.left > 0) grad_items<1>(mine, !sum_dy, walk, values, gradients, to, counts);
+}

@@ -1,0 +1,71 @@
+// Normalisation: one pass over x, which writes y.
+
+// y = (x - center) * scale + shift. The center is all of the mean that fits its dtype, so x - center is exact where x
+// is near the mean; the rest of the mean goes into the shift.
+struct Line {
+    Output center, scale, shift;
+};
+
+// Normalise the next items of a thread.
+template <int N>
+__device__ __forceinline__ void normalize_items(const Line (&lines)[CHANNELS], Walk& walk, Values& x, Results& y,
+                                                Counts& weights) {
+    Item items[N];
+    Weights own[N];
+    bool wraps[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        items[i] = x.load();
+        own[i].load(weights);
+        wraps[i] = walk.advance();
+        x.advance(wraps[i]);
+        weights.advance(wraps[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        Item result;
+#pragma unroll
+        for (int channel = 0; channel < CHANNELS; ++channel) {
+#pragma unroll
+            for (int place = 0; place < PLACES; ++place) {
+                const Line& line = lines[channel];
+                const Output value = (items[i].at(channel, place) - line.center) * line.scale + line.shift;
+                narrow(own[i].counts(place) ? value : 0, result.values[channel * PLACES + place]);
+            }
+        }
+        y.store(result);
+        y.advance(wraps[i]);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    normalize(Index place_lanes, Index channel_lanes, Index share, Index rows, Index channels, Index places,
+              const VALUE* x, Index x_row, Index x_channel, Index x_place,  // y may be x: nothing is restricted
+              VALUE* y, Index y_row, Index y_channel, Index y_place,
+              const STATISTIC* weights, Index weights_row, Index weights_place, const double* mean, const double* rest,
+              const double* var, const STATISTIC* running_mean, const STATISTIC* running_var, const STATISTIC* weight,
+              const STATISTIC* bias, double eps) {
+    const Thread at(place_lanes, channel_lanes);
+    __shared__ Line lines[CHANNEL_LANES * CHANNELS];
+    const Known known = {mean, rest, var, running_mean, running_var};
+    for (int i = threadIdx.x; i < at.columns * CHANNELS; i += blockDim.x) {
+        const Index channel = static_cast<Index>(blockIdx.x) * at.columns * CHANNELS + i;
+        if (channel >= channels) continue;
+        double scale = known.invstd_of(channel, eps);
+        if (weight) scale *= weight[channel];
+        const double hi = known.mean_of(channel), lo = known.rest_of(channel);
+        const Output center = static_cast<Output>(hi + lo);
+        const double shift = (center - hi - lo) * scale + (bias ? static_cast<double>(bias[channel]) : 0);
+        lines[i] = {center, static_cast<Output>(scale), static_cast<Output>(shift)};
+    }
+    __syncthreads();
+    Walk walk(at, rows, channels, places, share);
+    if (walk.left == 0) return;
+    Line mine[CHANNELS];
+    for (int i = 0; i < CHANNELS; ++i) mine[i] = lines[at.column * CHANNELS + i];
+    Values from(walk, at.channel, x, x_row, x_channel, x_place);
+    Results to(walk, at.channel, y, y_row, y_channel, y_place);
+    Counts counts(walk, 0, weights, weights_row, 0, weights_place);
+    while (walk.left >= UNROLLED) normalize_items<UNROLLED>(mine, walk, from, to, counts);
+    while (walk.left > 0) normalize_items<1>(mine, walk, from, to, counts);
+}

@@ -1,0 +1,72 @@
+// The dtypes of values, and the way from them to numbers and back.
+//
+// The compiler is told VALUE, the dtype of x, y and their gradients, and STATISTIC, that of weights, parameters and running
+// statistics. Nothing is included, so nothing but the compiler need be there.
+
+using Index = long long;
+using float32 = float;
+using float64 = double;
+struct float16 {
+    unsigned short bits;
+};
+struct bfloat16 {
+    unsigned short bits;
+};
+
+constexpr bool IS_WIDE = sizeof(VALUE) == sizeof(double);
+
+// What results are computed in that are rounded to VALUE next. Sums are always in float64.
+template <typename T>
+struct Precision {
+    using Output = float;
+    using Gradient = float;
+};
+template <>
+struct Precision<float32> {
+    using Output = float;
+    using Gradient = double;  // dx may be all but nothing: where dy is proportional to y, for one
+};
+template <>
+struct Precision<float64> {
+    using Output = double;
+    using Gradient = double;
+};
+using Output = typename Precision<VALUE>::Output;
+using Gradient = typename Precision<VALUE>::Gradient;
+
+// From values to numbers, and back with one rounding.
+
+__device__ __forceinline__ double widen(float64 value) { return value; }
+__device__ __forceinline__ float widen(float32 value) { return value; }
+
+__device__ __forceinline__ float widen(float16 value) {
+#ifdef __CUDA_ARCH__
+    float wide;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
+    return wide;
+#else  // the host of a test
+    return __builtin_bit_cast(_Float16, value.bits);
+#endif
+}
+
+__device__ __forceinline__ float widen(bfloat16 value) {
+    const unsigned bits = static_cast<unsigned>(value.bits) << 16;
+    return reinterpret_cast<const float&>(bits);
+}
+
+__device__ __forceinline__ void narrow(double wide, float64& value) { value = wide; }
+__device__ __forceinline__ void narrow(double wide, float32& value) { value = static_cast<float>(wide); }
+
+__device__ __forceinline__ void narrow(float wide, float16& value) {
+#ifdef __CUDA_ARCH__
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(value.bits) : "f"(wide));
+#else
+    value.bits = __builtin_bit_cast(unsigned short, static_cast<_Float16>(wide));
+#endif
+}
+
+__device__ __forceinline__ void narrow(float wide, bfloat16& value) {
+    const unsigned bits = reinterpret_cast<const unsigned&>(wide);
+    const unsigned half = 0x7fff + (bits >> 16 & 1);  // to even, where two are as near
+    value.bits = wide == wide ? (bits + half) >> 16 : 0x7fc0;
+}
