@@ -30,7 +30,16 @@ template <typename Result>
 __device__ Result merge_blocks(const Result* results, Index blocks, Index channel, Index channels, const Thread& at) {
     Result mine[1] = {};
     if (channel < channels) {
-        for (Index block = at.lane; block < blocks; block += at.lanes) mine[0].merge(results[block * channels + channel]);
+        for (Index block = at.lane; block < blocks; block += UNROLLED * at.lanes) {
+            Result found[UNROLLED];
+#pragma unroll
+            for (int i = 0; i < UNROLLED; ++i) {
+                const Index other = block + i * at.lanes;
+                found[i] = other < blocks ? results[other * channels + channel] : Result{};  // which changes nothing
+            }
+#pragma unroll
+            for (int i = 0; i < UNROLLED; ++i) mine[0].merge(found[i]);
+        }
     }
     merge_lanes(mine, at);
     return mine[0];
