@@ -1,9 +1,9 @@
 """CUDA C++ on the CPU: compiles the source of kernels with g++ and runs them, where there is no GPU.
 
 It is required to be stricter than a GPU. The threads of a block run one at a time, in an order that is shuffled between
-barriers; what a block shares is NaN when it starts; and whatever CUDA leaves undefined ends the launch with a LaunchError
-that says where: a barrier that a thread of the block doesn't reach, a misaligned address, an index outside of a shared
-array, an overflow. It has the part of CUDA C++ that mbn's kernels use, and says nothing on their speed.
+barriers; what a block shares is NaN when it starts; and what CUDA leaves undefined ends the launch with a LaunchError
+that says where: a barrier that a thread of the block doesn't reach, a misaligned address, an index outside of an array,
+an overflow. It has the part of CUDA C++ that mbn's kernels use; how fast kernels are it cannot say.
 """
 
 import ctypes
@@ -94,7 +94,11 @@ class Library:
         Raises:
             AttributeError: there is none of that name.
         """
-        return Kernel(_Description.in_dll(self._loaded, f"cuda_on_host_{name}"))
+        try:
+            return Kernel(_Description.in_dll(self._loaded, f"cuda_on_host_{name}"))
+        except ValueError:
+            message = f"The source has no kernel {name}."
+            raise AttributeError(message) from None
 
 
 @cache
@@ -108,9 +112,7 @@ def compile(source: str, options: tuple[str, ...] = ()) -> Library:  # noqa: A00
     if compiler is None:
         message = "Running CUDA kernels without a GPU needs g++, and there is none on PATH."
         raise RuntimeError(message)
-    exported = "\n".join(
-        f"CUDA_ON_HOST_KERNEL({name}, {bound or 0})" for bound, name in _KERNEL.findall(source)
-    )
+    exported = "\n".join(f"CUDA_ON_HOST_KERNEL({name}, {bound or 0})" for bound, name in _KERNEL.findall(source))
     # What a compiler says of the source is said of its own lines.
     text = f'#include "cuda.hpp"\n#line 1 "kernels.cu"\n{source}\n#line 1 "exported"\n{exported}\n'
     headers = "".join((_HERE / name).read_text() for name in _HEADERS)

@@ -88,20 +88,21 @@ template <class... Values>
 
 // Let those go on who wait at a barrier that everybody has reached, and those who wait at none.
 inline void begin_round() {
-    unsigned live = ready = next = 0;
+    const Barrier* closed = nullptr;
+    ready = next = 0;
     for (unsigned thread = 0; thread < threads; ++thread) {
         const Barrier* barrier = fibers[thread].waits_at;
-        live += !fibers[thread].returned;
-        if (!fibers[thread].returned && (!barrier || barrier->arrived == barrier->size)) {
+        if (barrier && barrier->arrived < barrier->size) {
+            closed = barrier;
+        } else if (!fibers[thread].returned) {
             order[ready++] = thread;
         }
     }
-    if (!live) {
-        _longjmp(launcher, ENDED);
+    if (!ready && closed) {
+        fail("divergent barrier: %u of %u threads wait at line %d", closed->arrived, closed->size, closed->line);
     }
     if (!ready) {
-        const Barrier& barrier = block_barrier.arrived ? block_barrier : *fibers[current].waits_at;
-        fail("divergent barrier: %u of %u threads wait at line %d", barrier.arrived, barrier.size, barrier.line);
+        _longjmp(launcher, ENDED);
     }
     for (unsigned place = 0; place < ready; ++place) {
         Barrier*& barrier = fibers[order[place]].waits_at;
