@@ -1,10 +1,35 @@
 """What the tests of every backend draw from."""
 
+import importlib
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
+
+from mbn import registry
+
+STANDINS = Path(__file__).parents[1] / "standins"
 
 
 @pytest.fixture
 def rng() -> np.random.Generator:
     """Return a generator of the same numbers for each test."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    """Put the stand-in in CuPy's place, and everything back after the test."""
+
+    def ours():
+        return [name for name in sys.modules if name.partition(".")[0] in ("cupy", "cuda_on_host", "mbn_cupy")]
+
+    for name in ours():
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(STANDINS)
+    registry._forget("cupy")
+    yield importlib.import_module("cupy")
+    registry._forget("cupy")
+    for name in ours():
+        del sys.modules[name]

@@ -1,11 +1,9 @@
 """CuPy's border, devices and memory, through a stand-in that has CuPy's strictness and no GPU; and CuPy without one."""
 
 import copy
-import importlib
 import mmap
 import pickle
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import ml_dtypes  # noqa: F401 - teaches NumPy the name "bfloat16"
@@ -15,25 +13,6 @@ import pytest
 import mbn
 from mbn import registry
 from mbn.state import Params, State
-
-STANDINS = Path(__file__).parents[1] / "standins"
-
-
-@pytest.fixture
-def cupy(monkeypatch):
-    """Put the stand-in in CuPy's place, and everything back after the test."""
-
-    def ours():
-        return [name for name in sys.modules if name.partition(".")[0] in ("cupy", "mbn_cupy")]
-
-    for name in ours():
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.syspath_prepend(STANDINS)
-    registry._forget("cupy")
-    yield importlib.import_module("cupy")
-    registry._forget("cupy")
-    for name in ours():
-        del sys.modules[name]
 
 
 def _sample(*shape, dtype="float32"):
