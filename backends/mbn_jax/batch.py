@@ -10,6 +10,7 @@ their sum. In the direction v
     xhat changes by P(v) = s * (v - M(v) - xhat * M(xhat * v)),  s by -s**2 * M(xhat * v).
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from mbn_jax import kernels
-from mbn_jax.channels import channel_sums, once, rows
+from mbn_jax.channels import once
+from mbn_jax.forms import GPU, HOST, Form
 from mbn_jax.linear import Arrays, LinearMap, Shape, are_transposes, channel_sum, spread
 from mbn_jax.pairs import Pair, as_pair, wide
 
@@ -113,9 +115,9 @@ def _vector(batch: Batch, value: jax.Array | None, default: float) -> jax.Array:
 # Forwards: weight * P(v) + dweight * xhat + dbias.
 
 
-def _push(arrays: Arrays, residuals: tuple[Batch, jax.Array], shape: Shape) -> list[jax.Array]:  # noqa: ARG001
+def _push(form: Form, arrays: Arrays, residuals: tuple[Batch, jax.Array], shape: Shape) -> list[jax.Array]:  # noqa: ARG001
     (v, dweight, dbias), (batch, weight) = arrays, residuals
-    mean, slope = _shares(_sums(v, batch, batch.weights), batch)
+    mean, slope = _shares(_sums(form, v, batch, batch.weights), batch)
     xhat = _standardize(batch)
     scale, dweight, dbias = (spread(vector, v.shape) for vector in (once(batch.invstd.hi * weight), dweight, dbias))
     change = kernels.residual(v, xhat, mean, slope, None) * scale + xhat * dweight + dbias
@@ -141,9 +143,9 @@ def _push_derivative(
 # s * (g - w * sum(g) / n - w * xhat * sum(xhat * g) / n).
 
 
-def _pull(arrays: Arrays, residuals: tuple[Batch, jax.Array], shape: Shape) -> list[jax.Array]:  # noqa: ARG001
+def _pull(form: Form, arrays: Arrays, residuals: tuple[Batch, jax.Array], shape: Shape) -> list[jax.Array]:  # noqa: ARG001
     (dy,), (batch, weight) = arrays, residuals
-    dbias, dweight = sums = _sums(dy, batch, None)
+    dbias, dweight = sums = _sums(form, dy, batch, None)
     mean, slope = _shares(sums, batch)
     change = kernels.residual(dy, _standardize(batch), mean, slope, batch.weights)
     dx = kernels.unmasked(change * spread(once(batch.invstd.hi * weight), dy.shape), batch.weights)
@@ -170,14 +172,15 @@ def _pull_derivative(
     return [bent + spread(dweight, dy.shape) * moved, bend, jnp.zeros_like(bend)]
 
 
-def _sums(v: jax.Array, batch: Batch, factor: jax.Array | None) -> list[jax.Array]:
+def _sums(form: Form, v: jax.Array, batch: Batch, factor: jax.Array | None) -> list[jax.Array]:
     """Return the sums of v and of xhat * v for each channel, in float64; of each value times a factor, if any."""
-    mean, rest = (once(part) for part in batch.mean)
-    v = kernels.unmasked(wide(rows(v)), rows(batch.weights))
+    view, weights = form.view, form.view(batch.weights)
+    mean, rest = (form.place(once(part), v.ndim) for part in batch.mean)
+    deviation = kernels.unmasked((wide(view(batch.x)) - mean) - rest, weights)
+    v = kernels.unmasked(wide(view(v)), weights)
     if factor is not None:
-        v *= rows(factor)
-    deviation = kernels.unmasked((wide(rows(batch.x)) - mean) - rest, rows(batch.weights))
-    total, product = channel_sums(v, v * deviation)
+        v *= view(factor)
+    total, product = form.sums(v, v * deviation)
     return [total, product * wide(batch.invstd)]
 
 
@@ -186,11 +189,18 @@ def _shares(sums: list[jax.Array], batch: Batch) -> list[Pair]:
     return [as_pair(total / wide(batch.count), batch.mean.hi.dtype) for total in sums]
 
 
-_pushforward = LinearMap("batch_norm_pushforward", _push, lambda arrays, shape: arrays[:1], _push_derivative)  # noqa: ARG005
+_pushforward = LinearMap(
+    "batch_norm_pushforward",
+    partial(_push, HOST),
+    lambda arrays, shape: arrays[:1],  # noqa: ARG005
+    _push_derivative,
+    partial(_push, GPU),
+)
 _pullback = LinearMap(
     "batch_norm_pullback",
-    _pull,
+    partial(_pull, HOST),
     lambda arrays, shape: [arrays[0], arrays[0][1:2], arrays[0][1:2]],  # noqa: ARG005
     _pull_derivative,
+    partial(_pull, GPU),
 )
 are_transposes(_pushforward, _pullback)

@@ -41,12 +41,12 @@ def channel_sums(*terms: jax.Array, run: int = RUN) -> list[jax.Array]:
     while (n := terms[0].shape[0]) > 2 * RUN:
         whole = n - n % run
         if whole < n:
-            rests.append(_sums([term[whole:] for term in terms], 0))
-        terms = _sums([term[:whole].reshape(n // run, run, -1) for term in terms], 1)
-    return [sum(parts[1:], parts[0]) for parts in zip(_sums(terms, 0), *rests, strict=True)]
+            rests.append(sums([term[whole:] for term in terms], 0))
+        terms = sums([term[:whole].reshape(n // run, run, -1) for term in terms], 1)
+    return [sum(parts[1:], parts[0]) for parts in zip(sums(terms, 0), *rests, strict=True)]
 
 
-def _sums(terms: Sequence[jax.Array], axis: int) -> list[jax.Array]:
+def sums(terms: Sequence[jax.Array], axis: int) -> list[jax.Array]:
     """Return the sums of float64 arrays of one shape over an axis, in one pass."""
 
     def add(totals: Sequence[jax.Array], values: Sequence[jax.Array]) -> list[jax.Array]:

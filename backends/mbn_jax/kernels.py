@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mbn_jax.channels import RUN, channel_sums, once, rows
+from mbn_jax import runs
+from mbn_jax.channels import RUN, channel_sums, column, once
+from mbn_jax.forms import GPU, HOST, Form
 from mbn_jax.linear import Shape, channel_sum, spread
 from mbn_jax.maps import Map
 from mbn_jax.pairs import (
@@ -77,25 +79,64 @@ def against(weights: jax.Array | None, x: jax.Array) -> jax.Array | None:
 
 def _moments(x: jax.Array, weights: jax.Array | None) -> list[jax.Array]:
     compute = compute_dtype(x)
-    n = x.size // x.shape[1] if weights is None else _total_weight(weights)[0]
-
-    def around(center: jax.Array) -> tuple[Pair, jax.Array, jax.Array]:
-        """Return the mean, m2 and the sum of squares that m2 is left of, from the deviations from a center."""
-        deviation = unmasked(wide(rows(x)) - center, rows(weights))
-        term = deviation if weights is None else deviation * rows(weights)
-        total, squares = channel_sums(term, term * deviation, run=RUN if x.size <= LARGE else 2 * RUN)
-        step = total / (n if weights is None else jnp.where(n == 0, 1, n))
-        return two_sum(center, step), jnp.maximum(squares - total * step, 0), squares
-
-    mean, m2, squares = around(wide(_first(x, weights)))
+    n = _divisor(x, weights, HOST)
+    form = HOST if x.size <= LARGE else HOST._replace(sums=partial(channel_sums, run=2 * RUN))
+    mean, m2, squares = _around(wide(_first(x, weights, form)), x, weights, n, form)
     # The first of n values is far from the mean by no more than the square root of n - 1 standard deviations.
-    if compute == np.float64 or weights is not None or n > FAR:
+    if compute == np.float64 or weights is not None or x.size // x.shape[1] > FAR:
         is_far = jnp.any(squares > (1 if compute == np.float64 else FAR) * m2)
-        mean, m2, _ = lax.cond(is_far, lambda: around(once(mean.hi)), lambda: (mean, m2, squares))
+        again = partial(_around, x=x, weights=weights, n=n, form=form)
+        mean, m2, _ = lax.cond(is_far, lambda: again(once(mean.hi)), lambda: (mean, m2, squares))
     return [*as_pair(mean, compute), *as_pair(m2, compute)]
 
 
-_MOMENTS = Map("batch_norm_moments", _moments)
+def _moments_on_gpu(x: jax.Array, weights: jax.Array | None) -> list[jax.Array]:
+    """Do the same without a question, which the host would have to answer: take twice what one time may not do for."""
+    compute = compute_dtype(x)
+    n = _divisor(x, weights, GPU)
+    center = _first_few(x) if weights is None else wide(_first(x, weights, GPU))
+    mean, m2, _ = _around(center, x, weights, n, GPU)
+    if compute == np.float64 or weights is not None:
+        mean, m2, _ = _around(once(mean.hi), x, weights, n, GPU)
+    return [*as_pair(mean, compute), *as_pair(m2, compute)]
+
+
+def _first_few(x: jax.Array) -> jax.Array:
+    """Return the mean of the first values of each channel, in float64: of one for each ``FAR`` that there are, begun.
+
+    The mean of m of n values is far from that of all by no more than the square root of n / m standard deviations.
+    """
+    first = wide(_first(x, None, GPU))
+    few = -(-x.size // (x.shape[1] * FAR))
+    if few == 1:
+        return first
+    rows = min(few, x.shape[0])
+    values = wide(x[:rows] if x.ndim == 2 else x[:rows, :, : -(-few // rows)])  # noqa: PLR2004 - (N, C)
+    (total,) = runs.channel_sums(values - column(first, x.ndim))  # 0 for a constant channel
+    return first + total / (values.size // x.shape[1])
+
+
+def _around(
+    center: jax.Array, x: jax.Array, weights: jax.Array | None, n: int | jax.Array, form: Form
+) -> tuple[Pair, jax.Array, jax.Array]:
+    """Return the mean, m2 and the sum of squares that m2 is left of, from the deviations from a center."""
+    weights = form.view(weights)
+    deviation = unmasked(wide(form.view(x)) - form.place(center, x.ndim), weights)
+    term = deviation if weights is None else deviation * weights
+    total, squares = form.sums(term, term * deviation)
+    step = total / n
+    return two_sum(center, step), jnp.maximum(squares - total * step, 0), squares
+
+
+def _divisor(x: jax.Array, weights: jax.Array | None, form: Form) -> int | jax.Array:
+    """Return the sum of the weights of a channel as a divisor of sums, which are 0 where it is."""
+    if weights is None:
+        return x.size // x.shape[1]
+    (n,) = form.sums(wide(form.view(weights)))
+    return jnp.where(n == 0, 1, n)
+
+
+_MOMENTS = Map("batch_norm_moments", _moments, _moments_on_gpu)
 
 
 @jax.custom_jvp
@@ -336,24 +377,26 @@ def count(x: jax.Array, weights: jax.Array | None) -> Pair:
     return as_pair(Pair(*_TOTAL_WEIGHT(weights)), compute)
 
 
-def _total_weight(weights: jax.Array) -> jax.Array:
-    return channel_sums(wide(rows(weights)))[0]
+def _total_weight(form: Form, weights: jax.Array) -> list[jax.Array]:
+    (total,) = form.sums(wide(form.view(weights)))
+    return [*as_pair(total[0], weights.dtype)]
 
 
-_TOTAL_WEIGHT = Map("total_weight", lambda weights: [*as_pair(_total_weight(weights)[0], weights.dtype)])
+_TOTAL_WEIGHT = Map("total_weight", partial(_total_weight, HOST), partial(_total_weight, GPU))
 
 
 def _left(count: Pair, correction: int) -> Pair:
     return add(count, as_pair(float(-correction), count.hi.dtype))
 
 
-def _first(x: jax.Array, weights: jax.Array | None) -> jax.Array:
+def _first(x: jax.Array, weights: jax.Array | None, form: Form) -> jax.Array:
     """Return the first value of each channel that has a weight, or 0 where none has."""
+    x = form.view(x)
     if weights is None:
-        return rows(x)[0]
-    places = jnp.arange(weights.size).reshape(weights.shape)
-    place = jnp.min(jnp.where(weights == 0, weights.size, places))
-    first = lax.dynamic_index_in_dim(rows(x), jnp.minimum(place, weights.size - 1), keepdims=False)
+        return x[(0, slice(None), *(0,) * (x.ndim - 2))]
+    place = jnp.min(jnp.where(weights == 0, weights.size, jnp.arange(weights.size).reshape(weights.shape)))
+    index = jnp.unravel_index(jnp.minimum(place, weights.size - 1), form.view(weights).shape)
+    first = lax.dynamic_slice(x, index, (1, x.shape[1], *(1,) * (x.ndim - 2))).reshape(-1)
     return jnp.where(place < weights.size, first, 0)
 
 

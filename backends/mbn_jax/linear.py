@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import ad
 
-from mbn_jax.channels import channel_sums, column, rows
+from mbn_jax.channels import column
+from mbn_jax.forms import GPU, HOST, Form
 from mbn_jax.maps import Arrays, Levels, Map, vectorised
 
 Shape: TypeAlias = tuple[int, ...]
@@ -29,6 +30,7 @@ class LinearMap(Map):
         shapes: the shapes of the results, given those of the arrays and ``shape``.
         derivative: ``derivative(arrays, residuals, tangents)``, by the residuals, in operations that JAX can
             differentiate and transpose again; None where there are no residuals.
+        on_gpu: the function in the form for GPUs, where that is another one.
 
     A map has a transpose once :func:`are_transposes` says so.
     """
@@ -39,8 +41,9 @@ class LinearMap(Map):
         function: Callable[[Arrays, Any, Shape], list[jax.Array]],
         shapes: Callable[[list[Shape], Shape], list[Shape]],
         derivative: Callable[[Arrays, Any, Any], list[jax.Array]] | None = None,
+        on_gpu: Callable[[Arrays, Any, Shape], list[jax.Array]] | None = None,
     ) -> None:
-        super().__init__(name, function)
+        super().__init__(name, function, on_gpu)
         self._shapes, self._derivative = shapes, derivative
         self.transpose: Map | None = None
         ad.primitive_jvps[self.primitive] = self._jvp
@@ -108,9 +111,9 @@ def are_transposes(one: LinearMap, other: LinearMap) -> None:
     one.transpose, other.transpose = other, one
 
 
-def _channel_sum(arrays: Arrays, residuals: Any, shape: Shape) -> list[jax.Array]:  # noqa: ARG001 - it has no residuals
+def _channel_sum(form: Form, arrays: Arrays, residuals: Any, shape: Shape) -> list[jax.Array]:  # noqa: ARG001 - it has none
     (x,) = arrays
-    (total,) = channel_sums(rows(x).astype(np.float64))
+    (total,) = form.sums(form.view(x).astype(np.float64))
     return [total.astype(x.dtype)]
 
 
@@ -118,7 +121,12 @@ def _spread(arrays: Arrays, residuals: Any, shape: Shape) -> list[jax.Array]:  #
     return [jnp.broadcast_to(column(arrays[0], len(shape)), shape)]
 
 
-_CHANNEL_SUM = LinearMap("channel_sum", _channel_sum, lambda arrays, shape: [shape[1:2]])  # noqa: ARG005
+_CHANNEL_SUM = LinearMap(
+    "channel_sum",
+    partial(_channel_sum, HOST),
+    lambda arrays, shape: [shape[1:2]],  # noqa: ARG005
+    on_gpu=partial(_channel_sum, GPU),
+)
 _SPREAD = LinearMap("spread", _spread, lambda arrays, shape: [shape])  # noqa: ARG005
 are_transposes(_CHANNEL_SUM, _SPREAD)
 

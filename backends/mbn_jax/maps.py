@@ -13,6 +13,11 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
+try:
+    from jax import enable_x64
+except ImportError:  # JAX 0.7
+    from jax.experimental import enable_x64
+
 Arrays: TypeAlias = Sequence[jax.Array]
 Levels: TypeAlias = tuple[tuple[bool, ...], ...]
 
@@ -24,16 +29,24 @@ class Map:
         name: how it is called in a jaxpr.
         function: ``function(*arguments, **settings)``. It is traced with 64-bit numbers; its results have a dtype that
             there is without them too.
+        on_gpu: the same in the form for GPUs, where that is another one.
     """
 
-    def __init__(self, name: str, function: Callable[..., list[jax.Array]]) -> None:
-        self._function = function
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., list[jax.Array]],
+        on_gpu: Callable[..., list[jax.Array]] | None = None,
+    ) -> None:
+        self._function, self.on_gpu = function, on_gpu
         self.primitive = primitive = Primitive(name)
         primitive.multiple_results = True
         primitive.def_impl(self._run)
         primitive.def_abstract_eval(self._abstract_eval)
         batching.primitive_batchers[primitive] = self._batch
-        mlir.register_lowering(primitive, self._lower)
+        mlir.register_lowering(primitive, partial(self._lower, function))
+        for platform in ("cuda", "rocm") if on_gpu else ():
+            mlir.register_lowering(primitive, partial(self._lower, on_gpu), platform)
 
     def __call__(self, *arguments: Any, **settings: Any) -> list[jax.Array]:
         """Apply the map."""
@@ -44,20 +57,23 @@ class Map:
     # first; and the settings. At each level the results have one more axis in front; so do those operands that the
     # level says have it.
 
-    def _apply(self, *operands: Any, tree: Any, levels: Levels, **settings: Any) -> list[jax.Array]:
-        return vectorised(lambda *leaves: self._function(*tree.unflatten(leaves), **settings), levels)(*operands)
+    def _apply(
+        self, function: Callable[..., list[jax.Array]], *operands: Any, tree: Any, levels: Levels, **settings: Any
+    ) -> list[jax.Array]:
+        return vectorised(lambda *leaves: function(*tree.unflatten(leaves), **settings), levels)(*operands)
 
     def _run(self, *operands: Any, **parameters: Any) -> list[jax.Array]:
         return _compiled(self.primitive, *operands, **parameters)
 
     def _abstract_eval(self, *operands: Any, **parameters: Any) -> list[Any]:
-        with jax.enable_x64(True):  # noqa: FBT003 - its only argument
-            results = jax.eval_shape(partial(self._apply, **parameters), *operands)
+        with enable_x64(True):  # noqa: FBT003 - its only argument
+            results = jax.eval_shape(partial(self._apply, self._function, **parameters), *operands)
         return [jax.core.ShapedArray(result.shape, result.dtype) for result in results]
 
-    def _lower(self, context: Any, *operands: Any, **parameters: Any) -> Any:
-        with jax.enable_x64(True):  # noqa: FBT003 - its only argument
-            return mlir.lower_fun(self._apply, multiple_results=True)(context, *operands, **parameters)
+    def _lower(self, function: Callable[..., Any], context: Any, *operands: Any, **parameters: Any) -> Any:
+        with enable_x64(True):  # noqa: FBT003 - its only argument
+            apply = partial(self._apply, function)
+            return mlir.lower_fun(apply, multiple_results=True)(context, *operands, **parameters)
 
     def _batch(
         self, operands: Arrays, axes: Sequence[int | None], *, levels: Levels, **parameters: Any

@@ -16,7 +16,7 @@ from jax_samples import NOTHING, OPTIONS, backend, jax, jnp, new_state
 import mbn
 from mbn.conformance import oracle, ulp
 from mbn.state import Params, State
-from mbn_jax import channels, kernels, pairs
+from mbn_jax import channels, kernels, maps, pairs
 from mbn_jax.backend import _batch_norm
 
 
@@ -98,7 +98,7 @@ def test_moments_against_fsum(rng, shape, offset):
 @pytest.mark.parametrize("shape", [(-1, 1), (1, 1, -1)])
 def test_every_value_is_summed_once(n, shape):
     x = jnp.arange(n, dtype=jnp.float32).reshape(shape)
-    with jax.enable_x64(True):  # noqa: FBT003 - its only argument
+    with maps.enable_x64(True):  # noqa: FBT003 - its only argument
         (total,) = jax.jit(lambda x: channels.channel_sums(channels.rows(x).astype("float64")))(x)
     assert np.asarray(total) == n * (n - 1) // 2
 
@@ -360,3 +360,27 @@ def test_with_64_bit_numbers_everything_is_exact_to_float64():
         assert output <= 4, dtype_and_offset
         # Statistics of float32 values are pairs of float32, in a float64 layer too.
         assert max(mean, var) < (1e-14 if dtype_and_offset.startswith("float64") else 2.0**-40), dtype_and_offset
+
+
+def test_memory_is_handed_over_or_refused():
+    torch = pytest.importorskip("torch", reason="another framework's arrays come by DLPack")
+    tensor = torch.arange(96.0).reshape(8, 12)
+    for given in (tensor, tensor.T, tensor.bfloat16(), tensor > 3):
+        array = backend.from_dlpack(given)
+        assert array.unsafe_buffer_pointer() == given.data_ptr()
+        np.testing.assert_array_equal(np.asarray(array, np.float32), given.float().numpy())
+        np.testing.assert_array_equal(jax.jit(lambda x: x + 0 * x)(array), array)
+    assert backend.from_dlpack(tensor.long()).dtype == jnp.int32
+    with pytest.raises(TypeError, match="JAX has no float64"):
+        backend.from_dlpack(tensor.double())
+    with pytest.raises(RuntimeError, match="compact"):
+        backend.from_dlpack(tensor[::2])
+    _, traced = jax.jit(lambda x: (x, backend.from_dlpack(tensor)))(1.0)
+    np.testing.assert_array_equal(traced, tensor.numpy())
+
+
+def test_memory_that_compiled_code_could_not_read_on_a_gpu_is_refused(monkeypatch):
+    torch = pytest.importorskip("torch", reason="another framework's arrays come by DLPack")
+    monkeypatch.setattr(type(jnp.zeros(4)), "unsafe_buffer_pointer", lambda view: 4 + 0 * view.ndim)
+    with pytest.raises(BufferError, match="multiple of 16 bytes"):
+        backend.from_dlpack(torch.zeros(4))

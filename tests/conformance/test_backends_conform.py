@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
-STANDINS = Path(__file__).parents[1] / "standins"
+HERE = Path(__file__).parent
+STANDINS = HERE.parent / "standins"
+
+
+def _before(folder: Path) -> str:
+    """Return a PYTHONPATH that begins with a folder."""
+    return os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
 
 
 @pytest.mark.parametrize(
@@ -18,11 +24,16 @@ STANDINS = Path(__file__).parents[1] / "standins"
         ("torch", {}),
         ("jax", {}),
         ("jax", {"JAX_ENABLE_X64": "1"}),
-        ("cupy", {"PYTHONPATH": os.pathsep.join([str(STANDINS), os.environ.get("PYTHONPATH", "")])}),
+        ("jax", {"PYTEST_PLUGINS": "jax_gpu_form", "PYTHONPATH": _before(HERE)}),
+        ("jax", {"JAX_ENABLE_X64": "1", "PYTEST_PLUGINS": "jax_gpu_form", "PYTHONPATH": _before(HERE)}),
+        ("cupy", {"PYTHONPATH": _before(STANDINS)}),
         ("numba", {}),
         ("strict", {}),
     ],
-    ids=["numpy", "torch", "jax", "jax in 64 bits", "cupy's stand-in", "numba", "the plug-in"],
+    ids=[
+        *("numpy", "torch", "jax", "jax in 64 bits", "jax's form for GPUs", "the same in 64 bits"),
+        *("cupy's stand-in", "numba", "the plug-in"),
+    ],
 )
 def test_backend_conforms(backend: str, environment: dict[str, str], tmp_path: Path) -> None:
     report, junit = tmp_path / "report.json", tmp_path / "junit.xml"

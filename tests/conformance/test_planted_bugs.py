@@ -4,9 +4,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import derivative_bugs
+import jax_gpu_bugs
 import pytest
 import toy_bugs
 
@@ -44,7 +46,7 @@ def test_planted_bugs_are_named(names: list[str], tmp_path: Path) -> None:
     assert [name for name in names if not is_named(reports[name], toy_bugs.BUGS[name].named_by)] == []
 
 
-def test_wrong_derivatives_are_named(tmp_path: Path) -> None:
-    reports = conform(derivative_bugs.__file__, list(derivative_bugs.BUGS), tmp_path)
-    unnamed = [name for name, bug in derivative_bugs.BUGS.items() if not is_named(reports[name], bug.named_by)]
-    assert unnamed == []
+@pytest.mark.parametrize("script", [derivative_bugs, jax_gpu_bugs], ids=["derivatives", "JAX's form for GPUs"])
+def test_bugs_in_real_backends_are_named(script: ModuleType, tmp_path: Path) -> None:
+    reports = conform(script.__file__, list(script.BUGS), tmp_path)
+    assert [name for name, bug in script.BUGS.items() if not is_named(reports[name], bug.named_by)] == []

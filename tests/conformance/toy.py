@@ -38,6 +38,9 @@ class Toy(Backend):
     def to_numpy(self, x: Array) -> np.ndarray:
         return np.asarray(x)
 
+    def from_dlpack(self, x: Any) -> Array:
+        return np.from_dlpack(x)
+
     def device(self, x: Array) -> Any:  # noqa: ARG002 - the contract's signature
         return "cpu"
 

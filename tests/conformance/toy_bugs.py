@@ -9,6 +9,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
+import border_bugs
 import forward_bugs
 import gradient_bugs
 import mask_bugs
@@ -26,7 +27,7 @@ def register(toy: type[Toy]) -> None:
     mbn.register_backend("toy", toy)
 
 
-_FILES = forward_bugs, gradient_bugs, mask_bugs, merge_bugs, module_bugs, out_bugs, transformation_bugs
+_FILES = border_bugs, forward_bugs, gradient_bugs, mask_bugs, merge_bugs, module_bugs, out_bugs, transformation_bugs
 
 BUGS = {
     toy.__name__: Bug(partial(register, toy), named_by)

@@ -1,0 +1,34 @@
+"""Sums per channel in the form for GPUs: arrays are read once, where they lie.
+
+XLA computes there what a reduction reads as part of it only if few values are reduced at a time; of float64 it else
+writes it all to memory first. So there are runs of few values, along the first axis, which comes first in memory
+whatever the order of the others. As on the CPU the order of additions is that of a tree, the same on every run.
+"""
+
+import jax
+import numpy as np
+from jax import lax
+
+from mbn_jax.channels import sums
+
+RUN = 31
+"""Values that are reduced at a time: from 32 on XLA has another way."""
+
+
+def channel_sums(*terms: jax.Array) -> list[jax.Array]:
+    """Return the sums over all axes but the channels' of terms of one shape, float64 and (N, C) or (N, C, L)."""
+    sizes = {axis: size for axis, size in enumerate(terms[0].shape) if axis != 1}
+    # Where the first axis has no whole run the other one comes first, to leave less for the next level.
+    for axis in sorted(sizes, reverse=sizes[0] < min(RUN, sizes.get(2, 0))):
+        while terms[0].shape[axis] > 1:
+            terms = sums([_in_runs(term, axis) for term in terms], axis + 1)
+    return [term.reshape(-1) for term in terms]
+
+
+def _in_runs(x: jax.Array, axis: int) -> jax.Array:
+    """Return x with an axis as two, of runs and of their values; zeros fill up the last run."""
+    run = min(RUN, x.shape[axis])
+    missing = -x.shape[axis] % run
+    if missing:
+        x = lax.pad(x, np.zeros((), x.dtype), [(0, missing if i == axis else 0, 0) for i in range(x.ndim)])
+    return x.reshape(*x.shape[:axis], -1, run, *x.shape[axis + 1 :])

@@ -1,0 +1,32 @@
+"""Bugs in what is handed over by another framework."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+from toy import Toy
+
+from mbn.contract import Array
+
+
+class HandedOverWithoutStrides(Toy):
+    def from_dlpack(self, x: Any) -> Array:
+        return super().from_dlpack(x).ravel(order="K").reshape(x.shape)
+
+
+class HandedOverInWords(Toy):
+    def from_dlpack(self, x: Any) -> Array:
+        return super().from_dlpack(x).astype(np.float32)
+
+
+class ExportedInReverse(Toy):
+    def exported(self, x: Array) -> AbstractContextManager[Array]:
+        return nullcontext(x[::-1])
+
+
+BUGS = [
+    (HandedOverWithoutStrides, "test_arrays_are_handed_over_unchanged"),
+    (HandedOverInWords, "test_arrays_are_handed_over_unchanged"),
+    (ExportedInReverse, "test_arrays_are_handed_over_unchanged"),
+]
+"""Backends, and the tests that have to name what is wrong with them."""

@@ -1,0 +1,14 @@
+"""JAX's form for GPUs, on the CPU: a plugin of pytest, with which all that is compiled takes it."""
+
+import gc
+from functools import partial
+
+from jax.interpreters import mlir
+
+import mbn
+from mbn_jax.maps import Map
+
+mbn.get_backend("jax")  # makes the maps
+MAPS = [value for value in gc.get_objects() if isinstance(value, Map) and value.on_gpu is not None]
+for _map in MAPS:
+    mlir.register_lowering(_map.primitive, partial(_map._lower, _map.on_gpu), "cpu")
