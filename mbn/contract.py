@@ -7,6 +7,7 @@ the values of mbn.state and the number of mbn.threads.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
 
 import numpy as np
@@ -33,6 +34,11 @@ def dtype_name(dtype: Any) -> str:
             name = str(dtype).rpartition(".")[2]
         _DTYPE_NAMES[key] = name
     return name
+
+
+def transposed(x: Array) -> Array:
+    """Return ``x`` with its last two axes swapped, in the same memory where arrays have memory orders."""
+    return x.mT if hasattr(x, "mT") else x.swapaxes(-1, -2)  # CuPy has mT from 14 on
 
 
 def layer_dtype(dtype: str) -> str:
@@ -145,6 +151,21 @@ class Backend(ABC):
     @abstractmethod
     def to_numpy(self, x: Array) -> np.ndarray:
         """Bring an own array to the host. It may share memory with ``x``."""
+
+    def from_dlpack(self, x: Any) -> Array:  # noqa: ARG002 - the signature for whoever can
+        """Return another framework's array, as its backend has ``exported`` it, as an own array in the same memory.
+
+        Asked where that memory is on a device. Whatever is raised says that it cannot be: x then comes as a copy, which
+        lies in order, and if that is refused too by way of the host.
+
+        Source: the Python specification of DLPack, https://dmlc.github.io/dlpack/latest/python_spec.html.
+        """
+        message = f"{self.name} takes no arrays by DLPack."
+        raise BufferError(message)
+
+    def exported(self, x: Array) -> AbstractContextManager[Any]:
+        """Return a context in which ``x``, as what it gives, can be taken by ``from_dlpack`` of another backend."""
+        return nullcontext(x)
 
     @abstractmethod
     def device(self, x: Array) -> Any:

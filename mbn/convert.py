@@ -1,9 +1,11 @@
 """Data across the border between frameworks.
 
-Crossing is explicit, except that any backend takes host data (NumPy arrays, lists, scalars). What a layer keeps is a
-copy of its own, so that nobody's array changes behind anybody's back.
+Crossing is explicit, except that any backend takes host data (NumPy arrays, lists, scalars). What lies on a device is
+handed over there, and goes by way of the host only where the frameworks cannot agree. What a layer keeps is a copy of
+its own, so that nobody's array changes behind anybody's back.
 """
 
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,9 @@ import numpy as np
 from mbn import checks, registry
 from mbn.contract import Array, Backend, dtype_name
 from mbn.state import Params, State
+
+_HOST_MEMORY = frozenset({1, 3, 11})
+"""DLPack's numbers for memory that the host can address: kDLCPU, kDLCUDAHost and kDLROCMHost."""
 
 
 def asarray(x: Any, dtype: Any = None, *, backend: str | Backend | None = None, device: Any = None) -> Array:
@@ -20,10 +25,12 @@ def asarray(x: Any, dtype: Any = None, *, backend: str | Backend | None = None, 
         x: an array of any known framework, nested lists or a scalar.
         dtype: the new dtype, of any framework or by name; by default that of ``x``.
         backend: where to; by default the chosen backend, or ``x``'s own where nothing is chosen.
-        device: the new device; by default that of ``x`` within one framework, else the framework's default.
+        device: the new device; by default that of ``x`` where the framework can reach it (its own arrays, and those on
+            a GPU that both frameworks use), else the framework's default.
 
     Returns:
-        An array of the backend. It may share memory with ``x``.
+        An array of the backend. It may share memory with ``x``, on a GPU with an array of JAX too: whoever writes to
+        either afterwards changes both.
 
     Raises:
         BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
@@ -32,8 +39,23 @@ def asarray(x: Any, dtype: Any = None, *, backend: str | Backend | None = None, 
     """
     owner = registry.owner_of(x)
     target = registry.get_backend(backend) if backend is not None else registry.chosen_backend() or owner
-    host_or_own = x if target is owner or registry.is_host_data(x) else owner.to_numpy(x)
+    host_or_own = x if target is owner or registry.is_host_data(x) else _handed_over(x, owner, target)
     return target.asarray(host_or_own, None if dtype is None else dtype_name(dtype), device)
+
+
+def _handed_over(x: Any, owner: Backend, target: Backend) -> Array | np.ndarray:
+    """Return another framework's array as an own one of ``target`` on the device of ``x``, or else as NumPy's.
+
+    In memory of the host NumPy's it is, which frameworks share or copy as is right for them: nobody is to write to an
+    array of JAX. On a device that would cost more than it is worth.
+    """
+    for prepared in (owner.constant, owner.copy):
+        with suppress(Exception):  # whatever is refused, there is a way that is always open
+            if x.__dlpack_device__()[0] in _HOST_MEMORY:
+                break
+            with owner.exported(prepared(x)) as exported:
+                return target.from_dlpack(exported)
+    return owner.to_numpy(x)
 
 
 def to_numpy(x: Any) -> np.ndarray:
@@ -124,9 +146,13 @@ def owned(
         TypeError: ``value`` is no array of real numbers, or a count is no integer.
         ValueError: it has another shape, or a count is negative or too large.
     """
-    # An own array stays what it is, traced perhaps; anything else goes by way of the host.
-    stays = registry.owner_of(value) is backend and not isinstance(value, registry.PYTHON_DATA)
-    array = backend.copy(value) if stays else to_numpy(value)
+    # An own array stays what it is, traced perhaps; another one crosses as a copy that nobody else holds.
+    owner = registry.owner_of(value)
+    if registry.is_host_data(value):
+        array = owner.to_numpy(value)
+    else:
+        array = owner.copy(value)
+        array = array if owner is backend else _handed_over(array, owner, backend)
     given, is_count = dtype_name(array.dtype), dtype == "int64"
     if not given.startswith(("int", "uint") if is_count else ("int", "uint", "float", "bfloat")):
         message = f"{name} is made of {'integers' if is_count else 'real numbers'}, not {given}."
@@ -135,7 +161,7 @@ def owned(
     if tuple(array.shape) != shape and not is_filling:
         message = f"{name} has shape {tuple(array.shape)}; this layer needs {shape}."
         raise ValueError(message)
-    own: Array = backend.asarray(array if stays else array.astype(dtype), dtype, device)
+    own: Array = backend.asarray(array.astype(dtype) if isinstance(array, np.ndarray) else array, dtype, device)
     if is_count:
         limit = np.iinfo(dtype_name(own.dtype)).max  # that of int32, where there is no int64
         if registry.owner_of(array).within(array, 0, limit) is False:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mbn import checks
-from mbn.contract import Array, Backend, Moments
+from mbn.contract import Array, Backend, Moments, transposed
 from mbn.state import Settings
 
 
@@ -39,7 +39,7 @@ class Population:
         if 0 in x.shape:
             return
         x = backend.constant(x)
-        moments, size = backend.moments(x.mT if settings.has_channels_last(x.ndim) else x), 1
+        moments, size = backend.moments(transposed(x) if settings.has_channels_last(x.ndim) else x), 1
         # Whoever computes later would keep the batch until then.
         backend.to_numpy(_vector(backend, moments.mean, settings, backend.device(x)))
         while self._parts and self._parts[-1][0] == size:

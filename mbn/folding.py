@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mbn import checks, registry
-from mbn.contract import Array, dtype_name
+from mbn.contract import Array, dtype_name, transposed
 from mbn.convert import received
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def fold_linear(weight: Any, bias: Any, bn: "BatchNorm1d") -> tuple[Array, Array
         bias = backend.asarray(np.zeros(bn.running_mean.shape), dtype_name(weight.dtype), backend.device(weight))
     bias = received(backend, "bias", bias, dtype, device)
     checks.linear(backend, weight, bias, bn.num_features, dtype)
-    return _scaled(bn, weight.mT).mT, _shifted(bn, bias[None, :])[0, :]
+    return transposed(_scaled(bn, transposed(weight))), _shifted(bn, bias[None, :])[0, :]
 
 
 def _scaled(bn: "BatchNorm1d", values: Any) -> Array:

@@ -7,7 +7,7 @@ come last.
 from typing import Any
 
 from mbn import checks
-from mbn.contract import Array, Backend, Residuals
+from mbn.contract import Array, Backend, Residuals, transposed
 from mbn.masking import Masking
 from mbn.pullback import Pullback
 from mbn.state import Params, Settings, State
@@ -38,9 +38,9 @@ def forward(
     swap = settings.has_channels_last(len(shape))
     options = _options(settings, training, weights)
     if out is not None:
-        options["out"] = out.mT if swap else out
-    y, state = backend.batch_norm(x.mT if swap else x, params, state, **options)
-    return (y.mT if swap else y) if out is None else out, state
+        options["out"] = transposed(out) if swap else out
+    y, state = backend.batch_norm(transposed(x) if swap else x, params, state, **options)
+    return (transposed(y) if swap else y) if out is None else out, state
 
 
 def forward_vjp(
@@ -62,11 +62,11 @@ def forward_vjp(
         return (x, Pullback(backend, x, held, None, weights, settings)), _counted(state, training=training)
     swap = settings.has_channels_last(len(shape))
     y, state, residuals = backend.batch_norm_residuals(
-        x.mT if swap else x, params, state, **_options(settings, training, weights)
+        transposed(x) if swap else x, params, state, **_options(settings, training, weights)
     )
     if not training:  # the running statistics may be written to before the pullback is called
         residuals = Residuals(backend.copy(residuals.mean), backend.copy(residuals.var), None)
-    return (y.mT if swap else y, Pullback(backend, x, held, residuals, weights, settings)), state
+    return (transposed(y) if swap else y, Pullback(backend, x, held, residuals, weights, settings)), state
 
 
 def _options(settings: Settings, training: bool, weights: Array | None) -> dict[str, Any]:  # noqa: FBT001 - as they come

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mbn import checks
-from mbn.contract import Array, Backend, Residuals, dtype_name
+from mbn.contract import Array, Backend, Residuals, dtype_name, transposed
 from mbn.convert import received
 from mbn.state import Params, Settings
 
@@ -60,14 +60,14 @@ class Pullback:
         else:
             swap = settings.has_channels_last(len(shape))
             dx, dweight, dbias = backend.pullback(
-                dy.mT if swap else dy,
-                x.mT if swap else x,
+                transposed(dy) if swap else dy,
+                transposed(x) if swap else x,
                 self._params.weight,
                 self._residuals,
                 settings.eps,
                 self._weights,
             )
-            dx = dx.mT if swap else dx
+            dx = transposed(dx) if swap else dx
         weight, bias = self._params
         # The sums may be wider than the parameters that they belong to.
         return (

@@ -44,7 +44,7 @@ class Known(NamedTuple):
 _BUILT_IN = {
     "numpy": Known("mbn_numpy.backend:NumpyBackend", "built in", "numpy", "pip install numpy"),
     "torch": Known("mbn_torch.backend:TorchBackend", "built in", "torch", "pip install 'torch>=2.8'"),
-    "jax": Known("mbn_jax.backend:JaxBackend", "built in", "jax", "pip install 'jax>=0.8'"),
+    "jax": Known("mbn_jax.backend:JaxBackend", "built in", "jax", "pip install 'jax>=0.7'"),
     "cupy": Known(
         "mbn_cupy.backend:CupyBackend",
         "built in",

@@ -160,6 +160,9 @@ class Storage:
     def to(self, *, backend: str | Backend | None = None, device: Any = None, dtype: Any = None) -> Self:
         """Move the layer with its state to another backend, device or dtype; return it.
 
+        Without a device it stays on the GPU where it is if the other backend's framework uses that too, and is on the
+        default device of the backend otherwise.
+
         Raises:
             BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
             TypeError, ValueError: the backend has no such dtype or device. The layer is unchanged.
@@ -170,6 +173,8 @@ class Storage:
         target = self._backend if backend is None else registry.get_backend(backend)
         if device is None and target is self._backend:
             device = self._device
+        elif device is None and self._is_bound:
+            device = self._device_on(target)
         if self._is_bound or backend is not None:
             trial._bind(target, device)
         else:
@@ -179,6 +184,10 @@ class Storage:
         trial._is_shared = self._is_shared and all(map(is_, arrays, before))
         self.__dict__.update(trial.__dict__)
         return self
+
+    def _device_on(self, target: Backend) -> Any:
+        """Return where an array on the layer's device lies once it has come to another backend."""
+        return target.device(asarray(self._backend.asarray([0.0], "float32", self._device), backend=target))
 
     def _meet(self, x: Any) -> Array:
         """Return an input as an array of the layer's backend; take from it what the layer does not know yet."""

@@ -1,5 +1,7 @@
 """Data across the border."""
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -19,6 +21,60 @@ def test_asarray_moves_between_frameworks() -> None:
     assert mbn.asarray(x) is x
     with mbn.use_backend("numpy"):
         assert isinstance(mbn.asarray(x), np.ndarray)
+
+
+def _pointer(array: Any) -> int:
+    if isinstance(array, np.ndarray):
+        return array.ctypes.data
+    return array.data_ptr() if isinstance(array, torch.Tensor) else array.unsafe_buffer_pointer()
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "shared"),
+    [
+        ("numpy", "torch", True),
+        ("torch", "numpy", True),
+        ("jax", "numpy", True),  # read-only
+        ("numpy", "jax", False),  # JAX's arrays never change
+        ("torch", "jax", False),
+        ("jax", "torch", False),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_memory_of_the_host_is_shared(source: str, target: str, dtype: str, *, shared: bool) -> None:
+    pytest.importorskip("jax", reason="the border needs a third framework")
+    host = np.arange(4096, dtype=np.float32).reshape(64, 64).astype(dtype)
+    x = mbn.asarray(host, backend=source)
+    y = mbn.asarray(x, backend=target)
+    assert mbn.registry.owner_of(y).name == target
+    assert (_pointer(y) == _pointer(x)) == shared
+    np.testing.assert_array_equal(mbn.to_numpy(y), host, strict=True)
+    if isinstance(y, np.ndarray):
+        assert y.flags.writeable == (source == "torch")
+
+
+def test_views_and_recorded_tensors_cross_as_what_they_are() -> None:
+    x = torch.arange(6.0).reshape(2, 3)
+    recorded = x.clone().requires_grad_() * 2
+    for target in ("numpy", "jax"):
+        pytest.importorskip(target)
+        for tensor in (x.T, x[:, ::2], torch._neg_view(x), x[1:], recorded):
+            expected = tensor.detach().resolve_neg().numpy()
+            np.testing.assert_array_equal(mbn.to_numpy(mbn.asarray(tensor, backend=target)), expected)
+    assert recorded.requires_grad
+    backwards = np.arange(6.0)[::-1]
+    backwards.flags.writeable = False
+    np.testing.assert_array_equal(mbn.asarray(backwards, backend="torch"), backwards)
+
+
+def test_traced_and_scattered_values_do_not_cross() -> None:
+    jax = pytest.importorskip("jax", reason="it traces")
+    with pytest.raises(jax.errors.TracerArrayConversionError):
+        jax.jit(lambda x: mbn.asarray(x, backend="torch"))(1.0)
+    with pytest.raises(TypeError):
+        mbn.asarray(torch.eye(3).to_sparse(), backend="jax")
+    with pytest.raises((TypeError, NotImplementedError, RuntimeError)):
+        mbn.asarray(torch.ones(3, device="meta"), backend="jax")
 
 
 def test_to_numpy() -> None:

@@ -1,6 +1,7 @@
 """CuPy's verbs. CuPy computes on the current device, so each verb makes the one of its array current."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
@@ -52,6 +53,14 @@ class CupyBackend(Backend):
 
     def to_numpy(self, x: cupy.ndarray) -> np.ndarray:
         return cupy.asnumpy(x)
+
+    def from_dlpack(self, x: Any) -> cupy.ndarray:
+        return cupy.from_dlpack(x)
+
+    @contextmanager
+    def exported(self, x: cupy.ndarray) -> Iterator[cupy.ndarray]:
+        with x.device:  # whose current stream is the one to wait for
+            yield x
 
     def device(self, x: cupy.ndarray) -> str:
         return f"cuda:{x.device.id}"

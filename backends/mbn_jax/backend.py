@@ -7,14 +7,18 @@ from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import jax
+import jax.dlpack
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import GetAttrKey
 
-from mbn.contract import Backend, Capabilities, Moments, Residuals
+from mbn.contract import Backend, Capabilities, Moments, Residuals, dtype_name
 from mbn.state import Params, State
 from mbn_jax import batch, kernels
 from mbn_jax.pairs import Pair, Statistic, number, widest_dtype
+
+_ALIGNMENT = 16
+"""What compiled code asks of its arguments on a GPU, in bytes. On the CPU JAX copies what does not comply."""
 
 
 class JaxBackend(Backend):
@@ -42,6 +46,15 @@ class JaxBackend(Backend):
 
     def to_numpy(self, x: jax.Array) -> np.ndarray:
         return np.asarray(x)
+
+    def from_dlpack(self, x: Any) -> jax.Array:
+        _dtype(dtype_name(x.dtype))  # JAX itself would make float32 of float64
+        with jax.ensure_compile_time_eval():  # as in asarray
+            array = jax.dlpack.from_dlpack(x)
+        if array.unsafe_buffer_pointer() % _ALIGNMENT:
+            message = f"JAX computes on memory that begins at a multiple of {_ALIGNMENT} bytes."
+            raise BufferError(message)
+        return array
 
     def device(self, x: jax.Array) -> str | None:
         if isinstance(x, jax.core.Tracer) or not x.committed or len(x.devices()) > 1:

@@ -1,7 +1,8 @@
 """Torch's verbs, and its border with NumPy: neither a warning nor a refusal where the data can be brought over."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
 from types import ModuleType
@@ -59,6 +60,14 @@ class TorchBackend(Backend):
         if x.dtype == torch.bfloat16:
             return x.detach().view(torch.int16).numpy(force=True).view(_numpy_bfloat16())
         return x.numpy(force=True)
+
+    def from_dlpack(self, x: Any) -> torch.Tensor:
+        return torch.from_dlpack(x)
+
+    @contextmanager
+    def exported(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        with torch.cuda.device_of(x):  # Torch exports from the current device alone
+            yield x.resolve_neg()  # it would export a negative view as what it is a view of
 
     def device(self, x: torch.Tensor) -> torch.device:
         return x.device

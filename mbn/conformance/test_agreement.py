@@ -1,5 +1,7 @@
 """Agreement: the same numbers by every route, on every backend and in every memory layout."""
 
+from contextlib import suppress
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 import mbn
 from mbn.conformance import derivatives, oracle, strategies, ulp
 from mbn.conformance.target import Target, assert_same, configured
-from mbn.contract import Array, Backend
+from mbn.contract import Array, Backend, transposed
 
 X = np.random.default_rng(13).normal(100, 3, (12, 5, 8)).astype(np.float32)
 DY = np.random.default_rng(22).normal(1, 3, (12, 5, 8)).astype(np.float32)
@@ -60,6 +62,17 @@ def test_arrays_cross_the_border_unchanged(target: Target) -> None:
         np.testing.assert_array_equal(mbn.to_numpy(array) if target.backend.owns(array) else array, host, strict=True)
 
 
+def test_arrays_are_handed_over_unchanged(target: Target) -> None:
+    for dtype in sorted(target.capabilities.dtypes):
+        host = X.astype(dtype)
+        for array in (target.array(host), transposed(target.array(np.ascontiguousarray(host.mT)))):
+            handed = array
+            with suppress(Exception), target.backend.exported(array) as exported:  # a backend may refuse
+                handed = target.backend.from_dlpack(exported)
+            np.testing.assert_array_equal(target.numpy(handed), host, strict=True)
+            assert target.backend.device(array) in {None, target.backend.device(handed)}
+
+
 @pytest.mark.parametrize("layout", strategies.LAYOUTS)
 @pytest.mark.parametrize("training", [True, False])
 def test_memory_layouts_of_host_data(target: Target, layout: str, *, training: bool) -> None:
@@ -75,8 +88,8 @@ def test_memory_layouts_of_own_arrays(target: Target, *, training: bool) -> None
     contiguous = target.layer(5).train(training)
     expected = target.numpy(contiguous(target.array(X)))
     padded = target.array(np.repeat(X, 2, axis=0))
-    transposed = target.array(np.ascontiguousarray(X.swapaxes(1, 2)))
-    for x in (padded[::2, ...], transposed.mT):
+    swapped = target.array(np.ascontiguousarray(X.swapaxes(1, 2)))
+    for x in (padded[::2, ...], transposed(swapped)):
         bn = target.layer(5).train(training)
         np.testing.assert_array_equal(target.numpy(bn(x)), expected, strict=True)
         assert_same(target.snapshot(contiguous), target.snapshot(bn))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mbn.conformance.target import Target, strides
-from mbn.contract import layer_dtype
+from mbn.contract import layer_dtype, transposed
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 X = np.random.default_rng(9).normal(1, 2, (6, 3, 4))
@@ -115,7 +115,7 @@ def test_output_has_the_memory_order_of_the_input(target: Target, *, training: b
     target.require_memory_orders()
     bn = target.layer(3, axis=-1).train(training)
     plain = target.backend.asarray(X.swapaxes(1, 2).astype(np.float32).copy(), device=target.device)  # (N, L, C)
-    transposed = target.array(X.astype(np.float32)).mT  # the same values with channels outermost
-    for x in (plain, transposed):
+    swapped = transposed(target.array(X.astype(np.float32)))  # the same values with channels outermost
+    for x in (plain, swapped):
         y = bn(x)
         assert strides(y) == strides(x)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import mbn
 from mbn.conformance import derivatives, strategies, ulp
 from mbn.conformance.target import Target, assert_same, configured, strides
-from mbn.contract import layer_dtype
+from mbn.contract import layer_dtype, transposed
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 X, DY = np.random.default_rng(16).normal(1, 2, (2, 6, 3, 4))
@@ -349,8 +349,8 @@ def test_dx_has_the_memory_order_of_x(target: Target, *, training: bool) -> None
     target.require_memory_orders()
     bn = target.layer(3, axis=-1).train(training)
     plain = target.array(np.ascontiguousarray(X.swapaxes(1, 2).astype(np.float32)))  # (N, L, C)
-    for x in (plain, target.array(X.astype(np.float32)).mT):
-        for dy in (plain, target.array(DY.astype(np.float32)).mT):
+    for x in (plain, transposed(target.array(X.astype(np.float32)))):
+        for dy in (plain, transposed(target.array(DY.astype(np.float32)))):
             dx, _, _ = bn.vjp(x)[1](dy)
             assert strides(dx) == strides(x)
 

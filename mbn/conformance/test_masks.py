@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import mbn
 from mbn.conformance import oracle, strategies
 from mbn.conformance.target import Target, assert_same, configured, strides
-from mbn.contract import layer_dtype
+from mbn.contract import layer_dtype, transposed
 
 X = np.random.default_rng(14).normal(3, 2, (6, 3, 4)).astype(np.float32)
 KINDS = strategies.maskings((6, 4))
@@ -305,7 +305,7 @@ def test_output_has_the_memory_order_of_the_input(target: Target, *, training: b
     target.require_memory_orders()
     bn = target.layer(3, axis=-1).train(training)
     plain = target.array(np.ascontiguousarray(X.swapaxes(1, 2)))  # (N, L, C)
-    for x in (plain, target.array(X).mT):
+    for x in (plain, transposed(target.array(X))):
         y = bn(x, **target.arrays(MASKING.arguments))
         assert strides(y) == strides(x)
 

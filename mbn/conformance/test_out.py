@@ -8,7 +8,7 @@ import pytest
 import mbn
 from mbn.conformance.target import Target
 from mbn.conformance.test_errors import assert_refused
-from mbn.contract import Array
+from mbn.contract import Array, transposed
 
 X = np.random.default_rng(31).normal(3, 2, (12, 5, 8)).astype(np.float32)
 MASK = np.random.default_rng(32).random((12, 8)) > 0.3
@@ -43,8 +43,8 @@ def test_output_is_written_to_out(target: Target, axis: int, *, masked: bool, tr
     host = X if axis == 1 else np.ascontiguousarray(X.swapaxes(1, 2))
     x = target.array(host)
     expected = run(target, x, **arguments)
-    transposed = target.array(np.full_like(host.swapaxes(1, 2), np.nan, order="C")).mT
-    for out in (target.array(np.full_like(host, np.nan)), transposed):
+    swapped = transposed(target.array(np.full_like(host.swapaxes(1, 2), np.nan, order="C")))
+    for out in (target.array(np.full_like(host, np.nan)), swapped):
         result = run(target, x, out, **arguments)
         assert result.output is out
         np.testing.assert_array_equal(target.numpy(out), target.numpy(expected.output), strict=True)
@@ -87,7 +87,7 @@ def test_out_of_an_empty_batch(target: Target) -> None:
 def test_out_that_overlaps_x_is_refused(target: Target, overlap: str) -> None:
     target.require("out")
     held = target.array(np.concatenate([X[..., :5], X[:1, :, :5]]))
-    x, out = (held[:-1, ...], held[1:, ...]) if overlap == "rows" else (held, held.mT)
+    x, out = (held[:-1, ...], held[1:, ...]) if overlap == "rows" else (held, transposed(held))
     before = target.numpy(held)
     assert_refused(ValueError, "overlaps", lambda: run(target, x, out, training=True))
     np.testing.assert_array_equal(target.numpy(held), before, strict=True)

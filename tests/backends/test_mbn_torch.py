@@ -163,3 +163,21 @@ def test_state_dict_goes_to_torch_nn_and_back():
     for name, expected in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[name], expected)
         assert ours.state_dict()[name].dtype == expected.dtype
+
+
+def test_memory_is_handed_over():
+    jax = pytest.importorskip("jax", reason="another framework's arrays come by DLPack")
+    for dtype in ("float32", "float16", "bfloat16"):
+        array = jax.numpy.arange(6, dtype=dtype)
+        tensor = backend.from_dlpack(array)
+        assert (tensor.data_ptr(), str(tensor.dtype)) == (array.unsafe_buffer_pointer(), f"torch.{dtype}")
+
+
+def test_what_is_exported_is_what_is_seen():
+    x = torch.arange(6.0)
+    with backend.exported(x) as exported:
+        assert torch.from_dlpack(exported).data_ptr() == x.data_ptr()
+    with backend.exported(torch._neg_view(x)) as exported:
+        assert torch.equal(torch.from_dlpack(exported), -x)
+    with backend.exported(backend.constant(x.clone().requires_grad_())) as exported:
+        assert torch.equal(torch.from_dlpack(exported), x)

@@ -22,6 +22,7 @@ import mbn
 nnx = pytest.importorskip("flax.nnx")
 linen = pytest.importorskip("flax.linen")
 jax = pytest.importorskip("jax")
+enable_x64 = pytest.importorskip("mbn_jax.maps").enable_x64
 
 BACKENDS = ["numpy", "jax"]
 
@@ -158,7 +159,7 @@ def test_a_module_from_a_layer_keeps_the_variance_of_large_means():
 
 def test_float64_stays_float64():
     x = sample(dtype="float64")
-    with jax.enable_x64(new_val=True):
+    with enable_x64(new_val=True):
         bn = layer(correction=0, dtype="float64", backend="jax")
         theirs, (other, variables) = mbn.to_flax(bn), mbn.to_flax(bn, linen=True)
         assert_evaluates_as(bn, theirs(x), x, bound=4)
@@ -168,7 +169,7 @@ def test_float64_stays_float64():
 
 
 def test_float64_takes_the_64_bit_mode():
-    with jax.enable_x64(new_val=False), pytest.raises(ValueError, match="jax_enable_x64.*float32"):
+    with enable_x64(new_val=False), pytest.raises(ValueError, match="jax_enable_x64.*float32"):
         mbn.to_flax(layer(correction=0, dtype="float64", backend="numpy"))
 
 

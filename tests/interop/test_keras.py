@@ -185,9 +185,9 @@ def test_a_layer_without_statistics_is_refused():
 
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="the others have it")
 def test_float64_needs_a_backend_that_has_it():
-    jax = pytest.importorskip("jax")
+    enable_x64 = pytest.importorskip("mbn_jax.maps", reason="the switch is JAX's").enable_x64
     bn = layer(correction=0, dtype="float64", backend="numpy")
-    with jax.enable_x64(new_val=False), pytest.raises(ValueError, match="float64.*jax_enable_x64.*float32"):
+    with enable_x64(new_val=False), pytest.raises(ValueError, match="float64.*jax_enable_x64.*float32"):
         mbn.to_keras(bn)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from ._array import call, ndarray, operand, stored, unwritten
 from ._device import cuda, current_id
+from ._memory import Borrowed
 from ._raw import RawKernel, RawModule
 
 __all__ = ["RawKernel", "RawModule", "cuda", "ndarray"]
@@ -32,6 +33,25 @@ def asarray(a, dtype=None):
 def ascontiguousarray(a, dtype=None):
     host = operand(a)
     return a if host.flags.c_contiguous and dtype in (None, a.dtype) else stored(np.ascontiguousarray(host, dtype))
+
+
+class _OnHost:
+    """What lies on a pretended GPU, to NumPy."""
+
+    def __init__(self, array):
+        self.__dlpack__ = array.__dlpack__
+
+    def __dlpack_device__(self):
+        return 1, 0
+
+
+def from_dlpack(array):
+    kind, device_id = array.__dlpack_device__()
+    if kind != 2:
+        message = f"Unsupported array type: {kind}"
+        raise TypeError(message)
+    with cuda.Device(device_id):
+        return ndarray(np.from_dlpack(_OnHost(array)), Borrowed(), device_id)
 
 
 def asnumpy(a):

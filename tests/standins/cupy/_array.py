@@ -30,7 +30,9 @@ class ndarray:  # noqa: N801 - CuPy's name
     data = property(lambda self: SimpleNamespace(ptr=self._host.ctypes.data))
     device = property(lambda self: Device(self._device_id))
     T = property(lambda self: self._result(self._host.T))
-    mT = property(lambda self: self._result(self._host.mT))  # noqa: N815 - CuPy's name
+
+    def swapaxes(self, axis1, axis2):  # CuPy 13 has no mT
+        return self._result(self._host.swapaxes(axis1, axis2))
 
     def __array__(self, *args, **options):
         message = "Implicit conversion to a NumPy array is not allowed. Please use `.get()`."
@@ -65,6 +67,12 @@ class ndarray:  # noqa: N801 - CuPy's name
 
     def get(self):
         return self._host.copy()
+
+    def __dlpack__(self, *, stream=None, **options):
+        return operand(self).__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return 2, self._device_id
 
     def copy(self):
         return stored(self._host.copy())

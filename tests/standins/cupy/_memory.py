@@ -35,6 +35,13 @@ class Memory:
         return all(part[: len(expected)].tobytes() == expected for part, expected in self._guards)
 
 
+class Borrowed:
+    """Memory of somebody else, which has no guards."""
+
+    def is_whole(self):
+        return True
+
+
 def allocated(shape, dtype, strides=None):
     """Return a NumPy array of NaN in memory of its own, and that memory."""
     memory = Memory(int(np.prod(shape)) * dtype.itemsize)
