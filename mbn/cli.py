@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import mbn
+from mbn import usage
 from mbn.bench import command as bench
-from mbn.bench.workloads import MODES
+from mbn.bench.workloads import MODES, PULLBACK
 from mbn.compare import command as compare
 from mbn.registry import BackendNotFoundError
 from mbn.usage import DTYPES, UsageError
@@ -33,8 +34,12 @@ Time BatchNorm1d on every backend, and the batch norms of other packages beside 
 nnx.BatchNorm under jit, the NumPy formula that everyone writes, and a copy of the input, which is the limit. Each has
 a process of its own, which holds its own arrays; they are taken in turn, over several rounds.
 
-Modes: train (forward), eval, backward (training, forward and backward). On backends whose framework has gradients these
-are the framework's; on JAX each step is compiled.
+Modes: train (forward), eval, backward (training, forward and backward), and if asked for pullback (the backward pass
+alone). On backends whose framework has gradients these are the framework's; on JAX each step is compiled.
+
+With --device, every backend that has this device is measured there, beside its peers and a copy within the device; who
+has none is left out. On a GPU times are taken by CUDA's events; for JAX, which has none, by many calls that are waited
+for together.
 """
 _BENCH_EXITS = "exit codes: 0 measured; 1 measured, but a subject failed; 2 bad usage, or no backend could run"
 _CONFORM = """\
@@ -102,9 +107,10 @@ def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--dtype", choices=DTYPES, default="float32", metavar="DTYPE", help=f"{', '.join(DTYPES)} (default: float32)"
     )
     parser.add_argument("--axis", type=int, choices=(1, -1), default=1, help="where the channels are (default: 1)")
-    parser.add_argument("--modes", type=_modes, metavar="A,B", help=f"{', '.join(MODES)} (default: all)")
+    parser.add_argument("--modes", type=_modes, metavar="A,B", help=f"{', '.join(MODES)} (default: all), {PULLBACK}")
     parser.add_argument("--masked", action="store_true", help="mask every third place")
     _add_backend_option(parser)
+    parser.add_argument("--device", metavar="DEVICE", help="measure on this device alone: cuda, cuda:1, cpu")
     _add_files(parser, "draw the times")
     parser.set_defaults(run=bench.run)
 
@@ -134,10 +140,11 @@ def _add_conform(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "conform",
         help="run the conformance suite on a backend",
         description=_CONFORM,
-        usage="%(prog)s NAME[:DEVICE] [--json FILE] [--junit-xml FILE] [pytest options]",
+        usage="%(prog)s NAME[:DEVICE] [--device DEVICE] [--json FILE] [--junit-xml FILE] [pytest options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", metavar="NAME", help="the backend, or NAME:DEVICE")
+    parser.add_argument("--device", metavar="DEVICE", help="where its arrays are, as in NAME:DEVICE: cuda, cuda:1")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     parser.add_argument("--junit-xml", type=Path, metavar="FILE", help="write the results as JUnit XML")
     parser.set_defaults(run=_conform)
@@ -157,7 +164,8 @@ def _conform(options: argparse.Namespace) -> int:
         raise UsageError(message)
     from mbn.conformance import runner  # noqa: PLC0415 - which needs these
 
-    return runner.run(options.name, json=options.json, junit_xml=options.junit_xml, pytest_args=options.pytest_args)
+    spec = usage.on_device(options.name, options.device)
+    return runner.run(spec, json=options.json, junit_xml=options.junit_xml, pytest_args=options.pytest_args)
 
 
 def _names(text: str) -> list[str]:
@@ -170,7 +178,7 @@ def _names(text: str) -> list[str]:
 
 def _modes(text: str) -> list[str]:
     modes = text.split(",")
-    if not set(modes) <= set(MODES):
+    if not set(modes) <= {*MODES, PULLBACK}:
         message = f"{text!r} are no modes, such as {','.join(MODES)}"
         raise argparse.ArgumentTypeError(message)
     return modes

@@ -32,6 +32,19 @@ def backends(specs: list[str] | None) -> list[str]:
     return specs or list(known)
 
 
+def on_device(spec: str, device: str | None) -> str:
+    """Return a backend, ``NAME`` or ``NAME:DEVICE``, with the device of an option beside it.
+
+    Raises:
+        UsageError: both name a device, and not the same.
+    """
+    name, _, given = spec.partition(":")
+    if given and device and given != device:
+        message = f"{spec} is not on the device that --device names, {device}: leave one of them out."
+        raise UsageError(message)
+    return f"{name}:{device}" if device else spec
+
+
 def check_files(json: Path | None, plot: Path | None) -> None:
     """Refuse files that could not be written in the end.
 

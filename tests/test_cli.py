@@ -221,6 +221,18 @@ def test_conform_hands_over_to_the_suite(tmp_path, monkeypatch):
     assert calls == [(("numpy",), {"json": path, "junit_xml": None, "pytest_args": ["-x", "-k", "float16"]})]
 
 
+@pytest.mark.parametrize("name", ["numpy", "numpy:cpu"])
+def test_conform_on_a_device(monkeypatch, name):
+    runner = pytest.importorskip("mbn.conformance.runner")
+    monkeypatch.setattr(runner, "run", lambda spec, **_: {"numpy:cpu": 3}[spec])
+    assert main(["conform", name, "--device", "cpu"]) == 3
+
+
+def test_conform_on_two_devices_is_refused(capsys):
+    pytest.importorskip("mbn.conformance.runner")
+    assert "leave one of them out" in refused(capsys, "conform", "torch:cpu", "--device", "cuda")
+
+
 def test_conform_without_its_extra(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert "pip install pytest hypothesis ml_dtypes" in refused(capsys, "conform", "numpy")

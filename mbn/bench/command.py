@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from mbn import usage
 from mbn.bench import measurement, record, report
 from mbn.bench.measurement import Measurement
-from mbn.bench.workloads import MODES, Workload
+from mbn.bench.workloads import MODES, PULLBACK, Workload
 from mbn.console import console
 from mbn.isolation import NotRun
 from mbn.usage import UsageError
@@ -28,8 +28,10 @@ def run(options: argparse.Namespace) -> int:
     backends = usage.backends(options.backends)
     usage.check_files(options.json, options.plot)
     workload = _workload(options)
-    modes = tuple(mode for mode in MODES if mode in (options.modes or MODES))
-    result = _measure(workload, measurement.subjects(backends), modes)
+    modes = tuple(mode for mode in (*MODES, PULLBACK) if mode in (options.modes or MODES))
+    if options.device:
+        backends = _on_device(options.device, backends)
+    result = _measure(workload, measurement.subjects(backends, options.device), modes)
     report.show(console(), result)
     if options.json:
         options.json.write_text(record.to_json(result), encoding="utf-8")
@@ -40,6 +42,19 @@ def run(options: argparse.Namespace) -> int:
     if not any(spec in result.timed for spec in backends):
         return _NOTHING_RAN
     return _FAILED if any(isinstance(s, NotRun) and s.broken for s in result.subjects.values()) else _MEASURED
+
+
+def _on_device(device: str, backends: list[str]) -> list[str]:
+    """Return those of the backends that have a device, there, and say who is left out."""
+    specs = [usage.on_device(spec, device) for spec in backends]
+    found = measurement.placed(specs)
+    if not found:
+        message = f"no backend here has a device {device!r}. `mbn backends` says which devices there are."
+        raise UsageError(message)
+    left_out = [spec.partition(":")[0] for spec in specs if spec not in found]
+    if left_out:
+        console().print(f"Not on {device}, and so left out: {', '.join(left_out)}.\n", highlight=False)
+    return found
 
 
 def _measure(workload: Workload, specs: list[str], modes: tuple[str, ...]) -> Measurement:
