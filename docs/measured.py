@@ -18,6 +18,7 @@ import mbn_peers
 from mbn.bench import plot
 from mbn.bench.measurement import LIMIT
 from mbn.bench.report import TITLES
+from mbn.bench.workloads import MODES
 from mbn.console import milliseconds
 
 DOCS = Path(__file__).parent
@@ -67,7 +68,7 @@ def generate(folder: Path, run: Run) -> None:
     times = run.values("side_by_side.Time.track_step")
     tables = {
         "machine": _machine(run),
-        **{mode: _times(times, mode) for mode in TITLES},
+        **{mode: _times(times, mode) for mode in MODES},
         "memory": _memory(run.values("side_by_side.Memory.track_peak")),
         "inputs": _inputs(run.values("speed.Step.time_step")),
         "overhead": _overhead(run),
@@ -75,8 +76,8 @@ def generate(folder: Path, run: Run) -> None:
     }
     for name, text in tables.items():
         (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
-    for mode, title in TITLES.items():
-        _draw(times, mode, title).savefig(folder / f"{mode}.svg", facecolor="white", metadata={"Date": None})
+    for mode in MODES:
+        _draw(times, mode, TITLES[mode]).savefig(folder / f"{mode}.svg", facecolor="white", metadata={"Date": None})
 
 
 def _machine(run: Run) -> str:
@@ -103,7 +104,7 @@ def _times(times: dict[tuple[str, ...], float], mode: str) -> str:
 
 def _memory(peaks: dict[tuple[str, ...], float]) -> str:
     rows = [
-        (_name(subject), *(_number(peaks.get((subject, mode, shape)), _mebibytes) for mode in TITLES))
+        (_name(subject), *(_number(peaks.get((subject, mode, shape)), _mebibytes) for mode in MODES))
         for subject, shape in dict.fromkeys((subject, shape) for subject, _, shape in peaks)
         if subject != LIMIT
     ]
@@ -116,13 +117,13 @@ def _inputs(times: dict[tuple[str, ...], float]) -> str:
         (
             x,
             *(
-                " / ".join(_number(times.get((backend, mode, x)), milliseconds) for mode in TITLES)
+                " / ".join(_number(times.get((backend, mode, x)), milliseconds) for mode in MODES)
                 for backend in backends
             ),
         )
         for x in _ordered(x for _, _, x in times)
     ]
-    return table((f"ms, {' / '.join(TITLES)}", *(_name(backend) for backend in backends)), rows)
+    return table((f"ms, {' / '.join(MODES)}", *(_name(backend) for backend in backends)), rows)
 
 
 def _overhead(run: Run) -> str:

@@ -7,12 +7,18 @@ PEERS = {
     "torch.nn": "mbn_peers.torch:Module",
     "flax.nnx": "mbn_peers.flax:Module",
     "formula": "mbn_peers.formula:Formula",
-    "copy": "mbn_peers.limit:Copy",
+    "copy": "mbn_peers.limit:copy",
 }
 """Where they are, by name. The last is the limit, which no batch norm of arrays beyond the caches can pass."""
 
 FRAMEWORKS = {"torch.nn": "torch", "flax.nnx": "jax"}
 """The backend of the same arrays: who is measured on a device is measured beside the peer on that device."""
 
-LAYERS = {"torch": "mbn_peers.torch:Layer", "jax": "mbn_peers.jax:Layer"}
-"""mbn's layer on the backends whose framework has gradients or a compiler of its own."""
+HOST_ONLY = {"formula"}
+"""The peers that are nowhere but on the CPU."""
+
+LAYERS = {"torch": "mbn_peers.torch:Layer", "jax": "mbn_peers.jax:Layer", "cupy": "mbn_peers.cupy:Layer"}
+"""mbn's layer on the backends whose framework has gradients, a compiler or a clock of its own."""
+
+ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+"""What a process that shares a GPU with others has to set before it asks for the first array."""

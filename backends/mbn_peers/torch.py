@@ -1,34 +1,92 @@
 """Torch: ``torch.nn.BatchNorm1d``, and mbn's layer on Torch's tensors, both called in the same way.
 
 Without gradients their forward passes record nothing; with them, ``y.backward(dy)`` reaches x, weight and bias. Tensors
-lie in memory of Torch's own, not of NumPy, which asks for huge pages.
+lie in memory of Torch's own, not of NumPy, which asks for huge pages. On CUDA they are timed by its events.
 """
 
-from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 import mbn
-from mbn.bench import subjects
-from mbn.bench.subjects import Call, Subject
-from mbn.bench.workloads import Workload
+from mbn.bench import clocks, subjects
+from mbn.bench.calls import Call, output_bytes
+from mbn.bench.clocks import EventClock
+from mbn.bench.subjects import Subject
+from mbn.bench.workloads import FORWARD, PULLBACK, Workload
 
 
-class Layer(subjects.Layer):
-    """mbn's layer on Torch."""
+class Clock(EventClock):
+    """The events of Torch's current stream, on a device that it makes the current one of its process."""
 
-    def step(self, mode: str) -> Call:
-        return _step(self, self.layer, mode)
+    captures: ClassVar[bool] = True
 
-    def own(self, host: Any) -> torch.Tensor:
-        return super().own(host).clone()
+    def __init__(self, device: torch.device) -> None:
+        torch.cuda.set_device(device)
+
+    def record(self) -> Any:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, start: Any, end: Any) -> float:
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    def beyond_arrays(self, call: Call) -> int:
+        """Return what Torch's allocator tells of its peak."""
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        outputs = output_bytes(call())
+        return max(0, torch.cuda.max_memory_allocated() - before - outputs)
+
+    def captured(self, call: Call) -> Call:
+        """Capture a call in a stream of its own, in which it has run before, and in the graph's own memory."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):
+                call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            call()
+        replay: Call = graph.replay
+        return replay
+
+
+_WARM_UP = 3
+"""Calls before a capture, in which kernels are compiled."""
+
+
+class TorchSubject(Subject):
+    """What Torch computes."""
+
+    masks: Any
+
+    @property
+    def clock(self) -> clocks.Clock:
+        return Clock(self.x.device) if self.x.is_cuda else clocks.HostClock()
 
     def wait(self, result: Any) -> Any:
-        return _wait(self, result)
+        if self.x.is_cuda:
+            torch.cuda.synchronize(self.x.device)
+        return result
 
 
-class Module(Subject):
+class Layer(TorchSubject, subjects.Layer):
+    """mbn's layer on Torch."""
+
+    def call(self, mode: str) -> Call:
+        return _call(self, self.layer, mode)
+
+    def own(self, host: np.ndarray) -> torch.Tensor:
+        return super().own(host).clone()
+
+
+class Module(TorchSubject):
     """``torch.nn.BatchNorm1d``. Where the channels are last, it is called on a transposed view."""
 
     version = str(torch.__version__)
@@ -37,48 +95,55 @@ class Module(Subject):
         if workload.masked:
             message = "torch.nn.BatchNorm1d takes no masks"
             raise NotImplementedError(message)
-        self.device = device or "cpu"
-        self._workload, self.masks = workload, {}
+        self.workload, self._device, self.masks = workload, device or "cpu", {}
+        self.device = str(self.x.device)
         dtype = torch.float64 if workload.dtype == "float64" else torch.float32
         self._module = torch.nn.BatchNorm1d(workload.num_features, device=self.device, dtype=dtype)
-        self.x = self.own(workload.x())
 
-    @cached_property
-    def dy(self) -> torch.Tensor:
-        """The gradient of the output."""
-        return self.own(self._workload.dy())
+    def call(self, mode: str) -> Call:
+        return _call(self, self._module, mode)
 
-    def step(self, mode: str) -> Call:
-        return _step(self, self._module, mode)
-
-    def own(self, host: Any) -> torch.Tensor:
-        tensor = mbn.asarray(host, backend="torch", device=self.device).clone()
-        is_last = self._workload.axis == -1 and tensor.ndim == 3  # noqa: PLR2004 - (N, L, C)
+    def own(self, host: np.ndarray) -> torch.Tensor:
+        tensor = mbn.asarray(host, backend="torch", device=self._device).clone()
+        is_last = self.workload.axis == -1 and tensor.ndim == 3  # noqa: PLR2004 - (N, L, C)
         return tensor.transpose(1, 2) if is_last else tensor
 
 
-def _step(subject: Layer | Module, bn: Any, mode: str) -> Call:
-    torch.set_grad_enabled(mode == "backward")
+class Copy(TorchSubject):
+    """A copy of x within the memory of a device."""
+
+    version = str(torch.__version__)
+
+    def __init__(self, workload: Workload, device: str) -> None:
+        self.workload, self._device = workload, device
+        self.device = str(self.x.device)
+        self._copy = torch.empty_like(self.x)
+
+    def call(self, mode: str) -> Call:  # noqa: ARG002 - it is always the same
+        x, copy = self.x, self._copy
+        return lambda: copy.copy_(x)
+
+    def own(self, host: np.ndarray) -> torch.Tensor:
+        return mbn.asarray(host, backend="torch", device=self._device)
+
+
+def _call(subject: TorchSubject, bn: Any, mode: str) -> Call:
+    torch.set_grad_enabled(mode not in FORWARD)
     bn.train(mode != "eval")
     x, masks = subject.x, subject.masks
-    return _backward(subject, bn) if mode == "backward" else lambda: _wait(subject, bn(x, **masks))
-
-
-def _backward(subject: Layer | Module, bn: Any) -> Call:
-    x, dy, masks = subject.x.detach().requires_grad_(), subject.dy, subject.masks
+    if mode in FORWARD:
+        return lambda: bn(x, **masks)
+    x, dy = x.detach().requires_grad_(), subject.dy
     leaves = [x, *bn.parameters()]
+    if mode == PULLBACK:
+        y = bn(x, **masks)
+        return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
 
     def backward() -> tuple[Any, ...]:
         for leaf in leaves:
             leaf.grad = None
         y = bn(x, **masks)
         y.backward(dy)
-        return _wait(subject, (y, *(leaf.grad for leaf in leaves)))
+        return y, *(leaf.grad for leaf in leaves)
 
     return backward
-
-
-def _wait(subject: Layer | Module, result: Any) -> Any:
-    if subject.x.is_cuda:
-        torch.cuda.synchronize(subject.x.device)
-    return result

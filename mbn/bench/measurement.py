@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from typing import NamedTuple
 
 import mbn_peers
-from mbn.bench.messages import Preparation, Prepared, Turn
+from mbn.bench.messages import Placement, Preparation, Prepared, Turn
 from mbn.bench.workloads import Workload
 from mbn.isolation import NotRun, Process
 
@@ -52,20 +52,46 @@ class Measurement(NamedTuple):
         """The peers that ran, the limit included."""
         return [spec for spec in self.timed if spec.partition(":")[0] in mbn_peers.PEERS]
 
+    @property
+    def limit(self) -> str:
+        """The limit, where it was taken: on a device, if all was."""
+        return next((spec for spec in self.subjects if spec.partition(":")[0] == LIMIT), LIMIT)
+
     def fastest_peer(self, mode: str) -> str | None:
         """Return the peer that takes least time, the limit left out; None where none ran."""
-        peers = [spec for spec in self.peers if spec != LIMIT]
+        peers = [spec for spec in self.peers if spec != self.limit]
         return min(peers, key=lambda spec: self.timed[spec].median(mode), default=None)
 
 
-def subjects(backends: Sequence[str]) -> list[str]:
-    """Return the backends and the peers that stand beside them: on the devices where those are, and the limit last."""
+def subjects(backends: Sequence[str], device: str | None = None) -> list[str]:
+    """Return the backends and the peers that stand beside them: on the devices where those are, and the limit last.
+
+    Args:
+        backends: each ``NAME`` or ``NAME:DEVICE``.
+        device: where the backends are, all of them; the peers that can be there are there too.
+    """
+    if device:
+        peers = [peer for peer in mbn_peers.PEERS if device == "cpu" or peer not in mbn_peers.HOST_ONLY]
+        return [*backends, *(f"{peer}:{device}" for peer in peers)]
     peers = []
     for peer in mbn_peers.PEERS:
         named = [spec.partition(":") for spec in backends]
         devices = [device for name, _, device in named if name == mbn_peers.FRAMEWORKS.get(peer)] or [""]
         peers += [f"{peer}:{device}" if device else peer for device in devices]
     return [*backends, *dict.fromkeys(peers)]
+
+
+def placed(specs: Sequence[str]) -> list[str]:
+    """Return those of the backends, each ``NAME:DEVICE``, that have the device.
+
+    Each is asked in a process of its own, which alone has to start its framework.
+    """
+
+    def is_there(spec: str) -> bool:
+        with Process("mbn.bench.worker") as process:
+            return process.ask(Placement(spec)) is None
+
+    return [spec for spec in specs if is_there(spec)]
 
 
 def measure(

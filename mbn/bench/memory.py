@@ -5,7 +5,7 @@ import gc
 import re
 from pathlib import Path
 
-from mbn.bench.subjects import Call, arrays
+from mbn.bench.calls import Call, output_bytes
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
@@ -29,7 +29,7 @@ def beyond_arrays(call: Call) -> int | None:
     except OSError:
         return None
     before = _bytes("VmRSS")
-    outputs = sum(getattr(array, "nbytes", 0) for array in arrays(call()))
+    outputs = output_bytes(call())
     return int(max(0, _bytes("VmHWM") - before - outputs))
 
 

@@ -16,14 +16,14 @@ OURS, PEER, BOUND = "#2f7f93", "#c3ccd4", "#c8442e"
 
 def save(measurement: Measurement, path: Path) -> None:
     """Draw a measurement of which at least one subject ran, and write the picture as a PNG."""
-    specs = [spec for spec in measurement.timed if spec != LIMIT]
+    specs = [spec for spec in measurement.timed if spec != measurement.limit]
     layout = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.15)
     figure = Figure(figsize=(1 + 4.2 * len(measurement.modes), 1.6 + 0.42 * max(len(specs), 1)), layout=layout)
     workload = measurement.workload
     masked = ", masked" if workload.masked else ""
     figure.suptitle(f"{workload.shape} {workload.dtype}{masked}", color=INK, fontsize=15, fontweight="bold")
     panels = figure.subplots(1, len(measurement.modes), squeeze=False)[0]
-    limit = measurement.timed.get(LIMIT)
+    limit = measurement.timed.get(measurement.limit)
     for panel, mode in zip(panels, measurement.modes, strict=True):
         times = {spec: 1e3 * measurement.timed[spec].median(mode) for spec in specs}
         ours = set(times) - set(measurement.peers)

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from mbn.bench.measurement import LIMIT, Measurement, Timed
+from mbn.bench.measurement import Measurement, Timed
 from mbn.isolation import NotRun
 from mbn.versions import environment
 
@@ -14,7 +14,7 @@ def to_json(measurement: Measurement) -> str:
         **environment(),
         "workload": measurement.workload._asdict(),
         "modes": measurement.modes,
-        "limit": LIMIT,
+        "limit": measurement.limit,
         "fastest_peer": {mode: measurement.fastest_peer(mode) for mode in measurement.modes},
         "subjects": [
             {"subject": spec, **_outcome(measurement, outcome)} for spec, outcome in measurement.subjects.items()

@@ -3,7 +3,8 @@
 from rich.console import Console
 from rich.table import Table
 
-from mbn.bench.measurement import LIMIT, Measurement, Timed
+from mbn.bench.measurement import Measurement, Timed
+from mbn.bench.workloads import PULLBACK
 from mbn.console import milliseconds, not_run, print_filled, table
 from mbn.isolation import NotRun
 
@@ -12,7 +13,12 @@ Medians over rounds in which everyone had a turn, each in a process of its own.
 "x copy": against one copy of x, the limit. "MiB more": the peak of memory in a
 call beyond inputs and outputs. "ms first": the first call, with compilation.
 """
-TITLES = {"train": "Training, forward", "eval": "Evaluation", "backward": "Training, forward and backward"}
+TITLES = {
+    "train": "Training, forward",
+    "eval": "Evaluation",
+    "backward": "Training, forward and backward",
+    PULLBACK: "Training, backward alone",
+}
 _MEBIBYTE = 2**20
 
 
@@ -46,13 +52,13 @@ def _who(measurement: Measurement) -> Table:
 
 def _times(measurement: Measurement, mode: str) -> Table:
     fastest = measurement.fastest_peer(mode)
-    made = table("subject", numbers=("ms", f"x {fastest or 'peer'}", f"x {LIMIT}", "MiB more", "ms first"))
+    made = table("subject", numbers=("ms", f"x {fastest or 'peer'}", "x copy", "MiB more", "ms first"))
     for spec, timed in measurement.timed.items():
         made.add_row(
             spec,
             milliseconds(timed.median(mode)),
             _ratio(measurement, timed, mode, fastest),
-            _ratio(measurement, timed, mode, LIMIT),
+            _ratio(measurement, timed, mode, measurement.limit),
             _mebibytes(timed.prepared.memory[mode]),
             milliseconds(timed.prepared.first_call[mode]),
             style="dim" if spec in measurement.peers else None,

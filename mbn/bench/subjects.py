@@ -3,21 +3,22 @@
 This module knows no framework: what one asks of its users around a batch norm, ``mbn_peers`` knows.
 """
 
+import copy
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 import mbn
 import mbn_peers
-from mbn.bench.workloads import Workload
+from mbn.bench.calls import Call, arrays
+from mbn.bench.clocks import Clock, HostClock
+from mbn.bench.workloads import FORWARD, PULLBACK, Workload
 from mbn.contract import Array, Backend, layer_dtype
-
-Call: TypeAlias = Callable[[], Any]
-"""One call of what is measured; when it returns, its outputs have been computed."""
+from mbn.isolation import NotRun
 
 
 class Subject(ABC):
@@ -27,13 +28,49 @@ class Subject(ABC):
     """
 
     compiles_for_each_shape: ClassVar[bool] = False
+    clock: Clock = HostClock()
+    """What its calls are timed by, where they are computed."""
     version: str
     """Of the framework."""
     device: str
+    workload: Workload
 
     @abstractmethod
+    def own(self, host: np.ndarray) -> Array:
+        """Bring an array to where it is normalised."""
+
+    @abstractmethod
+    def call(self, mode: str) -> Call:
+        """Switch to a mode and return its call, which may return before its outputs have been computed.
+
+        Outputs are y alone, for ``"backward"`` gradients too, and for ``"pullback"`` only these.
+        """
+
+    @cached_property
+    def x(self) -> Array:
+        """The input."""
+        return self.own(self.workload.x())
+
+    @cached_property
+    def dy(self) -> Array:
+        """The gradient of the output, which not every mode needs."""
+        return self.own(self.workload.dy())
+
+    def wait(self, result: Any) -> Any:
+        """Return the result of a call when it is there."""
+        return result
+
     def step(self, mode: str) -> Call:
-        """Switch to a mode, and return its call: of outputs alone, or for ``"backward"`` of gradients too."""
+        """Switch to a mode and return its call: when it returns, its outputs have been computed."""
+        call, wait = self.call(mode), self.wait
+        return call if type(self).wait is Subject.wait else lambda: wait(call())
+
+    def twin(self) -> Self:
+        """Return the same with an input and a gradient of its own; what else it holds, both share."""
+        other = copy.copy(self)
+        for name in ("x", "dy"):
+            vars(other).pop(name, None)
+        return other
 
 
 class Layer(Subject):
@@ -51,30 +88,28 @@ class Layer(Subject):
             message = f"{backend.name} has no arrays that are not contiguous"
             raise NotImplementedError(message)
         self.version, self.device = backend.version, device or can.devices[0]
-        self._backend, self._workload, self._device = backend, workload, device
+        self.workload = workload
+        self._backend, self._device = backend, device
         dtype = layer_dtype(workload.dtype)
         self.layer = mbn.BatchNorm1d(
             workload.num_features, dtype=dtype, device=device, axis=workload.axis, backend=backend
         )
-        self.x = self.own(workload.x())
         mask = workload.mask()
         self.masks: Mapping[str, Array] = {} if mask is None else {"mask": self.own(mask)}
 
-    @cached_property
-    def dy(self) -> Array:
-        """The gradient of the output, which not every mode needs."""
-        return self.own(self._workload.dy())
-
-    def step(self, mode: str) -> Call:
+    def call(self, mode: str) -> Call:
         """Switch to a mode, and return its call."""
-        layer, x, masks, wait = self.layer.train(mode != "eval"), self.x, self.masks, self.wait
-        if mode != "backward":
-            return lambda: wait(layer(x, **masks))
+        layer, x, masks = self.layer.train(mode != "eval"), self.x, self.masks
+        if mode in FORWARD:
+            return lambda: layer(x, **masks)
         dy = self.dy
+        if mode == PULLBACK:
+            _, pullback = layer.vjp(x, **masks)
+            return lambda: pullback(dy)
 
         def backward() -> Any:
             y, pullback = layer.vjp(x, **masks)
-            return wait((y, pullback(dy)))
+            return y, pullback(dy)
 
         return backward
 
@@ -88,13 +123,6 @@ class Layer(Subject):
             for array in arrays(result):
                 self._backend.to_numpy(array[(slice(1),) * array.ndim])
         return result
-
-
-def arrays(result: Any) -> list[Array]:
-    """Return the arrays of a call's result, which are nested in tuples."""
-    if isinstance(result, tuple):
-        return [array for part in result for array in arrays(part)]
-    return [] if result is None else [result]
 
 
 def subject(spec: str, workload: Workload) -> Subject:
@@ -117,6 +145,16 @@ def subject(spec: str, workload: Workload) -> Subject:
         backend, workload, device or None
     )
     return layer
+
+
+def place(spec: str) -> NotRun | None:
+    """Return why a backend, ``NAME:DEVICE``, can't have arrays on that device; None where it can."""
+    name, _, device = spec.partition(":")
+    try:
+        mbn.get_backend(name).asarray(np.zeros((1, 1), np.float32), device=device)
+    except (mbn.BackendUnavailableError, ValueError) as error:
+        return NotRun(str(error), broken=False)
+    return None
 
 
 def _imported(target: str) -> Any:

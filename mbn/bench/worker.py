@@ -3,21 +3,18 @@
 Whatever happens only once is over before anything is timed: imports, compilation, the start of threads.
 """
 
-import statistics
+import os
 import time
+from collections.abc import Mapping, Sequence
 
-from mbn.bench import memory
-from mbn.bench.messages import Preparation, Prepared, Turn
-from mbn.bench.subjects import Call, Subject, subject
+import mbn_peers
+from mbn.bench.calls import Call
+from mbn.bench.clocks import elapsed
+from mbn.bench.messages import Placement, Preparation, Prepared, Turn
+from mbn.bench.subjects import Subject, place, subject
 from mbn.isolation import NotRun, broken, serve
 from mbn.registry import BackendUnavailableError
 
-_SECONDS = 0.1
-"""How long a turn takes at least."""
-_SAMPLE = 50e-6
-"""Seconds of a sample at least: shorter calls are timed several at a time, so that the clock's own time is small."""
-_SAMPLES = 3
-"""In a turn at least."""
 _SETTLE = 0.02
 """Seconds until the threads of a framework, which wait for more work for a while, are asleep."""
 
@@ -26,57 +23,55 @@ class Worker:
     """Answers questions about one subject; nothing it raises gets out."""
 
     def __init__(self) -> None:
-        self._subject: Subject | None = None
+        self._subjects: Sequence[Subject] = ()
+        """The subject, and twins of it where calls take turns on several sets of arrays."""
+        self._captured: Mapping[str, Sequence[Call]] = {}
+        """By mode, where it is calls that the device repeats by itself that are timed."""
 
-    def answer(self, question: Preparation | Turn) -> Prepared | float | NotRun:
-        """Answer one question: first that for preparation, then turns."""
+    def answer(self, question: Placement | Preparation | Turn) -> Prepared | float | NotRun | None:
+        """Answer a question: whether a backend has a device; or that for preparation and, after it, for turns."""
         try:
-            return self._prepared(question) if isinstance(question, Preparation) else self._seconds(question.mode)
+            if isinstance(question, Turn):
+                return self._seconds(question.mode)
+            return place(question.spec) if isinstance(question, Placement) else self._prepared(question)
         except Exception as error:  # noqa: BLE001 - whatever a framework raises, the user is told
             return broken(error)
 
     def _prepared(self, question: Preparation) -> Prepared | NotRun:
-        spec, workload, modes = question
+        spec, workload, modes, captured = question
+        self._subjects, self._captured = (), {}  # before others take their memory
         try:
             first = subject(spec, workload.smaller())
-            self._subject = subject(spec, workload)
+            measured = subject(spec, workload)
+            if captured and not measured.clock.captures:
+                return NotRun(f"{spec} captures no calls as CUDA graphs", broken=False)
         except ModuleNotFoundError as error:
             return NotRun(f"{error.name} is not installed: pip install {error.name}", broken=False)
         except (BackendUnavailableError, NotImplementedError, ValueError) as error:
             return NotRun(str(error), broken=False)
         if first.compiles_for_each_shape:
-            first = self._subject
-        first_call = {mode: _timed(first.step(mode), 1) for mode in modes}
+            first = measured
+        first_call = {mode: elapsed(first.step(mode), 1) for mode in modes}
         del first
-        peaks = {mode: memory.beyond_arrays(self._subject.step(mode)) for mode in modes}
-        return Prepared(self._subject.version, self._subject.device, first_call, peaks)
+        clock = measured.clock
+        peaks = {mode: clock.beyond_arrays(measured.step(mode)) for mode in modes}
+        self._subjects = [measured, *(measured.twin() for _ in range(1, clock.sets(workload.nbytes)))]
+        if captured:
+            self._captured = {mode: [clock.captured(each.call(mode)) for each in self._subjects] for mode in modes}
+        return Prepared(measured.version, measured.device, first_call, peaks)
 
     def _seconds(self, mode: str) -> float:
-        if self._subject is None:
+        if not self._subjects:
             message = f"{mode} comes after a Preparation"
             raise RuntimeError(message)
-        seconds = median_seconds(self._subject.step(mode))
+        clock = self._subjects[0].clock
+        seconds = clock.seconds(
+            self._captured.get(mode) or [each.step(mode) if clock.waits else each.call(mode) for each in self._subjects]
+        )
         time.sleep(_SETTLE)
         return seconds
 
 
-def median_seconds(call: Call) -> float:
-    """Return the time of a call, the end of its outputs included, as the median over about a tenth of a second."""
-    once = _timed(call, 1)  # caches and threads wake up
-    number = max(1, round(_SAMPLE / max(once, 1e-9)))
-    samples: list[float] = []
-    end = time.perf_counter() + _SECONDS
-    while len(samples) < _SAMPLES or time.perf_counter() < end:
-        samples.append(_timed(call, number))
-    return statistics.median(samples)
-
-
-def _timed(call: Call, number: int) -> float:
-    start = time.perf_counter()
-    for _ in range(number):
-        call()
-    return (time.perf_counter() - start) / number
-
-
 if __name__ == "__main__":
+    os.environ |= {name: value for name, value in mbn_peers.ENVIRONMENT.items() if name not in os.environ}
     serve(Worker().answer)

@@ -12,11 +12,21 @@ from mbn.usage import numpy_dtype
 
 MODES = ("train", "eval", "backward")
 """A training step's forward pass, evaluation, and a training step forward and backward."""
+FORWARD = ("train", "eval")
+PULLBACK = "pullback"
+"""The backward pass of a training step alone, which is not measured unless it is asked for."""
+PASSES = {"train": 3, "eval": 2, "backward": 8, PULLBACK: 5}
+"""How often each mode has to go through memory of x's size, where that is larger than any cache.
+
+Training reads x twice and writes y once; evaluation does each once; a backward pass reads dy and x twice and writes dx.
+"""
 
 SHAPES = ((32, 64), (1024, 256), (65536, 256), (1048576, 16), (4096, 64, 16), (256, 128, 1024))
 """What the project's own figures are taken on: what fits a core's caches, all caches, and neither; narrow and wide."""
 
 _SMALLER = 16
+_DRAWN = 2**25
+"""Values at most; beyond that they repeat, since to draw them takes longer than all else."""
 
 
 class Workload(NamedTuple):
@@ -42,6 +52,11 @@ class Workload(NamedTuple):
         """The number of values."""
         return math.prod(self.shape)
 
+    @property
+    def nbytes(self) -> int:
+        """The size of x in bytes."""
+        return self.size * numpy_dtype(self.dtype).itemsize
+
     def x(self) -> np.ndarray:
         """Return the input: N(0, 1)."""
         return self._array(0)
@@ -64,6 +79,8 @@ class Workload(NamedTuple):
 
     def _array(self, seed: int) -> np.ndarray:
         shape = (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
-        drawn = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
-        x: np.ndarray = drawn.astype(numpy_dtype(self.dtype), copy=False)
+        size = min(self.size, _DRAWN)
+        drawn = np.random.default_rng(seed).standard_normal(size, dtype=np.float32)
+        values: np.ndarray = drawn.astype(numpy_dtype(self.dtype), copy=False)
+        x = values.reshape(shape) if size == self.size else np.resize(values, shape)
         return x.swapaxes(-1, -2) if self.transposed else x

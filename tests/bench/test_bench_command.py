@@ -8,9 +8,10 @@ import sys
 import pytest
 
 import mbn_peers
-from mbn import usage
-from mbn.bench import measurement, worker
+from mbn import registry, usage
+from mbn.bench import clocks, measurement, worker
 from mbn.cli import main
+from mbn_numpy.backend import NumpyBackend
 
 
 class Here:
@@ -34,7 +35,7 @@ def quick(monkeypatch):
     """Workers in this process, and as few calls as can be."""
     monkeypatch.setattr(measurement, "Process", Here)
     monkeypatch.setattr(measurement, "ROUNDS", 2)
-    monkeypatch.setattr(worker, "_SECONDS", 0)
+    monkeypatch.setattr(clocks, "TURN", 0)
     monkeypatch.setattr(worker, "_SETTLE", 0)
     peers = {name: mbn_peers.PEERS[name] for name in ("formula", "copy")}
     monkeypatch.setattr(mbn_peers, "PEERS", peers)
@@ -142,9 +143,46 @@ def test_plot(tmp_path, modes):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+class OnGpu(NumpyBackend):
+    """A backend that pretends to have a GPU."""
+
+    name = "ongpu"
+
+    def asarray(self, x, dtype=None, device=None):
+        return super().asarray(x, dtype, None if device == "cuda" else device)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setitem(registry._registered, "ongpu", registry.Known(OnGpu, "a test"))
+
+
+@pytest.mark.usefixtures("quick", "gpu")
+def test_on_a_device_who_has_none_is_left_out(tmp_path, capsys):
+    code, written = bench(tmp_path, "--backends", "numpy,ongpu", "--device", "cuda", "--shape", "4,3")
+    assert code == 0
+    assert [row["subject"] for row in written["subjects"]] == ["ongpu:cuda", "copy:cuda"]
+    assert written["subjects"][0]["status"] == "ran"
+    assert "Not on cuda, and so left out: numpy." in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_mode_that_has_to_be_asked_for(tmp_path):
+    _, written = bench(tmp_path, "--backends", "numpy", "--shape", "4,3", "--modes", "pullback,train")
+    assert written["modes"] == ["train", "pullback"]
+
+
+@pytest.mark.parametrize("backends", [(), ("--backends", "numpy")])
+def test_no_such_device_is_one_line(capsys, monkeypatch, backends):
+    monkeypatch.setattr(measurement, "Process", Here)
+    monkeypatch.setattr(usage, "known_backends", lambda: {"numpy": None})
+    assert "no backend here has a device 'cuda'" in refused(capsys, "--shape", "4,3", "--device", "cuda", *backends)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--shape", "4,3", "--backends", "torch:cuda", "--device", "cpu"), "leave one of them out"),
         ((), "the following arguments are required: --shape"),
         (("--shape", "4"), "no shape N,C or N,C,L"),
         (("--shape", "1,3"), "one value per channel"),

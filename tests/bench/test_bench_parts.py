@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from mbn.bench import measurement, memory, record, report
+from mbn.bench.clocks import HostClock
 from mbn.bench.measurement import Measurement, Timed
 from mbn.bench.messages import Preparation, Prepared, Turn
-from mbn.bench.worker import Worker, median_seconds
+from mbn.bench.worker import Worker
 from mbn.bench.workloads import MODES, Workload
 from mbn.console import console
 from mbn.isolation import NotRun
@@ -61,6 +62,22 @@ def test_peers_stand_on_the_devices_of_their_framework():
     ]
 
 
+def test_on_a_device_all_stand_there_that_can():
+    assert measurement.subjects(["torch:cuda"], "cuda") == [
+        *("torch:cuda", "torch.nn:cuda", "flax.nnx:cuda", "copy:cuda")
+    ]
+    assert measurement.subjects(["numpy:cpu"], "cpu")[1:] == [
+        *("torch.nn:cpu", "flax.nnx:cpu", "formula:cpu", "copy:cpu")
+    ]
+
+
+def test_the_limit_is_the_limit_on_a_device_too(measured):
+    subjects = {"torch:cuda": timed(1.0), "torch.nn:cuda": timed(2.0), "copy:cuda": timed(0.5)}
+    there = measured._replace(subjects=subjects)
+    assert (there.limit, there.fastest_peer("train")) == ("copy:cuda", "torch.nn:cuda")
+    assert json.loads(record.to_json(there))["limit"] == "copy:cuda"
+
+
 def test_record(measured):
     written = json.loads(record.to_json(measured), parse_constant=pytest.fail)
     subjects = {row["subject"]: row for row in written["subjects"]}
@@ -107,7 +124,7 @@ def test_memory_counts_temporaries_and_no_outputs():
 
 def test_a_turn_calls_often_enough():
     calls = []
-    assert median_seconds(lambda: calls.append(1)) > 0
+    assert HostClock().seconds([lambda: calls.append(1)]) > 0
     assert len(calls) > 3
 
 
