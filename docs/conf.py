@@ -5,7 +5,7 @@ from pathlib import Path
 
 import mbn
 
-sys.path.insert(0, str(Path(__file__).parent))  # measured, the extension of these docs
+sys.path.insert(0, str(Path(__file__).parent))  # the extensions of these docs
 
 project = "mbn"
 author = "The mbn developers"
@@ -16,6 +16,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "measured",
+    "measured_gpu",
 ]
 exclude_patterns = ["_build", "_generated"]
 html_theme = "furo"

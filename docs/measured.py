@@ -26,7 +26,15 @@ RESULTS = DOCS.parent / "asv_bench" / "results"
 REFERENCE = "torch.nn"
 """The peer that times are compared with."""
 _MEBIBYTE = 2**20
-_MACHINE = {"cpu": "processor", "num_cpu": "cores", "ram": "memory", "os": "system"}
+_MACHINE = {
+    "gpu": "GPU",
+    "gpu_memory": "its memory",
+    "driver": "driver",
+    "cpu": "processor",
+    "num_cpu": "cores",
+    "ram": "memory",
+    "os": "system",
+}
 _ARROWS = {"train": "training", "eval": "evaluation", "backward": "forward and backward"}
 
 
@@ -55,11 +63,18 @@ def newest(results: Path) -> Run:
     Raises:
         FileNotFoundError: there are none.
     """
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in results.glob("*/*-*.json")]
-    if not runs:
+    found = runs(results, "side_by_side.Time.track_step")
+    if not found:
         message = f"{results} holds no results: python asv_bench/measure.py"
         raise FileNotFoundError(message)
-    return Run(max(runs, key=lambda run: run["date"]))
+    return found[-1]
+
+
+def runs(results: Path, benchmark: str) -> list[Run]:
+    """Return the results with a benchmark in them, the newest last."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in results.glob("*/*-*.json")]
+    found = [Run(record) for record in records if benchmark in record["results"]]
+    return sorted(found, key=lambda run: run.record["date"])
 
 
 def generate(folder: Path, run: Run) -> None:
@@ -67,7 +82,7 @@ def generate(folder: Path, run: Run) -> None:
     folder.mkdir(exist_ok=True)
     times = run.values("side_by_side.Time.track_step")
     tables = {
-        "machine": _machine(run),
+        "machine": machine(run),
         **{mode: _times(times, mode) for mode in MODES},
         "memory": _memory(run.values("side_by_side.Memory.track_peak")),
         "inputs": _inputs(run.values("speed.Step.time_step")),
@@ -80,7 +95,8 @@ def generate(folder: Path, run: Run) -> None:
         _draw(times, mode, TITLES[mode]).savefig(folder / f"{mode}.svg", facecolor="white", metadata={"Date": None})
 
 
-def _machine(run: Run) -> str:
+def machine(run: Run) -> str:
+    """Return a table of what was measured, and on what."""
     params = run.record["params"]
     packages = [f"{name} {version}" for name, version in run.record["requirements"].items()]
     rows = [(head, params[key]) for key, head in _MACHINE.items() if params.get(key)]
