@@ -1,0 +1,71 @@
+"""CUDA's compilers, which need no GPU: nvcc where it is on PATH, else NVRTC, as CuPy has it, from its wheel."""
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+
+class Compiled(NamedTuple):
+    """What became of a source."""
+
+    log: str
+    """All that the compiler and the assembler had to say, registers and spills included."""
+    ptx: str
+
+
+def find() -> Callable[[str, tuple[str, ...], str], Compiled] | None:
+    """Return a function of source, options and architecture ("sm_90"), or None where there is no compiler.
+
+    It raises AssertionError with the log if the source does not compile.
+    """
+    if shutil.which("nvcc"):
+        return nvcc
+    return nvrtc if has_nvrtc() else None
+
+
+def has_nvrtc() -> bool:
+    return _library() is not None
+
+
+def nvcc(source: str, options: tuple[str, ...], architecture: str) -> Compiled:
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "kernels.cu").write_text(source, encoding="utf-8")
+        command = ["nvcc", *options, "-arch", architecture, "-Xptxas", "-v", "--cubin", "--keep", "kernels.cu"]
+        run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)  # noqa: S603
+        log = run.stdout + run.stderr
+        assert run.returncode == 0, log
+        return Compiled(log, (Path(folder) / "kernels.ptx").read_text())
+
+
+def nvrtc(source: str, options: tuple[str, ...], architecture: str) -> Compiled:
+    library, program = ctypes.CDLL(_library()), ctypes.c_void_p()
+    names = source.encode(), b"kernels.cu"
+    assert library.nvrtcCreateProgram(ctypes.byref(program), *names, 0, None, None) == 0
+    given = [option.encode() for option in (*options, f"-arch={architecture}", "--ptxas-options=-v")]
+    status = library.nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*given))
+    log = _text(library, program, "ProgramLog")
+    assert status == 0, log
+    compiled = Compiled(log, _text(library, program, "PTX"))
+    library.nvrtcDestroyProgram(ctypes.byref(program))
+    return compiled
+
+
+def _text(library: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> str:
+    size = ctypes.c_size_t()
+    assert library[f"nvrtcGet{what}Size"](program, ctypes.byref(size)) == 0
+    text = ctypes.create_string_buffer(size.value)
+    assert library[f"nvrtcGet{what}"](program, text) == 0
+    return text.value.decode()
+
+
+def _library() -> str | None:
+    try:
+        files = metadata.files("nvidia-cuda-nvrtc") or ()
+    except metadata.PackageNotFoundError:
+        return None
+    return next((str(file.locate()) for file in files if file.name.startswith("libnvrtc.so")), None)

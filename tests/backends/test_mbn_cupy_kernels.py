@@ -1,0 +1,169 @@
+"""CuPy's kernels: CUDA's compiler takes them as they are meant, and no bug that is planted in them passes the suite."""
+
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import cuda_compilers
+import pytest
+from conftest import STANDINS
+
+import mbn_cupy
+
+BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+PASSES = {"moments": 0, "normalize": 1, "grad_sums": 0, "grad_input": 1}
+"""The kernels that go through values, and how many arrays each writes."""
+FEW = 16
+"""Bytes on the stack which the assembler prefers to a register more: a few numbers, and no array of a thread's own."""
+FOLDER = Path(mbn_cupy.__path__[0])
+
+
+@pytest.fixture
+def compilation(cupy):
+    del cupy
+    return importlib.import_module("mbn_cupy.compilation")
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("item", ["one value", "channels", "places"])
+@pytest.mark.parametrize("value", BYTES)
+def test_compiles_for_each_gpu(compilation, value, item, weighted):
+    compiler = cuda_compilers.find()
+    if compiler is None:
+        pytest.skip("there is neither nvcc nor nvidia-cuda-nvrtc")
+    widest = 16 // BYTES[value]
+    channels, places = {"one value": (1, 1), "channels": (min(4, widest), 1), "places": (1, widest)}[item]
+    statistic = "float64" if value == "float64" else "float32"
+    options = compilation.Variant(value, statistic, channels, places, weighted).options
+
+    with ThreadPoolExecutor(2) as pool:
+        for compiled in pool.map(lambda name: compiler(compilation.source(), options, name), ARCHITECTURES):
+            assert "warning" not in compiled.log
+            assert "error" not in compiled.log
+            frames = re.findall(r"(\d+) bytes stack frame", compiled.log)
+            assert len(frames) >= 7
+            assert max(map(int, frames)) <= FEW
+            _assert_vectors(compiled.ptx, BYTES[value] * channels * places, channels * places)
+
+
+def _assert_vectors(ptx, size, values):
+    """Assert that an item of some bytes is read and written at once."""
+    kernels = re.split(r"\.entry (\w+)\(", ptx)
+    code = dict(zip(kernels[1::2], kernels[2::2], strict=True))
+    assert set(PASSES) < set(code)
+    for name, writes in PASSES.items():
+        for access in ("ld", "st")[: 1 + writes] if values > 1 else ():
+            vectors = re.findall(rf"{access}\.global[.\w]*?\.v(\d)\.[a-z](\d+)", code[name])
+            assert size in {int(count) * int(bits) // 8 for count, bits in vectors} | (
+                {4} if re.search(rf"{access}\.global[.\w]*\.[a-z]32\b", code[name]) else set()
+            ), name
+
+
+def test_compiles_as_cupy_does(compilation):
+    if not cuda_compilers.has_nvrtc():
+        pytest.skip("nvidia-cuda-nvrtc is not installed")
+    options = compilation.Variant("float32", "float64", 4, 1, weighted=True).options
+    compiled = cuda_compilers.nvrtc(compilation.source(), options, "sm_90")
+    assert "warning" not in compiled.log
+    _assert_vectors(compiled.ptx, 16, 4)
+
+
+class Bug(NamedTuple):
+    file: str
+    right: str
+    wrong: str
+    named_by: str
+    """The tests of the suite that run; one of them has to fail."""
+
+
+_LOOP = "for (int i = 0; i < N; ++i) mine[i].merge(others"
+BUGS = {
+    "no barrier before partial results are read": Bug(
+        "cuda/merging.cuh", "__syncthreads();\n        if (at.lane < half)", "if (at.lane < half)", "test_gradients"
+    ),
+    "no barrier before partial results are overwritten": Bug(
+        "cuda/merging.cuh", "__syncthreads();\n    }\n}", "}\n}", "test_gradients"
+    ),
+    "no barrier before channels are read to normalise": Bug(
+        "cuda/normalization.cu", "__syncthreads();", "", "with_a_large_mean"
+    ),
+    "no barrier before channels are read to differentiate": Bug(
+        "cuda/gradients.cu", "__syncthreads();", "", "test_gradients"
+    ),
+    "a barrier for some threads": Bug(
+        "cuda/normalization.cu",
+        "__syncthreads();",
+        "if (at.lane == 0) __syncthreads();",
+        "with_a_large_mean",
+    ),
+    "the last items dropped": Bug(
+        "cuda/threads.cuh", "(end - first + at.lanes - 1)", "(end - first)", "with_a_large_mean"
+    ),
+    "one item too many": Bug(
+        "cuda/threads.cuh", "(end - first + at.lanes - 1)", "(end - first + at.lanes)", "with_a_large_mean"
+    ),
+    "a block reads the first item of the next": Bug(
+        "cuda/threads.cuh", "others = (blockIdx.y + 1) * share", "others = (blockIdx.y + 1) * share + 1", "test_long"
+    ),
+    "a row that does not end": Bug(
+        "cuda/threads.cuh", "wrap(step + row - walk.places * place)", "wrap(step + row)", "with_a_large_mean"
+    ),
+    "a stride of the wrong axis": Bug(
+        "cuda/threads.cuh",
+        "step(walk.row_step * row + ",
+        "step(walk.row_step * channel + ",
+        "with_a_large_mean",
+    ),
+    "the channels of a neighbour": Bug(
+        "cuda/normalization.cu",
+        "lines[at.column * CHANNELS + i]",
+        "lines[at.column + i]",
+        "with_a_large_mean",
+    ),
+    "half of the lanes left out": Bug(
+        "cuda/merging.cuh", "at.lanes / 2; half > 0", "at.lanes / 4; half > 0", "with_a_large_mean"
+    ),
+    "a partial result counted twice": Bug(
+        "cuda/merging.cuh",
+        f"{_LOOP}",
+        f"{_LOOP}[(at.lane * at.columns + at.column) * N + i]), mine[i].merge(others",
+        "test_gradients",
+    ),
+    "results of channels that are not there": Bug(
+        "cuda/merging.cuh", "at.lane > 0 || at.channel >= channels", "at.lane > 0", "test_accuracy"
+    ),
+    "all blocks write to the first one's results": Bug(
+        "cuda/merging.cuh", "results[blockIdx.y * channels + ", "results[", "test_long"
+    ),
+    "the rest of the mean dropped": Bug("cuda/moments.cu", "rest = IS_WIDE ?", "rest = 0 > 1 ?", "test_accuracy"),
+    "the rest of the mean not subtracted": Bug(
+        "cuda/normalization.cu", "(center - hi - lo)", "(center - hi)", "test_accuracy"
+    ),
+    "the mean of means": Bug("cuda/moments.cu", "difference * share)", "difference * 0.5)", "with_a_large_mean"),
+    "values without weight counted": Bug("cuda/threads.cuh", "values[place] > 0", "values[place] >= 0", "test_masks"),
+    "a step without weights": Bug("cuda/moments.cu", "all.count <= correction", "all.count < 0", "test_masks"),
+    "infinite where nothing varies": Bug("cuda/channels.cuh", "spread == 0 ? 0 :", "spread < 0 ? 0 :", "eps_0"),
+}
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_planted_bug_is_found(name, tmp_path):
+    bug = BUGS[name]
+    package = shutil.copytree(FOLDER, tmp_path / "mbn_cupy")
+    source = (package / bug.file).read_text(encoding="utf-8")
+    assert source.count(bug.right) == 1, bug
+    (package / bug.file).write_text(source.replace(bug.right, bug.wrong), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "--pyargs", "mbn.conformance", "-p", "mbn.conformance.plugin"]
+    options = ["--backend", "cupy", "-k", bug.named_by, "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    path = os.pathsep.join([str(tmp_path), str(STANDINS), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path}
+    run = subprocess.run([*command, *options], capture_output=True, text=True, check=False, env=environment)  # noqa: S603
+    assert run.returncode == pytest.ExitCode.TESTS_FAILED, run.stdout + run.stderr
+    assert "g++ refuses" not in run.stdout
