@@ -53,7 +53,7 @@ def test_stand_in_refuses_numpy_arrays(cupy):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("shape", [(64, 5), (64, 8), (16, 5, 7), (3, 5, 32)])
+@pytest.mark.parametrize("shape", [(64, 5), (64, 8), (16, 5, 7), (3, 5, 32), (7, 2, 300)])
 def test_agrees_with_numpy(cupy, shape, dtype):
     bn = mbn.BatchNorm1d(shape[1], dtype="float64", backend="cupy")
     reference = mbn.BatchNorm1d(shape[1], dtype="float64", backend="numpy")
@@ -102,7 +102,7 @@ def test_gradient_has_the_memory_order_of_x(cupy, form, training):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-@pytest.mark.parametrize("shape", [(64, 5), (16, 5, 7)])
+@pytest.mark.parametrize("shape", [(64, 5), (16, 5, 7), (7, 5, 300), (7, 5, 301)])
 @pytest.mark.parametrize("is_weighted", [False, True])
 def test_gradient(cupy, shape, dtype, is_weighted):
     backend = mbn.get_backend("cupy")
@@ -262,6 +262,26 @@ def test_an_item_is_as_wide_as_shape_order_and_alignment_let_it_be(cupy):
     assert item(cupy.asarray(_sample(4, 8, 16, dtype="float16")).swapaxes(1, 2)) == (4, 1)
     assert item(cupy.asarray(_sample(8, 6, dtype="float64"))) == (2, 1)
     assert item(cupy.asarray(_sample(4, 3, 7))) == (1, 1)
+
+
+@pytest.mark.parametrize("shape", [(40, 8), (6, 5, 16)])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_memory_may_begin_anywhere(cupy, shape, dtype):
+    def unaligned(values):
+        base = cupy.asarray(np.concatenate([values.ravel()[:1], values.ravel()]))
+        return cupy.ndarray(base._host[1:].reshape(shape), base._memory, base._device_id)
+
+    bn = mbn.BatchNorm1d(shape[1], dtype="float64", backend="cupy")
+    x, dy = _sample(*shape, dtype=dtype), _sample(*shape[::-1], dtype=dtype).reshape(shape)
+    y, pullback = bn.vjp(cupy.asarray(x))
+    expected = [y.get(), *(gradient.get() for gradient in pullback(cupy.asarray(dy)))]
+    for first, second in ((x, unaligned(dy)), (unaligned(x), dy), (unaligned(x), unaligned(dy))):
+        y, pullback = bn.vjp(cupy.asarray(first))
+        for array, truth in zip((y, *pullback(cupy.asarray(second))), expected, strict=True):
+            np.testing.assert_allclose(array.get(), truth, rtol=1e-3 if dtype == "float16" else 1e-6, atol=1e-6)
+    out = unaligned(x)
+    mbn.functional.batch_norm(cupy.asarray(x), training=True, out=out)
+    np.testing.assert_allclose(out.get(), expected[0], rtol=1e-3 if dtype == "float16" else 1e-6, atol=1e-6)
 
 
 def test_indices_have_64_bits(cupy):

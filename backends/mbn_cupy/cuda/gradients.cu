@@ -42,7 +42,7 @@ __device__ __forceinline__ void add_items(Sums (&mine)[CHANNELS], const double (
 }
 
 // Write the sums over each block's values of dy and of dy * (x - center): `results` is blocks x channels.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
     grad_sums(Index place_lanes, Index channel_lanes, Index share, Index rows, Index channels, Index places,
               const VALUE* __restrict__ x, Index x_row, Index x_channel, Index x_place,
               const VALUE* __restrict__ dy, Index dy_row, Index dy_channel, Index dy_place,
@@ -70,7 +70,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 }
 
 // Merge the sums of all blocks into those of dy and of dy * xhat.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     merge_sums(Index channel_lanes, Index blocks, Index channels, const Sums* __restrict__ results,
                const double* __restrict__ mean, const double* __restrict__ rest, const double* __restrict__ var,
                const STATISTIC* __restrict__ running_mean, const STATISTIC* __restrict__ running_var, double eps,
@@ -132,7 +132,7 @@ __device__ __forceinline__ void grad_items(const Back (&backs)[CHANNELS], bool i
 }
 
 // Without sums, mean and variance are constants.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     grad_input(Index place_lanes, Index channel_lanes, Index share, Index rows, Index channels, Index places,
                const VALUE* __restrict__ x, Index x_row, Index x_channel, Index x_place,
                const VALUE* __restrict__ dy, Index dy_row, Index dy_channel, Index dy_place,

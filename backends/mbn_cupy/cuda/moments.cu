@@ -121,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 }
 
 // Merge the moments of all blocks.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     merge_moments(Index channel_lanes, Index blocks, Index channels, const Moments* __restrict__ results,
                   double* __restrict__ count, double* __restrict__ mean, double* __restrict__ rest,
                   double* __restrict__ m2) {
@@ -147,7 +147,7 @@ __device__ __forceinline__ STATISTIC lerp(STATISTIC start, double end, double sh
 
 // Merge the moments of all blocks, and take the step of the running statistics: what is null is not there. Without a
 // momentum (cumulative) they are averages of all batches so far.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     merge_batch(Index channel_lanes, Index blocks, Index channels, const Moments* __restrict__ results,
                 double* __restrict__ count, double* __restrict__ mean, double* __restrict__ rest,
                 double* __restrict__ var, double correction, double momentum, Index cumulative,

@@ -38,7 +38,7 @@ __device__ __forceinline__ void normalize_items(const Line (&lines)[CHANNELS], W
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     normalize(Index place_lanes, Index channel_lanes, Index share, Index rows, Index channels, Index places,
               const VALUE* x, Index x_row, Index x_channel, Index x_place,  // y may be x: nothing is restricted
               VALUE* y, Index y_row, Index y_channel, Index y_place,

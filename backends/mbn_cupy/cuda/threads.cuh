@@ -56,7 +56,8 @@ struct Walk {
     }
 };
 
-// What is written in one piece. A plain assignment is taken apart by the compiler, and not always put together again.
+// What is read and written in one piece. An item itself is taken apart by the compiler, and not always put together
+// again.
 template <int SIZE>
 struct Piece;
 template <>
@@ -75,6 +76,8 @@ template <>
 struct Piece<16> {
     using Type = uint4;
 };
+
+using Whole = typename Piece<BYTES>::Type;
 
 struct alignas(BYTES) Item {
     VALUE values[WIDTH];
@@ -95,9 +98,11 @@ struct Cursor {
           place(place) {}
 
     __device__ __forceinline__ void advance(bool wraps) { next += wraps ? wrap : step; }
-    __device__ __forceinline__ Item load() const { return *reinterpret_cast<const Item*>(next); }
+    __device__ __forceinline__ Item load() const {
+        const Whole whole = __ldca(reinterpret_cast<const Whole*>(next));
+        return reinterpret_cast<const Item&>(whole);
+    }
     __device__ __forceinline__ void store(const Item& item) const {
-        using Whole = typename Piece<BYTES>::Type;
         __stwb(reinterpret_cast<Whole*>(next), reinterpret_cast<const Whole&>(item));
     }
 };

@@ -34,6 +34,11 @@ struct alignas(16) uint4 {
 };
 
 template <class T>
+T __ldca(const T* place) {
+    return *place;
+}
+
+template <class T>
 void __stwb(T* place, T value) {
     *place = value;
 }
