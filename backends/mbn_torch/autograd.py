@@ -15,8 +15,8 @@ from torch.autograd import Function
 
 from mbn.contract import Residuals
 from mbn.state import Params, State
-from mbn_torch import formulas, host, kernels
-from mbn_torch.tracing import is_plain, is_recorded, is_traced, is_transformed
+from mbn_torch import formulas, host, kernels, routes
+from mbn_torch.tracing import is_recorded, is_traced, is_transformed
 from mbn_torch.vectors import WIDE, variance
 
 
@@ -146,11 +146,12 @@ def _pullback_of_values(
     needs: tuple[bool, ...],
 ) -> tuple[torch.Tensor | None, ...]:
     """Return the gradients where nothing follows how they are computed."""
-    if not is_plain(dy, x, weight, weights):
-        return _pullback(kernels, dy, x, weight, host.tensors(residuals), eps, weights, needs)
-    if all(needs):
-        return host.pullback(dy, x, weight, residuals, eps, weights)
-    return _pullback(host, dy, x, weight, residuals, eps, weights, needs)
+    verbs = routes.chosen(dy, x, weight, weights)
+    if verbs is kernels:
+        residuals = host.tensors(residuals)
+    elif all(needs):
+        return verbs.pullback(dy, x, weight, residuals, eps, weights)
+    return _pullback(verbs, dy, x, weight, residuals, eps, weights, needs)
 
 
 def _pullback(

@@ -13,9 +13,9 @@ import torch
 
 from mbn.contract import Backend, Capabilities, Moments, Residuals, dtype_name
 from mbn.state import Params, State
-from mbn_torch import autograd, formulas, host, kernels, masks, overlaps, vectors
+from mbn_torch import autograd, formulas, host, kernels, masks, overlaps, routes, vectors
 from mbn_torch.module import BatchNorm1d
-from mbn_torch.tracing import is_backward, is_plain, is_recorded, is_traced, is_transformed
+from mbn_torch.tracing import is_backward, is_recorded, is_traced, is_transformed
 
 
 class TorchBackend(Backend):
@@ -178,7 +178,8 @@ class TorchBackend(Backend):
             )
             y = y.to(x.dtype)
             return y if out is None else out.copy_(y), state, residuals
-        run = host.batch_norm_residuals if is_plain(x, *params, *state, weights) else super().batch_norm_residuals
+        verbs = routes.chosen(x, *params, *state, weights)
+        run = super().batch_norm_residuals if verbs is kernels else verbs.batch_norm_residuals
         if not is_recorded(x, *params):
             return run(x, params, state, weights=weights, **({} if out is None else {"out": out}), **settings)
         if out is not None:
@@ -249,7 +250,7 @@ def _verbs(*values: vectors.Mean | None) -> ModuleType:
     """Return what does the arithmetic on these: the formulas where anything follows it, else the kernels."""
     if is_transformed() or is_recorded(*values):
         return formulas
-    return host if is_plain(*chain.from_iterable(map(vectors.parts, values))) else kernels
+    return routes.chosen(*chain.from_iterable(map(vectors.parts, values)))
 
 
 def _quietly(function: Callable[..., Any]) -> Callable[..., Any]:

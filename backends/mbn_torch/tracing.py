@@ -13,6 +13,8 @@ from torch.autograd import forward_ad
 
 _OWN = torch.Tensor, torch.nn.Parameter
 """Classes whose operations nobody overrides."""
+HOST = -1
+"""The place of what is in host memory."""
 
 
 def is_transformed() -> bool:
@@ -37,20 +39,28 @@ def is_traced(value: torch.Tensor | None) -> bool:
     )
 
 
-def is_plain(*values: torch.Tensor | None) -> bool:
-    """Tell whether these are nothing but values in host memory, and nobody sees the operations; None is nothing."""
+def place(*values: torch.Tensor | None) -> int | None:
+    """Return where these are, ``HOST`` or the index of a GPU, if they are nothing but values in the memory of one device.
+
+    None where they are more, are elsewhere, or somebody sees the operations. A value of None is nothing.
+    """
     if _get_tracing_state() is not None or _len_torch_dispatch_stack():
-        return False
+        return None
+    found = None
     for value in values:  # in every call, where a generator costs
         if value is None:
             continue
-        if type(value) not in _OWN or not value.is_cpu or value.layout is not torch.strided:
-            return False
+        if type(value) not in _OWN or value.layout is not torch.strided:
+            return None
         if value.is_neg() or value._is_zerotensor():  # noqa: SLF001 - there is no public way to ask
-            return False
+            return None
         if is_functorch_wrapped_tensor(value) or is_legacy_batchedtensor(value):
-            return False
-    return True
+            return None
+        own = HOST if value.is_cpu else value.get_device() if value.is_cuda else None
+        if own is None or own != (own if found is None else found):
+            return None
+        found = own
+    return found
 
 
 def is_backward() -> bool:

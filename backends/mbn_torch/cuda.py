@@ -1,0 +1,282 @@
+"""Torch's tensors on a GPU, for the kernels in Triton.
+
+A step of training is three launches and evaluation is one, on the current stream of the tensors' own device. No host
+waits for a device, so that all of it can be captured in a CUDA graph. Beside the results there are a few vectors, and
+partial sums of at most some MiB. The verbs take and return what those of the other kernels do.
+"""
+
+import struct
+from typing import Any
+
+import torch
+import triton.language as tl
+
+from mbn.contract import Moments, Residuals
+from mbn.state import Params, State
+from mbn_torch import triton_kernels
+from mbn_torch.tiles import Tiling, tiling
+from mbn_torch.vectors import WIDE, Mean, Pair, heaviest, lifted
+
+_COMPUTE = {torch.float16: tl.float32, torch.bfloat16: tl.float32, torch.float32: tl.float32, torch.float64: tl.float64}
+"""What outputs are computed in."""
+_PARTIALS = 2048
+"""Partial sums of a statistic that a finishing program reads at a time."""
+
+
+def moments(x: torch.Tensor, weights: torch.Tensor | None = None) -> Moments:
+    """Return count, mean (a Pair) and m2 (float64) of each channel of x, (N, C) or (N, C, L)."""
+    with torch.cuda.device_of(x):
+        (hi, lo, m2, *_), count, _ = _moments(x, weights)
+    return Moments(count, Pair(hi, lo), m2)
+
+
+def normalize(
+    x: torch.Tensor,
+    mean: Mean,
+    var: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    weights: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return (x - mean) / sqrt(var + eps) * weight + bias in x's dtype and memory order."""
+    y = torch.empty_like(x) if out is None else out
+    tiles = tiling((x, y), weights, sums=False)
+    of_x, of_y, *of_weights = tiles.strides
+    unit_x, unit_y = tiles.units
+    with torch.cuda.device_of(x):
+        triton_kernels.normalize[tiles.grid](
+            x,
+            y,
+            *_contiguous(*_halves(mean), var, weight, bias),
+            weights,
+            _bits(eps),
+            *tiles.extents,
+            *of_x,
+            *of_y,
+            *_along(of_weights),
+            COMPUTE=_COMPUTE[x.dtype],
+            UNIT_X=unit_x,
+            UNIT_Y=unit_y,
+            **tiles.constants,
+        )
+    return y
+
+
+def grad_sums(
+    dy: torch.Tensor, x: torch.Tensor, mean: Mean, var: torch.Tensor, eps: float, weights: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sums of dy and of dy * xhat for each channel, in float64."""
+    sums, _ = _grad_sums(dy, x, mean, var, eps, weights, None)
+    return sums
+
+
+def grad_input(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    mean: Mean,
+    var: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    sums: tuple[torch.Tensor, torch.Tensor] | None,
+    count: Any,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the gradient of x, in its dtype and memory order."""
+    dx = torch.empty_like(x)
+    tiles = tiling((x, dy, dx), weights, sums=False)
+    of_x, of_dy, of_dx, *of_weights = tiles.strides
+    unit_x, unit_dy, unit_dx = tiles.units
+    is_tensor = isinstance(count, torch.Tensor)
+    with torch.cuda.device_of(x):
+        triton_kernels.grad_input[tiles.grid](
+            x,
+            dy,
+            dx,
+            *_contiguous(*_halves(mean), var, weight, *(sums or (None, None))),
+            count if is_tensor else None,
+            weights,
+            _bits(eps),
+            1 if is_tensor or count is None else count,
+            *tiles.extents,
+            *of_x,
+            *of_dy,
+            *of_dx,
+            *_along(of_weights),
+            UNIT_X=unit_x,
+            UNIT_DY=unit_dy,
+            UNIT_DX=unit_dx,
+            **tiles.constants,
+        )
+    return dx
+
+
+def batch_norm_residuals(
+    x: torch.Tensor,
+    params: Params,
+    state: State,
+    *,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    correction: int,
+    weights: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, State, Residuals]:
+    """Return output, new state and residuals of a whole call."""
+    if not training:
+        mean, var, _ = state
+        return normalize(x, mean, var, *params, eps, weights, out), state, Residuals(mean, var, None)
+    with torch.cuda.device_of(x):
+        (hi, lo, _, var, *_), count, state = _moments(x, weights, state, momentum, correction)
+        mean = Pair(hi, lo)
+        return normalize(x, mean, var, *params, eps, weights, out), state, Residuals(mean, var, count)
+
+
+def pullback(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    residuals: Residuals,
+    eps: float,
+    weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Return the gradients of x, weight and bias."""
+    mean, var, count = residuals
+    sums, (dbias, dweight) = _grad_sums(dy, x, mean, var, eps, weights, None if weight is None else weight.dtype)
+    dx = grad_input(dy, x, mean, var, weight, eps, None if count is None else sums, count, weights)
+    return dx, dweight, dbias
+
+
+def _moments(
+    x: torch.Tensor,
+    weights: torch.Tensor | None,
+    state: State = State(None, None, None),  # noqa: B008 - it never changes
+    momentum: float | None = 0.0,
+    correction: int = 0,
+) -> tuple[tuple[torch.Tensor, ...], Any, State]:
+    """Return vectors (mean in two parts, m2, the biased variance and, with weights, more), the count and new state."""
+    shift = None if weights is None else heaviest(lifted(x), weights)
+    tiles = tiling((x,), weights, sums=True)
+    if x.dtype == WIDE:  # summed again around its mean, which also gives the rest of the mean
+        hi, lo, *_ = _finished_moments(x, shift, weights, tiles, State(None, None, None), 0.0, 0)[0]
+        shift = hi + lo
+    return _finished_moments(x, shift, weights, tiles, state, momentum, correction)
+
+
+def _finished_moments(
+    x: torch.Tensor,
+    shift: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    tiles: Tiling,
+    state: State,
+    momentum: float | None,
+    correction: int,
+) -> tuple[tuple[torch.Tensor, ...], Any, State]:
+    channels, (_, programs) = x.shape[1], tiles.grid
+    partials = torch.empty((programs, 2 if weights is None else 3, channels), dtype=WIDE, device=x.device)
+    of_x, *of_weights = tiles.strides
+    triton_kernels.moments[tiles.grid](
+        x,
+        weights,
+        shift,
+        partials,
+        *tiles.extents,
+        *of_x,
+        *_along(of_weights),
+        UNIT_X=tiles.units[0],
+        UNROLLED=tiles.loads,
+        **tiles.constants,
+    )
+    result = torch.empty((4 if weights is None else 5, channels), dtype=WIDE, device=x.device)
+    number = x.numel() // channels
+    before = State(*_contiguous(*state))
+    after = State(*(None if old is None else torch.empty_like(old) for old in before))
+    grid, shape = _finishing(programs, channels)
+    triton_kernels.finish_moments[grid](
+        partials,
+        x,
+        shift,
+        *before,
+        result,
+        *after,
+        programs,
+        channels,
+        x.stride(1),
+        number,
+        correction,
+        None if momentum is None else _bits(momentum),
+        WEIGHTED=weights is not None,
+        **shape,
+    )
+    vectors = result.unbind()
+    return vectors, number if weights is None else vectors[4][0], after
+
+
+def _grad_sums(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    mean: Mean,
+    var: torch.Tensor,
+    eps: float,
+    weights: torch.Tensor | None,
+    dtype: torch.dtype | None,
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """Return the sums of dy and of dy * xhat for each channel, in float64 and in a dtype if there is one."""
+    tiles = tiling((x, dy), weights, sums=True)
+    of_x, of_dy, *of_weights = tiles.strides
+    unit_x, unit_dy = tiles.units
+    channels, (_, programs) = x.shape[1], tiles.grid
+    hi, lo, var = _contiguous(*_halves(mean), var)
+    with torch.cuda.device_of(x):
+        partials = torch.empty((programs, 2, channels), dtype=WIDE, device=x.device)
+        triton_kernels.grad_sums[tiles.grid](
+            x,
+            dy,
+            hi,
+            lo,
+            weights,
+            partials,
+            *tiles.extents,
+            *of_x,
+            *of_dy,
+            *_along(of_weights),
+            UNIT_X=unit_x,
+            UNIT_DY=unit_dy,
+            UNROLLED=tiles.loads,
+            **tiles.constants,
+        )
+        sums = torch.empty((2, channels), dtype=WIDE, device=x.device)
+        rounded = None if dtype in {None, WIDE} else torch.empty((2, channels), dtype=dtype, device=x.device)
+        grid, shape = _finishing(programs, channels)
+        triton_kernels.finish_grad_sums[grid](
+            partials, hi, lo, var, sums, rounded, _bits(eps), programs, channels, **shape
+        )
+    vectors = sums.unbind()
+    return vectors, vectors if rounded is None else rounded.unbind()
+
+
+def _halves(mean: Mean) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return mean if isinstance(mean, Pair) else (mean, None)
+
+
+def _contiguous(*vectors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    return [None if vector is None else vector.contiguous() for vector in vectors]
+
+
+def _along(of_weights: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the strides of weights along rows and places."""
+    return of_weights[0][:2] if of_weights else (0, 0)
+
+
+def _finishing(programs: int, channels: int) -> tuple[tuple[int], dict[str, int]]:
+    """Return the grid, and the shape of a tile, of the kernel that finishes the sums of so many programs."""
+    along = min(256, 1 << (programs - 1).bit_length())
+    across = min(64, _PARTIALS // along)
+    return (-(-channels // across),), {"PROGRAMS": along, "CHANNELS": across, "num_warps": 8, "enable_fp_fusion": True}
+
+
+def _bits(number: float) -> int:
+    """Return the bits of a float64 as an integer."""
+    return struct.unpack("q", struct.pack("d", number))[0]

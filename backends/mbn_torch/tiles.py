@@ -1,0 +1,139 @@
+"""How a batch is cut into tiles for the kernels in Triton.
+
+All depends on shapes and strides alone, so that sums are made in one order on every card. Whatever order memory has, the
+axis along which it is contiguous lies along the lanes of a warp, and a load is 16 bytes of each wherever strides allow.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+
+ROWS, PLACES, CHANNELS = range(3)
+"""The axes of a batch: what is summed over is rows, and in each of them places."""
+
+_NO_AXIS = -1
+_VECTOR = 16
+"""Bytes that a thread loads at a time."""
+_SEGMENT = 128
+"""Bytes in a row that memory hands over at once."""
+_BYTES = 64
+_VALUES = 16
+"""Bytes and values of a tile that a thread holds at most: loads under way at the same time hide the latency of memory, and
+registers in float64 have to suffice for two programs on a multiprocessor, so that one loads while the other computes."""
+_WARPS = 8
+_WIDEST = 1024
+"""Places or rows that a tile has beside each other at most."""
+_FEW = 256
+"""Programs of which there ought to be more, with smaller tiles, for every multiprocessor of a large card to have some."""
+_MANY = {True: 1024, False: 4096}
+"""Programs that there are at most, of sums and of results: a few for each multiprocessor of a large card, so that none
+waits for the last; more would only add partial sums, and work that is once per program."""
+
+
+class Tiling(NamedTuple):
+    """A grid of programs, and what they have to know."""
+
+    grid: tuple[int, int]
+    """Blocks of channels, and programs that share the tiles of each."""
+    extents: tuple[int, ...]
+    """Rows, places and channels, tiles beside each other along places, and tiles."""
+    strides: tuple[tuple[int, ...], ...]
+    """Those of each tensor along rows, places and channels."""
+    constants: dict[str, Any]
+    """What is compiled in, of all kernels: ``num_warps``, the shape of a tile, and what divides strides and extents."""
+    loads: int
+    """Parts of a tile, as many as a thread has loads of it: of one place in each of them it holds the values itself."""
+    units: tuple[int, ...]
+    """The axis along which each tensor is contiguous."""
+
+
+def tiling(tensors: Sequence[torch.Tensor], weights: torch.Tensor | None, *, sums: bool) -> Tiling:
+    """Return the tiles of a batch, the first of tensors of its shape, (N, C) or (N, C, L); ``weights`` are (N[, L]).
+
+    ``sums`` says whether there is a result per program, not per value. Strides of weights, along rows and places, are
+    the last.
+    """
+    x = tensors[0]
+    strides = tuple(tensor.stride() for tensor in tensors)
+    return _tiling(x.shape, strides, None if weights is None else weights.stride(), x.itemsize, sums)
+
+
+@lru_cache(maxsize=1024)
+def _tiling(
+    shape: tuple[int, ...],
+    strides: tuple[tuple[int, ...], ...],
+    weights: tuple[int, ...] | None,
+    itemsize: int,
+    sums: bool,  # noqa: FBT001 - the key of a cache
+) -> Tiling:
+    rows, channels, places = *shape, *(1,) * (3 - len(shape))
+    all_strides = [(of[0], of[2] if len(of) > 2 else 0, of[1]) for of in strides]  # noqa: PLR2004 - (N, C, L)
+    if weights is not None:
+        all_strides.append((weights[0], weights[1] if len(weights) > 1 else 0, 0))
+    if rows == 1 or all(of[ROWS] == of[PLACES] * places for of in all_strides):
+        rows, places = rows * places, 1
+        all_strides = [(of[PLACES], 0, of[CHANNELS]) if len(shape) > 2 else of for of in all_strides]  # noqa: PLR2004
+    extents = rows, places, channels
+    # That of an axis of one value says nothing.
+    all_strides = [tuple(s if size > 1 else 0 for s, size in zip(of, extents, strict=True)) for of in all_strides]
+    units = [next((axis for axis in (CHANNELS, PLACES, ROWS) if of[axis] == 1), _NO_AXIS) for of in all_strides]
+    count = len(strides)
+    others = [s for of, unit in zip(all_strides[:count], units, strict=False) for a, s in enumerate(of) if a != unit]
+    main = units[0]
+    if main != _NO_AXIS:
+        others.append(extents[main])
+    aligned = next(divisor for divisor in (16, 8, 4, 2, 1) if not any(number % divisor for number in others))
+    warps, positions, beside, block = _tile(extents, main, itemsize)
+    place_tiles = -(-places // beside)
+    tiles = place_tiles * -(-rows // (positions // beside))
+    blocks = -(-channels // block)
+    divided = [
+        tuple(s // aligned if axis != unit else s for axis, s in enumerate(of))
+        for of, unit in zip(all_strides[:count], units, strict=False)
+    ]
+    constants = {"POSITIONS": positions, "PLACES": beside, "CHANNELS": block, "ALIGNED": aligned, "num_warps": warps, "enable_fp_fusion": True}
+    return Tiling(
+        (blocks, max(1, min(tiles, _MANY[sums] // blocks))),
+        (*(e // aligned if axis == main else e for axis, e in enumerate(extents)), place_tiles, tiles),
+        (*divided, *all_strides[count:]),
+        constants,
+        min(positions, max(1, positions * block * itemsize // (_VECTOR * 32 * warps))),
+        tuple(units[:count]),
+    )
+
+
+def _tile(extents: tuple[int, ...], main: int, itemsize: int) -> tuple[int, int, int, int]:
+    """Return the number of warps, and of a tile how many positions it has, how many of them in a row, and channels."""
+    rows, places, channels = extents
+    total = rows * places
+    beside = _fitting(places, 1, _WIDEST)
+    if main == CHANNELS:
+        block = _fitting(channels, _SEGMENT // itemsize, 512 // itemsize)
+    else:
+        run = beside if main == PLACES else min(_above(rows), _WIDEST)
+        block = min(_above(channels), max(1, _SEGMENT // itemsize // run))
+    size = _WARPS * 32 * min(_BYTES // itemsize, _VALUES)
+    while size > _least_size(itemsize) and -(-total * _above(channels) // size) < _FEW:
+        size //= 2
+    positions = min(max(1, size // block), _above(rows) * beside)
+    beside = min(beside, positions)
+    warps = min(_WARPS, max(1, positions * block * itemsize // (_VECTOR * 32)))
+    return warps, positions, beside, block
+
+
+def _least_size(itemsize: int) -> int:
+    """Return the least values of a tile: a load for each thread of four warps."""
+    return 4 * 32 * _VECTOR // itemsize
+
+
+def _fitting(size: int, least: int, most: int) -> int:
+    """Return the power of two of which a few cover ``size`` with the least left over, and the largest of these."""
+    candidates = [1 << k for k in range(most.bit_length()) if least <= 1 << k <= most]
+    return min(_above(size), min(candidates, key=lambda width: (-(-size // width) * width, -width)))
+
+
+def _above(size: int) -> int:
+    """Return the least power of two that is not less than ``size``."""
+    return 1 << (size - 1).bit_length()
