@@ -1,7 +1,7 @@
 """How a batch is cut into tiles for the kernels in Triton.
 
-All depends on shapes and strides alone, so that sums are made in one order on every card. Whatever order memory has, the
-axis along which it is contiguous lies along the lanes of a warp, and a load is 16 bytes of each wherever strides allow.
+All depends on shapes and strides alone, so that sums are made in one order on every card. Whatever order memory has,
+the axis along which it is contiguous lies along the lanes of a warp, and a load is of 16 bytes wherever strides allow.
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ _SEGMENT = 128
 """Bytes in a row that memory hands over at once."""
 _BYTES = 64
 _VALUES = 16
-"""Bytes and values of a tile that a thread holds at most: loads under way at the same time hide the latency of memory, and
-registers in float64 have to suffice for two programs on a multiprocessor, so that one loads while the other computes."""
+"""Bytes and values of a tile that a thread holds at most: loads under way at the same time hide the latency of memory,
+and registers in float64 have to suffice for two programs on a multiprocessor: one loads while the other computes."""
 _WARPS = 8
 _WIDEST = 1024
 """Places or rows that a tile has beside each other at most."""
 _FEW = 256
-"""Programs of which there ought to be more, with smaller tiles, for every multiprocessor of a large card to have some."""
+"""Programs of which there ought to be more, with smaller tiles, that a large card is busy in all its parts."""
 _MANY = {True: 1024, False: 4096}
 """Programs that there are at most, of sums and of results: a few for each multiprocessor of a large card, so that none
 waits for the last; more would only add partial sums, and work that is once per program."""
@@ -93,7 +93,14 @@ def _tiling(
         tuple(s // aligned if axis != unit else s for axis, s in enumerate(of))
         for of, unit in zip(all_strides[:count], units, strict=False)
     ]
-    constants = {"POSITIONS": positions, "PLACES": beside, "CHANNELS": block, "ALIGNED": aligned, "num_warps": warps, "enable_fp_fusion": True}
+    constants = {
+        "POSITIONS": positions,
+        "PLACES": beside,
+        "CHANNELS": block,
+        "ALIGNED": aligned,
+        "num_warps": warps,
+        "enable_fp_fusion": True,
+    }
     return Tiling(
         (blocks, max(1, min(tiles, _MANY[sums] // blocks))),
         (*(e // aligned if axis == main else e for axis, e in enumerate(extents)), place_tiles, tiles),

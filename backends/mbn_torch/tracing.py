@@ -40,9 +40,9 @@ def is_traced(value: torch.Tensor | None) -> bool:
 
 
 def place(*values: torch.Tensor | None) -> int | None:
-    """Return where these are, ``HOST`` or the index of a GPU, if they are nothing but values in the memory of one device.
+    """Return where these are, ``HOST`` or the index of a GPU, if they are nothing but values in memory there.
 
-    None where they are more, are elsewhere, or somebody sees the operations. A value of None is nothing.
+    None where they are more, are elsewhere or apart, or somebody sees the operations. A value of None is nothing.
     """
     if _get_tracing_state() is not None or _len_torch_dispatch_stack():
         return None

@@ -1,8 +1,8 @@
 """Batch normalisation in Triton.
 
-Statistics are exact to float64, whatever x is, and every sum is a tree that shapes and strides determine: no kernel adds
-to memory that another writes to. A value of weight 0 is replaced before anything is computed of it. Offsets are of 64
-bits. Numbers of float64 come as the bits of an integer, since Triton would round them to float32.
+Statistics are exact to float64, whatever x is, and every sum is a tree that shapes and strides determine: no program
+adds to memory that another writes to. A value of weight 0 is replaced before anything is computed of it. Offsets are of
+64 bits. Numbers of float64 come as the bits of an integer, since Triton would round them to float32.
 
 x has rows, places and channels; tiles of positions (a row and a place) by channels are shared out over axis 1 of the
 grid, blocks of channels over axis 0. ``mbn_torch.tiles`` says how. No result depends on how but in its last bits.
@@ -71,6 +71,14 @@ def _top(tile, place_tiles, POSITIONS: tl.constexpr, PLACES: tl.constexpr):
 @triton.jit
 def _float64(bits):
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _as(values, DTYPE: tl.constexpr):
+    """Return values of float64 in another dtype; there is no way to halves but through float32."""
+    if tl.float64 != DTYPE:
+        values = values.to(tl.float32)
+    return values.to(DTYPE)
 
 
 @triton.jit
@@ -143,7 +151,7 @@ def moments(
     if shift is None:
         first = tl.load(x + across, mask=is_channel, other=0)
     else:
-        first = tl.load(shift + channel, mask=is_channel, other=0).to(x.dtype.element_ty)
+        first = _as(tl.load(shift + channel, mask=is_channel, other=0), x.dtype.element_ty)
     start = first.to(tl.float64)
     position = tl.arange(0, UNROLLED)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     row = position // PLACES
@@ -176,7 +184,8 @@ def moments(
         target = partials + tl.program_id(1) * 2 * channels + channel
     else:
         target = partials + tl.program_id(1) * 3 * channels + channel
-        tl.store(target + 2 * channels, tl.sum(tl.sum(count, 1), 0) + tl.zeros((CHANNELS,), tl.float64), mask=is_channel)
+        counts = tl.zeros((CHANNELS,), tl.float64) + tl.sum(tl.sum(count, 1), 0)
+        tl.store(target + 2 * channels, counts, mask=is_channel)
     tl.store(target, tl.sum(total, 0), mask=is_channel)
     tl.store(target + channels, tl.sum(squares, 0), mask=is_channel)
 
@@ -213,8 +222,7 @@ def finish_moments(
 ):
     """Make of partial sums the mean (two rows of result), m2, the biased variance and the count, and new statistics.
 
-    ``number`` is that of the values where there are no weights; without a momentum all batches so far weigh the same.
-    What is None is not asked for.
+    ``number`` is that of the values where there are no weights. What is None is not asked for.
     """
     channels = num_channels.to(tl.int64)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -248,14 +256,9 @@ def finish_moments(
     if WEIGHTED:
         tl.store(result + 4 * channels + channel, count, mask=is_channel)
     if num_batches_tracked is not None:
-        tracked = tl.load(num_batches_tracked) + 1
-        if tl.program_id(0) == 0:
-            tl.store(new_num_batches_tracked, tracked)
+        tl.store(new_num_batches_tracked, tl.load(num_batches_tracked) + 1, mask=tl.program_id(0) == 0)
     if running_mean is not None:
-        if momentum is None:
-            step = 1.0 / (tl.zeros((CHANNELS,), tl.float64) + tracked.to(tl.float64))
-        else:
-            step = tl.zeros((CHANNELS,), tl.float64) + _float64(momentum)
+        step = tl.zeros((CHANNELS,), tl.float64) + _share(momentum, num_batches_tracked)
         excess = count - correction.to(tl.float64)
         if WEIGHTED:  # a count of NaN is to be seen in the statistics
             step = tl.where(excess <= 0, 0.0, step)
@@ -265,11 +268,21 @@ def finish_moments(
 
 
 @triton.jit
+def _share(momentum, num_batches_tracked):
+    """Return how much a batch weighs in the running statistics: without a momentum, as much as each before."""
+    if momentum is None:
+        share = 1.0 / (tl.load(num_batches_tracked) + 1).to(tl.float64)
+    else:
+        share = _float64(momentum)
+    return share
+
+
+@triton.jit
 def _lerp(start, end, step, target, channel, is_channel):
     """Store (1 - step) * start + step * end; a batch that does not count leaves no trace."""
     old = _vector(start, channel, is_channel)
     new = tl.where(step == 0, old, (1.0 - step) * old + step * end)
-    tl.store(target + channel, new.to(target.dtype.element_ty), mask=is_channel)
+    tl.store(target + channel, _as(new, target.dtype.element_ty), mask=is_channel)
 
 
 @triton.jit(do_not_specialize=(*_EXTENTS, *_OF_X, *_OF_Y, *_OF_WEIGHTS, "eps"))
@@ -448,8 +461,8 @@ def finish_grad_sums(
     tl.store(sums + channel, sum_dy, mask=is_channel)
     tl.store(sums + channels + channel, sum_dy_xhat, mask=is_channel)
     if rounded is not None:
-        tl.store(rounded + channel, sum_dy.to(rounded.dtype.element_ty), mask=is_channel)
-        tl.store(rounded + channels + channel, sum_dy_xhat.to(rounded.dtype.element_ty), mask=is_channel)
+        tl.store(rounded + channel, _as(sum_dy, rounded.dtype.element_ty), mask=is_channel)
+        tl.store(rounded + channels + channel, _as(sum_dy_xhat, rounded.dtype.element_ty), mask=is_channel)
 
 
 @triton.jit(do_not_specialize=(*_EXTENTS, *_OF_X, *_OF_DY, *_OF_DX, *_OF_WEIGHTS, "eps", "number"))
@@ -493,8 +506,8 @@ def grad_input(
 ):
     """Write the gradient of x to dx; ``count``, or the number where that is None, is what the sums are divided by.
 
-    Computed in float64 and rounded once: where it is small its terms are not. The mean of dy is taken off before anything
-    else, so that little is lost of a gradient with a large mean.
+    Computed in float64 and rounded once: where it is small its terms are not. The mean of dy is taken off before
+    anything else, so that little is lost of a gradient with a large mean.
     """
     rows = _extent(num_rows, _ROWS, UNIT_X, ALIGNED)
     places = _extent(num_places, _PLACES, UNIT_X, ALIGNED)
@@ -548,6 +561,4 @@ def grad_input(
         if weights is not None:
             gradients = tl.where(w > 0, gradients, 0.0)
         target = dx + _offset(top, left, dx_row, dx_place, UNIT_DX, ALIGNED)
-        if dx.dtype.element_ty != tl.float64:  # there is no way from float64 to halves but through float32
-            gradients = gradients.to(tl.float32)
-        tl.store(target + of_dx, gradients.to(dx.dtype.element_ty), mask=mask)
+        tl.store(target + of_dx, _as(gradients, dx.dtype.element_ty), mask=mask)

@@ -1,0 +1,60 @@
+"""A plugin of pytest with which tensors in host memory pass for those of a GPU: Triton interprets the kernels there.
+
+It has to be imported before Triton is. ``MBN_PLANTED`` names a bug to plant in the kernels.
+"""
+
+import os
+import threading
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import ml_dtypes
+import numpy as np
+import triton.language as tl
+from hypothesis import HealthCheck, settings
+from triton.runtime import interpreter
+
+from mbn_torch import cuda, routes
+from mbn_torch.tracing import HOST, place
+
+settings.register_profile(
+    "interpreted",
+    deadline=None,
+    derandomize=True,
+    max_examples=8,  # which takes as long as some thousands on a GPU
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+_convert_float = interpreter._convert_float
+
+
+def _rounded(values, given, wanted, mode):
+    """Convert as a GPU does: the interpreter cuts bits off where it should round to bfloat16."""
+    if given == tl.float32 and wanted == tl.bfloat16:
+        with np.errstate(over="ignore"):
+            return values.view(np.float32).astype(ml_dtypes.bfloat16).view(np.uint16)
+    return _convert_float(values, given, wanted, mode)
+
+
+def _sum(self, values):
+    """Sum up as a GPU does, in pairs: along any but the last axis NumPy adds one value after another."""
+    data = np.moveaxis(values.handle.data, self.axis, -1)
+    total = np.ascontiguousarray(data).sum(-1)
+    return self.to_tensor(np.expand_dims(total, self.axis) if self.keep_dims else total, values.dtype)
+
+
+_lock = threading.Lock()
+_launch = interpreter.GridExecutor.__call__
+
+
+def _alone(self, *args, **kwargs):
+    """Launch a kernel while no other thread does, which is all that the interpreter can bear."""
+    with _lock:
+        return _launch(self, *args, **kwargs)
+
+
+interpreter.GridExecutor.__call__ = _alone
+interpreter._convert_float = _rounded
+interpreter.ReduceOps.sum = _sum
+routes.place = lambda *values: 0 if place(*values) == HOST else None
+routes._on_gpu = lambda index: cuda  # noqa: ARG005 - there is one

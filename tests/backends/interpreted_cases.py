@@ -1,0 +1,238 @@
+"""What the kernels in Triton make of awkward batches, against those in Torch's operations, and of bugs planted in them.
+
+Triton has to interpret: ``test_mbn_torch_triton.py`` runs this in a process of its own, with the plugin ``interpreted``.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from interpreted import cuda
+from torch_samples import draw_weights, relative_error, sample
+
+import mbn
+from mbn_torch import autograd, kernels, tiles, triton_kernels
+
+BOUNDS = {torch.float16: 6e-4, torch.bfloat16: 5e-3, torch.float32: 1.2e-7, torch.float64: 1e-14}
+"""Of outputs and gradients of x, relative to the largest: a rounding where one of two results falls on the other side."""
+
+FORMS = {
+    "rows": lambda x: x(251, 13),
+    "two values": lambda x: x(2, 1),
+    "two rows": lambda x: x(2, 37),
+    "many channels": lambda x: x(3, 700),
+    "one place": lambda x: x(11, 5, 1),
+    "one row": lambda x: x(1, 3, 1031),
+    "one channel": lambda x: x(7, 1, 53),
+    "places": lambda x: x(5, 7, 131),
+    "few places": lambda x: x(17, 23, 3),
+    "aligned": lambda x: x(6, 32, 64),
+    "wide": lambda x: x(2, 3, 2050),
+    "channels last": lambda x: x(5, 37, 16).mT,
+    "transposed": lambda x: x(13, 251).T,
+    "sliced": lambda x: x(40, 9, 33)[1::3, ::2, 2::5],
+    "shifted": lambda x: x(33, 16)[:, 3:],
+    "places of rows": lambda x: x(7, 12, 5).permute(1, 0, 2),
+    "expanded": lambda x: x(19, 6, 1).expand(-1, -1, 8),
+}
+
+
+def results(verbs, x, dy, weights, *, eps=1e-5):
+    """Return all that the verbs make of a batch, by name."""
+    generator = torch.Generator().manual_seed(3)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weight, bias = torch.randn((2, x.shape[1]), generator=generator, dtype=torch.float64).to(dtype)
+    moments = verbs.moments(x, weights)
+    count = moments.count
+    var = mbn.get_backend("torch").variance(moments, 0)
+    y = verbs.normalize(x, moments.mean, var, weight, bias, eps, weights)
+    evaluated = verbs.normalize(x, bias, weight.abs(), weight, None, eps, weights)
+    sums = verbs.grad_sums(dy, x, moments.mean, var, eps, weights)
+    dx = verbs.grad_input(dy, x, moments.mean, var, weight, eps, sums, count, weights)
+    constant = verbs.grad_input(dy, x, bias, weight.abs(), weight, eps, None, None, weights)
+    hi, lo = moments.mean
+    return {
+        "count": torch.as_tensor(count, dtype=torch.float64),
+        "mean": hi + lo,
+        "m2": moments.m2,
+        "y": y,
+        "evaluated": evaluated,
+        "sum of dy": sums[0],
+        "sum of dy * xhat": sums[1],
+        "dx": dx,
+        "dx in evaluation": constant,
+    }
+
+
+def assert_agreement(x, dy, weights=None):
+    """Check that both kinds of kernels make the same of a batch."""
+    if weights is not None:
+        keep = (weights > 0).reshape(len(x), 1, *weights.shape[1:]).expand(x.shape)
+        x, dy = (torch.where(keep, values, torch.nan) for values in (x, dy))
+    expected = results(kernels, x, dy, weights)
+    for name, actual in results(cuda, x, dy, weights).items():
+        assert actual.dtype == expected[name].dtype, name
+        assert actual.shape == expected[name].shape, name
+        assert actual.stride() == expected[name].stride() or name != "y"
+        bound = BOUNDS[x.dtype] if actual.shape == x.shape else 1e-12
+        assert relative_error(actual, expected[name].double()) <= bound, name
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("kind", [None, "mask", "real"])
+@pytest.mark.parametrize("form", FORMS)
+def test_agreement(form, kind, dtype):
+    seeds = iter(range(9))
+    x, dy = (FORMS[form](lambda *shape: sample(*shape, dtype=dtype, seed=next(seeds))) for _ in range(2))
+    weights = draw_weights(kind, x.shape, torch.float64 if dtype == torch.float64 else torch.float32)
+    if weights is not None:
+        weights.view(-1)[:2] = torch.tensor([0, 1])  # some value counts
+    assert_agreement(x, dy, weights)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_in_other_memory_orders(form):
+    x = FORMS[form](sample)
+    constant = sample(1).expand(x.shape)
+    turned = sample(*reversed(x.shape), seed=1).permute(*reversed(range(x.ndim)))
+    spread = sample(*x.shape, 2, seed=1)[..., 0]
+    for dy in (constant, turned, spread):
+        assert_agreement(x, dy)
+
+
+def test_weights_of_rows_expanded():
+    x, dy = sample(9, 4, 31), sample(9, 4, 31, seed=1)
+    assert_agreement(x, dy, (torch.arange(9)[:, None] % 3).float().expand(9, 31))
+
+
+def test_offsets_beyond_32_bits():
+    storage = torch.empty((1 << 31) + 64, dtype=torch.float16)  # of which next to nothing is touched
+    x = storage.as_strided((3, 8), ((1 << 30) + 16, 1)).copy_(sample(3, 8))
+    assert_agreement(x, sample(3, 8, dtype=torch.float16, seed=1))
+    x = storage.as_strided((3, 2, 5), (8, (1 << 31) + 8, 1)).copy_(sample(3, 2, 5))
+    assert_agreement(x, sample(3, 2, 5, dtype=torch.float16, seed=1))
+
+
+def test_programs_that_share_more_tiles_than_there_are(monkeypatch):
+    monkeypatch.setattr(tiles, "_MANY", {True: 3, False: 2})
+    tiles._tiling.cache_clear()
+    for shape in ((9001, 3), (40, 2, 700)):
+        assert_agreement(sample(*shape), sample(*shape, seed=1))
+    tiles._tiling.cache_clear()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30, 3e38])
+def test_squares_neither_overflow_nor_vanish(scale):
+    x = (torch.randn((64, 3), generator=torch.Generator().manual_seed(0)).clamp(-1, 1) * scale).requires_grad_()
+    bn = mbn.BatchNorm1d(3, eps=0, backend="torch")
+    y = bn(x)
+    (dx,) = torch.autograd.grad(y, x, sample(64, 3))
+    wide = mbn.BatchNorm1d(3, eps=0, dtype="float64", backend="torch")
+    expected = wide(x.detach().double())
+    assert relative_error(y, expected) < 1e-6
+    assert dx.isfinite().all()
+
+
+@pytest.mark.parametrize("momentum", [None, 0.0, 0.25])
+@pytest.mark.parametrize("kind", [None, "real", "nothing"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_running_statistics(dtype, kind, momentum):
+    x = sample(50, 6, dtype=dtype)
+    weights = torch.zeros(50, dtype=dtype) if kind == "nothing" else draw_weights(kind, x.shape, dtype)
+    backend = mbn.get_backend("torch")
+    state = mbn.State(sample(6, dtype=dtype), sample(6, dtype=dtype).abs(), torch.tensor(3))
+    settings = {"training": True, "momentum": momentum, "eps": 1e-5, "correction": 1, "weights": weights}
+    _, after, _ = cuda.batch_norm_residuals(x, mbn.Params(None, None), state, **settings)
+    _, expected, _ = super(type(backend), backend).batch_norm_residuals(x, mbn.Params(None, None), state, **settings)
+    assert after.num_batches_tracked == 4
+    for actual, other, before in zip(after[:2], expected[:2], state[:2], strict=True):
+        assert relative_error(actual, other.double()) <= (1e-15 if dtype == torch.float64 else 1.2e-7)
+        assert not torch.equal(actual, before) or momentum == 0 or kind == "nothing"
+
+
+def test_a_layer_goes_this_way(monkeypatch):
+    seen = []
+    for name in ("batch_norm_residuals", "pullback", "normalize", "moments"):
+        verb = getattr(cuda, name)
+        monkeypatch.setattr(cuda, name, lambda *a, _of=(name, verb), **k: (seen.append(_of[0]), _of[1](*a, **k))[1])
+    bn = mbn.BatchNorm1d(3, backend="torch")
+    x = sample(5, 3).requires_grad_()
+    bn(x).sum().backward()
+    assert seen == ["batch_norm_residuals", "normalize", "pullback"]
+    y = bn(x)
+    first = torch.autograd.grad(y.square().sum(), x, create_graph=True)[0]
+    assert torch.autograd.grad(first.sum(), x)[0].isfinite().all()
+    bn.fit([sample(5, 3)], progress=False)
+    assert "moments" in seen
+
+
+def test_all_that_is_needed(monkeypatch):
+    x, dy = sample(20, 4), sample(20, 4, seed=1)
+    weight = torch.rand(4)
+    mean, var = sample(4), torch.rand(4)
+    residuals = mbn.contract.Residuals(mean, var, None)
+    whole = autograd.pullback(dy, x, weight, residuals, 1e-5, None)
+    for needs in ((True, False, False), (False, True, True), (False, False, True)):
+        some = autograd.pullback(dy, x, weight, residuals, 1e-5, None, needs)
+        for needed, actual, expected in zip(needs, some, whole, strict=True):
+            if needed:
+                torch.testing.assert_close(actual.to(expected.dtype), expected)
+    monkeypatch.undo()
+
+
+PLANTED = {  # None of them writes where it must not, which would end the process.
+    "places beyond the last": ("mask = is_value[:, :, None] &", "mask = (is_value | True)[:, :, None] &"),
+    "no shift": (
+        "other=first[None, None, :]).to(tl.float64) - start[None, None, :]",
+        "other=first[None, None, :]).to(tl.float64)",
+    ),
+    "another shift in the end": ("hi = tl.load(x + channel * x_channel", "hi = tl.load(x + 0 * x_channel"),
+    "no value for those that are not there": ("other=first[None, None, :]", "other=0"),
+    "tiles of one program twice": ("range(tl.program_id(1), tiles,", "range(0, tiles,"),
+    "partial sums twice": ("first + tl.arange(0, PROGRAMS)", "first + tl.arange(0, PROGRAMS) // 2"),
+    "partial sums left out": ("for first in range(0, programs", "for first in range(PROGRAMS, programs"),
+    "values of weight 0 in sums": ("d = tl.where((w > 0)[:, :, None], d, 0.0)", "d = d"),
+    "values of weight 0 in sums of gradients": ("gradients = tl.where(keep, gradients, 0.0)", "gradients = gradients"),
+    "values of weight 0 in outputs": ("values = tl.where(keep[:, None], values, 0.0)", "values = values"),
+    "values of weight 0 in gradients": ("gradients = tl.where(w > 0, gradients, 0.0)", "gradients = gradients"),
+    "weights once": ("squares += tl.sum(once * d, 0)", "squares += tl.sum(d * d, 0)"),
+    "the rest of the mean, in outputs": ("(center.to(tl.float64) - mean) - rest) * scale", "center * 0.0) * scale"),
+    "the mean of dy": ("(gradients - mean_dy) - projection", "gradients - projection"),
+}
+
+
+def _within_more(x):
+    """Return the same values with others around them in memory."""
+    whole = torch.full((x.numel() + 20_000,), 1e3, dtype=x.dtype)
+    return whole[10_000:-10_000].view(x.shape).copy_(x)
+
+
+def _everything():
+    """Check what between them has all that a bug can be in."""
+    for shape in ((61, 13), (3, 7, 131), (2100, 3)):
+        for dtype in (torch.float32, torch.float64):
+            x = _within_more(1e4 + sample(*shape, dtype=dtype))
+            dy = _within_more(sample(*shape, dtype=dtype, seed=1))
+            assert_agreement(x, dy)
+            assert_agreement(x, dy, draw_weights("real", shape, dtype))
+
+
+def test_nothing_planted():
+    _everything()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_bug_is_found(name, tmp_path, monkeypatch):
+    right, wrong = PLANTED[name]
+    source = Path(triton_kernels.__file__).read_text()
+    assert right in source
+    path = tmp_path / "planted.py"
+    path.write_text(source.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location("planted", path)
+    planted = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(planted)
+    monkeypatch.setattr(cuda, "triton_kernels", planted)
+    with pytest.raises(AssertionError):
+        _everything()
