@@ -21,13 +21,16 @@ _SEGMENT = 128
 _BYTES = 64
 _VALUES = 16
 """Bytes and values of a tile that a thread holds at most: loads under way at the same time hide the latency of memory,
-and registers in float64 have to suffice for two programs on a multiprocessor: one loads while the other computes."""
-_WARPS = 8
-_WIDEST = 1024
-"""Places or rows that a tile has beside each other at most."""
+and registers in float64 have to suffice for some programs on a multiprocessor: one loads while the others compute."""
+_WARPS = 4
+"""Warps of a program at most: the fewer, the more of the registers of a multiprocessor are in use."""
+_NARROWEST, _WIDEST = 64, 1024
+"""Places or rows that a tile has beside each other, where there are as many."""
+_SLACK = 1.25
+"""How much more tiles may cover than there is, before smaller ones are better."""
 _FEW = 256
 """Programs of which there ought to be more, with smaller tiles, that a large card is busy in all its parts."""
-_MANY = {True: 1024, False: 4096}
+_MANY = {True: 2048, False: 4096}
 """Programs that there are at most, of sums and of results: a few for each multiprocessor of a large card, so that none
 waits for the last; more would only add partial sums, and work that is once per program."""
 
@@ -115,14 +118,14 @@ def _tile(extents: tuple[int, ...], main: int, itemsize: int) -> tuple[int, int,
     """Return the number of warps, and of a tile how many positions it has, how many of them in a row, and channels."""
     rows, places, channels = extents
     total = rows * places
-    beside = _fitting(places, 1, _WIDEST)
+    beside = _fitting(places, _NARROWEST, _WIDEST)
     if main == CHANNELS:
         block = _fitting(channels, _SEGMENT // itemsize, 512 // itemsize)
     else:
         run = beside if main == PLACES else min(_above(rows), _WIDEST)
         block = min(_above(channels), max(1, _SEGMENT // itemsize // run))
     size = _WARPS * 32 * min(_BYTES // itemsize, _VALUES)
-    while size > _least_size(itemsize) and -(-total * _above(channels) // size) < _FEW:
+    while size > _WARPS * 32 * _VECTOR // itemsize and -(-total * _above(channels) // size) < _FEW:
         size //= 2
     positions = min(max(1, size // block), _above(rows) * beside)
     beside = min(beside, positions)
@@ -130,15 +133,13 @@ def _tile(extents: tuple[int, ...], main: int, itemsize: int) -> tuple[int, int,
     return warps, positions, beside, block
 
 
-def _least_size(itemsize: int) -> int:
-    """Return the least values of a tile: a load for each thread of four warps."""
-    return 4 * 32 * _VECTOR // itemsize
-
-
 def _fitting(size: int, least: int, most: int) -> int:
-    """Return the power of two of which a few cover ``size`` with the least left over, and the largest of these."""
-    candidates = [1 << k for k in range(most.bit_length()) if least <= 1 << k <= most]
-    return min(_above(size), min(candidates, key=lambda width: (-(-size // width) * width, -width)))
+    """Return the largest power of two of which some cover ``size`` with little left over, or the one with the least."""
+    if size <= least:
+        return _above(size)
+    widths = [width for width in (1 << k for k in reversed(range(most.bit_length()))) if least <= width <= most]
+    covered = {width: -(-size // width) * width for width in widths}
+    return next((width for width in widths if covered[width] <= _SLACK * size), min(widths, key=covered.__getitem__))
 
 
 def _above(size: int) -> int:

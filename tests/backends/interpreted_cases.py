@@ -1,6 +1,6 @@
-"""What the kernels in Triton make of awkward batches, against those in Torch's operations, and of bugs planted in them.
+"""What the kernels in Triton make of awkward batches, against those in Torch's operations; and bugs planted in them.
 
-Triton has to interpret: ``test_mbn_torch_triton.py`` runs this in a process of its own, with the plugin ``interpreted``.
+Triton has to interpret: ``test_mbn_torch_triton.py`` runs this in a process of its own, with the plugin of pytest.
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ import mbn
 from mbn_torch import autograd, kernels, tiles, triton_kernels
 
 BOUNDS = {torch.float16: 6e-4, torch.bfloat16: 5e-3, torch.float32: 1.2e-7, torch.float64: 1e-14}
-"""Of outputs and gradients of x, relative to the largest: a rounding where one of two results falls on the other side."""
+"""Of outputs and gradients of x, relative to the largest: a rounding, where two results fall on two sides."""
 
 FORMS = {
     "rows": lambda x: x(251, 13),
@@ -75,8 +75,11 @@ def assert_agreement(x, dy, weights=None):
         assert actual.dtype == expected[name].dtype, name
         assert actual.shape == expected[name].shape, name
         assert actual.stride() == expected[name].stride() or name != "y"
-        bound = BOUNDS[x.dtype] if actual.shape == x.shape else 1e-12
-        assert relative_error(actual, expected[name].double()) <= bound, name
+        bound, terms = (BOUNDS[x.dtype], 1e-8) if actual.shape == x.shape else (1e-12, len(x))
+        # Where the terms of a gradient cancel, nothing but their rounding is left.
+        largest = max(expected[name].double().abs().max(), terms * dy.double().nan_to_num().abs().max())
+        error = (actual.double() - expected[name].double()).abs().max()
+        assert error <= bound * largest, f"{name} is {error / largest:.3g} off"
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
@@ -122,14 +125,13 @@ def test_programs_that_share_more_tiles_than_there_are(monkeypatch):
     tiles._tiling.cache_clear()
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e30, 3e38])
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_squares_neither_overflow_nor_vanish(scale):
     x = (torch.randn((64, 3), generator=torch.Generator().manual_seed(0)).clamp(-1, 1) * scale).requires_grad_()
-    bn = mbn.BatchNorm1d(3, eps=0, backend="torch")
+    bn = mbn.BatchNorm1d(3, eps=0, track_running_stats=False, backend="torch")
     y = bn(x)
     (dx,) = torch.autograd.grad(y, x, sample(64, 3))
-    wide = mbn.BatchNorm1d(3, eps=0, dtype="float64", backend="torch")
-    expected = wide(x.detach().double())
+    expected = mbn.BatchNorm1d(3, eps=0, dtype="float64", backend="torch")(x.detach().double())
     assert relative_error(y, expected) < 1e-6
     assert dx.isfinite().all()
 
@@ -187,7 +189,7 @@ PLANTED = {  # None of them writes where it must not, which would end the proces
         "other=first[None, None, :]).to(tl.float64) - start[None, None, :]",
         "other=first[None, None, :]).to(tl.float64)",
     ),
-    "another shift in the end": ("hi = tl.load(x + channel * x_channel", "hi = tl.load(x + 0 * x_channel"),
+    "another shift in the end": ("hi = tl.load(x + channel * x_channel", "hi = tl.load(x + channel // 2 * x_channel"),
     "no value for those that are not there": ("other=first[None, None, :]", "other=0"),
     "tiles of one program twice": ("range(tl.program_id(1), tiles,", "range(0, tiles,"),
     "partial sums twice": ("first + tl.arange(0, PROGRAMS)", "first + tl.arange(0, PROGRAMS) // 2"),

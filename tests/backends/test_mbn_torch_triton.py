@@ -1,0 +1,229 @@
+"""The kernels in Triton where there is no GPU: interpreted on tensors in host memory, and compiled for some cards."""
+
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import mbn
+
+torch = pytest.importorskip("torch")
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402 - there may be no Triton
+from triton.compiler import ASTSource  # noqa: E402
+
+from mbn_torch import cuda, kernels, routes, triton_kernels  # noqa: E402
+from mbn_torch.tracing import HOST, place  # noqa: E402
+
+HERE = Path(__file__).parent
+NAMES = ("moments", "finish_moments", "normalize", "grad_sums", "finish_grad_sums", "grad_input")
+AREAS = {
+    "accuracy": "test_accuracy or test_population",
+    "gradients": "test_gradients or test_masks or test_out",
+    "rest": "not (test_accuracy or test_population or test_gradients or test_masks or test_out)",
+}
+SLOW = "a_thousand_unequal_batches", "hard_values", "test_out_may_be_x"
+"""Tests that say nothing new after the first of their kind, and take seconds to interpret."""
+
+
+def _interpret(*arguments):
+    """Run pytest in a process in which Triton interprets, and return what it prints and its exit code."""
+    path = os.pathsep.join([str(HERE), *filter(None, sys.path)])
+    command = [sys.executable, "-m", "pytest", "-p", "interpreted", "-p", "no:cacheprovider", "-q", "--tb=short"]
+    run = subprocess.run(  # noqa: S603 - its own
+        [*command, *arguments], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
+    return run.stdout + run.stderr, run.returncode
+
+
+@pytest.mark.parametrize("area", AREAS)
+def test_conformance(area):
+    suite = Path(mbn.__file__).parent / "conformance"
+    files = [str(path) for path in sorted(suite.glob("test_*.py")) if _is_of(area, path.stem)]
+    output, code = _interpret(
+        *files,
+        *("-p", "mbn.conformance.plugin", "-c", os.devnull, "--rootdir", str(suite), "--backend", "torch"),
+        *("--hypothesis-profile", "interpreted"),
+        *("-k", f"not ({' or '.join(SLOW)})" if area != "accuracy" else "not (thousand and 1000000) and not ones"),
+    )
+    assert code == 0, output
+    assert " passed" in output
+
+
+def _is_of(area, name):
+    named = {other: words.split(" or ") for other, words in AREAS.items() if other != "rest"}
+    return name in named[area] if area in named else not any(name in words for words in named.values())
+
+
+def test_cases():
+    output, code = _interpret(str(HERE / "interpreted_cases.py"), "-c", str(HERE.parents[1] / "pyproject.toml"))
+    assert code == 0, output
+
+
+class _Recorder:
+    """Stands for the kernels and keeps their launches."""
+
+    def __init__(self):
+        self.launches = []
+        for name in NAMES:
+            setattr(self, name, _Launcher(name=name, launches=self.launches))
+
+
+class _Launcher(SimpleNamespace):
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launches.append((self.name, grid, args, kwargs))
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    kept = _Recorder()
+    monkeypatch.setattr(cuda, "triton_kernels", kept)
+    return kept
+
+
+def _run(recorder, shape, dtype, order=None, *, weighted=False, expanded=False):
+    """Return the launches of training, of its pullback and of evaluation."""
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    x = x if order is None else x.permute(order)
+    narrow = torch.float64 if dtype == torch.float64 else torch.float32
+    weight, bias, mean, var = torch.empty((4, x.shape[1]), dtype=narrow, device="meta")
+    weights = torch.empty((len(x), *x.shape[2:]), dtype=narrow, device="meta") if weighted else None
+    dy = torch.empty((), dtype=dtype, device="meta").expand(x.shape) if expanded else torch.empty_like(x)
+    state = mbn.State(mean, var, torch.empty((), dtype=torch.int64, device="meta"))
+    settings = {"momentum": 0.1, "eps": 1e-5, "correction": 1, "weights": weights}
+    launches = []
+    _, _, residuals = cuda.batch_norm_residuals(x, mbn.Params(weight, bias), state, training=True, **settings)
+    launches.append(recorder.launches[:])
+    recorder.launches.clear()
+    cuda.pullback(dy, x, weight, residuals, 1e-5, weights)
+    launches.append(recorder.launches[:])
+    recorder.launches.clear()
+    cuda.batch_norm_residuals(x, mbn.Params(weight, bias), state, training=False, **settings)
+    launches.append(recorder.launches[:])
+    recorder.launches.clear()
+    return launches
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_of_launches(recorder, dtype):
+    assert list(map(len, _run(recorder, (512, 64), dtype))) == [3, 3, 1]
+
+
+_TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int64: "*i64",
+}
+
+
+def _compile(name, args, kwargs, capability):
+    """Compile a launch as Triton would at the first one on a card."""
+    kernel = getattr(triton_kernels, name)
+    options = {key: kwargs[key] for key in ("num_warps", "enable_fp_fusion")}
+    bound = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = bound[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name], constants[i,] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name], attributes[i,] = _TYPES[value.dtype], [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
+    source = ASTSource(kernel, signature, constants, attributes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Triton has to say of itself
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def _resources(compiled, tmp_path):
+    """Return registers per thread, and bytes of stack and local memory."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    command = [tool, "-res-usage", cubin]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: S603 - Triton's own
+    return [int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL")]
+
+
+BATCHES = {
+    "rows": ((1 << 20, 256), torch.float32),
+    "rows of halves": ((1 << 20, 256), torch.bfloat16),
+    "places": ((4096, 256, 1024), torch.float32),
+    "places of halves": ((4096, 256, 1024), torch.float16),
+    "channels last": ((4096, 1024, 256), torch.float32, (0, 2, 1)),
+}
+"""Of which each value has to be loaded along with 16 bytes."""
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_compiled_kernels_are_fast(recorder, tmp_path, batch, capability):
+    if capability != 90 and batch not in {"rows", "places of halves"}:
+        pytest.skip("compiled for one card")
+    for name, _, args, kwargs in [launch for part in _run(recorder, *BATCHES[batch]) for launch in part]:
+        compiled = _compile(name, args, kwargs, capability)
+        registers, *memory = _resources(compiled, tmp_path)
+        assert memory == [0, 0], f"{name} spills"
+        assert registers * 32 * kwargs["num_warps"] <= (1 << 16) / 2, (
+            f"{name} fills a multiprocessor: {registers} registers"
+        )
+        if not name.startswith("finish"):
+            wide = len(re.findall(r"ld\.global[.\w:]*\.v4\.b32", compiled.asm["ptx"]))
+            streams = {"moments": 1, "normalize": 1, "grad_sums": 2, "grad_input": 2}[name]
+            assert wide >= streams * (4 if BATCHES[batch][1] == torch.float32 else 2), name
+            if name in {"normalize", "grad_input"}:
+                assert re.search(r"st\.global[.\w:]*\.v4\.b32", compiled.asm["ptx"]), name
+        assert ".ftz" not in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        ((33, 7), torch.float64),
+        ((33, 7, 5), torch.bfloat16),
+        ((1 << 16, 1 << 16), torch.float16),
+    ],
+    ids=["float64", "places", "beyond 32 bits"],
+)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_everything_compiles(recorder, batch, weighted):
+    for name, _, args, kwargs in [
+        launch for part in _run(recorder, *batch, weighted=weighted, expanded=True) for launch in part
+    ]:
+        assert "cubin" in _compile(name, args, kwargs, 90).asm
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mbn_torch.cuda", None)
+    monkeypatch.delattr("mbn_torch.cuda")
+    routes._on_gpu.cache_clear()
+    assert routes._on_gpu(0) is None
+    routes._on_gpu.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_where_triton_does_not_work():
+    routes._on_gpu.cache_clear()
+    with pytest.warns(RuntimeWarning, match="Triton does not work"):
+        assert routes._on_gpu(0) is None
+    routes._on_gpu.cache_clear()
+
+
+def test_places(monkeypatch):
+    x = torch.ones(2)
+    assert place(x, None, x) == HOST
+    assert place(x, torch.empty(2, device="meta")) is None
+    monkeypatch.setattr(routes, "place", lambda *_: 3)
+    monkeypatch.setattr(routes, "_on_gpu", {3: cuda}.get)
+    assert routes.chosen(x) is cuda
+    monkeypatch.setattr(routes, "_on_gpu", {3: None}.get)
+    assert routes.chosen(x) is kernels
