@@ -53,6 +53,16 @@ def _alone(self, *args, **kwargs):
         return _launch(self, *args, **kwargs)
 
 
+_patch = interpreter._patch_lang_tensor
+
+
+def _with_indices(tensor, *scope):
+    """Let numbers count, which Triton 3.4 could not with NumPy 2.4."""
+    _patch(tensor, *scope)
+    tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
+
+interpreter._patch_lang_tensor = _with_indices
 interpreter.GridExecutor.__call__ = _alone
 interpreter._convert_float = _rounded
 interpreter.ReduceOps.sum = _sum
