@@ -54,6 +54,13 @@ def _across(channel, stride, UNIT: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def _values(row, place, channel, row_stride, place_stride, channel_stride, UNIT: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return how far the values of a tile are from its first: positions, on one axis or on two, by channels."""
+    positions = _offset(row.to(tl.int64), place.to(tl.int64), row_stride, place_stride, UNIT, ALIGNED)
+    return tl.expand_dims(positions, -1) + _across(channel, channel_stride, UNIT, ALIGNED)
+
+
+@triton.jit
 def _extent(size, AXIS: tl.constexpr, UNIT: tl.constexpr, ALIGNED: tl.constexpr):
     if UNIT == AXIS:
         whole = _scaled(size, ALIGNED)
@@ -156,8 +163,7 @@ def moments(
     position = tl.arange(0, UNROLLED)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     row = position // PLACES
     place = position % PLACES
-    within = _offset(row.to(tl.int64), place.to(tl.int64), x_row, x_place, UNIT_X, ALIGNED)
-    within = within[:, :, None] + across[None, None, :]
+    within = _values(row, place, channel, x_row, x_place, x_channel, UNIT_X, ALIGNED)
     total = tl.zeros((LANES, CHANNELS), tl.float64)
     squares = tl.zeros((LANES, CHANNELS), tl.float64)
     count = tl.zeros((UNROLLED, LANES), tl.float64)
@@ -340,12 +346,8 @@ def normalize(
     position = tl.arange(0, POSITIONS)
     row = position // PLACES
     place = position % PLACES
-    wide_row = row.to(tl.int64)
-    wide_place = place.to(tl.int64)
-    of_x = _offset(wide_row, wide_place, x_row, x_place, UNIT_X, ALIGNED)[:, None]
-    of_x += _across(channel, x_channel, UNIT_X, ALIGNED)[None, :]
-    of_y = _offset(wide_row, wide_place, y_row, y_place, UNIT_Y, ALIGNED)[:, None]
-    of_y += _across(channel, y_channel, UNIT_Y, ALIGNED)[None, :]
+    of_x = _values(row, place, channel, x_row, x_place, x_channel, UNIT_X, ALIGNED)
+    of_y = _values(row, place, channel, y_row, y_place, y_channel, UNIT_Y, ALIGNED)
     for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
         top = _top(tile, place_tiles, POSITIONS, PLACES)
         left = (tile % place_tiles) * PLACES
@@ -402,12 +404,8 @@ def grad_sums(
     position = tl.arange(0, UNROLLED)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     row = position // PLACES
     place = position % PLACES
-    wide_row = row.to(tl.int64)
-    wide_place = place.to(tl.int64)
-    of_x = _offset(wide_row, wide_place, x_row, x_place, UNIT_X, ALIGNED)[:, :, None]
-    of_x += _across(channel, x_channel, UNIT_X, ALIGNED)[None, None, :]
-    of_dy = _offset(wide_row, wide_place, dy_row, dy_place, UNIT_DY, ALIGNED)[:, :, None]
-    of_dy += _across(channel, dy_channel, UNIT_DY, ALIGNED)[None, None, :]
+    of_x = _values(row, place, channel, x_row, x_place, x_channel, UNIT_X, ALIGNED)
+    of_dy = _values(row, place, channel, dy_row, dy_place, dy_channel, UNIT_DY, ALIGNED)
     total = tl.zeros((LANES, CHANNELS), tl.float64)
     products = tl.zeros((LANES, CHANNELS), tl.float64)
     for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
@@ -532,14 +530,9 @@ def grad_input(
     position = tl.arange(0, POSITIONS)
     row = position // PLACES
     place = position % PLACES
-    wide_row = row.to(tl.int64)
-    wide_place = place.to(tl.int64)
-    of_x = _offset(wide_row, wide_place, x_row, x_place, UNIT_X, ALIGNED)[:, None]
-    of_x += _across(channel, x_channel, UNIT_X, ALIGNED)[None, :]
-    of_dy = _offset(wide_row, wide_place, dy_row, dy_place, UNIT_DY, ALIGNED)[:, None]
-    of_dy += _across(channel, dy_channel, UNIT_DY, ALIGNED)[None, :]
-    of_dx = _offset(wide_row, wide_place, dx_row, dx_place, UNIT_DX, ALIGNED)[:, None]
-    of_dx += _across(channel, dx_channel, UNIT_DX, ALIGNED)[None, :]
+    of_x = _values(row, place, channel, x_row, x_place, x_channel, UNIT_X, ALIGNED)
+    of_dy = _values(row, place, channel, dy_row, dy_place, dy_channel, UNIT_DY, ALIGNED)
+    of_dx = _values(row, place, channel, dx_row, dx_place, dx_channel, UNIT_DX, ALIGNED)
     for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
         top = _top(tile, place_tiles, POSITIONS, PLACES)
         left = (tile % place_tiles) * PLACES
