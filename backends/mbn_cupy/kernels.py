@@ -29,7 +29,7 @@ def moments(x: cupy.ndarray, weights: cupy.ndarray | None = None) -> Moments:
     results = call.sums("moments", 4)
     mean, rest, m2 = cupy.empty((3, x.shape[1]))
     count = _count(x, weights)
-    call.merge("merge_moments", results, _if_array(count), mean, rest, m2)
+    call.merge("merge_moments", results, _pointer(count), mean, rest, m2)
     return Moments(count, Pair(mean, rest), m2)
 
 
@@ -54,7 +54,7 @@ def train(
     call.merge(
         "merge_batch",
         results,
-        *(_if_array(count), mean, rest, var),
+        *(_pointer(count), mean, rest, var),
         *(float(correction), float(momentum or 0), int(momentum is None)),
         *(_pointer(batches), _pointer(new_batches)),
         *(call.vector(running_mean), _pointer(new_mean), call.vector(running_var), _pointer(new_var)),
@@ -162,8 +162,7 @@ class _Call(NamedTuple):
 
     def known(self, mean: Mean, var: cupy.ndarray) -> tuple[Any, ...]:
         """Return the arguments mean, rest and var of a batch, and running mean and variance: those that are there."""
-        batch_mean, running_mean = _NULL, _NULL
-        rest = _NULL
+        batch_mean = rest = running_mean = _NULL
         if isinstance(mean, Pair):
             batch_mean, rest = mean
         elif mean.dtype == self.variant.statistic:
@@ -188,9 +187,6 @@ def _count(x: cupy.ndarray, weights: cupy.ndarray | None) -> int | cupy.ndarray:
     return x.size // x.shape[1] if weights is None else cupy.empty(())
 
 
-def _pointer(array: cupy.ndarray | None) -> Any:
-    return _NULL if array is None else array
-
-
-def _if_array(count: int | cupy.ndarray) -> Any:
-    return count if isinstance(count, cupy.ndarray) else _NULL
+def _pointer(value: Any) -> Any:
+    """Return an array as it is, and no pointer for what is none."""
+    return value if isinstance(value, cupy.ndarray) else _NULL

@@ -1,6 +1,6 @@
 // What is known of channels when their values are normalised, or differentiated.
 
-// What is known of channels. Mean and variance are those of a batch, or running ones where those are null.
+// Mean and variance are those of a batch, or running ones where those are null.
 struct Known {
     const double *mean, *rest, *var;
     const STATISTIC *running_mean, *running_var;
