@@ -2,7 +2,7 @@
 
 It must be independent: it follows the definition in arithmetic of its own, about twice float64's precision, and never
 calls a backend. Sums are exact (math.fsum), figures of a channel are decimals with the digits of any float64, and
-outputs are pairs of float64.
+outputs are pairs of float64. Values are scaled by a power of two before they are squared, so that any float64 may come.
 """
 
 import math
@@ -58,7 +58,7 @@ def train(
     counted = counts > 0
     old = list(zip(running_mean.tolist(), running_var.tolist(), strict=True))
     with localcontext(prec=_DIGITS):
-        n = _sum(counts[counted].tolist())
+        n = _sum(*_scaled(counts[counted]))
         moments = [_moments(values, counts[counted], n) for values in _channels(x)[:, counted]]
         step = Decimal(momentum) if n > correction else Decimal(0)
         unbiased = [channel.m2 / (n - correction) if step else Decimal(0) for channel in moments]
@@ -103,28 +103,37 @@ def _counts(x: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
     return np.ones(x.size // x.shape[1]) if weights is None else weights.astype(np.float64).ravel()
 
 
-def _sum(terms: list[float]) -> Decimal:
-    """Return a sum to twice float64's precision: fsum rounds the exact sum once, and again what that left."""
+def _scaled(values: np.ndarray) -> tuple[np.ndarray, Decimal]:
+    """Return values between -1 and 1, and the power of two that they have to be multiplied by."""
+    _, exponent = np.frexp(np.abs(values).max(initial=0.0))
+    return np.ldexp(values, -exponent), Decimal(2) ** int(exponent)
+
+
+def _sum(terms: np.ndarray, unit: Decimal) -> Decimal:
+    """Return ``unit`` times a sum to twice float64's precision: fsum rounds it once, and again what that left."""
     rounded = math.fsum(terms)
-    return Decimal(rounded) + Decimal(math.fsum([*terms, -rounded]))
+    return (Decimal(rounded) + Decimal(math.fsum([*terms, -rounded]))) * unit
 
 
 def _moments(values: np.ndarray, counts: np.ndarray, n: Decimal) -> _Moments:
     """Return the statistics of values that count so often, n times in all."""
     if not n:
         return _Moments(*(Decimal(0),) * 3)
+    (values, unit), (counts, count_unit) = _scaled(values), _scaled(counts)
+    n /= count_unit
     # Around one of the values, the mean of a constant is the constant whatever the counts are.
     mean = Decimal(values[0]) + _weighted_sum(counts, *_two_sum(values, -values[0])) / n
     hi, lo = _difference(values, mean)
     square, rest = _product(hi, hi)
     size = Decimal(math.fsum(counts * abs(values))) / n
-    return _Moments(mean, _weighted_sum(counts, square, rest + 2 * hi * lo), size)
+    m2 = _weighted_sum(counts, square, rest + 2 * hi * lo)
+    return _Moments(mean * unit, m2 * unit**2 * count_unit, size * unit)
 
 
 def _weighted_sum(counts: np.ndarray, hi: np.ndarray, lo: np.ndarray) -> Decimal:
     """Return the sum of counts * (hi + lo)."""
     product, rest = _product(counts, hi)
-    return _sum([*product.tolist(), *(rest + counts * lo).tolist()])
+    return _sum(np.concatenate([product, rest + counts * lo]), Decimal(1))
 
 
 def _blend(step: Decimal, old: float, new: Decimal, size: Decimal) -> tuple[Decimal, Decimal]:
@@ -158,9 +167,10 @@ def _normalize(
     hi, lo, magnitude = (np.zeros((c, x.size // c)) for _ in range(3))
     for channel, values in enumerate(_channels(x)[:, counted]):
         spread = variances[channel] + Decimal(eps)
-        invstd = 1 / spread.sqrt() if spread else Decimal(0)
+        scaled, unit = _scaled(np.append(values, float(means[channel])))
+        invstd = unit / spread.sqrt() if spread else Decimal(0)
         scale, scale_rest = _pair(invstd * Decimal(float(weights[channel])))
-        d, d_rest = _difference(values, means[channel])
+        d, d_rest = _difference(scaled[:-1], means[channel] / unit)
         product, product_rest = _product(d, np.array(scale))
         product_rest = product_rest + (d * scale_rest + d_rest * scale)
         total, total_rest = _two_sum(product, biases[channel])

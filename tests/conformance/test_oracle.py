@@ -82,6 +82,19 @@ def test_real_weights_are_exact() -> None:
             assert abs(value / expected - 1) < 2.0**-95
 
 
+@pytest.mark.parametrize("unit", [2.0**-600, 2.0**600])
+def test_the_truth_knows_no_overflow(unit: float) -> None:
+    x, mean, counts = np.array([[1.0], [2], [6]]), np.array([2.0]), np.array([1, 2, 1])
+    arguments = {"momentum": 0.5, "eps": 0.0, "weights": counts}
+    plain = oracle.train(x, np.zeros(1), np.zeros(1), **arguments)
+    scaled = oracle.train(x * unit, np.zeros(1), np.zeros(1), **arguments | {"weights": counts * unit}, correction=0)
+    np.testing.assert_array_equal(scaled.y, plain.y)
+    np.testing.assert_array_equal(scaled.running_mean.hi, plain.running_mean.hi * unit)
+    assert scaled.running_var.hi in (0, np.inf)
+    y, expected = (oracle.evaluate(x * u, mean * u, np.ones(1), np.array([1 / u]), eps=0.0) for u in (unit, 1))
+    np.testing.assert_array_equal(y[:2], expected[:2])
+
+
 @pytest.mark.parametrize("weights", [np.zeros(3), np.array([0, 1, 0]), np.array([0.25, 0.25, 0.5])])
 def test_a_batch_without_a_variance_keeps_the_statistics(weights: np.ndarray) -> None:
     x = np.array([[1.0], [3], [7]])
