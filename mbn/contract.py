@@ -41,6 +41,28 @@ def transposed(x: Array) -> Array:
     return x.mT if hasattr(x, "mT") else x.swapaxes(-1, -2)  # CuPy has mT from 14 on
 
 
+def overlaps_itself(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
+    """Tell whether two values of an array share memory; ``strides`` are in bytes, as ``itemsize`` is."""
+    axes = sorted((abs(stride), size) for stride, size in zip(strides, shape, strict=True) if size > 1)
+    if 0 in shape or not axes:
+        return False
+    reach, is_nested = itemsize, True
+    for stride, size in axes:
+        is_nested = is_nested and stride >= reach
+        reach += stride * (size - 1)
+    if is_nested or axes[0][0] < itemsize:
+        return not is_nested
+    # Two values share memory if some steps along the axes, not all of them 0, come back to less than one value's size.
+    # Of the longest axis only the two numbers of steps that come nearest to that have to be tried.
+    *others, (stride, size) = sorted(axes, key=lambda axis: axis[1])
+    offsets = np.zeros(1, np.int64)
+    for other, length in others:
+        offsets = np.add.outer(offsets, other * np.arange(1 - length, length)).ravel()
+    offsets = np.delete(offsets, offsets.size // 2)  # no steps along any of these
+    steps = -offsets // stride + np.array([[0], [1]])
+    return bool(np.any((abs(steps) < size) & (abs(offsets + steps * stride) < itemsize)))
+
+
 def layer_dtype(dtype: str) -> str:
     """Return the dtype of the parameters and statistics that an input of ``dtype`` needs."""
     return "float64" if dtype == "float64" else "float32"
@@ -179,7 +201,8 @@ class Backend(ABC):
         """Say why the output of ``x`` cannot be written to ``out``, in the words that follow its name; None if it can.
 
         Asked where ``out`` is declared. An array in the shape, dtype and place of x can be written to if it is x itself
-        or shares no memory with it, and nobody forbids it: a read-only array, or one whose history is recorded.
+        or shares no memory with it, no two of its values share memory (``overlaps_itself``), and nobody forbids it: a
+        read-only array, or one whose history is recorded.
         """
         return None
 

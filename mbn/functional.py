@@ -61,7 +61,8 @@ def batch_norm(
         mask, lengths, sample_weight: which places hold a value, and how often it weights, as in
             :meth:`mbn.BatchNorm1d.__call__`.
         out: an array of the backend in the shape and dtype of ``x`` that the output is written to, in any memory order:
-            ``x`` itself, or one that shares no memory with it. Not on JAX, whose arrays never change.
+            ``x`` itself, or one that shares no memory with it; and no two of its values share memory. Not on JAX,
+            whose arrays never change.
         backend: a name or a Backend; by default the one chosen by context, default or environment, else ``x``'s own.
 
     Returns:

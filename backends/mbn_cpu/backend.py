@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from mbn.contract import Backend, Capabilities, Moments, Residuals
+from mbn.contract import Backend, Capabilities, Moments, Residuals, overlaps_itself
 from mbn.state import Params, State
 from mbn_cpu import vectors
 
@@ -51,6 +51,8 @@ class HostBackend(Backend):
     def conflict(self, out: np.ndarray, x: np.ndarray) -> str | None:
         if not out.flags.writeable:
             return "is read-only"
+        if not out.flags.forc and overlaps_itself(out.shape, out.strides, out.itemsize):
+            return "overlaps itself: some of its values share memory"
         # Writing to x itself is safe: each value is read before the one in its place is written.
         is_same = out.__array_interface__["data"] == x.__array_interface__["data"] and out.strides == x.strides
         return None if is_same or not np.shares_memory(out, x) else "overlaps x in memory without being x"

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import cupy
 import numpy as np
 
-from mbn.contract import Backend, Capabilities, Moments, Residuals
+from mbn.contract import Backend, Capabilities, Moments, Residuals, overlaps_itself
 from mbn.state import Params, State
 from mbn_cupy import kernels, vectors
 
@@ -70,6 +70,8 @@ class CupyBackend(Backend):
             return x.copy()
 
     def conflict(self, out: cupy.ndarray, x: cupy.ndarray) -> str | None:
+        if overlaps_itself(out.shape, out.strides, out.itemsize):
+            return "overlaps itself: some of its values share memory"
         # Writing to x itself is safe: each value is read before the one in its place is written.
         is_same = out.data.ptr == x.data.ptr and out.strides == x.strides
         is_apart = is_same or not cupy.may_share_memory(out, x) or not cupy.shares_memory(out, x)

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mbn.contract import overlaps_itself
 from mbn_torch.tracing import is_recorded, is_traced
 
 
@@ -21,8 +22,8 @@ def conflict(out: torch.Tensor, x: torch.Tensor) -> str | None:
         return "is not recorded by autograd, and x requires grad: call it under torch.no_grad()"
     if out.is_inference() and not torch.is_inference_mode_enabled():
         return "was made under torch.inference_mode() and can be written to only there"
-    if out.numel() and any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
-        return "is expanded: some of its values share one place in memory"
+    if not out.is_contiguous() and overlaps_itself(tuple(out.shape), out.stride(), 1):
+        return "overlaps itself: some of its values share memory"
     # Writing to x itself is safe: each value is read before the one in its place is written.
     is_same = out.data_ptr() == x.data_ptr() and out.stride() == x.stride()
     is_apart = is_same or not np.shares_memory(*(np.asarray(_Memory(tensor)) for tensor in (out, x)))

@@ -93,6 +93,39 @@ def test_out_that_overlaps_x_is_refused(target: Target, overlap: str) -> None:
     np.testing.assert_array_equal(target.numpy(held), before, strict=True)
 
 
+def strided(target: Target, shape: tuple[int, ...], steps: tuple[int, ...]) -> Array:
+    """Return an array of zeros with so many values from one along each axis to the next."""
+    host = np.lib.stride_tricks.as_strided(np.zeros(24, np.float32), shape, [4 * step for step in steps])
+    array = target.backend.asarray(host, device=target.device)
+    if (array.stride() if hasattr(array, "stride") else tuple(step // 4 for step in array.strides)) != steps:
+        pytest.skip(f"{target.backend.name} copies host arrays")
+    return array
+
+
+@pytest.mark.parametrize(
+    ("shape", "steps"),
+    [((4, 3), (0, 1)), ((4, 3), (1, 0)), ((4, 3), (1, 1)), ((4, 3), (2, 3)), ((2, 3, 2), (7, 2, 3))],
+)
+def test_out_that_overlaps_itself_is_refused(target: Target, shape: tuple[int, ...], steps: tuple[int, ...]) -> None:
+    target.require("out")
+    out, x = strided(target, shape, steps), target.array(np.arange(np.prod(shape), dtype=np.float32).reshape(shape))
+    assert_refused(
+        ValueError,
+        "out overlaps itself",
+        lambda: mbn.functional.batch_norm(x, training=True, out=out, backend=target.backend),
+    )
+    assert not target.numpy(out).any()
+
+
+@pytest.mark.parametrize(("shape", "steps"), [((2, 3), (3, 2)), ((2, 2, 3), (12, 3, 2)), ((2, 3, 1), (3, 1, 0))])
+def test_out_with_rows_between_its_rows(target: Target, shape: tuple[int, ...], steps: tuple[int, ...]) -> None:
+    target.require("out")
+    out, x = strided(target, shape, steps), target.array(X[: shape[0], : shape[1], : ((*shape, 1))[2]].reshape(shape))
+    expected = mbn.functional.batch_norm(x, training=True, backend=target.backend).output
+    assert mbn.functional.batch_norm(x, training=True, out=out, backend=target.backend).output is out
+    np.testing.assert_array_equal(target.numpy(out), target.numpy(expected), strict=True)
+
+
 @pytest.mark.parametrize(
     ("out", "error", "words"),
     [

@@ -284,6 +284,16 @@ def test_memory_may_begin_anywhere(cupy, shape, dtype):
     np.testing.assert_allclose(out.get(), expected[0], rtol=1e-3 if dtype == "float16" else 1e-6, atol=1e-6)
 
 
+def test_out_that_overlaps_itself_is_refused(cupy):
+    x = _sample(4, 3)
+    for steps in ((0, 4), (4, 4), (8, 12)):
+        host = np.lib.stride_tricks.as_strided(np.zeros(24, np.float32), (4, 3), steps)
+        out = cupy.ndarray(host, cupy._memory.Borrowed(), 0)
+        with pytest.raises(ValueError, match="out overlaps itself"):
+            mbn.functional.batch_norm(cupy.asarray(x), training=True, out=out)
+        assert not host.any()
+
+
 def test_indices_have_64_bits(cupy):
     row = 1 << 31  # values from one row to the next
     backing = np.frombuffer(mmap.mmap(-1, 2 * row + 64, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.float16)

@@ -1,5 +1,6 @@
 """Bugs in what is written to an array of the caller's."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,24 @@ class OverlapNotSeen(Toy):
         return None
 
 
+class OverlapWithItselfNotSeen(Toy):
+    def conflict(self, out: Array, x: Array) -> str | None:
+        return super().conflict(out, x) if np.shares_memory(out, x) else None
+
+
+class OverlapByStepsNotSeen(Toy):
+    def conflict(self, out: Array, x: Array) -> str | None:
+        return super().conflict(out, x) if 0 in out.strides else None
+
+
+class RowsBetweenRowsRefused(Toy):
+    def conflict(self, out: Array, x: Array) -> str | None:
+        steps = sorted(zip(out.strides, out.shape, strict=True))
+        if any(step < before * size for (before, size), (step, _) in pairwise(steps)):
+            return "overlaps itself"
+        return super().conflict(out, x)
+
+
 class OutOfHalvesWidened(Toy):
     def normalize(self, x: Array, *args: Any, out: Any = None) -> Array:
         y = super().normalize(x, *args)
@@ -65,6 +84,9 @@ BUGS = [
     (OutInTheOrderOfX, "test_output_is_written_to_out"),
     (MaskForgottenInOut, "test_output_is_written_to_out"),
     (OverlapNotSeen, "test_out_that_overlaps_x_is_refused"),
+    (OverlapWithItselfNotSeen, "test_out_that_overlaps_itself_is_refused"),
+    (OverlapByStepsNotSeen, "test_out_that_overlaps_itself_is_refused"),
+    (RowsBetweenRowsRefused, "test_out_with_rows_between_its_rows"),
     (OutOfHalvesWidened, "test_out_has_any_dtype_of_x"),
     (InputWrittenBesideOut, "test_output_is_written_to_out"),
 ]

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from mbn.contract import Array, Backend, Capabilities, Moments
+from mbn.contract import Array, Backend, Capabilities, Moments, overlaps_itself
 from mbn.state import Params, State
 
 
@@ -81,6 +81,8 @@ class Toy(Backend):
 
     def conflict(self, out: Array, x: Array) -> str | None:
         is_same = (out.ctypes.data, out.strides) == (x.ctypes.data, x.strides)
+        if overlaps_itself(out.shape, out.strides, out.itemsize):
+            return "overlaps itself"
         return "overlaps x" if np.shares_memory(out, x) and not is_same else None
 
     def normalize(
