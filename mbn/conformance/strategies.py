@@ -88,11 +88,12 @@ def batches(draw: st.DrawFn, dtypes: frozenset[str], shape: tuple[int, ...] | No
     offset = draw(st.sampled_from([0.0, 1.0, -30.0] if half else [0.0, 1.0, -1e2, 1e4, -1e6]))
     scale = draw(st.sampled_from([0.25, 1.0, 4.0] if half else [1e-3, 1.0, 1e3]))
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    values = offset + scale * _pattern(draw(st.sampled_from(PATTERNS)), shape, generator)
+    values = offset + scale * pattern(draw(st.sampled_from(PATTERNS)), shape, generator)
     return Batch(laid_out(values.astype(dtype), draw(st.sampled_from(LAYOUTS))), dtype, layer_dtype(dtype))
 
 
-def _pattern(name: str, shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
+def pattern(name: str, shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
+    """Return values of one of the ``PATTERNS``, about 1 in size."""
     normal = generator.standard_normal(shape)
     if name == "outlier first":
         normal[0] += 100
