@@ -2,19 +2,21 @@
 
 It must change nothing but the time that a call takes: tasks are cut and combined in the same way for every number of
 threads, the caller waits for all of them whatever happens, and a process that forks or never needs a second thread
-sees none. Tasks have to release the interpreter's lock for most of their time.
+sees none. Where no thread can be started, since the interpreter is shutting down or the system has no more, the caller
+does the work alone. Tasks have to release the interpreter's lock for most of their time.
 """
 
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, wait
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
+from typing import Any
 
 from mbn.threads import get_num_threads, num_processors
 
-_pool: ThreadPoolExecutor | None = None
+_pool: Executor | None = None
 _limit: ContextVar[int | None] = ContextVar("mbn_cpu.threads.limited", default=None)
 
 
@@ -54,8 +56,12 @@ def run(task: Callable[[int], object], count: int, at_least: int = 1) -> None:
             waiting.clear()
             raise
 
-    helpers = [_executor().submit(copy_context().run, work) for _ in range(num_helpers)]
+    # The pool may keep what it has refused, and begin it later: so each helper has its future before it is handed in.
+    helpers: list[Future[None]] = [Future() for _ in range(num_helpers)]
     try:
+        for helper in helpers:
+            if not _handed_in(copy_context().run, _help, work, helper):
+                break
         work()
     finally:  # nothing may be written to any more once the caller has gone on
         waiting.clear()
@@ -63,6 +69,17 @@ def run(task: Callable[[int], object], count: int, at_least: int = 1) -> None:
     for helper in helpers:
         if not helper.cancelled():
             helper.result()
+
+
+def _help(work: Callable[[], None], helper: Future[None]) -> None:
+    """Work, unless the caller has taken it back, and leave what comes of it in the future."""
+    if helper.set_running_or_notify_cancel():
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - the caller raises it
+            helper.set_exception(error)
+        else:
+            helper.set_result(None)
 
 
 def _next(waiting: deque[int]) -> int | None:
@@ -77,9 +94,21 @@ def _num_threads() -> int:
     return get_num_threads() if limit is None else min(limit, get_num_threads())
 
 
-def _executor() -> ThreadPoolExecutor:
+def _handed_in(*call: Any) -> bool:
+    """Have a thread of the pool do something, and tell whether one could be found."""
+    try:
+        _executor().submit(*call)
+    except (RuntimeError, ImportError):  # the interpreter is shutting down, or the system starts no more threads
+        return False
+    return True
+
+
+def _executor() -> Executor:
     global _pool  # noqa: PLW0603 - one pool for the process
     if _pool is None:
+        # An interpreter that is shutting down refuses this import, and shall not refuse this module with it.
+        from concurrent.futures.thread import ThreadPoolExecutor  # noqa: PLC0415 - as said
+
         _pool = ThreadPoolExecutor(max(1, num_processors() - 1), thread_name_prefix="mbn")
     return _pool
 

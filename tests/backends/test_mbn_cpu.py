@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
@@ -133,6 +134,63 @@ assert os.waitpid(child, 0)[1] == 0
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)  # noqa: S603
 
 
+_LATE = """
+import atexit, functools, os, sys, threading
+import numpy as np
+import mbn, mbn.threads
+
+backend, when, before = sys.argv[1:]
+mbn.threads.num_processors = functools.partial(int, 4)  # a function of this module would keep the module alive
+x = np.random.default_rng(0).standard_normal((1 << 19, 4), dtype=np.float32)
+if backend == "torch":
+    import torch
+    torch.set_num_threads(4)
+    x = torch.from_numpy(x)
+
+layers = []
+
+def step(x):
+    layers[:] = layers or [mbn.BatchNorm1d(4, momentum=1, backend=backend)]
+    bn = layers[0].train()
+    y, pullback = bn.vjp(x)
+    pullback(y)
+    bn.eval()(x)
+    return bn.running_mean.tolist()
+
+class Late:
+    def __call__(self, write=os.write):
+        if all(abs(a - b) < 1e-6 for a, b in zip(step(x), expected)):
+            write(1, b"done")
+
+    def __del__(self):
+        if when == "__del__":
+            self()
+
+late, expected = Late(), x.mean(0).tolist()
+if before != "nothing":
+    step(x if before == "large call" else x[:64])
+if when == "atexit":
+    atexit.register(late)
+elif when == "thread":
+    threading.Thread(target=lambda: (threading.main_thread().join(), late())).start()
+"""
+
+
+@pytest.mark.parametrize(
+    ("backend", "when", "before"),
+    [
+        *(("numpy", "atexit", before) for before in ("nothing", "small call", "large call")),
+        *(("numpy", "thread", before) for before in ("nothing", "large call")),
+        *((backend, "atexit", "large call") for backend in ("numba", "torch")),
+        *((backend, "__del__", "large call") for backend in ("numpy", "numba", "torch")),
+    ],
+)
+def test_large_call_while_the_interpreter_shuts_down(backend, when, before):
+    arguments = [sys.executable, "-c", _LATE, backend, when, before]
+    run = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=120)  # noqa: S603
+    assert (run.stdout, run.stderr) == ("done", "")
+
+
 def test_small_calls_start_no_thread():
     program = (
         "import mbn, numpy as np, threading\n"
@@ -158,6 +216,37 @@ class TestThreads:
         done = []
         threads.run(done.append, 1000)
         assert sorted(done) == list(range(1000))
+
+    def test_the_caller_works_alone_where_no_thread_starts(self, monkeypatch):
+        def start(thread):
+            raise RuntimeError(f"can't start new thread {thread.name}")
+
+        monkeypatch.setattr(threading.Thread, "start", start)
+        names = []
+        for _ in range(2):
+            threads.run(lambda _: names.append(threading.current_thread().name), 50)
+        assert names == [threading.current_thread().name] * 100
+
+    def test_a_helper_that_is_refused_and_begins_all_the_same_is_waited_for(self, monkeypatch):
+        begun, done = threading.Event(), []
+
+        class Pool(ThreadPoolExecutor):
+            def submit(self, *call):
+                super().submit(*call)
+                raise RuntimeError("can't start new thread")
+
+        def task(i):
+            if threading.current_thread() is threading.main_thread():
+                begun.wait(30)
+            else:
+                begun.set()
+                time.sleep(0.2)
+            done.append(i)
+
+        with Pool(1) as pool:
+            monkeypatch.setattr(threads, "_executor", lambda: pool)
+            threads.run(task, 8)
+            assert sorted(done) == list(range(8))
 
     def test_several_threads_share_the_tasks(self):
         barrier = threading.Barrier(4, timeout=30)
