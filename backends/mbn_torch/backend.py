@@ -15,7 +15,17 @@ from mbn.contract import Backend, Capabilities, Moments, Residuals, dtype_name
 from mbn.state import Params, State
 from mbn_torch import autograd, formulas, host, kernels, masks, overlaps, routes, vectors
 from mbn_torch.module import BatchNorm1d
-from mbn_torch.tracing import is_backward, is_recorded, is_traced, is_transformed
+from mbn_torch.tracing import is_backward, is_constant, is_fake, is_recorded, is_scripted, is_traced, is_transformed
+
+_NOT_REGISTERED = (
+    "torch.export, torch.jit.trace and torch.onnx.export keep what is registered in a model, and this layer is not: "
+    "what it learns would be no part of the graph. Put a module in its place: bn.as_module()."
+)
+_NOT_SEEN = (
+    "torch.fx sees modules, and looks into no layer or function of mbn. Put a module in the layer's place, "
+    "bn.as_module(), which becomes one node of the graph; or have torch's own traced: "
+    "mbn.replace_batchnorm(model, back=True)."
+)
 
 
 class TorchBackend(Backend):
@@ -46,6 +56,8 @@ class TorchBackend(Backend):
         )
 
     def owns(self, x: object) -> bool:
+        if isinstance(x, torch.fx.Proxy):
+            raise TypeError(_NOT_SEEN)
         return isinstance(x, torch.Tensor)
 
     def asarray(self, x: Any, dtype: str | None = None, device: Any = None) -> torch.Tensor:
@@ -171,14 +183,19 @@ class TorchBackend(Backend):
         **settings: Any,
     ) -> tuple[torch.Tensor, State, Residuals]:
         """Do what ``batch_norm_residuals`` does; the residuals may be arrays."""
-        if is_transformed() or (not settings["training"] and is_recorded(*state[:2])):
+        followed = is_transformed() or (not settings["training"] and is_recorded(*state[:2]))
+        verbs = formulas if followed else routes.chosen(x, *params, *state, weights)
+        if verbs is formulas:
+            if is_scripted() and any(
+                value is not None and value.requires_grad and is_constant(value) for value in params
+            ):
+                raise RuntimeError(_NOT_REGISTERED)
             # x is widened once, since what it gets of a gradient from each place is summed up in its dtype.
             y, state, residuals = super().batch_norm_residuals(
                 x.to(vectors.WIDE), params, state, weights=weights, **settings
             )
             y = y.to(x.dtype)
             return y if out is None else out.copy_(y), state, residuals
-        verbs = routes.chosen(x, *params, *state, weights)
         run = super().batch_norm_residuals if verbs is kernels else verbs.batch_norm_residuals
         if not is_recorded(x, *params):
             return run(x, params, state, weights=weights, **({} if out is None else {"out": out}), **settings)
@@ -206,7 +223,10 @@ class TorchBackend(Backend):
             return torch.nn.Parameter(value.detach().clone(), requires_grad=getattr(current, "requires_grad", True))
 
     def stores(self, before: State, after: State) -> bool:
-        if torch.compiler.is_compiling():  # Dynamo keeps what is stored, and hands over real arrays
+        if torch.compiler.is_compiling():
+            # Dynamo keeps what is stored, and hands over real arrays. Nobody does for what it does not follow.
+            if not (torch.compiler.is_dynamo_compiling() or any(map(is_fake, before))) and any(map(is_fake, after)):
+                raise RuntimeError(_NOT_REGISTERED)
             return True
         if is_transformed() and any(map(is_traced, after)) and not any(map(is_traced, before)):
             message = (
@@ -214,14 +234,20 @@ class TorchBackend(Backend):
                 "Use bn.apply(params, state, x, training=True), which returns the new state, or eval() or freeze()."
             )
             raise RuntimeError(message)
+        if is_scripted() and any(map(is_constant, before)):
+            raise RuntimeError(_NOT_REGISTERED)
         return not is_backward()
 
     def write(self, before: State, after: State) -> State:
         pairs = [(old, new) for old, new in zip(before, after, strict=True) if old is not new]
         if not all(isinstance(old, torch.Tensor) and _is_alike(new, old) for old, new in pairs):
             return after
+        if torch.compiler.is_compiling():  # a program with a switch of autograd in it can be saved, and not loaded
+            for old, new in pairs:
+                old.detach().copy_(new)
+            return before
         with torch.no_grad():
-            if is_transformed():
+            if is_transformed() or is_scripted():
                 for old, new in pairs:
                     old.copy_(new)
             elif pairs:  # in one call, which no interrupt splits

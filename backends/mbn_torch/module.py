@@ -91,6 +91,8 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
         Raises:
             TypeError, ValueError, RuntimeError: as there.
         """
+        if isinstance(input, torch.fx.Proxy):
+            return self._node(input, mask=mask, lengths=lengths, sample_weight=sample_weight)
         params, before = self._tensors()
         y, after = self.layer.apply(
             params, before, input, training=self.training, mask=mask, lengths=lengths, sample_weight=sample_weight
@@ -121,6 +123,26 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
                 state_dict[prefix + name] = value.to(torch.float32)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._share()
+
+    def __prepare_scriptable__(self) -> Self:
+        """Refuse ``torch.jit.script``, which would have to compile all of mbn."""
+        message = (
+            "torch.jit.script compiles no module of mbn. Have torch's own compiled, "
+            "mbn.replace_batchnorm(model, back=True); or use torch.jit.trace or torch.export."
+        )
+        raise RuntimeError(message)
+
+    def _node(self, x: torch.fx.Proxy, **places: Any) -> Any:
+        """Return the output in a graph of ``torch.fx``, of which this module is a leaf, as all of Torch's own are."""
+        name = x.tracer.path_of_module(self)
+        if not name:
+            message = (
+                "torch.fx traces what calls modules, and this one is a leaf of its graphs: put it into a model, "
+                "torch.nn.Sequential(module) say."
+            )
+            raise TypeError(message)
+        given = {key: value for key, value in places.items() if value is not None}
+        return x.tracer.create_proxy("call_module", name, (x,), given)
 
     def _tensors(self) -> tuple[Params, State]:
         return Params(self.weight, self.bias), State(self.running_mean, self.running_var, self.num_batches_tracked)

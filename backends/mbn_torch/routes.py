@@ -6,8 +6,8 @@ from types import ModuleType
 
 import torch
 
-from mbn_torch import host, kernels
-from mbn_torch.tracing import HOST, place
+from mbn_torch import formulas, host, kernels
+from mbn_torch.tracing import HOST, is_scripted, place
 
 
 def chosen(*values: torch.Tensor | None) -> ModuleType:
@@ -15,7 +15,9 @@ def chosen(*values: torch.Tensor | None) -> ModuleType:
     where = place(*values)
     if where == HOST:
         return host
-    return kernels if where is None else _on_gpu(where) or kernels
+    if where is None:  # a graph is to be that of any batch, and made of operations that exporters know
+        return formulas if is_scripted() else kernels
+    return _on_gpu(where) or kernels
 
 
 @cache

@@ -6,7 +6,7 @@ Under ``torch.compile`` nothing here may be traced but ``is_compiling``, which D
 from typing import Any
 
 import torch
-from torch._C import _current_graph_task_id, _get_tracing_state, _len_torch_dispatch_stack
+from torch._C import _current_graph_task_id, _get_value_trace, _is_tracing, _len_torch_dispatch_stack
 from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor, peek_interpreter_stack
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
@@ -33,10 +33,31 @@ def is_traced(value: torch.Tensor | None) -> bool:
     """Tell whether this stands for values that are not known now, or not after the transformation."""
     return value is not None and (
         torch.compiler.is_compiling()
-        or isinstance(value, FakeTensor)
+        or _is_tracing()
+        or is_fake(value)
         or is_functorch_wrapped_tensor(value)
         or is_legacy_batchedtensor(value)
     )
+
+
+def is_fake(value: torch.Tensor | None) -> bool:
+    """Tell whether this is a tensor without values."""
+    return value is not None and (isinstance(value, FakeTensor) or value.is_meta)
+
+
+def is_scripted() -> bool:
+    """Tell whether ``torch.jit.trace`` follows the operations, or ``torch.onnx.export`` by way of it."""
+    return not torch.compiler.is_compiling() and _is_tracing()
+
+
+def is_constant(value: torch.Tensor | None) -> bool:
+    """Tell whether this would be a constant of the graph that ``is_scripted`` is about: nothing that a model holds."""
+    if value is None:
+        return False
+    try:
+        return _get_value_trace(value).node().kind() == "prim::Constant"
+    except RuntimeError:  # it would be one if it did not require a gradient
+        return True
 
 
 def place(*values: torch.Tensor | None) -> int | None:
@@ -44,7 +65,7 @@ def place(*values: torch.Tensor | None) -> int | None:
 
     None where they are more, are elsewhere or apart, or somebody sees the operations. A value of None is nothing.
     """
-    if _get_tracing_state() is not None or _len_torch_dispatch_stack():
+    if _is_tracing() or _len_torch_dispatch_stack():
         return None
     found = None
     for value in values:  # in every call, where a generator costs
