@@ -2,34 +2,77 @@
 
 What is compiled is cached on disk where it can be, and must not hold the interpreter's lock while it runs. What is read
 from the cache is ready at once and not worth a word; the rest is said through the logger ``mbn.numba``, at INFO, and
-only of this project's functions.
+only of this project's functions. A cache that fails, whose disk is full or whose files a crash has emptied, costs the
+time of a compilation and a warning, and no call.
 """
 
 import logging
 from collections.abc import Callable
 from functools import partial
 from time import perf_counter
+from typing import Any
 
 import numba
 from numba.core import event
+from numba.core.caching import FunctionCache
 
 logger = logging.getLogger("mbn.numba")
 _modules: set[str] = set()
 """Those whose functions are reported on."""
+_warned: list[Exception] = []
+"""What the cache has failed with, if that has been said."""
 
 
 def compiled(function: Callable[..., object], **options: object) -> Callable[..., object]:
     """Return a function as Numba compiles it for the arguments that come."""
     _modules.add(function.__module__)
-    options |= {"nogil": True, "error_model": "numpy"}
+    made = numba.njit(function, nogil=True, error_model="numpy", **options)
     try:
-        return numba.njit(function, cache=True, **options)
-    except RuntimeError:  # there is no folder that may be written to: each process compiles for itself
-        return numba.njit(function, **options)
+        made._cache = _Cache(function)  # noqa: SLF001 - as its enable_caching() does with Numba's own
+    except Exception as error:  # noqa: BLE001 - there may be no folder that can be written to
+        _warn("", error)
+    return made
 
 
 loop = partial(compiled, fastmath={"contract"})
 """The same of loops, where a product and a sum may be one operation. What is once per channel has NumPy's bits."""
+
+
+class _Cache(FunctionCache):
+    """Numba's cache, without which compilation goes on."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """Return what has been compiled for a signature, or None."""
+        try:
+            found = super().load_overload(sig, target_context)
+            if found is None or found.signature.args == tuple(sig):
+                return found
+            error: Exception = ValueError(f"its entry for {sig} is another's")  # two processes wrote at the same time
+        except Exception as raised:  # noqa: BLE001 - a damaged file raises anything
+            error = raised
+        self._fail(error)
+        return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep what has been compiled for a signature, if that can be done."""
+        try:
+            super().save_overload(sig, data)
+        except Exception as error:  # noqa: BLE001 - as above
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        _warn(f" in {self.cache_path}", error)
+
+
+def _warn(place: str, error: Exception) -> None:
+    """Say that the cache fails, once in a process: where it does, each function has a file of its own."""
+    if not _warned:
+        _warned.append(error)
+        message = (
+            "Numba's cache%s cannot be used (%s: %s), so every process compiles anew. Have NUMBA_CACHE_DIR name a "
+            "folder that can be written to, or delete what is damaged."
+        )
+        logger.warning(message, place, type(error).__name__, error)
 
 
 class _Reporter(event.Listener):

@@ -1,5 +1,6 @@
 """The fastest arithmetic on host memory that is installed, for backends whose own framework is slower there."""
 
+import logging
 from functools import cache
 from types import ModuleType
 
@@ -25,6 +26,10 @@ def host() -> Host:
     """Return the verbs, compiled by Numba where that can be imported, which is first done here: it takes long."""
     try:
         from mbn_cpu import compiled, fused  # noqa: PLC0415 - as said
-    except ImportError:
+    except ModuleNotFoundError:
+        return Host(blocked, small, compiled=False)
+    except Exception as error:  # noqa: BLE001 - whatever is broken there, nobody has asked for it
+        message = "Numba does not work here, which makes mbn slower: %s: %s"
+        logging.getLogger("mbn.numba").warning(message, type(error).__name__, error)
         return Host(blocked, small, compiled=False)
     return Host(compiled, fused, compiled=True)

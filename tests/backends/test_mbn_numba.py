@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import mbn
-from mbn_cpu import compilation, halves, loops
+from mbn_cpu import compilation, fastest, halves, loops
 
 _STEP = """
 import logging, sys
@@ -50,15 +50,120 @@ def test_nothing_is_said_of_what_others_compile(caplog):
     assert caplog.records == []
 
 
-def test_without_a_folder_for_the_cache_each_process_compiles(monkeypatch):
-    def njit(function, *, cache=False, **_):
-        if cache:
-            message = "cannot cache function: no locator available"
-            raise RuntimeError(message)
-        return function
+_CALLS = """
+import sys
+import numpy as np
+from mbn_cpu.compilation import compiled
 
-    monkeypatch.setattr(compilation.numba, "njit", njit)
-    assert compilation.compiled(step) is step
+@compiled
+def doubled(x):
+    return 2 * x[0]
+
+if sys.argv[1] == "full":
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+print(*(doubled(np.array([1.5]).astype(dtype)) for dtype in sys.argv[2:]))
+"""
+_EVALUATION = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+import torch, mbn
+print(mbn.BatchNorm1d(3, eps=0, backend="torch").eval()(torch.full((2, 3), 3.0)).tolist())
+"""
+
+
+def calls(folder, disk, *dtypes):
+    """Return what a process prints that calls a compiled function, and what it says beside."""
+    program = folder / "program.py"
+    if not program.exists():
+        program.write_text(_CALLS)
+    return run([program, disk, *dtypes], folder)
+
+
+def run(arguments, cache):
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(cache)}
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True, env=environment)  # noqa: S603
+    return done.stdout, done.stderr
+
+
+def empty(file):
+    file.write_bytes(b"")
+
+
+def scramble(file):
+    file.write_bytes(b"\x80\x04garbage")
+
+
+def make_unreadable(file):
+    file.unlink()
+    file.mkdir()
+
+
+@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
+@pytest.mark.parametrize("damage", [empty, scramble, make_unreadable])
+def test_a_damaged_cache_costs_a_compilation_and_is_told_once(tmp_path, damage, suffix):
+    assert calls(tmp_path, "there", "float32") == ("3.0\n", "")
+    (file,) = tmp_path.rglob(f"*.{suffix}")
+    damage(file)
+    out, said = calls(tmp_path, "there", "float32", "float64")
+    assert out == "3.0 3.0\n"
+    assert said.startswith(f"Numba's cache in {file.parent} cannot be used (")
+    assert said.count("\n") == 1
+
+
+def test_a_full_disk_costs_a_compilation_and_is_told_once(tmp_path):
+    pytest.importorskip("resource", reason="no limits on this system")
+    out, said = calls(tmp_path, "full", "float32", "float64")
+    assert out == "3.0 3.0\n"
+    assert "cannot be used (OSError: [Errno 27] File too large" in said
+    assert said.count("\n") == 1
+
+
+def test_torch_needs_no_cache(tmp_path):
+    pytest.importorskip("resource", reason="no limits on this system")
+    out, said = run(["-c", _EVALUATION], tmp_path)
+    assert out == f"{[[3.0] * 3] * 2}\n"
+    assert "cannot be used (OSError: [Errno 27] File too large" in said
+    assert said.count("\n") == 1
+
+
+def test_code_of_another_signature_is_not_run(tmp_path):
+    both = "float32", "int64"
+    assert calls(tmp_path, "there", *both) == ("3.0 2\n", "")
+    one, two = sorted(tmp_path.rglob("*.nbc"))  # as two processes leave them that write at the same time
+    contents = one.read_bytes(), two.read_bytes()
+    two.write_bytes(contents[0])
+    one.write_bytes(contents[1])
+    out, said = calls(tmp_path, "there", *both)
+    assert out == "3.0 2\n"
+    assert "is another's" in said
+    assert said.count("\n") == 1
+
+
+def test_a_broken_numba_is_told_and_leaves_torch_its_other_kernels(monkeypatch, caplog):
+    class Broken:
+        def find_spec(self, name, *_):
+            if name == "mbn_cpu.compiled":
+                raise OSError("could not load libllvmlite.so")
+
+    monkeypatch.delitem(sys.modules, "mbn_cpu.compiled", raising=False)
+    monkeypatch.delattr("mbn_cpu.compiled", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    assert not fastest.host.__wrapped__().compiled
+    (said,) = caplog.messages
+    assert said == "Numba does not work here, which makes mbn slower: OSError: could not load libllvmlite.so"
+
+
+def test_without_a_folder_for_the_cache_each_process_compiles_and_says_so(monkeypatch, caplog):
+    def no_folder(_):
+        raise RuntimeError("cannot cache function: no locator available")
+
+    monkeypatch.setattr(compilation, "_Cache", no_folder)
+    monkeypatch.setattr(compilation, "_warned", [])
+    for _ in range(2):
+        assert compilation.compiled(lambda x: x[0] + 1)(np.ones(1)) == 2
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said.startswith("Numba's cache cannot be used (RuntimeError: cannot cache function: no locator available)")
 
 
 @pytest.mark.parametrize("shape", [(8, 3), (30_000, 40), (40, 3, 900)])
