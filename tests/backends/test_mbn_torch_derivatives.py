@@ -133,33 +133,6 @@ def test_forward_mode_over_backward_mode():
         assert forward_ad.unpack_dual(bn.running_var).tangent is None
 
 
-def test_gradients_of_many_blocks_are_those_of_torch_nn(monkeypatch):
-    monkeypatch.setattr("mbn_torch.kernels.CPU_BLOCK", 12)
-    monkeypatch.setattr("mbn_torch.kernels.RUN", 3)
-    x, dy = sample(50, 3, 2), sample(50, 3, 2, seed=1)
-    gradients = []
-    for bn in (torch.nn.BatchNorm1d(3), mbn.BatchNorm1d(3, backend="torch")):
-        leaf = x.clone().requires_grad_()
-        bn(leaf).backward(dy)
-        gradients.append((leaf.grad, bn.weight.grad, bn.bias.grad))
-    for expected, actual in zip(*gradients, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_many_blocks_give_what_one_gives(monkeypatch, kind):
-    x, dy = sample(50, 3, 2), sample(50, 3, 2, seed=1)
-    bn, results = mbn.BatchNorm1d(3, backend="torch"), []
-    for block in (1 << 17, 12):
-        monkeypatch.setattr("mbn_torch.kernels.CPU_BLOCK", block)
-        monkeypatch.setattr("mbn_torch.kernels.RUN", 3)
-        leaf = x.clone().requires_grad_()
-        y = bn(leaf, sample_weight=draw_weights(kind, x.shape, x.dtype))
-        results.append((y, *torch.autograd.grad(y, (leaf, *bn.parameters()), dy)))
-    for one, many in zip(*results, strict=True):
-        torch.testing.assert_close(many, one, rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize("kind", [None, "mask"])
 def test_derivatives_of_a_constant_channel_without_eps_are_zero(kind):
     x, weight, bias = draw_arguments((6, 3))

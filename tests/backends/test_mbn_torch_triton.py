@@ -87,6 +87,13 @@ def recorder(monkeypatch):
     return kept
 
 
+def _launches(recorder, *batch, **options):
+    """Return the launches of all three together, in which there is each kernel."""
+    launches = [launch for part in _run(recorder, *batch, **options) for launch in part]
+    assert {name for name, *_ in launches} == set(NAMES)
+    return launches
+
+
 def _run(recorder, shape, dtype, order=None, *, weighted=False, expanded=False):
     """Return the launches of training, of its pullback and of evaluation."""
     x = torch.empty(shape, dtype=dtype, device="meta")
@@ -169,7 +176,7 @@ BATCHES = {
 def test_compiled_kernels_are_fast(recorder, tmp_path, batch, capability):
     if capability != 90 and batch not in {"rows", "places of halves"}:
         pytest.skip("compiled for one card")
-    for name, _, args, kwargs in [launch for part in _run(recorder, *BATCHES[batch]) for launch in part]:
+    for name, _, args, kwargs in _launches(recorder, *BATCHES[batch]):
         compiled = _compile(name, args, kwargs, capability)
         registers, *memory = _resources(compiled, tmp_path)
         assert memory == [0, 0], f"{name} spills"
@@ -196,9 +203,7 @@ def test_compiled_kernels_are_fast(recorder, tmp_path, batch, capability):
 )
 @pytest.mark.parametrize("weighted", [False, True])
 def test_everything_compiles(recorder, batch, weighted):
-    for name, _, args, kwargs in [
-        launch for part in _run(recorder, *batch, weighted=weighted, expanded=True) for launch in part
-    ]:
+    for name, _, args, kwargs in _launches(recorder, *batch, weighted=weighted, expanded=True):
         assert "cubin" in _compile(name, args, kwargs, 90).asm
 
 

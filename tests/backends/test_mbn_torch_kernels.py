@@ -1,0 +1,109 @@
+"""The kernels in Torch's operations, for tensors that no other kernels take: on all of them, so without a GPU."""
+
+import pytest
+from torch_samples import KINDS, by_definition, draw_weights, relative_error, sample
+
+import mbn
+
+torch = pytest.importorskip("torch")
+
+from mbn_torch import kernels, routes  # noqa: E402 - there may be no Torch
+
+BOUNDS = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 3e-7, torch.float64: 1e-12}
+SHAPES = [(50, 3), (50, 3, 2), (9, 3), (1, 3, 7)]
+
+
+@pytest.fixture(autouse=True)
+def only_these(monkeypatch):
+    """Have no others chosen, and return how many blocks these have seen."""
+    monkeypatch.setattr(routes, "place", lambda *_: None)
+    assert routes.chosen(torch.ones(2)) is kernels
+    numbers, split = [], kernels._split
+
+    def counted(*arguments):
+        blocks = list(split(*arguments))
+        numbers.append(len(blocks))
+        return iter(blocks)
+
+    monkeypatch.setattr(kernels, "_split", counted)
+    yield numbers
+    assert numbers
+
+
+def _gradients(bn, x, dy, weights=None):
+    """Return output and gradients of a call, and its new statistics."""
+    leaf = x.clone().requires_grad_()
+    y = bn(leaf) if weights is None else bn(leaf, sample_weight=weights)
+    return [y.detach(), *torch.autograd.grad(y, (leaf, *bn.parameters()), dy), *list(bn.state_dict().values())[2:]]
+
+
+def _layer(dtype="float32", *, training=True):
+    bn = mbn.BatchNorm1d(3, dtype=dtype, backend="torch").train(training)
+    bn.weight, bn.bias, bn.running_mean, bn.running_var = [1.5, -2, 0.5], [1, 2, 3], [3, 2, 1], [4, 5, 6]
+    return bn
+
+
+def _few_rows(monkeypatch):
+    """Have blocks of two rows of 3 channels and 2 places, and runs of three blocks."""
+    monkeypatch.setattr(kernels, "CPU_BLOCK", 12)
+    monkeypatch.setattr(kernels, "RUN", 3)
+
+
+@pytest.mark.parametrize("blocks", ["one", "many"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("training", [True, False])
+def test_calls_and_gradients_are_those_of_the_definition(monkeypatch, only_these, training, dtype, shape, kind, blocks):
+    if blocks == "many":
+        _few_rows(monkeypatch)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    bn = _layer("float64" if dtype == torch.float64 else "float32", training=training)
+    statistics = [] if training else [value.double() for value in bn.state[:2]]
+    weights = draw_weights(kind, shape, wide)
+    x, dy = sample(*shape, dtype=dtype), sample(*shape, dtype=dtype, seed=1)
+    leaves = [value.detach().double().requires_grad_() for value in (x, *bn.parameters())]
+    expected_y = by_definition(*leaves, *statistics, weights=weights)
+    expected = [expected_y, *torch.autograd.grad(expected_y, leaves, dy.double())]
+    if weights is not None:  # nothing depends on what is under a mask
+        keep = (weights > 0).reshape(len(x), 1, *weights.shape[1:])
+        x, dy = (torch.where(keep, values, torch.nan) for values in (x, dy))
+        assert weights.eq(0).any()
+    actual = _gradients(bn, x, dy, weights)
+    for ours, theirs in zip(actual, expected, strict=False):
+        assert relative_error(ours, theirs) < BOUNDS[dtype]
+    assert max(only_these) == (1 if blocks == "one" or shape[0] == 1 else len(x.split(2 if len(shape) == 3 else 4)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_blocks_give_what_one_gives(monkeypatch, only_these, kind):
+    x, dy = sample(50, 3, 2), sample(50, 3, 2, seed=1)
+    weights = draw_weights(kind, x.shape, x.dtype)
+    one = _gradients(_layer(), x, dy, weights)
+    assert max(only_these) == 1
+    _few_rows(monkeypatch)
+    many = _gradients(_layer(), x, dy, weights)
+    assert max(only_these) == 25
+    for actual, expected in zip(many, one, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_of_many_blocks_are_those_of_torch_nn(monkeypatch, only_these):
+    _few_rows(monkeypatch)
+    x, dy = sample(50, 3, 2), sample(50, 3, 2, seed=1)
+    ours, theirs = (_gradients(bn, x, dy) for bn in (mbn.BatchNorm1d(3, backend="torch"), torch.nn.BatchNorm1d(3)))
+    assert max(only_these) == 25
+    for actual, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("training", [True, False])
+def test_outputs_are_written_where_they_are_wanted(training, kind):
+    x = sample(50, 3, 2)
+    arguments = (x, torch.zeros(3), torch.ones(3), torch.ones(3), torch.ones(3), training)
+    weights = draw_weights(kind, x.shape, x.dtype)
+    expected = mbn.functional.batch_norm(*arguments, sample_weight=weights)
+    out = torch.full((50, 2, 3), torch.nan).mT
+    assert mbn.functional.batch_norm(*arguments, sample_weight=weights, out=out).output is out
+    assert torch.equal(out, expected.output)
