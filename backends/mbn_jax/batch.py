@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from mbn_jax import kernels
-from mbn_jax.channels import once
+from mbn_jax.channels import column, once
 from mbn_jax.forms import GPU, HOST, Form
 from mbn_jax.linear import Arrays, LinearMap, Shape, are_transposes, channel_sum, spread
-from mbn_jax.pairs import Pair, as_pair, wide
+from mbn_jax.pairs import Pair, wide
 
 
 class Batch(NamedTuple):
@@ -116,12 +116,12 @@ def _vector(batch: Batch, value: jax.Array | None, default: float) -> jax.Array:
 
 
 def _push(form: Form, arrays: Arrays, residuals: tuple[Batch, jax.Array], shape: Shape) -> list[jax.Array]:  # noqa: ARG001
-    (v, dweight, dbias), (batch, weight) = arrays, residuals
+    (v, *parameters), (batch, weight) = arrays, residuals
     mean, slope = _shares(_sums(form, v, batch, batch.weights), batch)
-    xhat = _standardize(batch)
-    scale, dweight, dbias = (spread(vector, v.shape) for vector in (once(batch.invstd.hi * weight), dweight, dbias))
-    change = kernels.residual(v, xhat, mean, slope, None) * scale + xhat * dweight + dbias
-    return [kernels.unmasked(change, batch.weights)]
+    dweight, dbias = map(wide, parameters)
+    unexplained = wide(v) - _line(mean, slope, batch)
+    change = unexplained * _placed(wide(batch.invstd) * wide(weight), batch) + _line(dbias, dweight, batch)
+    return [kernels.unmasked(change, batch.weights).astype(v.dtype)]
 
 
 def _push_derivative(
@@ -146,9 +146,11 @@ def _push_derivative(
 def _pull(form: Form, arrays: Arrays, residuals: tuple[Batch, jax.Array], shape: Shape) -> list[jax.Array]:  # noqa: ARG001
     (dy,), (batch, weight) = arrays, residuals
     dbias, dweight = sums = _sums(form, dy, batch, None)
-    mean, slope = _shares(sums, batch)
-    change = kernels.residual(dy, _standardize(batch), mean, slope, batch.weights)
-    dx = kernels.unmasked(change * spread(once(batch.invstd.hi * weight), dy.shape), batch.weights)
+    explained = _line(*_shares(sums, batch), batch)
+    if batch.weights is not None:
+        explained *= wide(batch.weights)
+    scale = _placed((wide(batch.invstd) * wide(weight)).astype(dy.dtype), batch)
+    dx = kernels.unmasked((wide(dy) - explained).astype(dy.dtype) * scale, batch.weights)
     return [dx, dweight.astype(dy.dtype), dbias.astype(dy.dtype)]
 
 
@@ -175,18 +177,31 @@ def _pull_derivative(
 def _sums(form: Form, v: jax.Array, batch: Batch, factor: jax.Array | None) -> list[jax.Array]:
     """Return the sums of v and of xhat * v for each channel, in float64; of each value times a factor, if any."""
     view, weights = form.view, form.view(batch.weights)
-    mean, rest = (form.place(once(part), v.ndim) for part in batch.mean)
-    deviation = kernels.unmasked((wide(view(batch.x)) - mean) - rest, weights)
+    mean, rest = batch.mean
+    deviation = kernels.unmasked(wide(view(batch.x)) - wide(form.place(once(mean), v.ndim)), weights)
     v = kernels.unmasked(wide(view(v)), weights)
     if factor is not None:
         v *= view(factor)
     total, product = form.sums(v, v * deviation)
-    return [total, product * wide(batch.invstd)]
+    return [total, (product - wide(rest) * total) * wide(batch.invstd)]
 
 
-def _shares(sums: list[jax.Array], batch: Batch) -> list[Pair]:
+def _shares(sums: list[jax.Array], batch: Batch) -> list[jax.Array]:
     """Return sums divided by the count."""
-    return [as_pair(total / wide(batch.count), batch.mean.hi.dtype) for total in sums]
+    return [total / wide(batch.count) for total in sums]
+
+
+def _line(constant: jax.Array, slope: jax.Array, batch: Batch) -> jax.Array:
+    """Return constant + slope * xhat in float64: where it is nearly all of a v, their difference has digits left."""
+    mean, rest = batch.mean
+    slope *= wide(batch.invstd)
+    deviation = wide(batch.x) - wide(_placed(mean, batch))
+    return deviation * _placed(slope, batch) + _placed(constant - wide(rest) * slope, batch)
+
+
+def _placed(vector: jax.Array, batch: Batch) -> jax.Array:
+    """Return a (C,) vector in the shape that broadcasts against x."""
+    return column(once(vector), batch.x.ndim)
 
 
 _pushforward = LinearMap(

@@ -120,6 +120,25 @@ def test_float32_with_large_means(target: Target, offset: float, slope: float, *
     target.assert_gradients(pullback(target.array(dy)), truth(before, x, dy, weights=weights), "float32")
 
 
+@pytest.mark.parametrize("eps", [1e-3, 1e-5, 1e-7])
+@pytest.mark.parametrize("masked", [False, True])
+def test_few_values_and_little_left_of_dy(target: Target, eps: float, *, masked: bool) -> None:
+    # A constant and xhat explain all of two values but for what eps leaves.
+    x, dy = X.astype(np.float32), DY.astype(np.float32)
+    arguments: dict[str, Any] = {}
+    weights = None
+    if masked:
+        target.require("masks")
+        lengths = np.array([1, 0, 0, 1, 0, 0])
+        arguments, weights = target.arrays({"lengths": lengths}), (np.arange(4) < lengths[:, None]).astype(np.float64)
+    else:
+        x, dy = x[:2, :, 0], dy[:2, :, 0]
+    bn = configured(target.layer(3, eps=eps), seed=13)
+    before = target.snapshot(bn)
+    _, pullback = bn.vjp(target.array(x), **arguments)
+    target.assert_gradients(pullback(target.array(dy)), truth(before, x, dy, eps=eps, weights=weights), "float32")
+
+
 def test_long_channels(target: Target) -> None:
     x, dy = np.random.default_rng(17).normal([[[1e3]], [[1e2]]], 1, (2, 100_000, 1)).astype(np.float32)
     bn = target.layer(1)

@@ -49,6 +49,27 @@ def test_derivatives_to_third_order_in_every_mode(rng, shape, weighted):
             assert relative_error(dx, truth[order - 1].dx) < 1e-6
 
 
+@pytest.mark.parametrize("eps", [1e-3, 1e-5, 1e-7])
+def test_derivatives_of_few_values_in_every_mode(rng, eps):
+    # A constant and xhat explain all of two values but for what eps leaves.
+    x, u, dy = (jnp.asarray(rng.standard_normal((2, 3)), jnp.float32) for _ in range(3))
+    weight, bias = jnp.asarray([2.0, -0.5, 1.0]), jnp.asarray([1.0, 0.0, 0.5])
+
+    def output(x):
+        return backend.batch_norm(x, Params(weight, bias), NOTHING[1], **{**OPTIONS, "eps": eps})[0]
+
+    slope = jax.grad(lambda x: jnp.vdot(dy, output(x)))
+    curve = jax.grad(lambda x: jnp.vdot(slope(x), u))
+    forwards, backwards = [output, directional(output, u)], [slope, directional(slope, u), curve]
+    actual = jax.jit(lambda x: [[f(x) for f in group] for group in (forwards, backwards)])(x)
+    host = [np.asarray(array, np.float64) for array in (x, u, dy, weight, bias)]
+    truth = derivatives.along(*host, eps=eps)
+    for y, expected in zip(actual[0], truth, strict=False):
+        assert relative_error(y, expected.y) < 1e-6
+    for dx, expected in zip(actual[1], (truth[0], truth[1], truth[1]), strict=True):
+        assert relative_error(dx, expected.dx) < 1e-6
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_gradients_of_many_values_far_from_zero(rng, weighted):
     shape = 100_000, 2

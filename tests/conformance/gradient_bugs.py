@@ -44,6 +44,12 @@ class NarrowSumsOfGradients(Toy):
         return dy.sum(axis=over(x)), (dy * xhat).sum(axis=over(x))
 
 
+class NarrowGradientOfX(Toy):
+    def xhat(self, *args: Any) -> tuple[Array, Array]:
+        xhat, invstd = super().xhat(*args)
+        return xhat.astype(np.float32), invstd
+
+
 class WrongDtypeOfDx(Toy):
     def grad_input(self, *args: Any) -> Array:
         return super().grad_input(*args).astype(np.float64)
@@ -110,6 +116,7 @@ BUGS = [
     (ConstantsDifferentiated, "test_pullback_is_the_gradient"),
     (InvstdForgottenInDweight, "test_two_values_example"),
     (NarrowSumsOfGradients, "test_float32_with_large_means"),
+    (NarrowGradientOfX, "test_few_values_and_little_left_of_dy"),
     (WrongDtypeOfDx, "test_pullback_is_the_gradient"),
     (MemoryOrderOfDy, "test_dx_has_the_memory_order_of_x"),
     (ResidualsUsedUp, "test_pullback_gives_the_same_again"),
