@@ -1,7 +1,7 @@
 """``mbn backends``: what is known, what works here and why the rest does not. One broken backend hides no other."""
 
 from mbn.console import console, essence, print_filled, table
-from mbn.registry import get_backend, known_backends
+from mbn.registry import get_backend, known_backends, misnamed_entry_points
 
 
 def show() -> None:
@@ -15,6 +15,8 @@ def show() -> None:
             others.add_row(name, essence(str(error)), known.source)
         else:
             usable.add_row(name, *row, known.source)
+    for name, known in misnamed_entry_points().items():
+        others.add_row(name, "its name is not made of letters, digits, '_' and '-'", known.source)
     print_filled(console(), usable, others)
 
 

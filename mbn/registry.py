@@ -1,7 +1,9 @@
 """From names and arrays to backends.
 
 A framework is imported only when a backend is asked for by name, or when one of its arrays turns up and the framework
-is therefore there already. One backend that is missing or broken must never hide another, nor pass for something else.
+is therefore there already. One backend that is missing or broken must never hide another, nor pass for something else,
+nor one that hangs keep others waiting: each is imported under Python's own locks and constructed under a lock of its
+own.
 The choice of a backend is one immutable value in a ContextVar: threads and asyncio tasks do not see each other's.
 """
 
@@ -58,7 +60,8 @@ _HOST = "numpy"
 _registered: dict[str, Known] = {}
 _loaded: dict[str, Backend] = {}
 _owners: dict[type, Backend] = {}
-_lock = threading.RLock()
+_locks: dict[str, threading.RLock] = {}
+"""By name: held while the backend is constructed, which must not happen twice."""
 PYTHON_DATA = (list, tuple, int, float, complex)
 """What has no framework and no dtype."""
 _context: ContextVar[Backend | None] = ContextVar("mbn.use_backend", default=None)
@@ -77,7 +80,7 @@ def register_backend(name: str, target: Target) -> None:
         ValueError: ``name`` is no name, or belongs to a built-in backend.
         TypeError: ``target`` is none of these.
     """
-    if not isinstance(name, str) or not name.replace("-", "_").isidentifier():
+    if not _is_name(name):
         message = f"a backend's name is made of letters, digits, '_' and '-', not {name!r}."
         raise ValueError(message)
     if name in _BUILT_IN:
@@ -86,9 +89,8 @@ def register_backend(name: str, target: Target) -> None:
     if not (isinstance(target, Backend) or callable(target) or (isinstance(target, str) and ":" in target)):
         message = f"a backend is registered by 'module:attribute', a Backend or its class, not {target!r}."
         raise TypeError(message)
-    with _lock:
-        _registered[name] = Known(target, "register_backend")
-        _forget(name)
+    _registered[name] = Known(target, "register_backend")
+    _forget(name)
 
 
 def list_backends() -> list[str]:
@@ -202,7 +204,13 @@ def _find_owner(x: object) -> Backend:
         except BackendUnavailableError as error:  # it may not hide another, which comes after it
             broken = broken or error
             continue
-        if backend.owns(x):
+        try:
+            owned = backend.owns(x)
+        except Exception as error:  # noqa: BLE001 - as in _construct: nor may this one
+            broken = broken or BackendUnavailableError(f"backend {name!r} is broken: {type(error).__name__}: {error}")
+            broken.__cause__ = broken.__cause__ or error
+            continue
+        if owned:
             _owners[kind] = backend
             return backend
     message = (
@@ -219,21 +227,21 @@ def _candidates() -> list[str]:
 
 
 def _load(name: str) -> Backend:
-    with _lock:
-        known = _BUILT_IN.get(name) or _registered.get(name) or _entry_points().get(name)
-        if known is None:
-            raise BackendNotFoundError(_not_found(name))
-        if name not in _loaded:
-            _loaded[name] = _construct(name, known)
-        return _loaded[name]
+    known = _BUILT_IN.get(name) or _registered.get(name) or _entry_points().get(name)
+    if known is None:
+        raise BackendNotFoundError(_not_found(name))
+    make = _usable(name, known, lambda: _import(known.target) if isinstance(known.target, str) else known.target)
+    with _locks.setdefault(name, threading.RLock()):
+        if name in _loaded:
+            return _loaded[name]
+        backend = _construct(name, known, make)
+        if _registered.get(name, known) is known:  # and not another that has been registered in the meantime
+            _loaded[name] = backend
+        return backend
 
 
-def _construct(name: str, known: Known) -> Backend:
-    try:
-        target = _import(known.target) if isinstance(known.target, str) else known.target
-        backend = target if isinstance(target, Backend) else target()
-    except Exception as error:  # whatever a plug-in or a framework raises, the user is told which one and why
-        raise BackendUnavailableError(_unavailable(name, known, error)) from error
+def _construct(name: str, known: Known, target: Any) -> Backend:
+    backend = target if isinstance(target, Backend) else _usable(name, known, target)
     if not isinstance(backend, Backend):
         message = (
             f"backend {name!r} ({known.source}) is broken: {known.target!r} gives a {type(backend).__name__}, which is "
@@ -246,9 +254,32 @@ def _construct(name: str, known: Known) -> Backend:
     return backend
 
 
+def _usable(name: str, known: Known, step: Callable[[], Any]) -> Any:
+    """Return what a step towards a backend gives.
+
+    Raises:
+        BackendUnavailableError: it raised anything, or would end the process, but for an interrupt by the user.
+    """
+    try:
+        return step()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a plug-in or a framework raises, the user is told which one and why
+        raise BackendUnavailableError(_unavailable(name, known, error)) from error
+
+
 def _import(target: str) -> Any:
     module, _, attribute = target.partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def _forget_locks() -> None:
+    """Leave locks that other threads hold to the parent: a fork takes none of its threads along."""
+    _locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_locks)
 
 
 def _forget(name: str) -> None:
@@ -258,12 +289,25 @@ def _forget(name: str) -> None:
 
 
 def _entry_points() -> dict[str, Known]:
+    return {name: known for name, known in _all_entry_points().items() if _is_name(name)}
+
+
+def misnamed_entry_points() -> dict[str, Known]:
+    """Return the entry points that are passed over, since no backend can have such a name."""
+    return {name: known for name, known in _all_entry_points().items() if not _is_name(name)}
+
+
+def _all_entry_points() -> dict[str, Known]:
     from importlib import metadata  # noqa: PLC0415 - 20 ms that only a look at the plug-ins should cost
 
     return {
         point.name: Known(point.value, f"entry point of {point.dist.name if point.dist else 'an unknown distribution'}")
         for point in metadata.entry_points(group=ENTRY_POINTS)
     }
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and name.replace("-", "_").isidentifier()
 
 
 def _not_found(name: str) -> str:
@@ -275,7 +319,7 @@ def _not_found(name: str) -> str:
     return f"there is no backend {name!r}.{hint} Known backends: {', '.join(names)}."
 
 
-def _unavailable(name: str, known: Known, error: Exception) -> str:
+def _unavailable(name: str, known: Known, error: BaseException) -> str:
     cause = f"{type(error).__name__}: {error}"
     way_out = f" To install it: {known.install}." if known.install else ""
     if isinstance(error, ModuleNotFoundError) and known.framework and error.name == known.framework:

@@ -1,12 +1,20 @@
 """Strangers' backends: one that is installed as its users would install it, and others that are broken."""
 
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from toy import Toy
 
 import mbn
 from mbn import registry
+from mbn.cli import main
 from mbn_numpy.backend import NumpyBackend
 
 
@@ -35,7 +43,7 @@ def plugin(tmp_path, monkeypatch, _nothing_loaded):
     def install(name, source):
         module = tmp_path.name  # another one in each test: Python keeps the modules that it has imported
         (tmp_path / f"{module}.py").write_text(source)
-        info = tmp_path / f"mbn_{name}-1.0.dist-info"
+        info = tmp_path / f"mbn_{len(name)}-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: mbn-{name}\nVersion: 1.0\n")
         (info / "entry_points.txt").write_text(f"[{registry.ENTRY_POINTS}]\n{name} = {module}:StrangeBackend\n")
@@ -109,13 +117,25 @@ def test_arrays_do_not_change_frameworks_unasked(strict):
         ("import a_framework_that_nobody_has", ModuleNotFoundError),
         ("", AttributeError),
         ("def StrangeBackend(): raise OSError('no device')", OSError),
+        ("import sys; sys.exit(3)", SystemExit),
+        ("def StrangeBackend(): raise SystemExit", SystemExit),
+        ("raise BaseException('panic')", BaseException),
     ],
 )
 def test_broken_plugin_says_which_it_is_and_why(plugin, source, cause):
     plugin("broken", source)
     with pytest.raises(mbn.BackendUnavailableError, match=f"'broken'.*mbn-broken.*{cause.__name__}") as error:
         mbn.get_backend("broken")
-    assert type(error.value.__cause__) is cause
+    assert isinstance(error.value.__cause__, cause)
+    with pytest.raises(TypeError, match="no backend knows arrays of type builtins.object") as error:
+        mbn.to_numpy(object())
+    assert isinstance(error.value.__cause__, mbn.BackendUnavailableError)
+
+
+def test_an_interrupt_by_the_user_is_no_fault_of_the_plugin(plugin):
+    plugin("slow", "raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        mbn.get_backend("slow")
 
 
 def test_plugin_that_is_no_backend(plugin):
@@ -129,6 +149,115 @@ def test_broken_plugin_hides_no_other(plugin, strict):
     assert {"broken", "strict", "numpy", "torch", "jax", "cupy"} <= set(mbn.list_backends())
     assert mbn.get_backend("strict").owns(strict.zeros(1))
     assert registry.owner_of(strict.zeros(1)) is mbn.get_backend("strict")
+
+
+def test_plugin_that_fails_on_the_arrays_of_others_hides_none(plugin, strict):
+    plugin(
+        "a",
+        """
+from toy import Toy
+class StrangeBackend(Toy):
+    name = "a"
+    def owns(self, x):
+        return x.colour == "red"
+""",
+    )
+    x = strict.zeros(1)
+    assert registry.owner_of(x) is mbn.get_backend("strict")
+    with pytest.raises(TypeError, match="no backend knows arrays of type builtins.object") as error:
+        mbn.to_numpy(object())
+    assert "backend 'a' is broken: AttributeError: 'object' object has no attribute 'colour'" in str(
+        error.value.__cause__
+    )
+
+
+@pytest.mark.parametrize("where", ["import", "constructor"])
+def test_plugin_that_hangs_keeps_nobody_else_waiting(plugin, monkeypatch, where):
+    gate = SimpleNamespace(begun=threading.Event(), go_on=threading.Event(), made=[])
+    monkeypatch.setitem(sys.modules, "gate", gate)
+    hang = "gate.begun.set(); assert gate.go_on.wait(60)"
+    plugin(
+        "hanging",
+        f"""
+import gate
+from toy import Toy
+{hang if where == "import" else ""}
+class StrangeBackend(Toy):
+    name = "hanging"
+    def __init__(self):
+        gate.made.append(self)
+        {hang if where == "constructor" else ""}
+""",
+    )
+
+    def others():
+        mbn.register_backend("toy", "toy:Toy")
+        return [mbn.get_backend(name).name for name in ("numpy", "toy", "strict")]
+
+    with ThreadPoolExecutor(3) as pool:
+        try:
+            first = pool.submit(mbn.get_backend, "hanging")
+            assert gate.begun.wait(30)
+            second = pool.submit(mbn.get_backend, "hanging")
+            assert pool.submit(others).result(30) == ["numpy", "toy", "strict"]
+            assert not first.done()
+        finally:
+            gate.go_on.set()
+        assert first.result(30) is second.result(30)
+    assert len(gate.made) == 1
+
+
+def test_backend_that_is_registered_while_another_of_its_name_is_made_prevails():
+    class Other(Toy):
+        def __init__(self):
+            mbn.register_backend("toy", Toy)
+
+    mbn.register_backend("toy", Other)
+    assert type(mbn.get_backend("toy")) is Other
+    assert type(mbn.get_backend("toy")) is Toy
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_fork_waits_for_no_plugin_of_its_parent():
+    program = """
+import os, threading
+import mbn
+from toy import Toy
+
+class Hanging(Toy):
+    def __init__(self):
+        begun.set()
+        go_on.wait(60)
+
+begun, go_on = threading.Event(), threading.Event()
+mbn.register_backend("toy", Hanging)
+thread = threading.Thread(target=mbn.get_backend, args=("toy",))
+thread.start()
+begun.wait(60)
+child = os.fork()
+if not child:
+    go_on.set()
+    os._exit(type(mbn.get_backend("toy")) is not Hanging)
+status = os.waitpid(child, 0)[1]
+go_on.set()
+thread.join()
+raise SystemExit(status)
+"""
+    path = os.pathsep.join(filter(None, sys.path))
+    subprocess.run(  # noqa: S603 - our own code
+        [sys.executable, "-c", program], check=True, timeout=60, env=os.environ | {"PYTHONPATH": path}
+    )
+
+
+@pytest.mark.parametrize("name", ["b@d name!", "1st"])
+def test_plugin_whose_name_is_none_is_passed_over_and_listed(plugin, capsys, name):
+    plugin(name, "")
+    assert name not in mbn.list_backends()
+    with pytest.raises(mbn.BackendNotFoundError):
+        mbn.get_backend(name)
+    assert main(["backends"]) == 0
+    _, _, others = capsys.readouterr().out.partition("cannot be used here")
+    assert f"{name} its name is not made of letters" in " ".join(others.split())
 
 
 def test_plugin_cannot_replace_a_built_in_backend(plugin):
