@@ -7,23 +7,29 @@ files.
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import reprlib
 import secrets
 import stat
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from mbn import checks
 from mbn.portable import Portable
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 KEY = "mbn.BatchNorm1d"
 """That of the only entry of the metadata, so that nothing hangs on an order; its value is JSON."""
@@ -179,21 +185,60 @@ def _checksum(described: Mapping[str, Any], entries: Mapping[str, np.ndarray]) -
 def _replace(path: Path, data: bytes) -> None:
     """Write a file beside the one to be replaced, and give it its name when all of it has reached the disk."""
     mode = _mode(path)
-    beside = path.with_name(f".mbn-{secrets.token_hex(8)}.tmp")
-    try:
-        with open(beside, "xb", opener=partial(os.open, mode=0o666 if mode is None else mode)) as file:
-            if mode is not None:
-                beside.chmod(mode)  # as it was, whatever the umask
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+    _clear_up(path)
+    with _beside(path, mode) as (beside, file):
+        if mode is not None:
+            beside.chmod(mode)  # as it was, whatever the umask
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        if fcntl is None:
+            file.close()  # where files have no such locks, open ones cannot be renamed
         beside.replace(path)
-    except BaseException:  # an interrupt too
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise
     with contextlib.suppress(OSError):  # not every system opens folders, and the file is there in any case
         _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _beside(path: Path, mode: int | None) -> Iterator[tuple[Path, BinaryIO]]:
+    """Make a file beside another, locked as long as it is written; unless it gets another name, it goes in the end."""
+    while True:
+        beside = path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}.tmp")
+        try:
+            with open(beside, "xb", opener=partial(os.open, mode=0o666 if mode is None else mode)) as file:
+                _lock(file.fileno())
+                if beside.exists():  # or it was taken for a leftover before it was locked
+                    yield beside, file
+                    return
+        except BaseException:  # an interrupt too
+            with contextlib.suppress(OSError):
+                beside.unlink()
+            raise
+
+
+def _clear_up(path: Path) -> None:
+    """Remove what processes that were killed have left beside a file, and nothing that is still written to."""
+    if fcntl is None:
+        return
+    for leftover in path.parent.glob(f"{_prefix(path)}*.tmp"):
+        with contextlib.suppress(OSError):  # it is locked, has got its name, or belongs to someone else
+            descriptor = os.open(leftover, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                leftover.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    if fcntl is not None:
+        with contextlib.suppress(OSError):  # a file system without locks, where nothing is cleared up either
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+def _prefix(path: Path) -> str:
+    """Return how the names of unfinished files begin that are to get the name of this one."""
+    return f".mbn-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}-"
 
 
 def _mode(path: Path) -> int | None:

@@ -1,8 +1,10 @@
 """Files apart from any backend: what they hold, how they are written, and that nothing else is ever loaded."""
 
+import fcntl
 import json
 import os
 import resource
+import signal
 import stat
 import subprocess
 import sys
@@ -223,6 +225,67 @@ def test_killed_process_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> No
     left = json.loads(run.stdout)
     assert left["whole"] == 200
     assert left["unfinished"] > 0  # some kills have struck in the middle of it
+
+
+_KILLED = """
+import os, signal, sys
+import mbn
+from pathlib import Path
+Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+mbn.BatchNorm1d(4).save(sys.argv[1])
+"""
+
+
+def leave_unfinished(path: Path) -> None:
+    run = subprocess.run([sys.executable, "-c", _KILLED, path], check=False)  # noqa: S603
+    assert run.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("name", ["new", "bn.safetensors", "[x]*?" + 240 * "y"])
+def test_what_a_killed_process_has_left_is_cleared_up_by_the_next_save_of_the_path(path: Path, name: str) -> None:
+    other = path.with_name("other")
+    leave_unfinished(path.with_name(name))
+    leave_unfinished(other)
+    before = set(path.parent.glob(".mbn-*.tmp"))
+    assert len(before) == 2
+    mbn.BatchNorm1d(4).save(path.with_name(name))
+    (left,) = path.parent.glob(".mbn-*.tmp")  # that of the other path
+    assert left in before
+    with largest_file(0), pytest.raises(OSError, match="File too large"):
+        mbn.BatchNorm1d(4).save(other)  # which needs the place on the disk, and so clears up first
+    assert set(path.parent.iterdir()) == {path, path.with_name(name)}
+
+
+def test_a_save_clears_up_nothing_that_another_still_writes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = Path.replace
+
+    def save_between(beside: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "replace", replace)
+        mbn.BatchNorm1d(5).save(path)
+        assert beside.exists()
+        return replace(beside, target)
+
+    monkeypatch.setattr(Path, "replace", save_between)
+    mbn.BatchNorm1d(6).save(path)
+    assert mbn.BatchNorm1d.load(path).num_features == 6
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_save_whose_file_is_cleared_up_before_it_is_locked_begins_anew(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock = fcntl.flock
+
+    def clear_up_before(descriptor: int, operation: int) -> None:
+        if not operation & fcntl.LOCK_NB and next(first, False):
+            files._clear_up(path)
+        flock(descriptor, operation)
+
+    first = iter([True])
+    monkeypatch.setattr(fcntl, "flock", clear_up_before)
+    mbn.BatchNorm1d(6).save(path)
+    assert mbn.BatchNorm1d.load(path).num_features == 6
+    assert list(path.parent.iterdir()) == [path]
 
 
 def fill(bn: mbn.BatchNorm1d, number: int) -> None:
