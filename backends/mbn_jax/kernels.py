@@ -30,6 +30,7 @@ from mbn_jax.pairs import (
     two_sum,
     where,
     wide,
+    wider,
     widest_dtype,
 )
 
@@ -63,7 +64,7 @@ def combine_weights(
     if mask is not None:
         allowed &= full(mask)
     if lengths is not None:
-        allowed &= jnp.arange(shape[1]) < lengths[:, None]
+        allowed &= jnp.arange(shape[1], dtype=lengths.dtype)[None] < lengths[:, None]
     weights = jnp.where(allowed, jnp.ones((), dtype) if sample_weight is None else full(sample_weight).astype(dtype), 0)
     if lengths is not None:
         weights = jnp.where(full((lengths >= 0) & (lengths <= shape[1])), weights, jnp.nan)
@@ -177,7 +178,7 @@ def merge(
     Source: Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances, 1979,
     equations 2.1.
     """
-    dtype = jnp.promote_types(mean.hi.dtype, other_mean.hi.dtype)
+    dtype = wider(mean.hi.dtype, other_mean.hi.dtype)
     count, mean, m2 = (as_pair(pair, dtype) for pair in (count, mean, m2))
     other_count, other_mean, other_m2 = (as_pair(pair, dtype) for pair in (other_count, other_mean, other_m2))
     total = add(count, other_count)
@@ -334,7 +335,7 @@ def unmasked(values: jax.Array, weights: jax.Array | None) -> jax.Array:
 
 def compute_dtype(x: jax.Array) -> jnp.dtype:
     """Return the dtype to compute in: float16 and bfloat16 are computed in float32."""
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return wider(x.dtype, jnp.float32)
 
 
 def divisor(count: Pair) -> Pair:

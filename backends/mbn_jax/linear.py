@@ -16,7 +16,7 @@ from jax.interpreters import ad
 
 from mbn_jax.channels import column
 from mbn_jax.forms import GPU, HOST, Form
-from mbn_jax.maps import Arrays, Levels, Map, vectorised
+from mbn_jax.maps import Arrays, Levels, Map, result_type, vectorised
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -58,10 +58,10 @@ class LinearMap(Map):
         arrays, _ = tree.unflatten(operands)
         batch, dtype = operands[0].shape[:depth], operands[0].dtype
         shapes = self._shapes([array.shape[depth:] for array in arrays], shape)
-        return [jax.core.ShapedArray((*batch, *result), dtype) for result in shapes]
+        return [result_type(operands, (*batch, *result), dtype) for result in shapes]
 
     def _jvp(self, primals: Arrays, tangents: Sequence[Any], **parameters: Any) -> tuple[Any, Any]:
-        bind = partial(self.primitive.bind, **parameters)
+        bind = partial(self.bind, **parameters)
         tree, levels = parameters["tree"], parameters["levels"]
         count = len(tree.unflatten(primals)[0])
         has_tangent = [not isinstance(tangent, ad.Zero) for tangent in tangents]
@@ -89,7 +89,7 @@ class LinearMap(Map):
         count = len(arrays)
         leaves, tree = jax.tree.flatten((cotangents, residuals))
         levels = tuple((True,) * len(cotangents) + level[count:] for level in levels)
-        results = self.transpose.primitive.bind(*leaves, tree=tree, levels=levels, **parameters)
+        results = self.transpose.bind(*leaves, tree=tree, levels=levels, **parameters)
         # An array that is not asked for is a zero that JAX has written out.
         asked = (ad.is_undefined_primal(array) for array in arrays)
         results = [result if is_asked else None for result, is_asked in zip(results, asked, strict=True)]

@@ -4,14 +4,17 @@ They must compute in float64 where they have to, though JAX has no 64-bit number
 user's: a primitive is lowered with them, whatever else is. And they must compose with vmap, as often as it is applied.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
 
 try:
     from jax import enable_x64
@@ -20,6 +23,14 @@ except ImportError:  # JAX 0.7
 
 Arrays: TypeAlias = Sequence[jax.Array]
 Levels: TypeAlias = tuple[tuple[bool, ...], ...]
+
+
+@contextmanager
+def usual_rules() -> Iterator[None]:
+    """Trace as functions of maps are written: with 64-bit numbers, and promoting as JAX does unless it is told."""
+    rank, dtype = jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard")
+    with enable_x64(True), rank, dtype:  # noqa: FBT003 - its only argument
+        yield
 
 
 class Map:
@@ -51,7 +62,11 @@ class Map:
     def __call__(self, *arguments: Any, **settings: Any) -> list[jax.Array]:
         """Apply the map."""
         leaves, tree = jax.tree.flatten(arguments)
-        return self.primitive.bind(*leaves, tree=tree, levels=(), **settings)
+        return self.bind(*leaves, tree=tree, levels=(), **settings)
+
+    def bind(self, *operands: Any, **parameters: Any) -> list[jax.Array]:
+        """Bind the primitive, as JAX binds its own."""
+        return self.primitive.bind(*varying_alike(operands), **parameters)
 
     # The parameters of the primitive: the tree that its operands are the leaves of; the levels of vmap, the outermost
     # first; and the settings. At each level the results have one more axis in front; so do those operands that the
@@ -63,15 +78,16 @@ class Map:
         return vectorised(lambda *leaves: function(*tree.unflatten(leaves), **settings), levels)(*operands)
 
     def _run(self, *operands: Any, **parameters: Any) -> list[jax.Array]:
-        return _compiled(self.primitive, *operands, **parameters)
+        with jax.disable_jit(False):  # noqa: FBT003 - its only argument; a primitive runs compiled or not at all
+            return _compiled(self.primitive, *operands, **parameters)
 
     def _abstract_eval(self, *operands: Any, **parameters: Any) -> list[Any]:
-        with enable_x64(True):  # noqa: FBT003 - its only argument
+        with usual_rules():
             results = jax.eval_shape(partial(self._apply, self._function, **parameters), *operands)
-        return [jax.core.ShapedArray(result.shape, result.dtype) for result in results]
+        return [result_type(operands, result.shape, result.dtype) for result in results]
 
     def _lower(self, function: Callable[..., Any], context: Any, *operands: Any, **parameters: Any) -> Any:
-        with enable_x64(True):  # noqa: FBT003 - its only argument
+        with usual_rules():
             apply = partial(self._apply, function)
             return mlir.lower_fun(apply, multiple_results=True)(context, *operands, **parameters)
 
@@ -83,13 +99,45 @@ class Map:
             for operand, axis in zip(operands, axes, strict=True)
         ]
         level = tuple(axis is not None for axis in axes)
-        results = self.primitive.bind(*in_front, levels=(level, *levels), **parameters)
+        results = self.bind(*in_front, levels=(level, *levels), **parameters)
         return results, [0] * len(results)
 
 
 @partial(jax.jit, static_argnums=0, static_argnames=("tree", "levels", "shape", "correction"))
 def _compiled(primitive: Primitive, *operands: Any, **parameters: Any) -> list[jax.Array]:
     return primitive.bind(*operands, **parameters)
+
+
+def varying_alike(operands: Sequence[Any]) -> list[Any]:
+    """Return operands that all vary over the devices of a ``shard_map`` that one of them varies over.
+
+    What JAX's own operations do with theirs: then so do results; and what varies less is given a sum over devices for
+    its gradient.
+    """
+    own = [_manual_axes(jax.typeof(operand)) for operand in operands]
+    every = frozenset[Any]().union(*own)
+    return [
+        operand if axes == every else _vary(operand, tuple(every - axes))
+        for operand, axes in zip(operands, own, strict=True)
+    ]
+
+
+def _manual_axes(kind: Any) -> frozenset[Any]:
+    """Return the axes of devices that an array of a type varies over."""
+    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying  # until JAX 0.9, and from then on
+
+
+def _vary(operand: Any, axes: tuple[Any, ...]) -> jax.Array:
+    if hasattr(lax, "pcast"):
+        return lax.pcast(operand, axes, to="varying")
+    return lax.pvary(operand, axes)  # until JAX 0.8
+
+
+def result_type(operands: Sequence[Any], shape: tuple[int, ...], dtype: Any) -> Any:
+    """Return the type of a result that lies and varies as the operands do, given their types."""
+    kind = max(operands, key=lambda operand: not operand.sharding.mesh.empty)
+    sharding = NamedSharding(kind.sharding.mesh, PartitionSpec(*(None,) * len(shape)))
+    return kind.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
 
 
 def vectorised(function: Callable[..., Any], levels: Levels) -> Callable[..., Any]:

@@ -31,6 +31,11 @@ def widest_dtype() -> np.dtype:
     return jax.dtypes.canonicalize_dtype(np.float64)
 
 
+def wider(dtype: np.dtype, other: np.dtype) -> np.dtype:
+    """Return the wider of two floating dtypes; no promotion, which may be switched off."""
+    return max(np.dtype(dtype), np.dtype(other), key=lambda either: either.itemsize)
+
+
 def number(value: float) -> Pair:
     """Return a Python number as a pair on the host, to be an argument of compiled code: a new one compiles nothing new.
 
@@ -48,7 +53,7 @@ def as_pair(value: Statistic | float, dtype: np.dtype) -> Pair:
     if isinstance(value, float):
         # Behind a barrier it is no constant to XLA, which takes (x + 1) - 1 for x.
         return as_pair(Pair(*lax.optimization_barrier(number(value))), dtype)
-    value = value.astype(jnp.promote_types(value.dtype, dtype))
+    value = value.astype(wider(value.dtype, dtype))
     if value.dtype == dtype:
         return Pair(value, jnp.zeros_like(value))
     # XLA takes a conversion there and back for nothing, so the rounding has to be asked for.

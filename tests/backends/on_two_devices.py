@@ -1,0 +1,89 @@
+"""Tests of JAX with two devices, which test_mbn_jax_devices.py runs in a process that has them."""
+
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+from jax_samples import assert_same, jax, jnp, new_layer, new_state
+
+from mbn.state import Params, State
+
+SHARDED, SAME = PartitionSpec("data"), PartitionSpec()
+LAYER = new_layer()
+
+PLACES = {
+    "(N, C)": {},
+    "(N, C, L)": {},
+    "mask": {"mask": np.arange(40).reshape(8, 5) % 3 > 0},
+    "lengths": {"lengths": np.arange(8) % 6},
+    "sample_weight": {"sample_weight": np.arange(8, dtype=np.float32)},
+}
+
+
+def sample(places):
+    shape = (8, 3) if places == "(N, C)" else (8, 3, 5)
+    given = PLACES[places]
+    return [
+        jnp.asarray(value) for value in (np.random.default_rng(0).standard_normal(shape, np.float32), *given.values())
+    ]
+
+
+def loss(params, x, *values, places, training):
+    y, state = LAYER.apply(params, new_state(3), x, training=training, **dict(zip(PLACES[places], values, strict=True)))
+    return jnp.sum(y**3), state
+
+
+def over_shards(function, out_specs, arguments):
+    """Return what a function gives for each half of all arguments but the first, as a shard_map has it."""
+    in_specs = SAME, *(SHARDED,) * (len(arguments) - 1)
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs))(*arguments)
+
+
+def halves(function, arguments):
+    params, *rest = arguments
+    return [function(params, *(value[half] for value in rest)) for half in (slice(0, 4), slice(4, 8))]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("places", PLACES)
+class TestShardMap:
+    def given(self, places):
+        return Params(jnp.asarray([1.0, 2, 3]), jnp.ones(3)), *sample(places)
+
+    def test_gradients_of_what_varies_and_of_what_does_not(self, places, training):
+        def function(*given):
+            return jax.grad(lambda *given: loss(*given, places=places, training=training)[0], (0, 1))(*given)
+
+        (params, x), given = (SAME, SHARDED), self.given(places)
+        params, x = over_shards(function, (params, x), given)
+        (first, first_x), (second, second_x) = halves(function, given)
+        assert_same(params, jax.tree.map(jnp.add, first, second), 1e-4)
+        assert_same(x, jnp.concatenate([first_x, second_x]), 1e-4)
+
+    def test_second_derivatives(self, places, training):
+        def slope(*given):
+            return jnp.sum(jax.grad(lambda *given: loss(*given, places=places, training=training)[0], 1)(*given) ** 2)
+
+        function, given = jax.grad(slope, 1), self.given(places)
+        assert_same(over_shards(function, SHARDED, given), jnp.concatenate(halves(function, given)), 1e-3)
+
+    def test_directional_derivatives(self, places, training):
+        def function(params, x, *values):
+            return jax.jvp(lambda x: loss(params, x, *values, places=places, training=training)[0], (x,), (x,))[1][None]
+
+        given = self.given(places)
+        assert_same(over_shards(function, SHARDED, given), jnp.concatenate(halves(function, given)), 1e-4)
+
+    def test_state_varies_where_the_batch_does(self, places, training):
+        def function(*given):
+            return loss(*given, places=places, training=training)[1]
+
+        given = self.given(places)
+        if not training:
+            return assert_same(over_shards(function, SAME, given), new_state(3))
+        with pytest.raises(ValueError, match="out_specs"):
+            over_shards(function, SAME, given)
+        state = over_shards(function, State(SHARDED, SHARDED, SAME), given)
+        first, second = halves(function, given)
+        assert_same(state[:2], jax.tree.map(lambda *both: jnp.concatenate(both), first[:2], second[:2]), 1e-6)
+        return None
