@@ -78,6 +78,14 @@ def correction(value: Any) -> int:
     return int(value)
 
 
+def flag(name: str, value: Any, error: type[Exception] = TypeError) -> bool:
+    """Return True or False, Python's or NumPy's: of anything else, which of them it means is a guess."""
+    if not isinstance(value, bool | np.bool_):
+        message = f"{name} is True or False, not {value!r}."
+        raise error(message)
+    return bool(value)
+
+
 def statistics_dtype(value: Any) -> str:
     """Return the name of the dtype of parameters and statistics: float32 (also for None) or float64."""
     name = "float32" if value is None else dtype_name(value)

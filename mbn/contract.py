@@ -8,14 +8,17 @@ the values of mbn.state and the number of mbn.threads.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
+from typing import Any, ClassVar, NamedTuple, Self, TypeAlias, TypeVar
 
 import numpy as np
 
 from mbn.state import Params, State
+from mbn.threads import Exclusive
 
 Array: TypeAlias = Any
 """An array of some framework; only the backend that owns it knows more."""
+
+Arrays = TypeVar("Arrays", bound=tuple[Array | None, ...])
 
 _DTYPE_NAMES: dict[tuple[type, Hashable], str] = {}
 
@@ -122,7 +125,7 @@ class Backend(ABC):
 
     Every verb takes and returns the framework's own arrays, except at the border (``asarray``, ``to_numpy``). ``x`` has
     shape (N, C) or (N, C, L), holds at least one value, and has been checked: a backend validates nothing. Vectors are
-    (C,) in the layer's dtype, float32 or float64. No verb writes to its arguments, with one exception, ``parameter``.
+    (C,) in the layer's dtype, float32 or float64. No verb writes to its arguments, with one exception, ``write``.
 
     ``weights`` say how often each value counts, in every channel alike: (N,) for an x of (N, C) and (N, L) for one of
     (N, C, L), in the layer's dtype, at least 0; or None, where each counts once. A value of weight 0 is no value: it
@@ -430,8 +433,7 @@ class Backend(ABC):
     def parameter(self, value: Array, current: Array | None) -> Array:  # noqa: ARG002 - for those who need it
         """Return an array that the framework's optimizers can train, with the values of ``value``, a layer's own.
 
-        ``current`` is the parameter that it takes the place of. An optimizer may hold it: where it can be written to
-        and has the same shape, dtype and device, it is written to and returned.
+        ``current`` is the parameter that it takes the place of; ``write`` decides whether that stays.
         """
         return value
 
@@ -445,13 +447,18 @@ class Backend(ABC):
         """
         return True
 
-    def write(self, before: State, after: State) -> State:  # noqa: ARG002 - for those who need it
-        """Return what a layer is to hold whose statistics are shared with a module that ``module`` made: ``after``.
+    def write(self, before: Arrays, after: Arrays) -> Arrays:  # noqa: ARG002 - for those who need it
+        """Return what a layer is to hold in the place of ``before``, where somebody else holds that too: ``after``.
 
-        Where arrays can be written to, and those of ``before`` have the same shapes, dtypes and device, these are
-        written to and returned, all or none of them.
+        ``before`` are parameters, which optimizers may train, or statistics that are shared with a module that
+        ``module`` made, or both. Where arrays can be written to, and those that differ have the same shapes, dtypes and
+        device, they are written to, all or none of them even if interrupted, and ``before`` is returned.
         """
         return after
+
+    def writing(self) -> AbstractContextManager[Any]:
+        """Return a context in which no other thread is in one: what ``write`` writes to is seen before or after."""
+        return Exclusive()
 
     def module(self, layer: Any, adopt: Callable[[Params, State], None]) -> Any:  # noqa: ARG002
         """Return a module of the framework's own kind that does what the layer does (``modules``).

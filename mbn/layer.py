@@ -18,7 +18,7 @@ from mbn.masking import Masking
 from mbn.portable import Portable
 from mbn.pullback import Pullback
 from mbn.state import Params, Settings, State, versioned
-from mbn.storage import Storage
+from mbn.storage import Fixed, Storage
 
 
 class BatchNorm1d(Storage):
@@ -77,10 +77,10 @@ class BatchNorm1d(Storage):
             axis=checks.axis(axis),
             correction=checks.correction(correction),
         )
-        self.affine = bool(affine)
-        self.track_running_stats = bool(track_running_stats)
-        self.training = True
-        self._has_bias = bool(bias)
+        self._affine = checks.flag("affine", affine)
+        self._track_running_stats = checks.flag("track_running_stats", track_running_stats)
+        self._training = True
+        self._has_bias = checks.flag("bias", bias)
         self._frozen = False
         self._is_shared = False
         self._params = Params(None, None)
@@ -111,15 +111,25 @@ class BatchNorm1d(Storage):
     def momentum(self, value: float | None) -> None:
         self._settings = self._settings._replace(momentum=checks.momentum(value))
 
-    @property
-    def axis(self) -> int:
-        """The axis of the channels, 1 or -1."""
-        return self._settings.axis
+    axis = Fixed[int](
+        lambda layer: layer._settings.axis,
+        "The axis of the channels, 1 or -1.",
+        "Make another layer, BatchNorm1d(..., axis=...), and load_state_dict(bn.state_dict())",
+    )
+    correction = Fixed[int](
+        lambda layer: layer._settings.correction,
+        "What running_var takes off the number of values, 1 or 0.",
+        "Make another layer, BatchNorm1d(..., correction=...), and load_state_dict(bn.state_dict())",
+    )
 
     @property
-    def correction(self) -> int:
-        """What running_var takes off the number of values, 1 or 0."""
-        return self._settings.correction
+    def training(self) -> bool:
+        """The mode: True in training, False in evaluation."""
+        return self._training
+
+    @training.setter
+    def training(self, value: bool) -> None:
+        self._training = checks.flag("training", value)
 
     def __call__(self, x: Any, *, mask: Any = None, lengths: Any = None, sample_weight: Any = None) -> Array:
         """Normalise ``x``; in training, update the running statistics.
@@ -202,7 +212,7 @@ class BatchNorm1d(Storage):
         if not self._is_bound or settings.num_features is None:
             return self._first_run(run, x, masking)
         x = received(backend, "x", x, settings.dtype, self._device)
-        training = self._uses_batch(before, self.training)
+        training = self._uses_batch(before, self._training)
         result, after = run(backend, x, self._params, before, settings, training=training, masking=masking)
         if after is not before and backend.stores(before, after):
             self._state = backend.write(before, after) if self._is_shared else after
@@ -220,10 +230,7 @@ class BatchNorm1d(Storage):
 
     def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002 - torch's signature
         """Switch to training, or to evaluation with ``mode=False``; return the layer."""
-        if not isinstance(mode, bool):
-            message = f"mode is True or False, not {mode!r}."
-            raise ValueError(message)  # noqa: TRY004 - as torch
-        self.training = mode
+        self._training = checks.flag("mode", mode, ValueError)  # which torch raises
         return self
 
     def eval(self) -> Self:
@@ -271,8 +278,8 @@ class BatchNorm1d(Storage):
                 population.add(layer._backend, x, layer._settings)
                 del batch, x  # before the next one is made
         entries = population.statistics(layer._backend, layer._settings, layer._device)
-        layer._store({**entries, "num_batches_tracked": layer._own("num_batches_tracked", population.num_batches)})
-        self.__dict__.update(layer.__dict__)
+        count = layer._own("num_batches_tracked", population.num_batches)
+        self._become(layer, {**entries, "num_batches_tracked": count})
         return self
 
     def fold(self) -> tuple[Array, Array]:

@@ -1,15 +1,16 @@
 """What a layer holds, and where: its arrays, the backend and device that they are on, and how they travel.
 
-A load or move that fails must leave everything as it was, and two threads must never see half an update. Both follow
-from one rule: whatever is new is made completely first and stored in one assignment. Only what is shared with a module
-of a framework is written to, since the module has to see it.
+A load or move that fails or is interrupted must leave everything as it was, and two threads must never see half an
+update. Both follow from one rule: whatever is new is made completely first and stored in one assignment. Only what
+somebody else holds is written to, since that one has to see it: parameters that a framework's optimizers train, and the
+statistics that are shared with a module. They are written to all at once, and back if anything fails.
 """
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from operator import is_
-from typing import Any, Self
+from typing import Any, Generic, NoReturn, Self, TypeVar, overload
 
 import numpy as np
 
@@ -20,6 +21,30 @@ from mbn.state import IncompatibleKeys, Params, Settings, State, compare_keys, t
 
 _introduced: set[tuple[type, str]] = set()
 """The classes of layers, and the names of the backends that know of them."""
+
+
+T = TypeVar("T")
+
+
+class Fixed(Generic[T]):
+    """Something that a layer is made with, as an attribute: it can be read, and setting it says what to do instead."""
+
+    def __init__(self, read: Callable[[Any], T], doc: str, instead: str) -> None:
+        self._read, self._instead, self.__doc__ = read, instead, doc
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, layer: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, layer: object, owner: type) -> T: ...
+    def __get__(self, layer: Any, owner: type) -> Any:
+        return self if layer is None else self._read(layer)
+
+    def __set__(self, layer: object, value: Any) -> NoReturn:
+        message = f"{self._name} of a layer can't be set. {self._instead}."
+        raise AttributeError(message)
 
 
 class _Entry:
@@ -54,9 +79,54 @@ class Storage:
     running_var = _Entry("The running variance, (C,), or None. Set it to an array or to one number for all channels.")
     num_batches_tracked = _Entry("The number of batches trained on, an integer scalar, or None. Settable.")
 
+    num_features = Fixed[int | None](
+        lambda layer: layer._settings.num_features,
+        "The number of channels, or None while the first input has yet to tell.",
+        "Make another layer: BatchNorm1d(num_features)",
+    )
+    dtype = Fixed[str](
+        lambda layer: layer._settings.dtype,
+        "The name of the dtype of parameters and statistics: float32 or float64.",
+        "Move the layer: bn.to(dtype=...)",
+    )
+    device = Fixed[Any](
+        lambda layer: layer._device,
+        "Where parameters and statistics are, in the backend's words, or None where that binds nobody.",
+        "Move the layer: bn.to(device=...)",
+    )
+    backend = Fixed[str | None](
+        lambda layer: layer._backend.name if layer._is_bound else None,
+        "The name of the backend, or None while the first input has yet to choose it.",
+        "Move the layer: bn.to(backend=...)",
+    )
+    params = Fixed[Params](
+        lambda layer: layer._channels() and layer._params,
+        "Weight and bias, for :meth:`apply`.",
+        "Set its weight and bias, or load_state_dict()",
+    )
+    state = Fixed[State](
+        lambda layer: layer._channels() and layer._state,
+        "The running statistics and the count of batches, for :meth:`apply`.",
+        "Set its running_mean, running_var and num_batches_tracked, or load_state_dict()",
+    )
+    affine = Fixed[bool](
+        lambda layer: layer._affine,
+        "Whether there is a weight.",
+        "Make another layer, BatchNorm1d(..., affine=...), and load what fits: "
+        "load_state_dict(bn.state_dict(), strict=False)",
+    )
+    track_running_stats = Fixed[bool](
+        lambda layer: layer._track_running_stats,
+        "Whether there are running statistics.",
+        "freeze() keeps the running statistics as they are, and train() normalises by those of each batch; to be "
+        "without them, make another layer, BatchNorm1d(..., track_running_stats=False), and load what fits: "
+        "load_state_dict(bn.state_dict(), strict=False)",
+    )
+
     _settings: Settings
-    affine: bool
-    track_running_stats: bool
+    _affine: bool
+    _track_running_stats: bool
+    _training: bool
     _has_bias: bool
     _params: Params
     _state: State
@@ -66,28 +136,6 @@ class Storage:
     """Whether a module shares the statistics, which are then written to in place."""
     _backend: Backend
     _device: Any
-
-    @property
-    def num_features(self) -> int | None:
-        """The number of channels, or None while the first input has yet to tell."""
-        return self._settings.num_features
-
-    @property
-    def backend(self) -> str | None:
-        """The name of the backend, or None while the first input has yet to choose it."""
-        return self._backend.name if self._is_bound else None
-
-    @property
-    def params(self) -> Params:
-        """Weight and bias, for :meth:`apply`."""
-        self._channels()
-        return self._params
-
-    @property
-    def state(self) -> State:
-        """The running statistics and the count of batches, for :meth:`apply`."""
-        self._channels()
-        return self._state
 
     def parameters(self) -> Iterator[Array]:
         """Iterate over the weight and the bias, as far as there are any."""
@@ -100,19 +148,20 @@ class Storage:
             parameters["weight"] = self._own("weight", np.ones(self._channels()))
         if self.affine and self._has_bias:
             parameters["bias"] = self._own("bias", np.zeros(self._channels()))
-        self._store(parameters)
-        self.reset_running_stats()
+        self._store({**parameters, **self._initial_statistics()})
 
     def reset_running_stats(self) -> None:
         """Set the running mean to 0, the running variance to 1 and the count of batches to 0."""
-        if self.track_running_stats:
-            self._store(
-                {
-                    "running_mean": self._own("running_mean", np.zeros(self._channels())),
-                    "running_var": self._own("running_var", np.ones(self._channels())),
-                    "num_batches_tracked": self._own("num_batches_tracked", 0),
-                }
-            )
+        self._store(self._initial_statistics())
+
+    def _initial_statistics(self) -> dict[str, Array]:
+        if not self.track_running_stats:
+            return {}
+        return {
+            "running_mean": self._own("running_mean", np.zeros(self._channels())),
+            "running_var": self._own("running_var", np.ones(self._channels())),
+            "num_batches_tracked": self._own("num_batches_tracked", 0),
+        }
 
     def state_dict(self, *, backend: str | Backend | None = None) -> OrderedDict[str, Array]:
         """Return copies of the parameters and statistics under torch's keys, in torch's order and with its version.
@@ -123,7 +172,11 @@ class Storage:
         Raises:
             BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
         """
-        entries = {key: self._backend.copy(value) for key, value in to_dict(self.params, self.state).items()}
+        self._channels()
+        with self._backend.writing():
+            held = vars(self).copy()  # as the layer is at one moment, whatever other threads do to it
+            arrays = to_dict(held["_params"], held["_state"])
+            entries = {key: held["_backend"].copy(value) for key, value in arrays.items()}
         if backend is not None:
             entries = {key: asarray(value, backend=backend) for key, value in entries.items()}
         return versioned(entries)
@@ -153,8 +206,7 @@ class Storage:
             trial._learn_features(shapes[0][0])
         expected = to_dict(trial.params, trial.state)
         incompatible = compare_keys(expected, state_dict, strict=strict)
-        trial._store({key: trial._own(key, state_dict[key]) for key in expected if key in state_dict})
-        self.__dict__.update(trial.__dict__)
+        self._become(trial, {key: trial._own(key, state_dict[key]) for key in expected if key in state_dict})
         return incompatible
 
     def to(self, *, backend: str | Backend | None = None, device: Any = None, dtype: Any = None) -> Self:
@@ -182,7 +234,7 @@ class Storage:
             trial._own_all()
         arrays, before = (*trial._params, *trial._state), (*self._params, *self._state)
         trial._is_shared = self._is_shared and all(map(is_, arrays, before))
-        self.__dict__.update(trial.__dict__)
+        self._become(trial)
         return self
 
     def _device_on(self, target: Backend) -> Any:
@@ -227,27 +279,53 @@ class Storage:
         )
 
     def _store(self, entries: Mapping[str, Array]) -> None:
+        """Hold these arrays in the places of others, all of them or, if that fails, none."""
+        if entries.keys().isdisjoint(Params._fields):
+            state = self._state._replace(**entries)
+            self._state = self._backend.write(self._state, state) if self._is_shared else state
+        else:
+            self._become(self, entries)
+
+    def _become(self, trial: "Storage", entries: Mapping[str, Array] | None = None) -> None:
+        """Be what ``trial`` is, this layer or a copy of it, with these arrays in the places of others: wholly or not.
+
+        Whether it trains, ``eps`` and ``momentum`` stay, which others may have set since the copy was made.
+        """
+        entries, backend = entries or {}, trial._backend
+        params, state = trial._params, trial._state
         parameters = {
-            key: self._backend.parameter(entries[key], current)
-            for key, current in self._params._asdict().items()
-            if key in entries
+            key: backend.parameter(entries[key], current) for key, current in params._asdict().items() if key in entries
         }
         for parameter in parameters.values():
             registry.owner_of(parameter)  # Torch has a class for them, and a compiler could not look it up in a call
-        state = self._state._replace(**{key: entries[key] for key in State._fields if key in entries})
-        self._params = self._params._replace(**parameters)
-        self._state = self._backend.write(self._state, state) if self._is_shared else state
+        statistics = {key: entries[key] for key in State._fields if key in entries}
+        after = *params._replace(**parameters), *state._replace(**statistics)
+        before = *params, *(state if trial._is_shared else after[len(params) :])
+        settings = trial._settings._replace(eps=self._settings.eps, momentum=self._settings.momentum)
+        new = {key: vars(trial)[key] for key in ("_backend", "_is_bound", "_device", "_is_shared")}
+        with backend.writing():
+            old = {key: vars(self)[key] for key in (*new, "_settings", "_params", "_state")}
+            kept = tuple(backend.copy(array) if backend.owns(array) else array for array in before)
+            try:
+                held = backend.write(before, after)
+                params, state = Params(*held[: len(params)]), State(*held[len(params) :])
+                self.__dict__.update(new, _settings=settings, _params=params, _state=state)
+            except BaseException:  # an interrupt too
+                backend.write(before, kept)
+                self.__dict__.update(old)
+                raise
 
     def _adopt(self, params: Params, state: State) -> None:
         """Hold these very arrays, of whatever device and dtype, if the layer still shares its arrays."""
         if not self._is_shared:
             return
+        new = {"_params": params, "_state": state}
         arrays = to_dict(params, state)
         if arrays:
             first = next(iter(arrays.values()))
-            self._settings = self._settings._replace(dtype=dtype_name(first.dtype))
-            self._device = self._backend.device(first)
-        self._params, self._state = params, state
+            new["_settings"] = self._settings._replace(dtype=dtype_name(first.dtype))
+            new["_device"] = self._backend.device(first)
+        self.__dict__.update(new)
 
     def _introduce(self) -> None:
         """Look up now what a compiler could not look up in a call; tell the backend of this class, once."""
@@ -273,6 +351,10 @@ class Storage:
         layer._params, layer._state = arrays
         layer._is_shared = False
         return layer
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is to be pickled or copied: the layer as it is at one moment."""
+        return vars(self).copy()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what was pickled or copied, in what may be another process."""

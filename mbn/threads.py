@@ -1,9 +1,10 @@
-"""How many threads mbn's own kernels may use.
+"""How many threads mbn's own kernels may use, and how two threads keep out of each other's way.
 
-It is one number for the process, which no framework's configuration depends on and which changes no bit of any result.
+The number is one for the process, which no framework's configuration depends on and which changes no bit of any result.
 """
 
 import os
+import threading
 from typing import Any
 
 ENVIRONMENT_VARIABLE = "MBN_NUM_THREADS"
@@ -68,3 +69,22 @@ def _checked(name: str, number: int, given: Any = None) -> int:
         message = f"{name} is a number of threads, at least 1, not {number if given is None else repr(given)}."
         raise ValueError(message)
     return min(number, num_processors())
+
+
+class Exclusive:
+    """A context in which one thread is at a time, for as long as a few vectors take to copy.
+
+    An interrupt between two steps of leaving it, or a fork, may leave the lock taken with nobody inside. So whoever
+    waits for long takes a new one.
+    """
+
+    _lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._taken = Exclusive._lock
+        if not self._taken.acquire(timeout=1):
+            Exclusive._lock = self._taken = threading.RLock()
+            self._taken.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._taken.release()

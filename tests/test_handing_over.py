@@ -55,8 +55,8 @@ class Remote(Toy):
     def within(self, values: Array, low: float, high: float) -> bool:
         return super().within(values.host, low, high)
 
-    def parameter(self, value: Array, current: Array | None) -> Array:  # noqa: ARG002
-        return value
+    def write(self, before: Any, after: Any) -> Any:  # noqa: ARG002
+        return after
 
     def from_dlpack(self, x: Any) -> Array:
         if self.refuses(x):

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -165,3 +166,51 @@ def test_nested_foreign_state_is_taken_by_a_load_alone() -> None:
     bn = mbn.BatchNorm1d(4, backend="numpy")
     with pytest.raises(TypeError, match="weight is an array of torch"):
         bn.apply(bn.params._replace(weight=torch.ones(4)), bn.state, X, training=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "instead"),
+    [
+        ("affine", False, r"BatchNorm1d\(..., affine=...\)"),
+        ("track_running_stats", False, r"freeze\(\)"),
+        ("num_features", 5, r"BatchNorm1d\(num_features\)"),
+        ("axis", -1, r"BatchNorm1d\(..., axis=...\)"),
+        ("correction", 0, r"BatchNorm1d\(..., correction=...\)"),
+        ("dtype", "float64", r"to\(dtype=...\)"),
+        ("device", "cpu", r"to\(device=...\)"),
+        ("backend", "torch", r"to\(backend=...\)"),
+        ("params", None, "load_state_dict"),
+        ("state", None, "load_state_dict"),
+    ],
+)
+@pytest.mark.parametrize("backend", [None, "numpy", "torch"])
+def test_what_a_layer_is_made_with_cannot_be_set(name: str, value: object, instead: str, backend: str | None) -> None:
+    bn = configured(mbn.BatchNorm1d(4, backend=backend), seed=6)
+    before, text = getattr(bn, name), repr(bn)
+    with pytest.raises(AttributeError, match=f"{name} of a layer can't be set.*{instead}"):
+        setattr(bn, name, value)
+    assert getattr(bn, name) is before or getattr(bn, name) == before
+    assert repr(bn) == text
+
+
+def test_a_layer_tells_its_dtype_and_device() -> None:
+    bn = mbn.BatchNorm1d(4, backend="torch", dtype="float64")
+    assert (bn.dtype, bn.device) == ("float64", torch.device("cpu"))
+    assert mbn.BatchNorm1d(4, device="cpu").device == "cpu"
+
+
+@pytest.mark.parametrize("name", ["affine", "track_running_stats", "bias"])
+@pytest.mark.parametrize("value", ["no", 1, None, np.zeros(2, bool)])
+def test_flags_are_true_or_false(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"{name} is True or False"):
+        mbn.BatchNorm1d(4, **{name: value})
+    assert mbn.BatchNorm1d(4, **{name: np.True_}).affine is True
+
+
+def test_mode_is_true_or_false() -> None:
+    bn = mbn.BatchNorm1d(4)
+    with pytest.raises(TypeError, match="training is True or False, not 'no'"):
+        bn.training = "no"  # type: ignore[assignment]
+    assert bn.training is True
+    bn.training = False
+    assert bn.training is False

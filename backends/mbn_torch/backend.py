@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from itertools import chain
 from types import ModuleType
@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from mbn.contract import Backend, Capabilities, Moments, Residuals, dtype_name
+from mbn.contract import Arrays, Backend, Capabilities, Moments, Residuals, dtype_name
 from mbn.state import Params, State
 from mbn_torch import autograd, formulas, host, kernels, masks, overlaps, routes, vectors
 from mbn_torch.module import BatchNorm1d
@@ -216,9 +216,6 @@ class TorchBackend(Backend):
         return autograd.pullback(dy, x, weight, residuals, eps, weights)
 
     def parameter(self, value: torch.Tensor, current: torch.Tensor | None) -> torch.Tensor:
-        if isinstance(current, torch.Tensor) and _is_alike(value, current):
-            with torch.no_grad():
-                return current.copy_(value)
         with torch.inference_mode(mode=False):  # what is made within could never be trained
             return torch.nn.Parameter(value.detach().clone(), requires_grad=getattr(current, "requires_grad", True))
 
@@ -238,7 +235,7 @@ class TorchBackend(Backend):
             raise RuntimeError(_NOT_REGISTERED)
         return not is_backward()
 
-    def write(self, before: State, after: State) -> State:
+    def write(self, before: Arrays, after: Arrays) -> Arrays:
         pairs = [(old, new) for old, new in zip(before, after, strict=True) if old is not new]
         if not all(isinstance(old, torch.Tensor) and _is_alike(new, old) for old, new in pairs):
             return after
@@ -251,8 +248,12 @@ class TorchBackend(Backend):
                 for old, new in pairs:
                     old.copy_(new)
             elif pairs:  # in one call, which no interrupt splits
-                torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+                with self.writing():
+                    torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
         return before
+
+    def writing(self) -> AbstractContextManager[Any]:
+        return nullcontext() if torch.compiler.is_compiling() else super().writing()
 
     def module(self, layer: Any, adopt: Callable[[Params, State], None]) -> BatchNorm1d:
         return BatchNorm1d(self, layer, adopt)

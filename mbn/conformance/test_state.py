@@ -2,9 +2,14 @@
 
 import copy
 import pickle
+import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -233,6 +238,104 @@ def test_reset_parameters(target: Target) -> None:
     bn = configured(target.layer(4), seed=5)
     bn.reset_parameters()
     assert_same(target.snapshot(target.layer(4)), target.snapshot(bn))
+
+
+CHANGES: dict[str, Callable[[Target, mbn.BatchNorm1d], object]] = {
+    "reset_parameters": lambda _, bn: bn.reset_parameters(),
+    "reset_running_stats": lambda _, bn: bn.reset_running_stats(),
+    "load_state_dict": lambda target, bn: bn.load_state_dict(target.snapshot(configured(target.layer(4), seed=9))),
+    "fit": lambda target, bn: bn.fit([target.array(X)], progress=False),
+    "weight": lambda _, bn: setattr(bn, "weight", 5.0),
+    "running_var": lambda _, bn: setattr(bn, "running_var", 5.0),
+    "a call": lambda target, bn: bn(target.array(X)),
+}
+
+
+def interrupted(target: Target, at: int, change: Callable[[], object]) -> int:
+    """Make a change that an interrupt ends before its line number ``at``; return how many lines there were.
+
+    Counted are the lines of a layer and of the backend: all others give values and store none.
+    """
+    names, lines = ("mbn.layer", "mbn.storage", type(target.backend).__module__), 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal lines
+        if frame.f_globals.get("__name__") not in names:
+            return None
+        lines += event == "line"
+        if lines > at:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with suppress(KeyboardInterrupt):
+            change()
+    finally:
+        sys.settrace(before)
+    return lines
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("name", CHANGES)
+def test_an_interrupted_change_is_made_or_not(target: Target, name: str, *, shared: bool) -> None:
+    if shared:
+        target.require("modules")
+
+    def changed(at: int) -> tuple[dict[str, np.ndarray], int]:
+        bn = configured(target.layer(4), seed=8)
+        module = bn.as_module() if shared else None
+        lines = interrupted(target, at, partial(CHANGES[name], target, bn))
+        del module  # which has shared the layer's arrays until now
+        return target.snapshot(bn), lines
+
+    (before, _), (after, lines) = changed(0), changed(sys.maxsize)
+    key = next(key for key, value in before.items() if not np.array_equal(value, after[key]))
+    for at in (*range(1, lines - 30, 25), *range(max(lines - 30, 1), lines)):  # the last ones store something
+        found, _ = changed(at)
+        assert_same(after if np.array_equal(found[key], after[key]) else before, found)
+
+
+def test_a_reader_sees_no_mixture(target: Target) -> None:
+    bn = target.layer(4)
+    entries = [{key: np.full_like(value, k) for key, value in target.snapshot(bn).items()} for k in (1, 2)]
+    bn.load_state_dict(entries[0])
+    done = threading.Event()
+
+    def read() -> set[tuple[float, ...]]:
+        seen = set()
+        while not done.is_set():
+            seen.add(tuple(float(value.reshape(-1)[0]) for value in target.snapshot(bn).values()))
+        return seen
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            reader = pool.submit(read)
+            for k in range(100):
+                bn.load_state_dict(entries[k % 2])
+            done.set()
+            assert reader.result() <= {(1.0,) * 5, (2.0,) * 5}
+    finally:
+        done.set()
+        sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("num_features", [None, 4])
+def test_settings_that_change_during_a_load_stay(target: Target, num_features: int | None) -> None:
+    bn = target.layer(num_features)
+
+    class Entries(dict[str, np.ndarray]):
+        def __getitem__(self, key: str) -> np.ndarray:
+            bn.eval().momentum = 0.5  # as another thread might
+            return super().__getitem__(key)
+
+    entries = target.snapshot(configured(target.layer(4), seed=9))
+    bn.load_state_dict(Entries(entries))
+    assert_same(entries, target.snapshot(bn))
+    assert (bn.training, bn.momentum) == (False, 0.5)
 
 
 def test_evaluation_from_many_threads(target: Target) -> None:

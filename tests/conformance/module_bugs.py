@@ -1,5 +1,7 @@
 """Bugs in the modules that are made of layers."""
 
+from contextlib import nullcontext
+from time import sleep
 from typing import Any
 
 from toy import Toy, ToyModule
@@ -10,6 +12,24 @@ from mbn.contract import Array, Backend
 class StatisticsNotShared(Toy):
     def write(self, before: Any, after: Any) -> Any:  # noqa: ARG002 - the bug
         return after
+
+
+class ParametersWrittenBeforeStatistics(Toy):
+    def parameter(self, value: Array, current: Array | None) -> Array:
+        return value if current is None else super().write((current,), (value,))[0]
+
+
+class WrittenInSteps(Toy):
+    def write(self, before: Any, after: Any) -> Any:
+        sleep(0)
+        return super().write(before, after)
+
+    def copy(self, x: Array) -> Array:
+        sleep(0)
+        return super().copy(x)
+
+    def writing(self) -> Any:
+        return nullcontext()
 
 
 class DeclaresModulesAndHasNone(Toy):
@@ -44,6 +64,8 @@ class Unmasked(ToyModule):
 
 BUGS = [
     (StatisticsNotShared, "test_module_and_layer_share_their_arrays"),
+    (ParametersWrittenBeforeStatistics, "test_an_interrupted_change_is_made_or_not"),
+    (WrittenInSteps, "test_a_reader_sees_no_mixture"),
     (DeclaresModulesAndHasNone, "test_module_does_what_the_layer_does"),
     (ModuleInTrainingForEver, "test_module_does_what_the_layer_does"),
     (ModuleBeginsInTraining, "test_module_begins_in_the_mode_of_the_layer"),

@@ -142,16 +142,18 @@ class Toy(Backend):
         dx = column(invstd if weight is None else invstd * weight, x) * dx
         return like(x, np.where(w, dx, 0))
 
-    def parameter(self, value: Array, current: Array | None) -> Array:
-        if current is None or (value.shape, value.dtype) != (current.shape, current.dtype):
-            return value
-        current[...] = value
-        return current
-
-    def write(self, before: State, after: State) -> State:
-        for old, new in zip(before, after, strict=True):
-            if old is not None:
+    def write(self, before: Any, after: Any) -> Any:
+        pairs = [(old, new) for old, new in zip(before, after, strict=True) if old is not new]
+        if any(old is None or (old.shape, old.dtype) != (new.shape, new.dtype) for old, new in pairs):
+            return after
+        kept = [old.copy() for old, _ in pairs]
+        try:
+            for old, new in pairs:
                 old[...] = new
+        except BaseException:
+            for (old, _), value in zip(pairs, kept, strict=True):
+                old[...] = value
+            raise
         return before
 
     def module(self, layer: Any, adopt: Any) -> Any:
