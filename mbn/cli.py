@@ -14,7 +14,7 @@ from mbn import usage
 from mbn.bench import command as bench
 from mbn.bench.workloads import MODES, PULLBACK
 from mbn.compare import command as compare
-from mbn.registry import BackendNotFoundError
+from mbn.registry import BackendNotFoundError, BackendUnavailableError
 from mbn.usage import DTYPES, UsageError
 
 _COMPARE = """\
@@ -58,8 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except (UsageError, BackendNotFoundError) as error:
-        print(f"mbn {options.command}: {error}", file=sys.stderr)
-        return 2
+        message = str(error)
+    except MemoryError as error:
+        message = f"there is too little memory: {error}"
+    print(f"mbn {options.command}: {' '.join(message.splitlines())}", file=sys.stderr)
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -162,10 +165,17 @@ def _conform(options: argparse.Namespace) -> int:
     if missing:
         message = f"the suite needs {' and '.join(missing)}, not installed here: pip install {' '.join(missing)}."
         raise UsageError(message)
+    (spec,) = usage.backends([usage.on_device(options.name, options.device)])
+    usage.check_files(options.json, options.junit_xml)
     from mbn.conformance import runner  # noqa: PLC0415 - which needs these
+    from mbn.conformance.target import Target  # noqa: PLC0415 - as above
 
-    spec = usage.on_device(options.name, options.device)
-    return runner.run(spec, json=options.json, junit_xml=options.junit_xml, pytest_args=options.pytest_args)
+    try:
+        Target.parse(spec)
+    except (BackendUnavailableError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    code = runner.run(spec, json=options.json, junit_xml=options.junit_xml, pytest_args=options.pytest_args)
+    return 2 if code == runner.UNUSABLE else code
 
 
 def _names(text: str) -> list[str]:

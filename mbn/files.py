@@ -70,7 +70,7 @@ def write(path: str | PathLike[str], portable: Portable) -> None:
         "frozen": portable.frozen,
     }
     described["checksum"] = _checksum(described, entries)
-    _replace(Path(os.path.realpath(Path(path))), save(entries, {KEY: json.dumps(described, sort_keys=True)}))
+    replace(path, save(entries, {KEY: json.dumps(described, sort_keys=True)}))
 
 
 def read(path: str | PathLike[str]) -> Portable:
@@ -182,8 +182,13 @@ def _checksum(described: Mapping[str, Any], entries: Mapping[str, np.ndarray]) -
     return checksum
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file beside the one to be replaced, and give it its name when all of it has reached the disk."""
+def replace(path: str | PathLike[str], data: bytes) -> None:
+    """Write a file beside the one to be replaced, and give it its name when all of it has reached the disk.
+
+    Raises:
+        OSError: it cannot be written; nothing has changed.
+    """
+    path = Path(os.path.realpath(Path(path)))
     mode = _mode(path)
     _clear_up(path)
     with _beside(path, mode) as (beside, file):
@@ -197,6 +202,19 @@ def _replace(path: Path, data: bytes) -> None:
         beside.replace(path)
     with contextlib.suppress(OSError):  # not every system opens folders, and the file is there in any case
         _sync_folder(path.parent)
+
+
+def check_replaceable(path: str | PathLike[str], size: int) -> None:
+    """See whether a file of so many bytes could be written now.
+
+    Raises:
+        OSError: it could not.
+    """
+    path = Path(os.path.realpath(Path(path)))
+    with _beside(path, _mode(path)) as (beside, file):
+        file.write(bytes(size))
+        file.flush()
+        beside.unlink()
 
 
 @contextlib.contextmanager

@@ -4,13 +4,21 @@ What a user can put right is told in one line, without a traceback.
 """
 
 import importlib.util
+import math
 import os
+import stat
+import tempfile
+from collections.abc import Mapping
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
+from mbn import files
 from mbn.registry import get_backend, known_backends
 
+_ROOM = 2**20
+"""Bytes that have to be free for each file that is written in the end."""
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -45,19 +53,108 @@ def on_device(spec: str, device: str | None) -> str:
     return f"{name}:{device}" if device else spec
 
 
-def check_files(json: Path | None, plot: Path | None) -> None:
-    """Refuse files that could not be written in the end.
+def check_files(*outputs: Path | None, given: Path | None = None) -> None:
+    """Refuse files that could not be written in the end, and two that are one.
+
+    Args:
+        outputs: the files to be written; None is none.
+        given: the file that is read.
 
     Raises:
-        UsageError: one cannot be written, or a plot cannot be drawn.
+        UsageError: one cannot be written, or would be written over another.
     """
-    for path in (json, plot):
-        if path and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
-            message = f"{path} cannot be written: it is a directory, or in none that exists and may be written to."
+    paths = [path for path in outputs if path]
+    for path in paths:
+        try:
+            _check_file(path)
+        except (OSError, ValueError) as error:
+            raise UsageError(_unwritable(path, error)) from error
+    for one, other in combinations([*([given] if given else []), *paths], 2):
+        if os.path.realpath(one) == os.path.realpath(other) or _is_same(one, other):
+            message = f"{other} is {one}, and would be written over it: name another file."
             raise UsageError(message)
+
+
+def check_plot(plot: Path | None) -> None:
+    """Refuse a picture that nothing here can draw.
+
+    Raises:
+        UsageError: there is no matplotlib.
+    """
     if plot and importlib.util.find_spec("matplotlib") is None:
         message = "--plot needs matplotlib, which is not installed: pip install matplotlib."
         raise UsageError(message)
+
+
+def check_memory(shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """Refuse an array that is larger than the machine's memory.
+
+    Raises:
+        UsageError: it is.
+    """
+    if not hasattr(os, "sysconf"):
+        return
+    needed, there = dtype.itemsize * math.prod(shape), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        message = f"shape {shape} takes {needed:.2g} bytes in {dtype}, and this machine has {there:.2g}."
+        raise UsageError(message)
+
+
+def write(outputs: Mapping[Path, bytes]) -> None:
+    """Write files, each whole or not at all; where that fails after all, to the folder for temporary files.
+
+    Raises:
+        UsageError: one is elsewhere, or nowhere.
+    """
+    messages = []
+    for path, data in outputs.items():
+        try:
+            if _is_stream(path):
+                path.write_bytes(data)
+            else:
+                files.replace(path, data)
+        except OSError as error:
+            messages.append(f"{_unwritable(path, error)} {_rescue(data, path.suffix)}")
+    if messages:
+        raise UsageError(" ".join(messages))
+
+
+def _rescue(data: bytes, suffix: str) -> str:
+    """Write to the folder for temporary files, and say where."""
+    try:
+        with tempfile.NamedTemporaryFile("wb", prefix="mbn-", suffix=suffix, delete=False) as file:
+            file.write(data)
+    except OSError as error:
+        return f"Nor can a temporary file: {error.strerror}."
+    return f"What it should hold is in {file.name}."
+
+
+def _check_file(path: Path) -> None:
+    if not _is_stream(path):
+        files.check_replaceable(path, _ROOM)
+    elif not os.access(path, os.W_OK):
+        raise PermissionError(None, "Permission denied")
+
+
+def _is_stream(path: Path) -> bool:
+    """Tell whether a path names what is written to as it is: a terminal, a pipe, /dev/null."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Tell whether two paths name one file, as hard links do."""
+    try:
+        return one.samefile(other) and not _is_stream(one)
+    except OSError:
+        return False
+
+
+def _unwritable(path: Path, error: Exception) -> str:
+    return f"{path} cannot be written: {getattr(error, 'strerror', None) or error}."
 
 
 def numpy_dtype(name: str) -> np.dtype:

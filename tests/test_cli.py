@@ -1,17 +1,23 @@
 """The command line as its user meets it: output, files and exit codes."""
 
+import errno
+import io
 import json
 import os
+import resource
 import subprocess
 import sys
+import tempfile
+import zipfile
 
 import numpy as np
 import pytest
 
 import mbn
-from mbn import registry
+from mbn import files, registry
 from mbn.cli import main
 from mbn.compare import process, worker
+from mbn.conformance import runner
 from mbn_numpy.backend import NumpyBackend
 
 
@@ -186,14 +192,213 @@ def test_plot(tmp_path):
         (("--shape", "4,3", "--input", "x.npy"), "not allowed with"),
         (("--dtype", "int8"), "invalid choice"),
         (("--input", "/nowhere/x.npy"), "cannot be read: No such file or directory"),
-        (("--json", "/nowhere/x.json"), "cannot be written"),
-        (("--json", "/"), "cannot be written"),
+        (("--shape", "9999999999999,3"), "takes 2.4e+14 bytes in float64, and this machine has"),
+        (("--shape", f"{9 * 10**40},3"), "and this machine has"),
+        (("--json", "/nowhere/x.json"), "/nowhere/x.json cannot be written: No such file or directory."),
+        (("--json", "/"), "/ cannot be written: Is a directory."),
+        (("--json", f"{__file__}/x.json"), "cannot be written: Not a directory."),
+        (("--json", f"{300 * 'x'}.json"), "cannot be written: File name too long."),
+        (("--plot", f"{__file__}/x.png"), "cannot be written: Not a directory."),
         (("--plot", "x.svg"), "the picture is a PNG"),
         (("--nonsense",), "unrecognized arguments"),
     ],
 )
 def test_bad_usage_is_one_line(capsys, arguments, message):
     assert message in refused(capsys, "compare", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("bench", "--shape", "9999999999999,3"), "takes 1.2e+14 bytes in float32"),
+        (("bench", "--shape", "9,3", "--json", f"{__file__}/x.json"), "Not a directory"),
+        (("bench", "--shape", "9,3", "--plot", "/nowhere/x.png"), "No such file or directory"),
+        (("conform", "numpy", "--json", "/nowhere/x.json"), "No such file or directory"),
+        (("conform", "numpy", "--junit-xml", f"{__file__}/x.xml"), "Not a directory"),
+        (("conform", "numpi"), "there is no backend 'numpi'. Did you mean 'numpy'?"),
+        (("conform", "numpy:cuda"), "NumPy's only device is 'cpu', not 'cuda'."),
+    ],
+)
+def test_bad_usage_of_other_commands_is_one_line(capsys, command, message):
+    assert message in refused(capsys, *command)
+
+
+def test_unknown_backend_is_refused_before_the_suite_is_imported():
+    code = """
+import sys
+from mbn.cli import main
+code = main(["conform", "nope"])
+sys.exit("pytest" in sys.modules or code)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)  # noqa: S603
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.startswith("mbn conform: there is no backend 'nope'. Known backends: numpy,")
+
+
+@pytest.mark.usefixtures("plug_ins")
+def test_unusable_backend_is_refused_before_the_suite_begins(capsys):
+    assert "No module named 'mbn_nowhere'" in refused(capsys, "conform", "nowhere")
+
+
+def test_the_suite_refuses_what_it_cannot_run_with_exit_code_2(capsys):
+    assert main(["conform", "numpy", "--no-such-option-of-pytest"]) == 2
+    assert "--no-such-option-of-pytest" in capsys.readouterr().err
+
+
+def npy_that_claims(shape):
+    return f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}"
+
+
+def npy(header):
+    text = f"{header}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+def zipped(name, data, method=zipfile.ZIP_STORED):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as file:
+        file.writestr(name, data)
+    return buffer.getvalue()
+
+
+def with_flags(data, *, encrypted=False, method=0):
+    """Return a zip file whose only member says that it is encrypted, or compressed in another way."""
+    data = bytearray(data)
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        at = data.index(signature) + flags
+        data[at] |= encrypted
+        data[at + 2] = method
+    return bytes(data)
+
+
+X = npy(npy_that_claims((2, 2))) + bytes(16)
+FILES = {
+    "huge.npy": npy(npy_that_claims((10**13, 3))),
+    "beyond.npy": npy(npy_that_claims((10**30, 3))),
+    "negative.npy": npy(npy_that_claims((-3, 3))),
+    "short.npy": npy(npy_that_claims((2, 2))),
+    "nested.npy": npy(9_000 * "(" + 9_000 * ")"),
+    "lists.npy": npy(npy_that_claims(1_000 * "[" + 1_000 * "]")),
+    "text.npz": zipped("notes.txt", "no array"),
+    "encrypted.npz": with_flags(zipped("x.npy", X), encrypted=True),
+    "odd.npz": with_flags(zipped("x.npy", X), method=97),
+    "damaged.npz": with_flags(zipped("x.npy", X), method=zipfile.ZIP_DEFLATED),
+    "lzma.npz": with_flags(zipped("x.npy", X), method=zipfile.ZIP_LZMA),
+    "cut.npz": zipped("x.npy", X)[:-30],
+    "empty.npy": b"",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_input_that_is_none_is_one_line(tmp_path, capsys, name):
+    (tmp_path / name).write_bytes(FILES[name])
+    line = refused(capsys, "compare", "--backends", "numpy", "--input", str(tmp_path / name))
+    assert line.startswith(f"mbn compare: {tmp_path / name} is no ")
+
+
+@pytest.fixture
+def x(tmp_path):
+    """Return the path of an input."""
+    path = tmp_path / "x.npy"
+    np.save(path, np.arange(8, dtype=np.float32).reshape(4, 2))
+    return path
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+@pytest.mark.parametrize("how", ["path", "other path", "symbolic link", "hard link"])
+def test_the_input_is_never_written_over(x, capsys, option, how):
+    if option == "--plot":
+        x = x.rename(x.with_suffix(".png"))
+    before, link = x.read_bytes(), x.with_name("link.png")
+    if how == "symbolic link":
+        link.symlink_to(x)
+    if how == "hard link":
+        link.hardlink_to(x)
+    output = {"path": x, "other path": x.parent / ".." / x.parent.name / x.name}.get(how, link)
+    line = refused(capsys, "compare", "--backends", "numpy", "--input", str(x), option, str(output))
+    assert "would be written over" in line
+    assert x.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("compare", "--shape", "4,3", "--json", "p.png", "--plot", "./p.png"),
+        ("bench", "--shape", "4,3", "--json", "p.png", "--plot", "./p.png"),
+        ("conform", "numpy", "--json", "p.png", "--junit-xml", "./p.png"),
+    ],
+)
+def test_two_outputs_are_two_files(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    assert "would be written over" in refused(capsys, *command)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_is_found_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(process, "run", None)
+    path = tmp_path / "out.json"
+    path.write_text("old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        line = refused(capsys, "compare", "--backends", "numpy", "--shape", "4,3", "--json", str(path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert line == f"mbn compare: {path} cannot be written: File too large."
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("rescued", [True, False])
+def test_a_disk_that_fills_up_during_the_work_costs_no_result(tmp_path, capsys, monkeypatch, rescued):
+    path, picture, elsewhere = tmp_path / "out.json", tmp_path / "p.png", tmp_path / "elsewhere"
+    path.write_text("old")
+    elsewhere.mkdir()
+    replace = files.replace
+
+    def full(target, data):
+        if target == path:
+            monkeypatch.setattr(tempfile, "tempdir", str(elsewhere if rescued else tmp_path / "nowhere"))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(target, data)
+
+    monkeypatch.setattr(files, "replace", full)
+    arguments = ["compare", "--backends", "numpy", "--shape", "4,3", "--json", str(path), "--plot", str(picture)]
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert "AGREEMENT" in out
+    assert f"mbn compare: {path} cannot be written: No space left on device." in err
+    assert path.read_text() == "old"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    if rescued:
+        (file,) = elsewhere.iterdir()
+        assert f"What it should hold is in {file}." in err
+        assert json.loads(file.read_text())["verdict"]["agreement"]
+    else:
+        assert "Nor can a temporary file: No such file or directory." in err
+
+
+def test_results_can_go_to_what_is_no_file(capsys):
+    assert main(["compare", "--backends", "numpy", "--shape", "4,3", "--json", os.devnull]) == 0
+    assert "AGREEMENT" in capsys.readouterr().out
+
+
+def test_a_result_of_the_suite_that_cannot_be_written_is_a_line_and_not_lost(tmp_path, monkeypatch, capfd):
+    path, elsewhere = tmp_path / "c.json", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files, "replace", full)
+    assert main(["conform", "numpy", "--json", str(path), "-k", "test_errors and test_unknown"]) == 2
+    (file,) = elsewhere.iterdir()
+    assert (
+        f"{path} cannot be written: No space left on device. What it should hold is in {file}.\n"
+        in capfd.readouterr().err
+    )
+    assert json.loads(file.read_text())["mbn"] == mbn.__version__
 
 
 def test_plot_without_matplotlib(tmp_path, capsys, monkeypatch):
@@ -214,7 +419,6 @@ def test_backends_lists_the_usable_and_the_others(capsys):
 
 def test_conform_hands_over_to_the_suite(tmp_path, monkeypatch):
     calls = []
-    runner = pytest.importorskip("mbn.conformance.runner")
     monkeypatch.setattr(runner, "run", lambda *args, **kwargs: calls.append((args, kwargs)) or 3)
     path = tmp_path / "c.json"
     assert main(["conform", "numpy", "-x", "--json", str(path), "-k", "float16"]) == 3
@@ -223,13 +427,11 @@ def test_conform_hands_over_to_the_suite(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["numpy", "numpy:cpu"])
 def test_conform_on_a_device(monkeypatch, name):
-    runner = pytest.importorskip("mbn.conformance.runner")
     monkeypatch.setattr(runner, "run", lambda spec, **_: {"numpy:cpu": 3}[spec])
     assert main(["conform", name, "--device", "cpu"]) == 3
 
 
 def test_conform_on_two_devices_is_refused(capsys):
-    pytest.importorskip("mbn.conformance.runner")
     assert "leave one of them out" in refused(capsys, "conform", "torch:cpu", "--device", "cuda")
 
 

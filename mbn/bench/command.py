@@ -4,6 +4,7 @@ Everything that can be refused is refused before any work is done.
 """
 
 import argparse
+import io
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -27,18 +28,23 @@ def run(options: argparse.Namespace) -> int:
     """
     backends = usage.backends(options.backends)
     usage.check_files(options.json, options.plot)
+    usage.check_plot(options.plot)
     workload = _workload(options)
     modes = tuple(mode for mode in (*MODES, PULLBACK) if mode in (options.modes or MODES))
     if options.device:
         backends = _on_device(options.device, backends)
     result = _measure(workload, measurement.subjects(backends, options.device), modes)
     report.show(console(), result)
+    outputs = {}
     if options.json:
-        options.json.write_text(record.to_json(result), encoding="utf-8")
+        outputs[options.json] = record.to_json(result).encode()
     if options.plot and result.timed:
         from mbn.bench import plot  # noqa: PLC0415 - matplotlib is an extra
 
-        plot.save(result, options.plot)
+        picture = io.BytesIO()
+        plot.save(result, picture)
+        outputs[options.plot] = picture.getvalue()
+    usage.write(outputs)
     if not any(spec in result.timed for spec in backends):
         return _NOTHING_RAN
     return _FAILED if any(isinstance(s, NotRun) and s.broken for s in result.subjects.values()) else _MEASURED
@@ -70,7 +76,7 @@ def _measure(workload: Workload, specs: list[str], modes: tuple[str, ...]) -> Me
 
 def _workload(options: argparse.Namespace) -> Workload:
     workload = Workload(options.shape, options.dtype, options.axis, options.masked)
-    usage.numpy_dtype(workload.dtype)
+    usage.check_memory(workload.shape, usage.numpy_dtype(workload.dtype))
     if workload.size <= workload.num_features:
         message = f"shape {workload.shape} has one value per channel; training takes more."
         raise UsageError(message)

@@ -1,6 +1,7 @@
 """Times as a picture: one panel a mode, one bar a subject, and a line for the limit."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,7 +15,7 @@ INK, QUIET = "#1f2933", "#6b7785"
 OURS, PEER, BOUND = "#2f7f93", "#c3ccd4", "#c8442e"
 
 
-def save(measurement: Measurement, path: Path) -> None:
+def save(measurement: Measurement, file: Path | BinaryIO) -> None:
     """Draw a measurement of which at least one subject ran, and write the picture as a PNG."""
     specs = [spec for spec in measurement.timed if spec != measurement.limit]
     layout = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.15)
@@ -28,7 +29,7 @@ def save(measurement: Measurement, path: Path) -> None:
         times = {spec: 1e3 * measurement.timed[spec].median(mode) for spec in specs}
         ours = set(times) - set(measurement.peers)
         draw(panel, TITLES[mode], times, ours, 1e3 * limit.median(mode) if limit else None)
-    figure.savefig(path, format="png", dpi=160, facecolor="white")
+    figure.savefig(file, format="png", dpi=160, facecolor="white")
 
 
 def draw(panel: Axes, title: str, times: dict[str, float], ours: set[str], limit: float | None) -> None:

@@ -4,6 +4,7 @@ Everything that can be refused is refused before any work is done.
 """
 
 import argparse
+import io
 
 from mbn import usage
 from mbn.compare import examples, process, record, report
@@ -22,16 +23,21 @@ def run(options: argparse.Namespace) -> int:
         BackendNotFoundError: a backend has an unknown name.
     """
     backends = usage.backends(options.backends)
-    usage.check_files(options.json, options.plot)
+    usage.check_files(options.json, options.plot, given=options.input)
+    usage.check_plot(options.plot)
     comparisons = _compare(_examples(options), backends)
     result = verdict(comparisons)
     report.show(console(), comparisons, result)
+    outputs = {}
     if options.json:
-        options.json.write_text(record.to_json(comparisons, result), encoding="utf-8")
+        outputs[options.json] = record.to_json(comparisons, result).encode()
     if options.plot and any(comparison.errors for comparison in comparisons):
         from mbn.compare import plot  # noqa: PLC0415 - matplotlib is an extra
 
-        plot.save(comparisons, options.plot)
+        picture = io.BytesIO()
+        plot.save(comparisons, picture)
+        outputs[options.plot] = picture.getvalue()
+    usage.write(outputs)
     return result.exit_code
 
 

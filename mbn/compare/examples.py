@@ -4,14 +4,13 @@ Whatever is let through here has an exact reference: it is finite, has more than
 variance fits the layer's dtype.
 """
 
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from mbn.contract import dtype_name, layer_dtype
-from mbn.usage import DTYPES, UsageError, numpy_dtype
+from mbn.usage import DTYPES, UsageError, check_memory, numpy_dtype
 
 _SEED = 0
 
@@ -62,6 +61,7 @@ def seeded(shape: tuple[int, ...], dtype: str) -> Example:
     Raises:
         UsageError: nothing can be trained on this shape.
     """
+    check_memory(shape, np.dtype(np.float64))
     random = np.random.default_rng(_SEED)
     offset = 1e3 * random.standard_normal((shape[1], *[1] * (len(shape) - 2)))
     x = offset + random.standard_normal(shape)
@@ -109,12 +109,22 @@ def _load(path: Path) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as file:  # np.load leaves a file that it opened and disliked to the garbage collector
             loaded = np.load(file, allow_pickle=False)
-            return {path.name: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+            arrays = {path.name: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
     except OSError as error:
         message = f"{path} cannot be read: {error.strerror or error}."
-    except (ValueError, EOFError, zipfile.BadZipFile):
-        message = f"{path} is no .npy or .npz file of numbers."
-    raise UsageError(message)
+        raise UsageError(message) from error
+    except Exception as error:  # a file can have Python's parser, zlib or the memory raise anything
+        message = f"{path} is no .npy or .npz file of numbers that fit into memory ({_first_line(error)})."
+        raise UsageError(message) from error
+    for name, x in arrays.items():
+        if not isinstance(x, np.ndarray):
+            message = f"{path} is no .npz file of numbers: {name} is no array."
+            raise UsageError(message)
+    return arrays
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def _check_array(name: str, x: np.ndarray, dtype: str | None) -> None:

@@ -6,6 +6,7 @@ number.
 
 from itertools import combinations
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -27,7 +28,7 @@ _SHADES = ("#eef5f5", "#b9dcda", "#6fb3b8", "#2f7f93", "#14475f")
 _BEYOND = "#c8442e"
 
 
-def save(comparisons: list[Comparison], path: Path) -> None:
+def save(comparisons: list[Comparison], file: Path | BinaryIO) -> None:
     """Draw the comparisons of backends of which at least one ran, and write the picture as a PNG."""
     names = [_REFERENCE, *ran(comparisons)]
     colours = LinearSegmentedColormap.from_list("agreement", _SHADES).with_extremes(over=_BEYOND)
@@ -40,7 +41,7 @@ def save(comparisons: list[Comparison], path: Path) -> None:
     for panel, quantity in zip(panels, QUANTITIES, strict=True):
         _draw(panel, names, quantity, comparisons, colours)
     _draw_scale(figure, list(panels), colours)
-    figure.savefig(path, format="png", dpi=160, facecolor="white")
+    figure.savefig(file, format="png", dpi=160, facecolor="white")
 
 
 def _draw(panel: Axes, names: list[str], quantity: str, comparisons: list[Comparison], colours: Colormap) -> None:

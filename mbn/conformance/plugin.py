@@ -5,6 +5,7 @@ run must end in a report by area, and whatever is skipped must say which capabil
 """
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import mbn
+from mbn import usage
 from mbn.conformance.target import Target
 
 AREAS = (
@@ -44,8 +46,9 @@ def pytest_configure(config: pytest.Config) -> None:
         message = f"the conformance suite needs --backend NAME; known backends: {', '.join(mbn.list_backends())}"
         raise pytest.UsageError(message)
     try:
+        usage.check_files(config.getoption("--conformance-json"))
         targets = {name: Target.parse(name) for name in names}
-    except (mbn.BackendNotFoundError, mbn.BackendUnavailableError, ValueError) as error:
+    except (usage.UsageError, mbn.BackendUnavailableError, ValueError) as error:
         raise pytest.UsageError(str(error)) from error
     if not config.getoption("--hypothesis-profile"):
         settings.load_profile("mbn")
@@ -89,9 +92,13 @@ class _Suite:
             terminalreporter.write_line(f"failed {_test(report)}: {_message(report)}")
 
     @pytest.hookimpl(trylast=True)
-    def pytest_sessionfinish(self, exitstatus: int) -> None:
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         if self._json_file is not None:
-            self._json_file.write_text(json.dumps(self._as_data(int(exitstatus)), indent=2) + "\n")
+            try:
+                usage.write({self._json_file: (json.dumps(self._as_data(int(exitstatus)), indent=2) + "\n").encode()})
+            except usage.UsageError as error:
+                session.exitstatus = pytest.ExitCode.USAGE_ERROR
+                sys.stderr.write(f"{error}\n")
 
     def _as_data(self, exitstatus: int) -> dict[str, Any]:
         return {

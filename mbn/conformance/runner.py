@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+UNUSABLE = int(pytest.ExitCode.USAGE_ERROR)
+"""The exit code of a run that could not begin."""
+
 
 def run(
     backend: str, *, json: Path | None = None, junit_xml: Path | None = None, pytest_args: Sequence[str] = ()
