@@ -95,7 +95,7 @@ def from_keras(layer: Any, *, backend: str | Backend | None = None, device: Any 
 
     Raises:
         ImportError: keras is not installed.
-        TypeError, ValueError: the layer is something else, not built, or its channels are not on axis 1 or -1.
+        TypeError, ValueError: the layer is something else, not built, or its channels are not on axis 1 or the last.
         BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
     """
     return _layer(_converter("keras").read(layer), backend, device)

@@ -18,6 +18,7 @@ def read(layer: Any) -> tuple[Portable, list[str]]:
     if isinstance(layer, list | tuple):
         return _read_weights(layer)
     _check(layer)
+    axis = _axis(layer)
     arrays = {key: getattr(layer, name) for key, name in _KEYS.items()}
     result, notes = conventions.portable(
         arrays,
@@ -27,7 +28,7 @@ def read(layer: Any) -> tuple[Portable, list[str]]:
         num_features=int(np.prod(layer.moving_mean.shape)),
         eps=layer.epsilon,
         momentum=conventions.complement(layer.momentum),
-        axis=layer.axis,
+        axis=axis,
         correction=0,
     )
     return result, notes + _notes(layer, result)
@@ -91,9 +92,20 @@ def _check(layer: Any) -> None:
     if not layer.built:
         message = "the layer has no weights yet: call it, or build it for a shape, layer.build((None, C))."
         raise ValueError(message)
-    if layer.axis not in (1, -1):
-        message = f"axis is {layer.axis}; a layer has its channels on axis 1 or -1: transpose or reshape inputs."
-        raise ValueError(message)
+
+
+def _axis(layer: keras.layers.BatchNormalization) -> int:
+    """Return the axis of the channels, 1 or -1, from one that Keras counts in either direction."""
+    ndim = layer.input_spec.ndim
+    axis: int = layer.axis if layer.axis == -1 else layer.axis % ndim
+    if axis in (1, -1):
+        return axis
+    if axis == ndim - 1:
+        return -1
+    message = (
+        f"axis is {layer.axis} of {ndim}; a layer has its channels on axis 1 or the last: transpose or reshape inputs."
+    )
+    raise ValueError(message)
 
 
 def _notes(layer: keras.layers.BatchNormalization, result: Portable) -> list[str]:

@@ -71,6 +71,30 @@ def test_from_keras_gives_the_same_output_and_learns_the_same(arguments, axis, s
     assert_learns_as(bn, step(theirs), x)
 
 
+@pytest.mark.parametrize(
+    ("axis", "shape", "ours"),
+    [
+        (3, (2, 5, 7, CHANNELS), -1),
+        (-1, (2, 5, 7, CHANNELS), -1),
+        (4, (2, 5, 7, 3, CHANNELS), -1),
+        (2, (2, 5, CHANNELS), -1),
+        (1, (2, CHANNELS, 5, 7), 1),
+        (-3, (2, CHANNELS, 5, 7), 1),
+        (-2, (2, CHANNELS, 5), 1),
+        (1, (2, CHANNELS), 1),
+    ],
+)
+def test_channels_are_on_axis_1_or_the_last_however_many_there_are_and_are_counted(axis, shape, ours):
+    theirs, x = theirs_of(shape, axis=axis), sample(shape)
+    bn = mbn.from_keras(theirs)
+    assert bn.axis == ours
+    y = output(theirs, x)
+    if len(shape) > 3:  # positions in several axes are one axis to us
+        flat = (2, CHANNELS, -1) if ours == 1 else (2, -1, CHANNELS)
+        x, y = x.reshape(flat), y.reshape(flat)
+    assert_evaluates_as(bn, y, x)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("axis", "shape"), PLACES)
 @pytest.mark.parametrize("arguments", [*ARGUMENTS, {"bias": False}])
@@ -198,7 +222,10 @@ def test_float64_needs_a_backend_that_has_it():
         (lambda: _Other(axis=1), TypeError, "_Other has a call of its own.*get_weights"),
         (keras.layers.BatchNormalization, ValueError, "no weights yet.*layer.build"),
         (lambda: vectors()[:3], ValueError, "there are 3 weights"),
-        (lambda: theirs_of((2, 3, CHANNELS), axis=2), ValueError, "axis is 2.*1 or -1"),
+        (lambda: theirs_of((CHANNELS, 3), axis=0), ValueError, "axis is 0 of 2.*axis 1 or the last"),
+        (lambda: theirs_of((2, 3, CHANNELS, 3), axis=2), ValueError, "axis is 2 of 4.*axis 1 or the last"),
+        (lambda: theirs_of((2, 3, CHANNELS, 3), axis=-2), ValueError, "axis is -2 of 4.*axis 1 or the last"),
+        (lambda: theirs_of((CHANNELS, 2, 3), axis=-3), ValueError, "axis is -3 of 3.*axis 1 or the last"),
     ],
 )
 def test_other_layers_are_refused(made, error, words):
