@@ -176,8 +176,14 @@ def linear(backend: Backend, weight: Array, bias: Array, num_features: int | Non
             raise TypeError(_wrong_dtype(name, given, dtype, backend))
 
 
-def device(name: str, given: Any, needed: Any) -> None:
-    """Check that an array lies where the others do. None is anywhere."""
+def device(name: str, given: Any, needed: Any, spread: tuple[str, ...] = ()) -> None:
+    """Check that an array lies where the others do. None is anywhere, or ``spread`` over devices."""
+    if len(spread) > 1:
+        message = (
+            f"{name} is spread over {', '.join(spread)}, and the layer is on {needed} alone. Make the layer without a "
+            f"device, for one that follows its input; or bring {name} to {needed}."
+        )
+        raise ValueError(message)
     if given is not None and given != needed:
         message = f"{name} is on {given}, the layer on {needed}. Move one of them: bn.to(device=...) or {name}."
         raise ValueError(message)

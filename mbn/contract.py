@@ -196,6 +196,10 @@ class Backend(ABC):
     def device(self, x: Array) -> Any:
         """Return where ``x`` lies, comparable with ``==``; None where that binds nobody: traced, or free to move."""
 
+    def devices(self, x: Array) -> tuple[str, ...]:  # noqa: ARG002 - the signature for whoever can tell
+        """Return the names of the devices that ``x`` is spread over, for messages; asked where ``device`` is None."""
+        return ()
+
     @abstractmethod
     def copy(self, x: Array) -> Array:
         """Return a copy that changes with nothing else; of a parameter, one that nobody trains."""

@@ -120,7 +120,8 @@ def is_own(backend: Backend, name: str, x: Any, device: Any) -> bool:
     owner = registry.owner_of(x)
     if owner is backend:
         if device is not None:
-            checks.device(name, backend.device(x), device)
+            given = backend.device(x)
+            checks.device(name, given, device, () if given is not None else backend.devices(x))
         return True
     if not registry.is_host_data(x):
         message = (

@@ -61,6 +61,9 @@ class JaxBackend(Backend):
             return None
         return _name(*x.devices())
 
+    def devices(self, x: jax.Array) -> tuple[str, ...]:
+        return () if isinstance(x, jax.core.Tracer) else tuple(sorted(map(str, x.devices())))
+
     def copy(self, x: jax.Array) -> jax.Array:
         # What is traced stays so: there is no tape to cut it off from, and a pullback may be differentiated again.
         return jnp.array(x, copy=True)
@@ -298,7 +301,10 @@ or pass the layer through, which is a pytree:
         y = bn(x)
         return bn, y
 
-    bn, y = step(bn, x)"""
+    bn, y = step(bn, x)
+
+A layer that is made without num_features or without a backend has no arrays of JAX to pass before its first call: \
+give it both, BatchNorm1d(C, backend="jax"), or call it once outside of the transformation."""
 
 
 def _traces(leaf: Any) -> list[Any]:

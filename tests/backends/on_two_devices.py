@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_samples import assert_same, jax, jnp, new_layer, new_state
 
 from mbn.state import Params, State
@@ -37,6 +37,10 @@ def over_shards(function, out_specs, arguments):
     in_specs = SAME, *(SHARDED,) * (len(arguments) - 1)
     mesh = Mesh(np.array(jax.devices()), ("data",))
     return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs))(*arguments)
+
+
+def sharded(x, *spec):
+    return jax.device_put(x, NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec(*spec)))
 
 
 def halves(function, arguments):
@@ -87,3 +91,23 @@ class TestShardMap:
         first, second = halves(function, given)
         assert_same(state[:2], jax.tree.map(lambda *both: jnp.concatenate(both), first[:2], second[:2]), 1e-6)
         return None
+
+
+DEVICES = {
+    "call": lambda layer, x: layer(x),
+    "evaluation": lambda layer, x: layer.eval()(x),
+    "vjp": lambda layer, x: layer.vjp(x),
+    "apply": lambda layer, x: layer.apply(layer.params, layer.state, x, training=True),
+    "fit": lambda layer, x: layer.fit([x], progress=False),
+    "mask": lambda layer, x: layer(np.asarray(x), mask=sharded(jnp.ones(8, bool), "data")),
+}
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_layer_with_a_device_refuses_what_is_spread_over_more(name):
+    layer, x = new_layer(device="cpu:1"), sharded(sample("(N, C)")[0], "data")
+    before = layer.state
+    with pytest.raises(ValueError, match=r"(x|mask) is spread over .*, and the layer is on cpu:1 alone"):
+        DEVICES[name](layer, x)
+    assert layer.state is before
+    assert DEVICES[name](new_layer(), x) is not None

@@ -92,6 +92,31 @@ def test_training_layers_that_are_closed_over_are_refused(rng, closure):
     assert bn.num_batches_tracked == 1
 
 
+@pytest.mark.parametrize("backend", [None, "jax"])
+@pytest.mark.parametrize("pass_through", [train_step, lambda bn, x: jax.lax.scan(train_step, bn, x[None])])
+def test_those_that_are_not_bound_are_told_how_to_be(rng, pass_through, backend):
+    new_layer()  # from then on JAX knows layers
+    bn, x = mbn.BatchNorm1d(None, backend=backend), batches(rng)
+    with pytest.raises(RuntimeError, match=r"without num_features or without a backend(.|\n)*call it once outside"):
+        pass_through(bn, x)
+    assert bn.num_features is None
+    bn(x)
+    bn, _ = pass_through(bn, x)
+    assert bn.num_batches_tracked == 2
+
+
+def test_a_whole_layer_can_be_differentiated_by(rng):
+    def loss(bn, x):
+        return jnp.sum(bn(x) ** 3), bn
+
+    bn, twin, x = new_layer(), new_layer(), batches(rng)
+    gradient, bn = jax.grad(loss, has_aux=True, allow_int=True)(bn, x)
+    y, pullback = twin.vjp(x)
+    assert_same(gradient.params, pullback(3 * y**2)[1:], 1e-4)
+    assert_same(bn, twin)
+    assert holds_values(bn)
+
+
 @pytest.mark.parametrize("closure", ["jit", "vmap", "scan", "checkpoint"])
 def test_so_are_those_that_belong_to_an_outer_trace_alone(rng, closure):
     @jax.jit
