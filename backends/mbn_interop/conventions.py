@@ -19,7 +19,13 @@ def complement(momentum: Any) -> float:
     """Return the weight of the new value from that of the old one, or the other way round, in decimal.
 
     So 0.99 is 0.01 and 0.01 is 0.99, in the precision of the number that is given. In binary neither is.
+
+    Raises:
+        ValueError: it is not finite.
     """
+    if not np.isfinite(momentum):
+        message = f"momentum is the weight of the old value and is finite, not {momentum}."
+        raise ValueError(message)
     return float(1 - Fraction(str(momentum)))
 
 

@@ -10,8 +10,10 @@ from onnx import helper, numpy_helper
 from mbn.portable import Portable
 from mbn_interop import conventions, onnx_graph
 
-_KEYS = ("weight", "bias", "running_mean", "running_var")
+_KEYS = onnx_graph.INPUTS[1:]
 """Torch's keys in the order of the node's inputs, after x."""
+_FIELDS = {"epsilon": "f", "momentum": "f", "spatial": "i", "training_mode": "i"}
+"""By attribute: the field of an onnx.AttributeProto that has its value, a float or an int."""
 _EPS = 1e-5
 _MOMENTUM = 0.9
 _ROUNDING = 2.0**-24
@@ -21,12 +23,16 @@ _ROUNDING = 2.0**-24
 def read(source: Any, which: Any) -> tuple[Portable, list[str]]:
     """Return a layer that does what a node does, and what it does in another way."""
     node, graph = _found(source, which)
-    attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    attributes = _attributes(node)
     if attributes.get("spatial", 1) != 1:
         message = "the node has spatial=0, so statistics for each place in a sequence, which no layer has."
         raise ValueError(message)
-    if len(node.input) != 1 + len(_KEYS):
-        message = f"the node has {len(node.input)} inputs; a batch norm has {1 + len(_KEYS)}: x, {', '.join(_KEYS)}."
+    training_mode, momentum = attributes.get("training_mode", 0), attributes.get("momentum", _MOMENTUM)
+    if training_mode not in (0, 1):
+        message = f"training_mode is 0 or 1, not {training_mode}."
+        raise ValueError(message)
+    if not 0 <= momentum <= 1:  # NaN too
+        message = f"momentum is the weight of the old value and from 0 to 1, not {momentum}."
         raise ValueError(message)
     arrays = {key: onnx_graph.value(graph, name, key) for key, name in zip(_KEYS, node.input[1:], strict=True)}
     eps = np.float32(attributes.get("epsilon", _EPS))
@@ -35,10 +41,10 @@ def read(source: Any, which: Any) -> tuple[Portable, list[str]]:
     outputs = [name for name in node.output if name]
     return conventions.portable(
         arrays,
-        training=attributes.get("training_mode", 0) == 1 or len(outputs) > 1,
+        training=training_mode == 1 or len(outputs) > 1,
         num_features=arrays["running_mean"].size,
         eps=float(eps if is_double else str(eps)),
-        momentum=conventions.complement(np.float32(attributes.get("momentum", _MOMENTUM))),
+        momentum=conventions.complement(np.float32(momentum)),
         axis=1,
         correction=0,
     )
@@ -84,6 +90,19 @@ def _found(source: Any, which: Any) -> tuple[onnx.NodeProto, onnx.GraphProto]:
         raise TypeError(message)
     onnx_graph.check(source)
     return source, onnx.GraphProto(initializer=initializers)
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, float]:
+    """Return those attributes of a node that a layer knows."""
+    found = {}
+    for attribute in node.attribute:
+        if attribute.name in _FIELDS:
+            field = _FIELDS[attribute.name]
+            if not attribute.HasField(field):
+                message = f"the attribute {attribute.name} is no {'float' if field == 'f' else 'int'}."
+                raise TypeError(message)
+            found[attribute.name] = getattr(attribute, field)
+    return found
 
 
 def _attribute(name: str, value: float) -> np.float32:

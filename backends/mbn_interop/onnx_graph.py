@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import uses_external_data
 
 OPERATOR = "BatchNormalization"
 
+INPUTS = ("x", "weight", "bias", "running_mean", "running_var")
+"""Of the node: x and torch's keys."""
+_TYPES = (TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.FLOAT, TensorProto.DOUBLE)
 _INDEPENDENT = 4
 """The first version of the format in which an initializer need not be an input of the graph as well."""
 
@@ -26,7 +29,7 @@ def find(graph: onnx.GraphProto, name: str) -> onnx.NodeProto:
     named = [node for node in graph.node if name in node.output[:1]]
     named = [node for node in graph.node if name and node.name == name] or named
     if len(named) != 1:
-        known = [node.name or node.output[0] for node in graph.node if node.op_type == OPERATOR]
+        known = [_called(node) for node in graph.node if node.op_type == OPERATOR]
         message = f"the model has {len(named)} nodes named {name!r}; its batch norms are: {', '.join(known) or 'none'}."
         raise ValueError(message)
     check(named[0])
@@ -34,13 +37,16 @@ def find(graph: onnx.GraphProto, name: str) -> onnx.NodeProto:
 
 
 def check(node: onnx.NodeProto) -> None:
-    """Check that a node is a batch norm.
+    """Check that a node is a batch norm, and has its inputs.
 
     Raises:
         ValueError: it is something else.
     """
     if node.op_type != OPERATOR or node.domain not in {"", "ai.onnx"}:
         message = f"the node is a {node.domain and f'{node.domain}.'}{node.op_type}, not a {OPERATOR}."
+        raise ValueError(message)
+    if len(node.input) != len(INPUTS):
+        message = f"the node has {len(node.input)} inputs; a batch norm has {len(INPUTS)}: {', '.join(INPUTS)}."
         raise ValueError(message)
 
 
@@ -57,7 +63,7 @@ def value(graph: onnx.GraphProto, name: str, key: str) -> np.ndarray:
             "onnx.load_external_data_for_model(model, folder) does."
         )
         raise ValueError(message)
-    return numpy_helper.to_array(tensor)
+    return _to_array(tensor, key)
 
 
 def replaced(
@@ -87,6 +93,7 @@ def replaced(
         if list(old.dims) != list(array.shape):
             message = f"{key} has shape {tuple(old.dims)} in the model and {array.shape} in the layer."
             raise ValueError(message)
+        _check_type(old, key)
         tensor = _like(old, array, key)
         if not np.array_equal(numpy_helper.to_array(tensor).astype(array.dtype), array):
             notes.append(f"{key}: it is rounded to {_type_name(tensor)}, its type in the model.")
@@ -99,17 +106,44 @@ def replaced(
 
 
 def _source(graph: onnx.GraphProto, name: str, key: str) -> onnx.TensorProto:
-    """Return the initializer or constant that a name stands for, maybe by way of an Identity."""
-    for tensor in graph.initializer:
-        if tensor.name == name:
-            return tensor
-    for node in graph.node:
-        if name in node.output and node.op_type == "Identity":
-            return _source(graph, node.input[0], key)
-        if name in node.output and node.op_type == "Constant" and node.attribute[0].name == "value":
-            return node.attribute[0].t
-    message = f"{key} is {name!r}, and there is neither an initializer nor a constant tensor of that name."
-    raise ValueError(message)
+    """Return the initializer or constant that a name stands for, maybe by way of some Identity."""
+    initializers = {tensor.name: tensor for tensor in graph.initializer}
+    nodes = {output: node for node in graph.node for output in node.output}
+    given, seen = name, set()
+    while name not in initializers:
+        node = nodes.get(name)
+        if node is not None and node.op_type == "Identity" and len(node.input) == 1 and name not in seen:
+            seen.add(name)
+            name = node.input[0]
+            continue
+        if node is not None and node.op_type == "Constant":
+            for attribute in node.attribute:
+                if attribute.name == "value" and attribute.HasField("t"):
+                    return attribute.t
+        message = f"{key} is {given!r}, and there is neither an initializer nor a constant tensor of that name."
+        raise ValueError(message)
+    return initializers[name]
+
+
+def _to_array(tensor: onnx.TensorProto, key: str) -> np.ndarray:
+    """Return the values of a tensor, which messages call ``key``.
+
+    Raises:
+        TypeError: it is of a type that no layer is made from.
+        ValueError: it is damaged.
+    """
+    _check_type(tensor, key)
+    try:
+        return numpy_helper.to_array(tensor)
+    except (ValueError, TypeError) as error:  # more or fewer bytes than its shape says
+        message = f"{key} is damaged: {error}"
+        raise ValueError(message) from error
+
+
+def _check_type(tensor: onnx.TensorProto, key: str) -> None:
+    if tensor.data_type not in _TYPES:
+        message = f"{key} is {_type_name(tensor)}; there are layers from {', '.join(map(_named, _TYPES))}: convert it."
+        raise TypeError(message)
 
 
 def _like(old: onnx.TensorProto, array: np.ndarray, key: str) -> onnx.TensorProto:
@@ -123,7 +157,17 @@ def _like(old: onnx.TensorProto, array: np.ndarray, key: str) -> onnx.TensorProt
 
 
 def _type_name(tensor: onnx.TensorProto) -> str:
-    return onnx.TensorProto.DataType.Name(tensor.data_type).lower()
+    known = tensor.data_type in TensorProto.DataType.values()
+    return _named(tensor.data_type) if known else f"of the unknown type {tensor.data_type}"
+
+
+def _named(data_type: int) -> str:
+    return TensorProto.DataType.Name(data_type).lower()
+
+
+def _called(node: onnx.NodeProto) -> str:
+    """Return the name of a node, or that of its output."""
+    return node.name or next(iter(node.output), "one without a name")
 
 
 def _put(model: onnx.ModelProto, node: onnx.NodeProto, place: int, tensor: onnx.TensorProto) -> None:
@@ -134,7 +178,7 @@ def _put(model: onnx.ModelProto, node: onnx.NodeProto, place: int, tensor: onnx.
         tensor.name = old
         initializers[old].CopyFrom(tensor)
         return
-    stem, taken = f"{node.name or node.output[0]}.{tensor.name}", {*_used(graph), *_defined(graph)}
+    stem, taken = f"{_called(node)}.{tensor.name}", {*_used(graph), *_defined(graph)}
     tensor.name = next(name for name in (stem, *(f"{stem}_{i}" for i in range(len(taken)))) if name not in taken)
     node.input[place] = tensor.name
     graph.initializer.append(tensor)

@@ -222,6 +222,7 @@ def test_float64_needs_a_backend_that_has_it():
         (lambda: _Other(axis=1), TypeError, "_Other has a call of its own.*get_weights"),
         (keras.layers.BatchNormalization, ValueError, "no weights yet.*layer.build"),
         (lambda: vectors()[:3], ValueError, "there are 3 weights"),
+        (lambda: theirs_of(momentum=float("nan")), ValueError, "momentum .* is finite, not nan"),
         (lambda: theirs_of((CHANNELS, 3), axis=0), ValueError, "axis is 0 of 2.*axis 1 or the last"),
         (lambda: theirs_of((2, 3, CHANNELS, 3), axis=2), ValueError, "axis is 2 of 4.*axis 1 or the last"),
         (lambda: theirs_of((2, 3, CHANNELS, 3), axis=-2), ValueError, "axis is -2 of 4.*axis 1 or the last"),

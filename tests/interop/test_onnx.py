@@ -270,6 +270,34 @@ def _elsewhere(name):
     return tensor
 
 
+def _changed(place, **fields):
+    """Return a node and its initializers, with other fields in one of these."""
+    tensors = initializers()
+    for field, value in fields.items():
+        setattr(tensors[place], field, value)
+    return node_of(), tensors
+
+
+def _by_way_of(*nodes):
+    """Return a model, which nothing has checked, whose last weight comes from these nodes."""
+    model = model_of([node_of()], initializers())
+    del model.graph.initializer[3]
+    model.graph.node.extend(nodes)
+    return model, "y"
+
+
+def _without_a_name():
+    model = MODEL()
+    del model.graph.node[0].output[:]
+    return model, "nowhere"
+
+
+def _short():
+    node, tensors = node_of(), [numpy_helper.from_array(np.ones(CHANNELS, np.float32), name) for name in WEIGHTS]
+    tensors[2].raw_data = tensors[2].raw_data[:-2]
+    return node, tensors
+
+
 RELU = helper.make_node("Relu", ["y"], ["z"], "relu")
 MODEL = partial(model_of, [node_of(), RELU], initializers(), outputs=("z",))
 
@@ -289,11 +317,48 @@ MODEL = partial(model_of, [node_of(), RELU], initializers(), outputs=("z",))
         (lambda: (node_of(), "y"), TypeError, "not NodeProto and str"),
         (lambda: (node_of(), None), TypeError, "not NodeProto and NoneType"),
         (lambda: ("model.onnx", "y"), TypeError, "not str and str"),
+        *(
+            (lambda nodes=nodes: _by_way_of(*nodes), ValueError, "running_var is 'var', and there is neither")
+            for nodes in [
+                [helper.make_node("Identity", ["var"], ["var"])],
+                [helper.make_node("Identity", ["b"], ["var"]), helper.make_node("Identity", ["var"], ["b"])],
+                [helper.make_node("Identity", [], ["var"])],
+                [helper.make_node("Constant", [], ["var"])],
+                [helper.make_node("Constant", [], ["var"], value_float=1.0)],
+                [onnx.NodeProto(op_type="Constant", output=["var"], attribute=[onnx.AttributeProto(name="value")])],
+            ]
+        ),
+        (_without_a_name, ValueError, "its batch norms are: one without a name"),
+        (lambda: _changed(1, data_type=99), TypeError, "bias is of the unknown type 99; there are layers from float16"),
+        (lambda: _changed(1, data_type=0), TypeError, "bias is undefined; there are layers from float16"),
+        (lambda: _changed(1, data_type=6), TypeError, "bias is int32; there are layers from float16"),
+        (lambda: _changed(1, data_type=17), TypeError, "bias is float8e4m3fn; there are layers from float16"),
+        (_short, ValueError, "running_mean is damaged"),
+        (lambda: (node_of(momentum=float("nan")), initializers()), ValueError, "momentum .* from 0 to 1, not nan"),
+        (lambda: (node_of(momentum=float("inf")), initializers()), ValueError, "momentum .* from 0 to 1, not inf"),
+        (lambda: (node_of(momentum=5.0), initializers()), ValueError, "momentum .* from 0 to 1, not 5"),
+        (lambda: (node_of(momentum="0.9"), initializers()), TypeError, "the attribute momentum is no float"),
+        (lambda: (node_of(epsilon=float("nan")), initializers()), ValueError, "eps is added to a variance.*nan"),
+        (lambda: (node_of(epsilon=[1e-5]), initializers()), TypeError, "the attribute epsilon is no float"),
+        (lambda: (node_of(training_mode=7), initializers()), ValueError, "training_mode is 0 or 1, not 7"),
+        (lambda: (node_of(training_mode=0.0), initializers()), TypeError, "the attribute training_mode is no int"),
     ],
 )
 def test_other_sources_are_refused(made, error, words):
     with pytest.raises(error, match=words):
         mbn.from_onnx(*made())
+
+
+def _with_inputs(number):
+    model = MODEL()
+    del model.graph.node[0].input[number:]
+    return model
+
+
+def _of_type(data_type):
+    model = MODEL()
+    model.graph.initializer[0].data_type = data_type
+    return model
 
 
 def test_nodes_of_one_name_are_refused():
@@ -312,6 +377,9 @@ def test_nodes_of_one_name_are_refused():
         ((None, "y"), TypeError, "both, the model and the name"),
         (("model.onnx", "y"), TypeError, "onnx.ModelProto, not str"),
         ((MODEL(), "relu"), ValueError, "is a Relu"),
+        (_by_way_of(helper.make_node("Identity", ["var"], ["var"])), ValueError, "running_var is 'var'"),
+        ((_with_inputs(2), "y"), ValueError, "the node has 2 inputs; .* has 5"),
+        ((_of_type(99), "y"), TypeError, "weight is of the unknown type 99"),
     ],
 )
 def test_other_places_are_refused(arguments, error, words):
