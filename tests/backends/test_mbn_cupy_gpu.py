@@ -1,5 +1,8 @@
 """What only a GPU shows of CuPy's backend: streams, CUDA graphs, the memory pool, and more than 2**31 values."""
 
+import importlib
+
+import gpus
 import numpy as np
 import pytest
 
@@ -8,12 +11,9 @@ import mbn
 
 @pytest.fixture(scope="module")
 def cupy():
-    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
-    try:
-        mbn.get_backend("cupy")
-    except mbn.BackendUnavailableError as error:
-        pytest.skip(f"there is no GPU: {error}")
-    return cupy
+    if reason := gpus.missing("cupy"):
+        pytest.skip(reason)
+    return importlib.import_module("cupy")
 
 
 @pytest.fixture

@@ -1,0 +1,22 @@
+"""Which frameworks find a GPU, by what they say themselves: a backend that is broken must not pass for one without."""
+
+from importlib import import_module
+from importlib.util import find_spec
+
+
+def missing(framework: str) -> str | None:
+    """Return why a framework can use no GPU here, or None where it can."""
+    if find_spec(framework) is None:
+        return f"{framework} is not installed"
+    module = import_module(framework)
+    try:
+        found = _count(module, framework) > 0
+    except RuntimeError as error:  # CUDA's and JAX's way to say so
+        return f"{framework} finds no GPU: {error}"
+    return None if found else f"{framework} finds no GPU"
+
+
+def _count(module, framework):
+    if framework == "jax":
+        return len(module.devices("cuda"))
+    return module.cuda.runtime.getDeviceCount() if framework == "cupy" else module.cuda.device_count()
