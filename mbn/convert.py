@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mbn import checks, registry
-from mbn.contract import Array, Backend, dtype_name
+from mbn.contract import Array, Backend, dtype_name, layer_dtype
 from mbn.state import Params, State
 
 _HOST_MEMORY = frozenset({1, 3, 11})
@@ -108,6 +108,18 @@ def received_vectors(
             num_batches_tracked=count,
         ),
     )
+
+
+def place_of(backend: Backend, params: Params, state: State, dtype: str, device: Any) -> tuple[str, Any]:
+    """Return the dtype and device that parameters and statistics from outside ask for, by the first that has any.
+
+    Host data on a device have none, and take those of the layer; nor is a dtype taken over that no layer can have.
+    """
+    for value in (*params, *state[:2]):
+        if value is not None and backend.owns(value):
+            given = dtype_name(value.dtype)
+            return given if given == layer_dtype(given) else dtype, backend.device(value)
+    return dtype, device
 
 
 def is_own(backend: Backend, name: str, x: Any, device: Any) -> bool:

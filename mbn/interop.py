@@ -182,7 +182,7 @@ def replace_batchnorm(model: Any, *, back: bool = False) -> Any:
     Raises:
         ImportError: torch is not installed.
         TypeError, ValueError: it is no module, or one in it has no counterpart: a ``LazyBatchNorm1d`` before its first
-            input, one on the meta device; of ours, one with ``axis=-1``. The model is unchanged.
+            input; of ours, one with ``axis=-1``. The model is unchanged.
     """
     _converter("torch")  # which says what is missing
     replacement = importlib.import_module("mbn_interop.replacement")

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from mbn import checks, fitting, folding, registry
 from mbn.contract import Array, Backend
-from mbn.convert import received, received_vectors
+from mbn.convert import place_of, received, received_vectors
 from mbn.forward import forward, forward_vjp
 from mbn.masking import Masking
 from mbn.portable import Portable
@@ -190,7 +190,7 @@ class BatchNorm1d(Storage):
         """Do what a call does, as a pure function: from given parameters and state to the output and the new state.
 
         Args:
-            params, state: as :attr:`params` and :attr:`state`.
+            params, state: as :attr:`params` and :attr:`state`. Their dtype and device count, not the layer's own.
             x, mask, lengths, sample_weight: as in a call.
             training: by which statistics, in place of the layer's mode. A frozen layer stays frozen.
 
@@ -200,6 +200,9 @@ class BatchNorm1d(Storage):
         num_features, settings = self._channels(), self._settings
         backend = self._backend if self._is_bound else registry.owner_of(x)
         device = self._device if self._is_bound else None
+        if params.weight is not self._params.weight or state.running_mean is not self._state.running_mean:
+            dtype, device = place_of(backend, params, state, settings.dtype, device)
+            settings = settings._replace(dtype=dtype)
         x = received(backend, "x", x, settings.dtype, device)
         params, state = received_vectors(backend, params, state, num_features, settings.dtype, device)
         checks.running_statistics(state, needed=False, counted=settings.momentum is None)

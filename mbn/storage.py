@@ -316,10 +316,21 @@ class Storage:
                 raise
 
     def _adopt(self, params: Params, state: State) -> None:
-        """Hold these very arrays, of whatever device and dtype, if the layer still shares its arrays."""
+        """Hold these very arrays, of whatever device and dtype, if the layer still shares its arrays.
+
+        Whoever shares them may have taken some away, or given others back.
+        """
         if not self._is_shared:
             return
-        new = {"_params": params, "_state": state}
+        if state.running_mean is None:
+            state = State(None, None, None)
+        new = {
+            "_params": params,
+            "_state": state,
+            "_affine": params.weight is not None,
+            "_has_bias": self._has_bias if params.weight is None else params.bias is not None,
+            "_track_running_stats": state.running_mean is not None,
+        }
         arrays = to_dict(params, state)
         if arrays:
             first = next(iter(arrays.values()))

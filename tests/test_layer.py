@@ -162,6 +162,25 @@ def test_arguments_can_be_changed() -> None:
     assert (bn.axis, bn.correction) == (1, 1)
 
 
+@pytest.mark.parametrize("name", ["numpy", "numba", "torch"])
+def test_the_arrays_that_apply_is_given_say_their_dtype(name: str) -> None:
+    if name == "numba":
+        pytest.importorskip(name, reason="this is about its backend")
+    narrow, wide = (
+        configured(mbn.BatchNorm1d(4, dtype=dtype, backend=name), seed=1) for dtype in ("float32", "float64")
+    )
+    for bn, other in ((narrow, wide), (wide, narrow)):
+        x = mbn.asarray(X, backend=name)
+        y, state = bn.apply(other.params, other.state, x, training=True)
+        expected, after = other.apply(other.params, other.state, x, training=True)
+        assert str(state.running_mean.dtype) == str(other.running_mean.dtype)
+        for ours, theirs in zip((y, *state), (expected, *after), strict=True):
+            np.testing.assert_array_equal(mbn.to_numpy(ours), mbn.to_numpy(theirs), strict=True)
+    mixed = wide.params._replace(bias=narrow.bias)
+    with pytest.raises(TypeError, match="bias is float32 and the other parameters and statistics are float64"):
+        narrow.apply(mixed, wide.state, X, training=True)
+
+
 def test_nested_foreign_state_is_taken_by_a_load_alone() -> None:
     bn = mbn.BatchNorm1d(4, backend="numpy")
     with pytest.raises(TypeError, match="weight is an array of torch"):

@@ -5,6 +5,7 @@ So modules keep their identity and change their class, as Torch's own lazy modul
 refused before the first of them changes.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,8 +15,8 @@ from mbn.portable import Portable
 from mbn_interop.torch import read, write
 from mbn_torch.module import BatchNorm1d
 
-_THEIRS = ("num_features", "eps", "momentum", "affine", "track_running_stats")
-"""The attributes of their modules that are none of ours."""
+_THEIRS = ("num_features", "eps", "momentum")
+"""The attributes of their modules that are none of ours, which has them from its layer."""
 _OURS = ("layer", "_backend", "_adopt")
 """And the other way round."""
 
@@ -33,12 +34,13 @@ def to_ours(model: Any, make: Callable[[Portable, str], BatchNorm1d]) -> tuple[t
             message = f"{name} takes its number of channels from its first input: call the model on one before."
             raise ValueError(message)  # noqa: TRY004 - of a type that will do, later
         if _is_plain(module, torch.nn.BatchNorm1d):
-            layer, losses = read(module)
+            layer, losses = read(_valued(module))
             found.append((module, make(layer, "torch"), getattr(torch, layer.arguments["dtype"])))
             notes += [f"{name}: {loss}" for loss in losses]
         elif not isinstance(module, BatchNorm1d):
             notes.append(f"{name} stays what it is, since {type(module).__name__} may do more than a BatchNorm1d.")
     for module, ours, dtype in found:
+        ours.momentum = module.momentum  # it keeps what says whether it moves its statistics, too
         _turn(module, BatchNorm1d, {key: vars(ours)[key] for key in _OURS}, without=_THEIRS)
         module.to(dtype)  # the layer takes the tensors of the module, too
     return model, notes
@@ -59,7 +61,7 @@ def to_theirs(model: Any, pack: Callable[[Any], Portable]) -> tuple[torch.nn.Mod
         if module.layer.axis == -1:
             message = f"{name} has axis=-1, and torch has the channels on axis 1: its output would be another."
             raise ValueError(message)
-        theirs, losses = write(pack(module.layer)._replace(training=module.training))
+        theirs, losses = write(pack(_valued(module).layer)._replace(training=module.training))
         found.append((module, theirs))
         notes += [f"{name}: {loss}" for loss in losses]
     for module, theirs in found:
@@ -76,6 +78,15 @@ def _modules(model: Any, kinds: Any) -> Iterator[tuple[str, Any]]:
     return (
         (name or type(module).__name__, module) for name, module in model.named_modules() if isinstance(module, kinds)
     )
+
+
+def _valued(module: Any) -> Any:
+    """Return the module, or one with its arguments and values of its own where it is on the meta device."""
+    if not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        return module
+    copied = copy.deepcopy(module).to_empty(device="cpu")
+    copied.reset_parameters()
+    return copied
 
 
 def _is_plain(module: Any, kind: type) -> bool:

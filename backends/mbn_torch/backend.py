@@ -21,6 +21,10 @@ _NOT_REGISTERED = (
     "torch.export, torch.jit.trace and torch.onnx.export keep what is registered in a model, and this layer is not: "
     "what it learns would be no part of the graph. Put a module in its place: bn.as_module()."
 )
+_NO_VALUES = (
+    "a tensor on the meta device, or of FakeTensorMode, has no values to bring elsewhere. A layer gets some by its "
+    "module, bn.as_module(): to_empty(device=...) and reset_parameters(), or load_state_dict(..., assign=True)."
+)
 _NOT_SEEN = (
     "torch.fx sees modules, and looks into no layer or function of mbn. Put a module in the layer's place, "
     "bn.as_module(), which becomes one node of the graph; or have torch's own traced: "
@@ -66,9 +70,13 @@ class TorchBackend(Backend):
         if not isinstance(x, torch.Tensor):
             # Unlike Tensor.to, as_tensor knows of torch.set_default_device.
             x = torch.as_tensor(_from_numpy(np.asarray(x)), device=device or torch.get_default_device())
+        if x.is_meta and device is not None and device.type != "meta":
+            raise ValueError(_NO_VALUES)
         return x.to(device=device, dtype=_dtype(dtype))
 
     def to_numpy(self, x: torch.Tensor) -> np.ndarray:
+        if is_fake(x):
+            raise ValueError(_NO_VALUES)
         if x.dtype == torch.bfloat16:
             return x.detach().view(torch.int16).numpy(force=True).view(_numpy_bfloat16())
         return x.numpy(force=True)
@@ -314,7 +322,7 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 
 def _device(device: Any, usable: tuple[str, ...]) -> torch.device:
-    names = {"cpu:0", *usable, *(name.partition(":")[0] for name in usable)}
+    names = {"cpu:0", "meta", *usable, *(name.partition(":")[0] for name in usable)}
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError):

@@ -4,6 +4,7 @@ So its tensors are the layer's and are registered: optimizers, ``state_dict``, r
 puts others in their places for a call, as ``torch.func.functional_call`` does, must see those used, and leave none.
 """
 
+import copy
 from collections.abc import Callable
 from operator import is_not
 from typing import Any, Self
@@ -35,6 +36,7 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
         torch.nn.Module.__init__(self)
         self.layer = layer
         self.training = layer.training
+        self.affine, self.track_running_stats = layer.affine, layer.track_running_stats
         self._backend, self._adopt = backend, adopt
         for name, parameter in layer.params._asdict().items():
             self.register_parameter(name, parameter)
@@ -65,16 +67,6 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
     def momentum(self, value: float | None) -> None:
         self.layer.momentum = value
 
-    @property
-    def affine(self) -> bool:
-        """Whether there is a weight."""
-        return self.layer.affine
-
-    @property
-    def track_running_stats(self) -> bool:
-        """Whether there are running statistics."""
-        return self.layer.track_running_stats
-
     def forward(
         self,
         input: torch.Tensor,  # noqa: A002 - torch's name
@@ -94,16 +86,26 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
         if isinstance(input, torch.fx.Proxy):
             return self._node(input, mask=mask, lengths=lengths, sample_weight=sample_weight)
         params, before = self._tensors()
-        y, after = self.layer.apply(
-            params, before, input, training=self.training, mask=mask, lengths=lengths, sample_weight=sample_weight
+        if before.running_mean is None or not self.track_running_stats:
+            before = self._used(before)
+        layer, state, count = self.layer, before, before.num_batches_tracked
+        if count is not None and (count.ndim or count.is_floating_point()):
+            layer, state = self._without_count(before)
+        y, after = layer.apply(
+            params, state, input, training=self.training, mask=mask, lengths=lengths, sample_weight=sample_weight
         )
+        if state is not before:
+            after = after._replace(num_batches_tracked=count + 1 if self._trains() else count)
         if any(map(is_not, after, before)) and self._backend.stores(before, after):
             self._backend.write(before, after)
         return y
 
     def extra_repr(self) -> str:
         """Return what the text of the layer says of it."""
-        return repr(self.layer).partition("(")[2][:-1]
+        text = repr(self.layer).partition("(")[2][:-1]
+        for name in ("affine", "track_running_stats"):  # which are the module's own
+            text = text.replace(f"{name}={getattr(self.layer, name)}", f"{name}={getattr(self, name)}")
+        return text
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what was pickled or copied, with tensors that may have been brought to another device."""
@@ -143,6 +145,30 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
             raise TypeError(message)
         given = {key: value for key, value in places.items() if value is not None}
         return x.tracer.create_proxy("call_module", name, (x,), given)
+
+    def _trains(self) -> bool:
+        return self.training and not self.layer._frozen  # noqa: SLF001 - the module is a part of the layer
+
+    def _used(self, state: State) -> State:
+        """Return the statistics that a call uses and moves, as torch's modules choose them.
+
+        They can be taken away: ``track_running_stats = False`` leaves them alone in training, and where they are None,
+        evaluation normalises by those of the batch.
+        """
+        if self._trains():
+            return state if self.track_running_stats else State(None, None, None)
+        return State(None, None, None) if state.running_mean is None and state.running_var is None else state
+
+    def _without_count(self, state: State) -> tuple[Any, State]:
+        """Return a layer and statistics for a call whose count of batches is none of a layer's: a floating one, say.
+
+        Averaged models have such. The call counts on as torch's module does.
+        """
+        layer = self.layer
+        if layer.momentum is None:
+            layer = copy.copy(layer)
+            layer.momentum = 1 / float(state.num_batches_tracked + 1)
+        return layer, state._replace(num_batches_tracked=None)
 
     def _tensors(self) -> tuple[Params, State]:
         return Params(self.weight, self.bias), State(self.running_mean, self.running_var, self.num_batches_tracked)

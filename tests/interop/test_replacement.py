@@ -183,11 +183,20 @@ def test_a_lazy_one_is_converted_once_it_knows_its_channels():
     assert all(map(_is_ours, _norms(model)))
 
 
-def test_what_is_refused_changes_nothing():
-    model = _model().append(torch.nn.BatchNorm1d(4, device="meta"))
-    with pytest.raises(ValueError, match="meta"):
-        mbn.replace_batchnorm(model)
+def test_models_without_values_are_replaced_and_get_some_later():
+    expected, x = _model(), _sample()
+    with torch.device("meta"):
+        model = mbn.replace_batchnorm(_model())
+    assert all(parameter.is_meta for parameter in model.parameters())
+    model.load_state_dict(expected.state_dict(), assign=True)
+    torch.testing.assert_close(model(x), expected(x))
+    torch.testing.assert_close(dict(model.state_dict()), dict(expected.state_dict()))
+    model = mbn.replace_batchnorm(model.to("meta"), back=True)
     assert not any(map(_is_ours, _norms(model)))
+    assert model(x.to("meta")).is_meta
+
+
+def test_what_is_refused_changes_nothing():
     model = mbn.replace_batchnorm(_model()).append(mbn.BatchNorm1d(4, axis=-1, backend="torch").as_module())
     with pytest.raises(ValueError, match="3 has axis=-1"):
         mbn.replace_batchnorm(model, back=True)
@@ -249,6 +258,10 @@ def test_statistics_that_are_used_but_not_updated_stay_so():
     for training in (True, False):
         torch.testing.assert_close(ours.train(training)(_sample(2)), theirs.train(training)(_sample(2)))
     assert torch.equal(ours.running_mean, theirs.running_mean)
+    for norm in (ours, theirs):
+        norm.track_running_stats = True
+        norm(_sample(2))
+    torch.testing.assert_close(dict(ours.state_dict()), dict(theirs.state_dict()))
 
 
 def test_without_statistics_to_update_there_are_none():
