@@ -1,7 +1,5 @@
 """Agreement: the same numbers by every route, on every backend and in every memory layout."""
 
-from contextlib import suppress
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -63,14 +61,23 @@ def test_arrays_cross_the_border_unchanged(target: Target) -> None:
 
 
 def test_arrays_are_handed_over_unchanged(target: Target) -> None:
+    taken = []
     for dtype in sorted(target.capabilities.dtypes):
         host = X.astype(dtype)
-        for array in (target.array(host), transposed(target.array(np.ascontiguousarray(host.mT)))):
-            handed = array
-            with suppress(Exception), target.backend.exported(array) as exported:  # a backend may refuse
-                handed = target.backend.from_dlpack(exported)
-            np.testing.assert_array_equal(target.numpy(handed), host, strict=True)
-            assert target.backend.device(array) in {None, target.backend.device(handed)}
+        in_order, strided = target.array(host), transposed(target.array(np.ascontiguousarray(host.mT)))
+        for array, refusal in (
+            (in_order, BufferError),
+            (strided, Exception),
+        ):  # what lies in order comes as a last resort
+            with target.backend.exported(array) as exported:
+                try:
+                    handed = target.backend.from_dlpack(exported)
+                except refusal:
+                    continue
+                taken.append(dtype)
+                np.testing.assert_array_equal(target.numpy(handed), host, strict=True)
+                assert target.backend.device(array) in {None, target.backend.device(handed)}
+    assert taken or type(target.backend).from_dlpack is Backend.from_dlpack, "from_dlpack takes nothing at all"
 
 
 @pytest.mark.parametrize("layout", strategies.LAYOUTS)

@@ -1,6 +1,7 @@
 """The picture."""
 
 import struct
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from mbn.compare.comparison import compare
 from mbn.compare.messages import Measured
 from mbn.compare.reference import reference
 
-plot = pytest.importorskip("mbn.compare.plot")
+pytest.importorskip("matplotlib")
+plot = import_module("mbn.compare.plot")
 
 
 @pytest.mark.parametrize("names", [["numpy"], ["numpy", "torch", "jax", "cupy", "a-plug-in:with-a-long-device:0"]])

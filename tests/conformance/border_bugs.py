@@ -24,7 +24,26 @@ class ExportedInReverse(Toy):
         return nullcontext(x[::-1])
 
 
+class NothingHandedOver(Toy):
+    def from_dlpack(self, x: Any) -> Array:
+        message = f"no {x.dtype} by DLPack"
+        raise BufferError(message)
+
+
+class HandedOverByAMethodThatIsNotThere(Toy):
+    def from_dlpack(self, x: Any) -> Array:
+        return np.from_dlpak(x)
+
+
+class ExportedByAMethodThatIsNotThere(Toy):
+    def exported(self, x: Array) -> AbstractContextManager[Array]:
+        return nullcontext(x.expotred())
+
+
 BUGS = [
+    (NothingHandedOver, "test_arrays_are_handed_over_unchanged"),
+    (HandedOverByAMethodThatIsNotThere, "test_arrays_are_handed_over_unchanged"),
+    (ExportedByAMethodThatIsNotThere, "test_arrays_are_handed_over_unchanged"),
     (HandedOverWithoutStrides, "test_arrays_are_handed_over_unchanged"),
     (HandedOverInWords, "test_arrays_are_handed_over_unchanged"),
     (ExportedInReverse, "test_arrays_are_handed_over_unchanged"),

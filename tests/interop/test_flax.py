@@ -1,6 +1,7 @@
 """Layers from and to flax, nnx and linen."""
 
 import copy
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ import mbn
 nnx = pytest.importorskip("flax.nnx")
 linen = pytest.importorskip("flax.linen")
 jax = pytest.importorskip("jax")
-enable_x64 = pytest.importorskip("mbn_jax.maps").enable_x64
+enable_x64 = import_module("mbn_jax.maps").enable_x64
 
 BACKENDS = ["numpy", "jax"]
 

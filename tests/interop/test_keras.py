@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -209,7 +210,8 @@ def test_a_layer_without_statistics_is_refused():
 
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="the others have it")
 def test_float64_needs_a_backend_that_has_it():
-    enable_x64 = pytest.importorskip("mbn_jax.maps", reason="the switch is JAX's").enable_x64
+    pytest.importorskip("jax", reason="the switch is JAX's")
+    enable_x64 = import_module("mbn_jax.maps").enable_x64
     bn = layer(correction=0, dtype="float64", backend="numpy")
     with enable_x64(new_val=False), pytest.raises(ValueError, match="float64.*jax_enable_x64.*float32"):
         mbn.to_keras(bn)
