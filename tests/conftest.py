@@ -1,11 +1,58 @@
-"""What every test file shares: a registry that is as it was before each test."""
+"""What every test file shares: a registry that is as it was before each test, and the skips that CI expects."""
 
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Generator, Iterator
+from typing import Any
 
 import pytest
 
 import mbn
 from mbn import registry
+
+NO_OTHERS = "MBN_NO_UNEXPECTED_SKIPS"
+"""The environment variable that has any other skip fail, for where everything is installed."""
+EXPECTED_SKIPS = {
+    r"(cupy|torch|jax) finds no GPU": "CI has none; who has one runs these tests with it",
+    r"there is a GPU": "the counterpart of these tests",
+    r"the GPU has too little memory free": "it may be in use",
+    r"compiled for one card": "the others differ in nothing that the test looks at",
+    r"this is no repository": "the tests of a wheel run away from the source",
+    r"(jax|strict) has no arrays that are not contiguous": "a workload of mbn bench that is none for them",
+    r"(jax takes no float64|strict takes no float16) here": "the same",
+    r"(torch\.nn\.BatchNorm1d|the formula) takes no masks": "the same, for the peers",
+    r"no step of nnx\.BatchNorm with a mask or float64 is measured": "the same",
+}
+"""Regular expressions that the reasons begin with, and why a skip is right there."""
+
+
+def unexpected(report: Any) -> str | None:
+    """Return why a test or a file has been skipped, if nobody expects that."""
+    if not report.skipped or hasattr(report, "wasxfail"):
+        return None
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    reason = reason.removeprefix("Skipped: ")
+    return None if any(re.match(expected, reason) for expected in EXPECTED_SKIPS) else reason
+
+
+def _refuse(report: Any) -> Any:
+    reason = unexpected(report) if os.environ.get(NO_OTHERS) else None
+    if reason is not None:
+        report.outcome = "failed"
+        report.longrepr = f"skipped, which tests/conftest.py does not expect: {reason}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, Any, Any]:
+    """Have a test fail that is skipped unexpectedly."""
+    return _refuse((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, Any, Any]:
+    """Have a file fail that is skipped unexpectedly."""
+    return _refuse((yield))
 
 
 @pytest.fixture(autouse=True)

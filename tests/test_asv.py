@@ -136,10 +136,12 @@ def test_the_quick_check_finds_a_slowdown(tmp_path):
     slow += "mbn.layer.forward = lambda *args, **kwargs: (time.sleep(0.01), run(*args, **kwargs))[1]\n"
     backend.write_text(backend.read_text() + slow)
     git(checkout, "commit", "--all", "-m", "Sleep")
-    command = re.search(r"asv (--config asv\.numpy\.json .*? HEAD~1 HEAD)", (ROOT / ".ci" / "run").read_text())[1]
+    command = re.search(
+        r"asv (--config asv\.numpy\.json .*? HEAD~1 HEAD)", (ROOT / ".ci" / "functions.sh").read_text()
+    )[1]
     home = {"HOME": str(tmp_path), "XDG_CONFIG_HOME": os.environ.get("XDG_CONFIG_HOME", str(Path.home() / ".config"))}
     asv = f"{sys.executable} -m asv"
-    checked = subprocess.run(  # noqa: S602 - the words of .ci/run, which are for a shell
+    checked = subprocess.run(  # noqa: S602 - the words of .ci/functions.sh, which are for a shell
         f"{asv} machine --yes && {asv} {command}",
         shell=True,
         cwd=checkout / "asv_bench",

@@ -1,0 +1,38 @@
+# What `.ci/run` does more than once or has to get right; sourced by it, and by its tests.
+
+# Print one of the README's commands: the first line of its shell block of this number, which has to have this word.
+readme_command() {
+    local command
+    command=$(awk -v wanted="$1" '/^```sh$/ && ++block == wanted {getline; print; exit}' README.md)
+    if [[ $command != *"$2"* ]]; then
+        echo "README.md has no command with '$2' in its shell block $1, but: '$command'" >&2
+        return 1
+    fi
+    echo "$command"
+}
+
+fresh_environment() {
+    python3 -m venv "$1" || return
+    export PATH="$1/bin:$PATH"
+}
+
+quick_check() {
+    asv --config asv.numpy.json continuous --factor 2 -a rounds=2 --bench "Step.*'numpy'.*\(32, 64\)" HEAD~1 HEAD
+}
+
+# Tell whether a commit can run the benchmarks of the quick check.
+can_be_measured() {
+    asv --config asv.numpy.json run --quick --bench "Step.*'numpy'.*\(32, 64\)" "$1^!"
+}
+
+# Fail if HEAD is slower than the commit before it, or cannot be measured. asv returns 1 for the former, and 2 if either
+# commit fails or if it was called wrongly.
+no_regression() {
+    local status=0
+    quick_check || status=$?
+    if [ "$status" -eq 2 ] && can_be_measured HEAD && ! can_be_measured HEAD~1; then
+        echo "The commit before HEAD cannot run these benchmarks, so there is nothing to compare with."
+        return 0
+    fi
+    return "$status"
+}

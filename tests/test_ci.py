@@ -1,0 +1,139 @@
+"""What CI relies on: that a step which does nothing, or fails, is not green."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def bash(commands, folder, **environment):
+    """Run commands as .ci/run does, in a folder."""
+    return subprocess.run(  # noqa: S603
+        ["bash", "-c", f"set -euo pipefail\n. {ROOT / '.ci' / 'functions.sh'}\n{commands}"],  # noqa: S607
+        cwd=folder,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_commands_are_those_of_the_readme():
+    for number, word in ((1, "mbn compare"), (2, "python -m pytest")):
+        run = bash(f"readme_command {number} '{word}'", ROOT)
+        assert (run.returncode, run.stderr) == (0, "")
+        assert f"```sh\n{run.stdout}```" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("fence", ["```bash", "```shell", "~~~sh", "```sh\n# first of all:"])
+def test_a_readme_with_other_blocks_is_no_success(tmp_path, fence):
+    (tmp_path / "README.md").write_text((ROOT / "README.md").read_text().replace("```sh", fence))
+    run = bash("tests=$(readme_command 2 'python -m pytest')\nbash -c \"$tests\"\necho went on", tmp_path)
+    assert run.returncode != 0
+    assert run.stdout == ""
+    assert "README.md has no command with 'python -m pytest' in its shell block 2" in run.stderr
+
+
+def test_an_environment_that_cannot_be_made_is_no_success(tmp_path):
+    (tmp_path / "file").write_text("")
+    first_step = re.search(r"^\($.*?^\)$", (ROOT / ".ci" / "run").read_text(), re.DOTALL | re.MULTILINE)[0]
+    run = bash(f"scratch=$PWD/file main_job='echo went on'\n{first_step}\necho went on", tmp_path)
+    assert run.returncode != 0
+    assert "went on" not in run.stdout
+
+
+ASV = """#!/usr/bin/env bash
+case "$*" in
+    *continuous*) exit $CONTINUOUS ;;
+    *HEAD~1^!) exit $PARENT ;;
+    *HEAD^!) exit $HEAD ;;
+    *) exit 99 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("continuous", "head", "parent", "expected"),
+    [
+        (0, 0, 0, 0),
+        (1, 0, 0, 1),  # slower
+        (2, 0, 2, 0),  # the parent is from before the benchmarks
+        (2, 2, 0, 2),  # HEAD fails
+        (2, 2, 2, 2),
+        (2, 0, 0, 2),  # asv does not understand how it is called
+        (3, 0, 2, 3),
+    ],
+)
+def test_only_a_parent_that_cannot_be_measured_is_tolerated(tmp_path, continuous, head, parent, expected):
+    asv = tmp_path / "asv"
+    asv.write_text(ASV)
+    asv.chmod(0o755)
+    codes = {"CONTINUOUS": str(continuous), "HEAD": str(head), "PARENT": str(parent)}
+    run = bash("no_regression\necho went on", tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}", **codes)
+    assert run.returncode == expected
+    assert ("went on" in run.stdout) == (expected == 0)
+    assert ("nothing to compare with" in run.stdout) == (parent == 2 and expected == 0)
+
+
+SKIPS = """
+import pytest
+
+def test_expected():
+    pytest.skip("jax finds no GPU: none")
+
+@pytest.mark.skipif(True, reason="renamed")
+def test_marked():
+    pass
+
+def test_within():
+    pytest.importorskip("a_module_that_was_renamed")
+
+@pytest.mark.xfail(strict=True)
+def test_known_to_fail():
+    assert False
+
+def test_passes():
+    pass
+"""
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_unexpected_skips_fail_where_everything_is_installed(tmp_path, workers):
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    (tmp_path / "test_some.py").write_text(SKIPS)
+    (tmp_path / "test_whole.py").write_text("import pytest\npytest.importorskip('a_module_that_was_renamed')\n")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-c",
+        os.devnull,
+        "--rootdir",
+        str(tmp_path),
+        "-n",
+        workers,
+        str(tmp_path),
+    ]
+
+    def outcomes(**environment):
+        run = subprocess.run(  # noqa: S603
+            command, capture_output=True, text=True, check=False, env=os.environ | environment
+        )
+        return run.returncode, set(re.findall(r"\d+ \w+", run.stdout.rstrip().rpartition("\n")[2])), run.stdout
+
+    code, counted, _ = outcomes(MBN_NO_UNEXPECTED_SKIPS="")
+    assert (code, counted) == (0, {"1 passed", "4 skipped", "1 xfailed"})
+    code, _, out = outcomes(MBN_NO_UNEXPECTED_SKIPS="1")
+    assert code != 0
+    assert re.search("^ERROR .*test_whole.py", out, re.MULTILINE)
+    (tmp_path / "test_whole.py").unlink()
+    code, counted, out = outcomes(MBN_NO_UNEXPECTED_SKIPS="1")
+    assert (code, counted) == (1, {"1 failed", "1 error", "1 passed", "1 skipped", "1 xfailed"})
+    for reason in ("renamed", "could not import 'a_module_that_was_renamed'"):
+        assert f"skipped, which tests/conftest.py does not expect: {reason}" in out
