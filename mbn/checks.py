@@ -20,8 +20,13 @@ _INPUT_DTYPES = {
 }
 """By dtype of the statistics: what x may be without losing precision."""
 
+SHAPELESS = "x has no shape: it is nested, say. Make one array of it: x.to_padded_tensor(0.0), with lengths=."
+
 _PLACE_DTYPES = {
-    "mask": (("bool",), "bool, True where there is a value: mask != 0 makes one of numbers"),
+    "mask": (
+        ("bool",),
+        "bool, True where there is a value: mask != 0 makes one of an array, np.asarray(mask) != 0 of a list",
+    ),
     "lengths": (("int", "uint"), "made of integers"),
     "sample_weight": (("int", "uint", "float", "bfloat"), "made of real numbers"),
 }
@@ -32,10 +37,10 @@ def num_features(value: Any) -> int | None:
     """Return the number of channels as an int; None means that the first input will tell."""
     if value is None:
         return None
-    if isinstance(value, bool | float | str) or not hasattr(value, "__index__"):
+    count = _index(value)
+    if count is None:
         message = f"num_features is an int or None (taken from the first input), not {value!r}."
         raise TypeError(message)
-    count = operator.index(value)
     if count <= 0:
         message = f"num_features is the number of channels C of the input, at least 1, not {count}."
         raise ValueError(message)
@@ -64,18 +69,20 @@ def momentum(value: Any) -> float | None:
 
 def axis(value: Any) -> int:
     """Return the channel axis, 1 or -1."""
-    if isinstance(value, bool) or value not in (1, -1):
+    index = _index(value)
+    if index not in (1, -1):
         message = f"axis is 1 for (N, C) and (N, C, L) or -1 for (N, C) and (N, L, C), not {value!r}."
         raise ValueError(message)
-    return int(value)
+    return index
 
 
 def correction(value: Any) -> int:
     """Return what is subtracted from the number of values for running_var: 1 (unbiased) or 0 (biased)."""
-    if isinstance(value, bool) or value not in (0, 1):
+    index = _index(value)
+    if index not in (0, 1):
         message = f"correction is 1 for the unbiased running_var (torch's) or 0 for the biased one, not {value!r}."
         raise ValueError(message)
-    return int(value)
+    return index
 
 
 def flag(name: str, value: Any, error: type[Exception] = TypeError) -> bool:
@@ -88,7 +95,10 @@ def flag(name: str, value: Any, error: type[Exception] = TypeError) -> bool:
 
 def statistics_dtype(value: Any) -> str:
     """Return the name of the dtype of parameters and statistics: float32 (also for None) or float64."""
-    name = "float32" if value is None else dtype_name(value)
+    try:
+        name = "float32" if value is None else dtype_name(value)
+    except TypeError:  # nothing that could be the key of a dictionary
+        name = type(value).__name__
     if name not in _INPUT_DTYPES:
         message = (
             f"dtype is that of parameters and statistics, float32 or float64, not {name}. float16 and bfloat16 inputs "
@@ -96,6 +106,19 @@ def statistics_dtype(value: Any) -> str:
         )
         raise TypeError(message)
     return name
+
+
+def is_dtype(value: Any) -> bool:
+    """Tell whether this is a dtype of any framework, or the name of one, rather than a device."""
+    if value is None or (
+        hasattr(value, "shape") and not isinstance(value, type)
+    ):  # NumPy's classes of scalars have one
+        return False
+    try:
+        name = dtype_name(value)
+    except TypeError:  # nothing that could be the key of a dictionary
+        return False
+    return name.startswith(("float", "bfloat", "int", "uint", "complex", "bool"))
 
 
 def tracked(track_running_stats: bool, method: str) -> None:  # noqa: FBT001 - as it is named
@@ -113,11 +136,13 @@ def rank(shape: tuple[int, ...], axis: int) -> None:
         raise ValueError(message)
 
 
-def batch(backend: Backend, x: Array, shape: tuple[int, ...], settings: Settings, *, training: bool) -> None:
+def batch(
+    backend: Backend, x: Array, shape: tuple[int, ...], settings: Settings, state: State | None, *, training: bool
+) -> None:
     """Check an input of ``backend`` against the settings of a layer.
 
     ``shape`` is that of ``x``, which some frameworks take long to tell. ``training`` by the statistics of ``x`` takes
-    more than one value per channel, since one has no variance.
+    more than one value per channel, since one has no variance; ``state`` is what there is instead.
     """
     axis = settings.axis
     rank(shape, axis)
@@ -129,8 +154,11 @@ def batch(backend: Backend, x: Array, shape: tuple[int, ...], settings: Settings
     if training and math.prod(shape) == settings.num_features:
         message = (
             f"x has shape {tuple(shape)}: one value per channel has no variance to train on. Give more values, or "
-            "normalise by the running statistics: eval() or freeze()."
         )
+        if state is None or state.running_mean is None:
+            message += "normalise by running statistics, which there are none of here: they need track_running_stats."
+        else:
+            message += "normalise by the running statistics: eval(), freeze() or training=False."
         raise ValueError(message)
 
 
@@ -204,6 +232,16 @@ def running_statistics(state: State, *, needed: bool, counted: bool = False) -> 
         raise ValueError(message)
 
 
+def variance(backend: Backend, running_var: Array) -> None:
+    """Check that no variance that a layer takes in is negative, unless it is traced. Diverged models have NaN."""
+    if backend.within(running_var, 0, math.inf) is False:
+        host = backend.to_numpy(running_var)
+        negative = np.flatnonzero(host < 0)
+        if negative.size:
+            message = f"running_var is {host[negative[0]]} in channel {negative[0]}; a variance is at least 0 (or NaN)."
+            raise ValueError(message)
+
+
 def vector(name: str, value: Array, num_features: int, dtype: str) -> None:
     """Check a parameter or statistic of the functional API or of ``apply``."""
     shape, given = tuple(value.shape), dtype_name(value.dtype)
@@ -234,13 +272,17 @@ def masks(backend: Backend) -> None:
         raise TypeError(message)
 
 
+def wrong_place_kind(name: str, kind: str) -> str:
+    """Return what to say of a mask, lengths or sample weights of a wrong dtype or type."""
+    return f"{name} is {kind}; it has to be {_PLACE_DTYPES[name][1]}."
+
+
 def place_values(name: str, values: Array, places: tuple[int, ...]) -> None:
     """Check the dtype and shape of a mask, lengths or sample weights for an input with ``places``, (N,) or (N, L)."""
     kind, shape = dtype_name(values.dtype), tuple(values.shape)
-    first_letters, needed = _PLACE_DTYPES[name]
+    first_letters, _ = _PLACE_DTYPES[name]
     if not kind.startswith(first_letters):
-        message = f"{name} is {kind}; it has to be {needed}."
-        raise TypeError(message)
+        raise TypeError(wrong_place_kind(name, kind))
     if name == "lengths" and len(places) == 1:
         message = "lengths are those of sequences, and an x of (N, C) has none: give a mask, (N,)."
         raise ValueError(message)
@@ -288,8 +330,19 @@ def _wrong_dtype(name: str, given: str, dtype: str, backend: Backend) -> str:
     return f"{name} is {given}; {backend.name} takes {', '.join(usable)}. Convert {name}, to float32 say."
 
 
+def _index(value: Any) -> int | None:
+    """Return an int from one of any kind; None of what is none, or a truth value."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
 def _real(name: str, value: Any, *, or_none: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         message = f"{name} is a real number{' or None' if or_none else ''}, not {value!r}."
         raise TypeError(message)
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # an int beyond all floats
+        return math.inf if math.floor(value) > 0 else -math.inf

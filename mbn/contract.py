@@ -20,6 +20,8 @@ Array: TypeAlias = Any
 
 Arrays = TypeVar("Arrays", bound=tuple[Array | None, ...])
 
+_LIMITS = {f"int{bits}": (2 ** (bits - 1) - 1, bits - 1) for bits in (8, 16, 32, 64)}
+"""The largest number of a dtype, and how far its sign is from its last bit."""
 _DTYPE_NAMES: dict[tuple[type, Hashable], str] = {}
 
 
@@ -64,6 +66,12 @@ def overlaps_itself(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: 
     offsets = np.delete(offsets, offsets.size // 2)  # no steps along any of these
     steps = -offsets // stride + np.array([[0], [1]])
     return bool(np.any((abs(steps) < size) & (abs(offsets + steps * stride) < itemsize)))
+
+
+def counted(count: Array) -> Array:
+    """Return a count of batches after one more. At the largest integer of its dtype it stays, and does not wrap."""
+    limit, sign = _LIMITS.get(dtype_name(count.dtype), (None, None))
+    return count + 1 if limit is None else count - ((count - limit) >> sign)  # which is -1 below the limit
 
 
 def layer_dtype(dtype: str) -> str:
@@ -400,7 +408,7 @@ class Backend(ABC):
         mean, var = moments.mean, self.variance(moments, 0)
         y = self.normalize(x, mean, var, weight, bias, eps, weights, **out)
         if num_batches_tracked is not None:
-            num_batches_tracked = num_batches_tracked + 1
+            num_batches_tracked = counted(num_batches_tracked)
         if running_mean is not None:
             # Without a momentum it is the cumulative average: each batch so far weighs the same.
             step = self.step(momentum, num_batches_tracked, moments.count, correction)

@@ -74,7 +74,7 @@ def received(backend: Backend, name: str, x: Any, dtype: str, device: Any) -> Ar
     layer, ``dtype``.
     """
     if isinstance(x, registry.PYTHON_DATA):
-        x = np.asarray(x)
+        x = from_python(name, x)
         if x.dtype.kind in "fiu":
             x = x.astype(dtype)
     if is_own(backend, name, x, device):
@@ -82,6 +82,18 @@ def received(backend: Backend, name: str, x: Any, dtype: str, device: Any) -> Ar
     if dtype_name(x.dtype) not in backend.capabilities.dtypes:
         return x  # refused by its dtype, in the words that every backend has for it, before anything is moved
     return backend.asarray(x, device=device)
+
+
+def from_python(name: str, values: Any) -> np.ndarray:
+    """Return lists and scalars as an array, and what is one as it is."""
+    try:
+        return np.asarray(values)
+    except (ValueError, TypeError, RuntimeError) as error:
+        message = (
+            f"{name} is a {type(values).__name__} that NumPy makes no array of, since its parts differ in length, say "
+            f"({error}). Pad what is shorter, and give lengths= or mask=."
+        )
+        raise ValueError(message) from error
 
 
 def received_vectors(
@@ -162,7 +174,7 @@ def owned(
     # An own array stays what it is, traced perhaps; another one crosses as a copy that nobody else holds.
     owner = registry.owner_of(value)
     if registry.is_host_data(value):
-        array = owner.to_numpy(value)
+        array = from_python(name, value)
     else:
         array = owner.copy(value)
         array = array if owner is backend else _handed_over(array, owner, backend)
@@ -177,7 +189,7 @@ def owned(
     own: Array = backend.asarray(array.astype(dtype) if isinstance(array, np.ndarray) else array, dtype, device)
     if is_count:
         limit = np.iinfo(dtype_name(own.dtype)).max  # that of int32, where there is no int64
-        if registry.owner_of(array).within(array, 0, limit) is False:
-            message = f"{name} counts batches and is at least 0 and below {limit}, not {array}."
+        if registry.owner_of(array).within(array, 0, limit) is False and int(array) != limit:
+            message = f"{name} counts batches and is at least 0 and at most {limit}, not {array}."
             raise ValueError(message)
     return own + backend.asarray(np.zeros(shape, dtype), dtype, device) if is_filling and shape else own

@@ -3,7 +3,8 @@
 They must not depend on how the data set is cut into batches, and no more than one batch may be in memory.
 """
 
-from collections.abc import Generator, Iterable
+import math
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from operator import length_hint
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from mbn import checks
 from mbn.contract import Array, Backend, Moments, transposed
-from mbn.state import Settings
+from mbn.state import Settings, few
 
 
 class Population:
@@ -34,7 +35,11 @@ class Population:
         Raises:
             TypeError, ValueError: it is refused as in a call.
         """
-        checks.batch(backend, x, x.shape, settings, training=False)
+        try:
+            shape = x.shape
+        except RuntimeError as error:
+            raise TypeError(checks.SHAPELESS) from error
+        checks.batch(backend, x, shape, settings, None, training=False)
         self.num_batches += 1
         if 0 in x.shape:
             return
@@ -68,8 +73,41 @@ class Population:
         }
 
 
+_SLICE = 1 << 25
+"""Bytes of an array that are taken in at once, if they are more than a row."""
+
+
+class Slices:
+    """An array as its parts along the first axis, of which one at a time has to be in memory.
+
+    An array in a framework's own memory is one part: it is there already, on several devices maybe.
+    """
+
+    def __init__(self, array: Any, settings: Settings) -> None:
+        self._array, shape = array, tuple(array.shape)
+        checks.rank(shape, settings.axis)
+        row = math.prod(shape[1:]) * getattr(array.dtype, "itemsize", 8) if hasattr(array, "dtype") else 0
+        is_framework = not isinstance(array, np.ndarray) and hasattr(array, "__dlpack__")
+        self._step = shape[0] or 1 if is_framework else max(_SLICE // max(row, 1), 1)
+        self._starts = range(0, shape[0] or 1, self._step)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __iter__(self) -> Iterator[Any]:
+        whole = len(self) == 1
+        return (self._array if whole else self._array[start : start + self._step] for start in self._starts)
+
+
 def inputs(batches: Iterable[Any], *, progress: bool) -> Generator[Any]:
     """Iterate over the inputs in batches, with a progress bar on standard error if asked for. Holds on to none."""
+    if (
+        batches is None
+        or isinstance(batches, Mapping | str | bytes)
+        or not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__"))
+    ):
+        message = f"batches is an array, or an iterable of inputs, not {type(batches).__name__}."
+        raise TypeError(message)
     from rich.console import Console  # noqa: PLC0415 - of no use to whoever only normalises
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn  # noqa: PLC0415
 
@@ -85,6 +123,12 @@ def inputs(batches: Iterable[Any], *, progress: bool) -> Generator[Any]:
 
 def _input(batch: Any) -> Any:
     """Return the input of a batch: of several arrays, the first."""
+    if isinstance(batch, Mapping):
+        message = (
+            f"a batch is an array, or a tuple or list of which the first is the input, and not a "
+            f"{type(batch).__name__} of {few(batch)}: give the input alone, (batch[key] for batch in batches)."
+        )
+        raise TypeError(message)
     is_several = isinstance(batch, tuple | list) and len(batch) > 0 and hasattr(batch[0], "shape")
     return batch[0] if is_several and len(batch[0].shape) > 1 else batch
 

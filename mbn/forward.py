@@ -7,7 +7,7 @@ come last.
 from typing import Any
 
 from mbn import checks
-from mbn.contract import Array, Backend, Residuals, transposed
+from mbn.contract import Array, Backend, Residuals, counted, transposed
 from mbn.masking import Masking
 from mbn.pullback import Pullback
 from mbn.state import Params, Settings, State
@@ -28,8 +28,11 @@ def forward(
 
     Everything else has been checked. ``training`` says by which statistics: those of ``x`` or the running ones.
     """
-    shape = x.shape
-    checks.batch(backend, x, shape, settings, training=training)
+    try:
+        shape = x.shape
+    except RuntimeError as error:
+        raise TypeError(checks.SHAPELESS) from error
+    checks.batch(backend, x, shape, settings, state, training=training)
     if out is not None:
         checks.out(backend, out, x)
     weights = None if masking is None else masking.weights(backend, x, settings)
@@ -54,8 +57,11 @@ def forward_vjp(
     masking: Masking | None = None,
 ) -> tuple[tuple[Array, Pullback], State]:
     """Do what :func:`forward` does, and return the pullback beside the output."""
-    shape = x.shape
-    checks.batch(backend, x, shape, settings, training=training)
+    try:
+        shape = x.shape
+    except RuntimeError as error:
+        raise TypeError(checks.SHAPELESS) from error
+    checks.batch(backend, x, shape, settings, state, training=training)
     weights = None if masking is None else masking.weights(backend, x, settings)
     held = Params(*(None if parameter is None else backend.copy(parameter) for parameter in params))
     if 0 in shape:
@@ -83,4 +89,4 @@ def _counted(state: State, *, training: bool) -> State:
     """Return the state after an empty batch: it has no statistics; torch counts it all the same."""
     if not training or state.num_batches_tracked is None:
         return state
-    return state._replace(num_batches_tracked=state.num_batches_tracked + 1)
+    return state._replace(num_batches_tracked=counted(state.num_batches_tracked))

@@ -137,7 +137,7 @@ def _run(
     if momentum is None:
         message = "momentum=None is the cumulative average, which needs the count of batches that BatchNorm1d keeps."
         raise TypeError(message)
-    axis = checks.axis(axis)
+    training, axis = checks.flag("training", training), checks.axis(axis)
     dtype = _statistics_dtype(state.running_mean, state.running_var, *params, x)
     x = received(chosen, "x", x, dtype, None)
     checks.rank(x.shape, axis)

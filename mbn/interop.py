@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+from mbn import checks
 from mbn.contract import Backend
 from mbn.layer import BatchNorm1d
 from mbn.portable import ConversionWarning, Portable
@@ -79,7 +80,7 @@ def to_flax(bn: BatchNorm1d, *, linen: bool = False) -> Any:
         ImportError: flax is not installed.
         ValueError: it has no such layer: one without running statistics; or JAX has no float64 here.
     """
-    return _foreign(_converter("flax").write(bn._pack(), linen=linen))
+    return _foreign(_converter("flax").write(bn._pack(), linen=checks.flag("linen", linen)))
 
 
 def from_keras(layer: Any, *, backend: str | Backend | None = None, device: Any = None) -> BatchNorm1d:
@@ -186,7 +187,7 @@ def replace_batchnorm(model: Any, *, back: bool = False) -> Any:
     """
     _converter("torch")  # which says what is missing
     replacement = importlib.import_module("mbn_interop.replacement")
-    if back:
+    if checks.flag("back", back):
         return _foreign(replacement.to_theirs(model, BatchNorm1d._pack))
     return _foreign(replacement.to_ours(model, _module))
 

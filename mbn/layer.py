@@ -18,7 +18,7 @@ from mbn.masking import Masking
 from mbn.portable import Portable
 from mbn.pullback import Pullback
 from mbn.state import Params, Settings, State, versioned
-from mbn.storage import Fixed, Storage
+from mbn.storage import Fixed, Storage, of_class
 
 
 class BatchNorm1d(Storage):
@@ -197,7 +197,7 @@ class BatchNorm1d(Storage):
         Raises:
             TypeError, ValueError: as in a call, and for parameters or statistics of a wrong shape or dtype.
         """
-        num_features, settings = self._channels(), self._settings
+        training, num_features, settings = checks.flag("training", training), self._channels(), self._settings
         backend = self._backend if self._is_bound else registry.owner_of(x)
         device = self._device if self._is_bound else None
         if params.weight is not self._params.weight or state.running_mean is not self._state.running_mean:
@@ -255,7 +255,7 @@ class BatchNorm1d(Storage):
         self._frozen = False
         return self
 
-    def fit(self, batches: Iterable[Any], *, progress: bool = True) -> Self:
+    def fit(self, batches: Any, *, progress: bool = True) -> Self:
         """Set the running statistics to those of a whole data set, in one pass over its batches; return the layer.
 
         The batches' statistics are merged exactly, so ``running_mean`` and ``running_var`` are mean and variance of
@@ -263,8 +263,10 @@ class BatchNorm1d(Storage):
         batches. There is never more than one batch in memory.
 
         Args:
-            batches: inputs as in a call, of any number of rows. Of a tuple or list of arrays, as a DataLoader gives,
-                the first is the input.
+            batches: the data set as one array, of the shape of an input: it counts as one batch, and is gone through in
+                slices along its first axis, so that a ``numpy.memmap`` takes the memory of a slice. Or an iterable of
+                inputs as in a call, of any number of rows; of a tuple or list of arrays, as a DataLoader gives, the
+                first is the input.
             progress: show a progress bar on standard error.
 
         Raises:
@@ -272,6 +274,10 @@ class BatchNorm1d(Storage):
                 ``correction`` values per channel or fewer. The layer is then unchanged, as after an interrupt.
         """
         checks.tracked(self.track_running_stats, "fit")
+        checks.flag("progress", progress)
+        is_one = hasattr(batches, "shape")
+        if is_one:
+            batches = fitting.Slices(batches, self._settings)
         # An open layer stays open until there are statistics; any other may change meanwhile, its mode say.
         layer = copy.copy(self) if self.num_features is None or not self._is_bound else self
         population = fitting.Population()
@@ -281,7 +287,7 @@ class BatchNorm1d(Storage):
                 population.add(layer._backend, x, layer._settings)
                 del batch, x  # before the next one is made
         entries = population.statistics(layer._backend, layer._settings, layer._device)
-        count = layer._own("num_batches_tracked", population.num_batches)
+        count = layer._own("num_batches_tracked", 1 if is_one else population.num_batches)
         self._become(layer, {**entries, "num_batches_tracked": count})
         return self
 
@@ -328,7 +334,7 @@ class BatchNorm1d(Storage):
 
         files.write(path, self._pack())
 
-    @classmethod
+    @of_class
     def load(cls, path: str | PathLike[str], *, backend: str | Backend | None = None, device: Any = None) -> Self:
         """Return the layer that :meth:`save` wrote, on any backend.
 
@@ -345,6 +351,45 @@ class BatchNorm1d(Storage):
         from mbn import files  # noqa: PLC0415 - as above
 
         return cls._unpack(files.read(path), backend, device)
+
+    @of_class
+    def from_checkpoint(
+        cls,
+        path: str | PathLike[str],
+        prefix: str = "",
+        *,
+        backend: str | Backend | None = None,
+        device: Any = None,
+        **settings: Any,
+    ) -> Self:
+        """Return the layer of a model whose checkpoint is in a file, a safetensors file or one of ``torch.save``.
+
+        What is in a file of ``torch.save`` is read by ``weights_only=True`` and never run; it may be a state_dict, or
+        dictionaries of them, ``{"state_dict": ...}`` say. Number of channels, dtype, and whether there are a weight and
+        a bias come from the entries. The layer begins in training mode.
+
+        Args:
+            path: the file.
+            prefix: what comes before ``weight`` in the entries of this layer: ``"module.encoder.bn1."``. The last point
+                may be left out.
+            backend, device: as of a new layer.
+            settings: arguments of the layer that a checkpoint does not tell: ``eps``, ``momentum``, ``axis``,
+                ``correction``; and ``track_running_stats=False`` for a layer without running statistics.
+
+        Raises:
+            OSError: the file cannot be read.
+            ImportError: it is of ``torch.save``, and torch is not installed.
+            ValueError: it is damaged, or holds objects that are no tensors; no entries begin with the prefix, or they
+                are not those of a batch norm.
+            TypeError: an argument that the checkpoint tells, or that a layer does not have.
+            BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
+        """
+        from mbn import checkpoints  # noqa: PLC0415 - as above
+
+        entries, arguments = checkpoints.read(path, prefix, settings)
+        layer = cls(**arguments, backend=backend, device=device)
+        layer.load_state_dict(entries)
+        return layer
 
     def __repr__(self) -> str:
         """Return torch's text and what this layer adds to it."""

@@ -5,13 +5,12 @@ sense is refused here, before anything is computed.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
-
-import numpy as np
 
 from mbn import checks, registry
 from mbn.contract import Array, Backend
-from mbn.convert import is_own
+from mbn.convert import from_python, is_own
 from mbn.state import Settings
 
 
@@ -47,15 +46,19 @@ class Masking(NamedTuple):
         def receive(name: str, values: Any, dtype: str | None, limit: float) -> Array | None:
             if values is None:
                 return None
+            if isinstance(values, str | bytes | Mapping):
+                raise TypeError(checks.wrong_place_kind(name, type(values).__name__))
             if isinstance(values, registry.PYTHON_DATA):
-                values = np.asarray(values)
+                values = from_python(name, values)
             own = is_own(backend, name, values, device)
             checks.place_values(name, values, places)
             owner = backend if own else registry.owner_of(values)
-            values = owner.asarray(values, dtype)
+            # As they are given: an integer beyond int64 is none in it, and a float may be infinite in another dtype.
+            given, values = values, owner.asarray(values, dtype)
+            seen = given if name == "lengths" else values
             # Host data is looked at on the host, where nothing has to wait for a device.
-            if name != "mask" and owner.within(values, 0, limit) is False:
-                checks.out_of_range(name, owner.to_numpy(values), limit)
+            if name != "mask" and owner.within(seen, 0, limit) is False:
+                checks.out_of_range(name, owner.to_numpy(seen), limit)
             return values if own else backend.asarray(values, device=device)
 
         return backend.weights(

@@ -11,11 +11,13 @@ import importlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
 
 from mbn.contract import Backend
 
@@ -214,10 +216,22 @@ def _find_owner(x: object) -> Backend:
             _owners[kind] = backend
             return backend
     message = (
-        f"no backend knows arrays of type {kind.__module__}.{kind.__qualname__}. Known backends: "
-        f"{', '.join(list_backends())}; convert x, or register a backend with mbn.register_backend."
+        f"no backend knows arrays of type {kind.__module__}.{kind.__qualname__}: {_way_in(x)}. Known backends: "
+        f"{', '.join(list_backends())}; mbn.register_backend adds one."
     )
     raise TypeError(message) from broken
+
+
+def _way_in(x: object) -> str:
+    """Return what to give in the place of what is no array of any backend."""
+    if isinstance(x, np.ma.MaskedArray):
+        return "give its data, x.filled(0), and by mask= where a value is (True where there is one, (N,) or (N, L))"
+    if isinstance(x, Mapping):
+        return "give one of its values, x[key]"
+    for method in ("to_numpy", "to_dense", "toarray", "todense"):  # of data frames, and of sparse arrays
+        if hasattr(x, method):
+            return f"give x.{method}()"
+    return "convert it to an array" if x is None or isinstance(x, str | bytes) else "convert it, np.asarray(x) say"
 
 
 def _candidates() -> list[str]:

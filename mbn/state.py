@@ -5,7 +5,7 @@ state in one assignment can never be seen half updated. Keys and their order are
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 VERSION = 2
@@ -62,7 +62,9 @@ def versioned(entries: Mapping[str, Any]) -> OrderedDict[str, Any]:
     return result
 
 
-def compare_keys(expected: Mapping[str, Any], given: Mapping[str, Any], *, strict: bool) -> IncompatibleKeys:
+def compare_keys(
+    expected: Mapping[str, Any], given: Mapping[str, Any], *, strict: bool, version: int | None = None
+) -> IncompatibleKeys:
     """Return the keys that are missing and those that are too many.
 
     As in torch, the count of batches may be missing where the entries are of version 1 or have no version.
@@ -70,17 +72,24 @@ def compare_keys(expected: Mapping[str, Any], given: Mapping[str, Any], *, stric
     Raises:
         ValueError: there are any, and the load is ``strict``.
     """
-    version = getattr(given, "_metadata", {}).get("", {}).get("version") or 1
+    version = version or getattr(given, "_metadata", {}).get("", {}).get("version") or 1
     optional = {"num_batches_tracked"} if version < VERSION else set()
     missing = [key for key in expected if key not in given and key not in optional]
     unexpected = [key for key in given if key not in expected]
     if strict and (missing or unexpected):
-        problems = [f"missing {', '.join(missing)}"] * bool(missing) + [
-            f"unexpected {', '.join(map(str, unexpected))}"
-        ] * bool(unexpected)
+        problems = [f"missing {few(missing)}"] * bool(missing) + [f"unexpected {few(unexpected)}"] * bool(unexpected)
         message = (
             f"state_dict does not fit this layer: {'; '.join(problems)}. It needs exactly "
             f"{', '.join(expected) or 'no entries'}; strict=False loads what fits."
         )
+        if any("." in str(key) for key in unexpected):
+            message += " Of a whole model, prefix= says which entries are this layer's."
         raise ValueError(message)
     return IncompatibleKeys(missing, unexpected)
+
+
+def few(keys: Iterable[Any], limit: int = 5) -> str:
+    """Return the first keys, and how many more there are."""
+    names = [str(key) for key in keys]
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

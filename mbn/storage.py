@@ -9,8 +9,9 @@ statistics that are shared with a module. They are written to all at once, and b
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from operator import is_
-from typing import Any, Generic, NoReturn, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar, overload
 
 import numpy as np
 
@@ -47,6 +48,25 @@ class Fixed(Generic[T]):
         raise AttributeError(message)
 
 
+if TYPE_CHECKING:
+    of_class = classmethod
+else:
+
+    class of_class(classmethod):  # noqa: N801 - a decorator
+        """A method that makes a layer: called on one that exists it would leave that as it is, so it is refused."""
+
+        def __get__(self, layer: Any, owner: type | None = None) -> Any:
+            return super().__get__(layer, owner) if layer is None else partial(_refuse, self.__func__.__name__)
+
+
+def _refuse(name: str, *_: Any, **__: Any) -> NoReturn:
+    message = (
+        f"{name}() makes a new layer and does not change this one: bn = mbn.BatchNorm1d.{name}(path). For a layer that "
+        "exists: bn.load_state_dict(mbn.BatchNorm1d.load(path).state_dict())."
+    )
+    raise TypeError(message)
+
+
 class _Entry:
     """A parameter or statistic as an attribute: reading gives the live array, setting stores a checked copy."""
 
@@ -67,7 +87,13 @@ class _Entry:
         if self.__get__(layer, type(layer)) is None:
             message = f"this layer has no {self._name} to set: {layer!r}."
             raise ValueError(message)
-        layer._store({self._name: layer._own(self._name, value, fill=True)})
+        if value is None:
+            message = (
+                f"{self._name} is an array or a number, not None (NoneType): what a layer has is said when it is made, "
+                "by affine, bias and track_running_stats."
+            )
+            raise TypeError(message)
+        layer._store({self._name: layer._taken(self._name, value, fill=True)})
 
 
 class Storage:
@@ -181,7 +207,13 @@ class Storage:
             entries = {key: asarray(value, backend=backend) for key, value in entries.items()}
         return versioned(entries)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:  # noqa: FBT001, FBT002
+    def load_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        strict: bool = True,  # noqa: FBT001, FBT002 - torch's signature
+        *,
+        prefix: str = "",
+    ) -> IncompatibleKeys:
         """Take over copies of the entries of a state_dict, from this class or from ``torch.nn.BatchNorm1d``.
 
         Args:
@@ -189,6 +221,8 @@ class Storage:
                 number of features from them. As in torch, ``num_batches_tracked`` may be missing and is then kept,
                 unless the state_dict says that it is of version 2.
             strict: refuse missing and unexpected keys; otherwise load what fits and return the rest.
+            prefix: what comes before ``weight`` in the entries of this layer, where they are those of a whole model:
+                ``"module.encoder.bn1."``. The last point may be left out. Dictionaries of state_dicts are looked into.
 
         Raises:
             TypeError: not a mapping, or entries that are not real numbers.
@@ -197,28 +231,39 @@ class Storage:
         if not isinstance(state_dict, Mapping):
             message = f"state_dict is a mapping from names to arrays, not {type(state_dict).__name__}."
             raise TypeError(message)
+        strict, entries, version = checks.flag("strict", strict), state_dict, None
+        if prefix:
+            from mbn import checkpoints  # noqa: PLC0415 - for whole models
+
+            entries, version = checkpoints.under(state_dict, prefix)
         trial = copy.copy(self)
         if trial.num_features is None:
-            shapes = [np.shape(state_dict[key]) for key in ("weight", "running_mean") if key in state_dict]
+            shapes = [np.shape(entries[key]) for key in ("weight", "running_mean") if key in entries]
             if not shapes or len(shapes[0]) != 1:
                 message = "num_features is to come from this state_dict, but it has no weight or running_mean of (C,)."
                 raise ValueError(message)
             trial._learn_features(shapes[0][0])
         expected = to_dict(trial.params, trial.state)
-        incompatible = compare_keys(expected, state_dict, strict=strict)
-        self._become(trial, {key: trial._own(key, state_dict[key]) for key in expected if key in state_dict})
+        incompatible = compare_keys(expected, entries, strict=strict, version=version)
+        self._become(trial, {key: trial._taken(key, entries[key]) for key in expected if key in entries})
         return incompatible
 
-    def to(self, *, backend: str | Backend | None = None, device: Any = None, dtype: Any = None) -> Self:
+    def to(self, device: Any = None, dtype: Any = None, *, backend: str | Backend | None = None) -> Self:
         """Move the layer with its state to another backend, device or dtype; return it.
 
-        Without a device it stays on the GPU where it is if the other backend's framework uses that too, and is on the
-        default device of the backend otherwise.
+        By position a device comes first, or a dtype alone, as in torch. Without a device the layer stays on the GPU
+        where it is if the other backend's framework uses that too, and is on the default device of the backend
+        otherwise.
 
         Raises:
             BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
             TypeError, ValueError: the backend has no such dtype or device. The layer is unchanged.
         """
+        if dtype is None and checks.is_dtype(device):
+            device, dtype = None, device
+        elif isinstance(device, Backend) or (isinstance(device, str) and device in registry.list_backends()):
+            message = f"to() takes a device or dtype by position, and a backend by name: bn.to(backend={device!r})."
+            raise TypeError(message)
         trial = copy.copy(self)
         if dtype is not None:
             trial._settings = self._settings._replace(dtype=checks.statistics_dtype(dtype))
@@ -277,6 +322,13 @@ class Storage:
             device=self._device if self._is_bound else None,
             fill=fill,
         )
+
+    def _taken(self, name: str, value: Any, *, fill: bool = False) -> Array:
+        """Return an entry that comes from outside as an own one, unless it is none that a layer can have."""
+        array = self._own(name, value, fill=fill)
+        if name == "running_var":
+            checks.variance(self._backend, array)
+        return array
 
     def _store(self, entries: Mapping[str, Array]) -> None:
         """Hold these arrays in the places of others, all of them or, if that fails, none."""

@@ -330,3 +330,18 @@ def test_layer_is_saved_while_it_is_loaded(path: Path) -> None:
             done.result()
     finally:
         sys.setswitchinterval(before)
+
+
+class Layer(mbn.BatchNorm1d):
+    """A class of somebody's own."""
+
+
+def test_loading_is_of_the_class_alone(tmp_path: Path) -> None:
+    path = tmp_path / "bn.safetensors"
+    bn = Layer(4)
+    bn.save(path)
+    assert type(Layer.load(path)) is Layer
+    assert type(Layer.from_checkpoint(path)) is Layer
+    for name in ("load", "from_checkpoint"):
+        with pytest.raises(TypeError, match=rf"{name}\(\) makes a new layer.*BatchNorm1d.{name}.*load_state_dict"):
+            getattr(bn, name)(path)

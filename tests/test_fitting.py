@@ -246,3 +246,73 @@ def test_interrupt_leaves_the_layer_as_it_was(progress: str) -> None:
         child.send_signal(signal.SIGINT)
         out, err = child.communicate(timeout=60)
     assert (out, child.returncode) == ("True\n", 0), err
+
+
+class Rows:
+    """An array in a file, as h5py gives them: it has a shape and slices, and is no array of anybody's."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values, self.shape, self.dtype = values, values.shape, values.dtype
+        self.longest = 0
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        self.longest = max(self.longest, len(self.values[rows]))
+        return self.values[rows]
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
+def test_a_data_set_is_walked_in_slices(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mbn.fitting._SLICE", 3 * X[0].nbytes + 1)
+    rows = Rows(X)
+    bn = mbn.BatchNorm1d(4, backend=backend).fit(rows, progress=False)
+    assert rows.longest == 3
+    np.testing.assert_array_equal(mbn.to_numpy(bn.running_mean), X.astype(float).mean(0).astype(np.float32))
+    np.testing.assert_array_equal(mbn.to_numpy(bn.running_var), X.astype(float).var(0, ddof=1).astype(np.float32))
+    assert int(bn.num_batches_tracked) == 1
+
+
+def test_a_mapped_file_takes_the_memory_of_a_slice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = np.random.default_rng(3).standard_normal((1 << 16, 16)).astype(np.float32)
+    np.save(tmp_path / "x.npy", data)
+    monkeypatch.setattr("mbn.fitting._SLICE", 1 << 16)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    bn = mbn.BatchNorm1d(16, backend="numpy")
+    bn.fit(mapped[:4096], progress=False)
+    tracemalloc.start()
+    bn.fit(mapped, progress=False)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < data.nbytes / 2
+    np.testing.assert_array_equal(bn.running_var, data.astype(float).var(0, ddof=1).astype(np.float32))
+
+
+class Named(dict[str, Any]):
+    """A batch as some loaders give it."""
+
+
+@pytest.mark.parametrize(
+    ("batches", "error", "words"),
+    [
+        (None, TypeError, "batches is an array, or an iterable of inputs, not NoneType"),
+        (3, TypeError, "not int"),
+        ("abc", TypeError, "not str"),
+        ({"x": X}, TypeError, "not dict"),
+        ([{"x": X, "y": X}], TypeError, r"not a dict of x, y.*batch\[key\]"),
+        ([Named(x=X)], TypeError, "not a Named of x"),
+        ([[[1.0] * 4, [1.0]]], ValueError, "ragged|makes no array"),
+        ([[1.0] * 4, [2.0] * 4], ValueError, r"x has shape \(4,\)"),
+        ([None], TypeError, "NoneType"),
+    ],
+)
+def test_what_is_no_data_set(batches: Any, error: type[Exception], words: str) -> None:
+    bn = mbn.BatchNorm1d(4, backend="numpy")
+    before = bn.state
+    with pytest.raises(error, match=words):
+        bn.fit(batches, progress=False)
+    assert bn.state is before
+
+
+def test_settings_that_change_during_a_fit_stay() -> None:
+    for bn in (mbn.BatchNorm1d(4, backend="numpy"), mbn.BatchNorm1d(None)):
+        bn.fit((bn.eval() and X for _ in range(2)), progress=False)
+        assert bn.training is False

@@ -233,3 +233,59 @@ def test_mode_is_true_or_false() -> None:
     assert bn.training is True
     bn.training = False
     assert bn.training is False
+
+
+@pytest.mark.parametrize(
+    ("place", "dtype"),
+    [
+        (("cpu",), "float32"),
+        ((torch.device("cpu"),), "float32"),
+        ((torch.float64,), "float64"),
+        ((np.float64,), "float64"),
+        (("float64",), "float64"),
+        (("cpu", torch.float64), "float64"),
+        ((None, "float64"), "float64"),
+    ],
+)
+def test_moving_by_position(place: tuple[Any, ...], dtype: str) -> None:
+    for backend in ("torch", None):
+        bn = configured(mbn.BatchNorm1d(4, backend=backend), seed=3)
+        assert bn.to(*place) is bn
+        assert bn.dtype == dtype
+        assert mbn.to_numpy(bn.running_mean).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "words"),
+    [
+        ("jax", TypeError, r"bn.to\(backend='jax'\)"),
+        ("cuda:99", ValueError, "not 'cuda:99'"),
+        (torch.float16, TypeError, "float32 or float64, not float16"),
+        (torch.zeros(3), ValueError, "devices here"),
+    ],
+)
+def test_refused_move_by_position(place: Any, error: type[Exception], words: str) -> None:
+    bn = mbn.BatchNorm1d(4, backend="torch")
+    with pytest.raises(error, match=words):
+        bn.to(place)
+    assert bn.dtype == "float32"
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("kind", ["to_sparse", "to_sparse_csr"])
+def test_sparse_tensors_are_refused(kind: str) -> None:
+    x = getattr(torch.from_numpy(X), kind)()
+    bn = mbn.BatchNorm1d(4, backend="torch")
+    for call in (bn, bn.vjp, lambda x: bn.fit([x], progress=False), mbn.functional.batch_norm):
+        with pytest.raises(TypeError, match=r"layout torch.sparse_.*x.to_dense\(\)"):
+            call(x, **({"training": True} if call is mbn.functional.batch_norm else {}))
+    assert bn.num_batches_tracked == 0
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused() -> None:
+    bn = mbn.BatchNorm1d(4, backend="torch")
+    x = torch.nested.nested_tensor([torch.zeros(4, 3), torch.zeros(4, 2)])
+    for call in (bn, bn.vjp, lambda x: bn.fit([x], progress=False)):
+        with pytest.raises(TypeError, match=r"nested.*to_padded_tensor"):
+            call(x)

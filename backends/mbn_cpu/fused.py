@@ -9,7 +9,7 @@ from mbn.contract import Residuals
 from mbn.state import Params, State
 from mbn_cpu import loops
 from mbn_cpu.compiled import Form, readable
-from mbn_cpu.vectors import Pair, step
+from mbn_cpu.vectors import Pair, counted, step
 
 _SIZE = 1 << 19
 """Values up to which this is the faster way."""
@@ -40,7 +40,7 @@ def train(
     _, c, length = form.shape
     n = x.size // c
     if num_batches_tracked is not None:
-        num_batches_tracked = num_batches_tracked + 1
+        num_batches_tracked = counted(num_batches_tracked)
     is_tracked = running_mean is not None
     running = np.array((running_mean, running_var)) if is_tracked else np.empty((0, 0), np.float32)
     share = float(step(momentum, num_batches_tracked, n, correction)) if is_tracked else 0.0

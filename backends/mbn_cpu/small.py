@@ -8,7 +8,7 @@ import numpy as np
 
 from mbn.contract import Residuals
 from mbn.state import Params, State
-from mbn_cpu.vectors import WIDE, Pair, step
+from mbn_cpu.vectors import WIDE, Pair, counted, step
 
 _SIZE = 1 << 14
 """Values up to which this is the faster way."""
@@ -48,7 +48,7 @@ def train(
     d *= _column(scale, x)
     np.add(d, _column(shift, x), out=y, casting="unsafe")
     if num_batches_tracked is not None:
-        num_batches_tracked = num_batches_tracked + 1
+        num_batches_tracked = counted(num_batches_tracked)
     if running_mean is not None:
         share = step(momentum, num_batches_tracked, n, correction)
         new = np.array((running_mean, running_var), WIDE)

@@ -9,6 +9,7 @@ import numpy as np
 
 from mbn.contract import Moments
 
+_LIMIT = np.int64(np.iinfo(np.int64).max)
 WIDE = np.float64
 
 
@@ -99,6 +100,11 @@ def lerp(start: np.ndarray, end: Mean, weight: float | np.ndarray) -> np.ndarray
     if isinstance(end, Pair):
         end = end.hi + end.lo
     return ((1 - weight) * start.astype(WIDE) + weight * end).astype(start.dtype)
+
+
+def counted(num_batches_tracked: np.ndarray) -> np.ndarray:
+    """Return the count of batches after one more, as ``mbn.contract.counted`` does for any framework's, but faster."""
+    return num_batches_tracked if num_batches_tracked == _LIMIT else num_batches_tracked + 1
 
 
 def step(momentum: float | None, num_batches_tracked: np.ndarray | None, count: float, correction: int) -> float:

@@ -115,6 +115,7 @@ class TorchBackend(Backend):
         return x.detach()
 
     def moments(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> Moments:
+        _check_layout(x)
         return _verbs(x).moments(x, weights)
 
     def merge(self, first: Moments, second: Moments) -> Moments:
@@ -193,6 +194,8 @@ class TorchBackend(Backend):
         """Do what ``batch_norm_residuals`` does; the residuals may be arrays."""
         followed = is_transformed() or (not settings["training"] and is_recorded(*state[:2]))
         verbs = formulas if followed else routes.chosen(x, *params, *state, weights)
+        if verbs is formulas or verbs is kernels:
+            _check_layout(x)
         if verbs is formulas:
             if is_scripted() and any(
                 value is not None and value.requires_grad and is_constant(value) for value in params
@@ -297,6 +300,12 @@ def _quietly(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
 
     return call
+
+
+def _check_layout(x: torch.Tensor) -> None:
+    if x.layout is not torch.strided:
+        message = f"x is a tensor of layout {x.layout}, whose values are not all in memory. Give x.to_dense()."
+        raise TypeError(message)
 
 
 def _is_alike(value: torch.Tensor, current: torch.Tensor) -> bool:

@@ -12,7 +12,7 @@ import torch
 from mbn.contract import Residuals
 from mbn.state import Params, State
 from mbn_cpu.tiles import Scratch
-from mbn_cpu.vectors import WIDE, Mean, Pair, as_pair, invstd, lerp, line, step
+from mbn_cpu.vectors import WIDE, Mean, Pair, as_pair, counted, invstd, lerp, line, step
 
 _SMALLEST = 1 << 14
 _LARGEST = 1 << 19
@@ -58,7 +58,7 @@ def train(
     mean, var = Pair(shift, rest), m2 / n
     _normalize(x, y, mean, var, params, eps)
     if num_batches_tracked is not None:
-        num_batches_tracked = num_batches_tracked + 1
+        num_batches_tracked = counted(num_batches_tracked)
     if running_mean is not None:
         share = step(momentum, num_batches_tracked, n, correction)
         running_mean = lerp(running_mean, mean, share)

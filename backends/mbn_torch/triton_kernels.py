@@ -262,7 +262,7 @@ def finish_moments(
     if WEIGHTED:
         tl.store(result + 4 * channels + channel, count, mask=is_channel)
     if num_batches_tracked is not None:
-        tl.store(new_num_batches_tracked, tl.load(num_batches_tracked) + 1, mask=tl.program_id(0) == 0)
+        tl.store(new_num_batches_tracked, _counted(num_batches_tracked), mask=tl.program_id(0) == 0)
     if running_mean is not None:
         step = tl.zeros((CHANNELS,), tl.float64) + _share(momentum, num_batches_tracked)
         excess = count - correction.to(tl.float64)
@@ -274,10 +274,17 @@ def finish_moments(
 
 
 @triton.jit
+def _counted(num_batches_tracked):
+    """Return the count of batches after one more; the largest int64 stays."""
+    count = tl.load(num_batches_tracked)
+    return tl.where(count == 0x7FFFFFFFFFFFFFFF, count, count + 1)  # noqa: PLR2004 - int64
+
+
+@triton.jit
 def _share(momentum, num_batches_tracked):
     """Return how much a batch weighs in the running statistics: without a momentum, as much as each before."""
     if momentum is None:
-        share = 1.0 / (tl.load(num_batches_tracked) + 1).to(tl.float64)
+        share = 1.0 / _counted(num_batches_tracked).to(tl.float64)
     else:
         share = _float64(momentum)
     return share

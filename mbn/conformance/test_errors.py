@@ -26,6 +26,22 @@ class Stranger:
     dtype = np.dtype(np.float32)
 
 
+class Frame(Stranger):
+    """A table."""
+
+    def to_numpy(self) -> np.ndarray:
+        """Return its values."""
+        return X
+
+
+class Sparse(Stranger):
+    """A matrix of which most is 0."""
+
+    def toarray(self) -> np.ndarray:
+        """Return all of it."""
+        return X
+
+
 INPUTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "scalar": (lambda: 1.0, ValueError, r"shape \(\)"),
     "one axis": (lambda: X[0, :, 0], ValueError, r"shape \(4,\)"),
@@ -42,8 +58,16 @@ INPUTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "strings": (lambda: np.full((5, 4), "1"), TypeError, "str"),
     "float64": (lambda: X.astype(float), TypeError, "float64"),
     "nested booleans": (lambda: [[True] * 4] * 5, TypeError, "bool"),
+    "ragged list": (
+        lambda: [[1.0, 2.0, 3.0, 4.0], [1.0]],
+        ValueError,
+        "x is a list that NumPy makes no array of.*lengths=",
+    ),
+    "dictionary": (lambda: {"x": X}, TypeError, r"dict.*x\[key\]"),
+    "data frame": (Frame, TypeError, r"Frame.*x\.to_numpy\(\)"),
+    "sparse matrix": (Sparse, TypeError, r"Sparse.*x\.toarray\(\)"),
     "a kind of list": (lambda: Nested([1.0, 2.0]), ValueError, r"shape \(2,\)"),
-    "masked array": (lambda: np.ma.masked_array(X), TypeError, "MaskedArray"),
+    "masked array": (lambda: np.ma.masked_array(X), TypeError, "MaskedArray.*mask="),
     "unknown array": (Stranger, TypeError, "Stranger"),
     "None": (lambda: None, TypeError, "NoneType"),
 }
@@ -101,6 +125,17 @@ def test_refused_first_input_leaves_the_layer_open(target: Target) -> None:
         ({"momentum": "0.1"}, TypeError, "real number or None.*'0.1'"),
         ({"momentum": True}, TypeError, "real number or None.*True"),
         ({"momentum": math.nan}, ValueError, "nan"),
+        ({"eps": 10**400}, ValueError, "eps.*inf"),
+        ({"momentum": -(10**400)}, ValueError, "momentum.*inf"),
+        ({"num_features": np.array([1, 2])}, TypeError, "num_features is an int"),
+        ({"axis": np.array([1, 2])}, ValueError, "axis is 1"),
+        ({"axis": True}, ValueError, "axis is 1"),
+        ({"axis": "1"}, ValueError, "axis is 1"),
+        ({"correction": np.array([0, 1])}, ValueError, "correction is 1"),
+        ({"dtype": ["float32"]}, TypeError, "float32 or float64, not list"),
+        ({"affine": "no"}, TypeError, "affine is True or False, not 'no'"),
+        ({"track_running_stats": 0}, TypeError, "track_running_stats is True or False, not 0"),
+        ({"bias": None}, TypeError, "bias is True or False, not None"),
         ({"axis": 0}, ValueError, "1 or -1|-1 .*not 0"),
         ({"correction": 2}, ValueError, "not 2"),
         ({"dtype": "float16"}, TypeError, "float32 or float64, not float16"),
@@ -126,7 +161,12 @@ def test_changed_argument(target: Target, name: str, value: float) -> None:
         ("running_var", np.zeros((4, 1)), ValueError, r"\(4, 1\).*\(4,\)"),
         ("weight", np.full(4, "1"), TypeError, "real numbers"),
         ("bias", np.zeros(4, complex), TypeError, "real numbers"),
-        ("weight", None, TypeError, "NoneType"),
+        ("weight", None, TypeError, "weight is an array or a number, not None.*affine"),
+        ("running_mean", [[1.0], 2.0], ValueError, "running_mean is a list that NumPy makes no array of"),
+        ("running_var", np.array([1, np.nan, -1e-30, 1]), ValueError, r"running_var is -1\.0*\d*e-30 in channel 2"),
+        ("running_var", -np.inf, ValueError, "running_var is -inf in channel 0"),
+        ("num_batches_tracked", 2**63, ValueError, "at most"),
+        ("num_batches_tracked", np.array(2**64 - 1, np.uint64), ValueError, "at most"),
         ("num_batches_tracked", 1.5, TypeError, "integers"),
         ("num_batches_tracked", -1, ValueError, "at least 0"),
         ("num_batches_tracked", np.zeros(4, int), ValueError, r"\(4,\).*\(\)"),
@@ -154,6 +194,12 @@ def test_assignment_to_what_a_layer_does_not_have(target: Target) -> None:
         (lambda entries: entries.update(weight=np.ones(5)), ValueError, r"weight.*\(5,\).*\(4,\)"),
         (lambda entries: entries.update(weight=np.float32(1)), ValueError, r"weight.*\(\).*\(4,\)"),
         (lambda entries: entries.update(bias=np.full(4, "x")), TypeError, "bias.*real numbers"),
+        (lambda entries: entries["running_var"].put(3, -2), ValueError, r"running_var is -2\.0 in channel 3"),
+        (
+            lambda entries: entries.update({f"a.{k}": X for k in range(300)}),
+            ValueError,
+            r"a\.4 and 295 more\..*prefix=",
+        ),
         (lambda entries: entries.update(num_batches_tracked=np.array(0.5)), TypeError, "integers"),
     ],
 )
@@ -175,6 +221,42 @@ def test_state_dict_of_version_2_without_a_count(target: Target) -> None:
     del entries["num_batches_tracked"]
     assert_refused(ValueError, "missing num_batches_tracked", lambda: bn.load_state_dict(entries))
     assert_same(before, target.snapshot(bn))
+
+
+def test_variances_that_are_not_negative_are_taken(target: Target) -> None:
+    bn = target.layer(4)
+    given = np.array([-0.0, np.nan, np.inf, 1e-45], np.float32)
+    bn.running_var = given
+    np.testing.assert_array_equal(target.numpy(bn.running_var), given)
+    bn.load_state_dict(bn.state_dict())
+
+
+@pytest.mark.parametrize("value", ["no", None, 1])
+def test_flags_of_calls(target: Target, value: Any) -> None:
+    bn, x = configured(target.layer(4), seed=7), target.array(X)
+    before = target.snapshot(bn)
+    vectors = bn.running_mean, bn.running_var
+    for function in (mbn.functional.batch_norm, mbn.functional.batch_norm_vjp):
+        call = partial(_functional, function, vectors, x, training=value, backend=target.backend)
+        assert_refused(TypeError, "training is True or False", call)
+    assert_refused(TypeError, "training is True or False", lambda: bn.apply(bn.params, bn.state, x, training=value))
+    assert_refused(TypeError, "training is True or False", lambda: setattr(bn, "training", value))
+    assert_refused(TypeError, "strict is True or False", lambda: bn.load_state_dict({}, strict=value))
+    assert_refused(TypeError, "progress is True or False", lambda: bn.fit([x], progress=value))
+    assert_same(before, target.snapshot(bn))
+    bn.apply(bn.params, bn.state, x, training=np.True_)  # type: ignore[arg-type]
+
+
+def test_one_value_per_channel_without_running_statistics(target: Target) -> None:
+    bn = target.layer(4, track_running_stats=False).eval()
+    x = target.array(X[:1, :, 0])
+    assert_refused(ValueError, "one value per channel.*none of here", lambda: bn(x))
+    assert_refused(
+        ValueError,
+        "none of here",
+        lambda: mbn.functional.batch_norm(x, training=True, backend=target.backend),
+    )
+    assert_refused(ValueError, r"one value per channel.*eval\(\)", lambda: target.layer(4)(x))
 
 
 def test_state_dict_that_is_none(target: Target) -> None:
@@ -259,6 +341,14 @@ PLACES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "lengths.* 4294967297.*0 to 3",
     ),
+    "lengths beyond int64": (
+        {"lengths": np.array([3, 3, 2**64 - 1, 0, 1], np.uint64)},
+        ValueError,
+        "lengths.* 18446744073709551615.*0 to 3",
+    ),
+    "mask as text": ({"mask": "yes"}, TypeError, "mask is str; it has to be bool"),
+    "mask of a list of integers": ({"mask": [1, 1, 0, 1, 1]}, TypeError, r"mask is int64.*np\.asarray\(mask\) != 0"),
+    "ragged mask": ({"mask": [[True], [True, False]]}, ValueError, "mask is a list that NumPy makes no array of"),
     "lengths below 0": ({"lengths": np.array([3, -1, 2, 0, 1])}, ValueError, "lengths.* -1.*0 to 3"),
     "too few lengths": ({"lengths": np.array([3, 3])}, ValueError, r"lengths has shape \(2,\).*\(5,\)"),
     "lengths of places": ({"lengths": np.ones((5, 3), int)}, ValueError, r"lengths has shape \(5, 3\).*\(5,\)"),

@@ -31,6 +31,37 @@ def exact(x: np.ndarray, correction: int = 1) -> oracle.Step:
     return oracle.train(x, *vectors, momentum=1.0, eps=1.0, correction=correction)
 
 
+@pytest.mark.parametrize("host", [True, False])
+@pytest.mark.parametrize(("shape", "axis"), [((100, 8), 1), ((100, 8, 8), 1), ((100, 8, 8), -1), ((0, 8), 1)])
+def test_an_array_is_one_data_set(target: Target, shape: tuple[int, ...], axis: int, *, host: bool) -> None:
+    means = np.arange(8, dtype=np.float32)
+    x = np.random.default_rng(16).standard_normal(shape).astype(np.float32)
+    x += means[:, None] if len(shape) == 3 and axis == 1 else means
+    bn = configured(target.layer(8, axis=axis), seed=1)
+    before = target.snapshot(bn)
+    given = x if host else target.array(x)
+    if not x.size:
+        with pytest.raises(ValueError, match="0 values per channel"):
+            bn.fit(given, progress=False)
+        assert_same(before, target.snapshot(bn))
+        return
+    bn.fit(given, progress=False)
+    truth = exact(x.swapaxes(1, 2) if axis == -1 and x.ndim == 3 else x)
+    target.assert_statistic(bn.running_mean, truth.running_mean, "float32")
+    target.assert_statistic(bn.running_var, truth.running_var, "float32")
+    assert int(bn.num_batches_tracked) == 1
+
+
+@pytest.mark.parametrize("shape", [(), (8,), (2, 3, 8, 8)])
+def test_an_array_of_another_rank_is_no_data_set(target: Target, shape: tuple[int, ...]) -> None:
+    bn = configured(target.layer(8), seed=1)
+    before = target.snapshot(bn)
+    for x in (np.ones(shape, np.float32), target.array(np.ones(shape, np.float32))):
+        with pytest.raises(ValueError, match="x has shape"):
+            bn.fit(x, progress=False)
+    assert_same(before, target.snapshot(bn))
+
+
 def test_three_values_example(target: Target) -> None:
     batches = [np.zeros((2, 1), np.float32), np.full((1, 1), 6, np.float32)]
     bn = target.layer(1).fit(map(target.array, batches), progress=False)

@@ -240,6 +240,31 @@ def test_reset_parameters(target: Target) -> None:
     assert_same(target.snapshot(target.layer(4)), target.snapshot(bn))
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("kind", ["plain", "masked", "empty", "traced", "vjp"])
+def test_count_stays_at_its_limit(target: Target, kind: str, momentum: float | None) -> None:
+    bn = target.layer(4, momentum=momentum)
+    limit = np.iinfo(target.numpy(bn.num_batches_tracked).dtype).max
+    bn.num_batches_tracked = limit - 1
+    x, arguments = target.array(X[:0] if kind == "empty" else X), {}
+    if kind == "masked":
+        target.require("masks")
+        arguments["mask"] = target.array(np.arange(9) > 1)
+    if kind == "traced" and not target.capabilities.compile:
+        target.require("jit")
+    step = bn.vjp if kind == "vjp" else partial(bn, **arguments)
+    for _ in range(3):
+        if kind == "traced" and target.capabilities.jit:
+            run = target.backend.jit(partial(bn.apply, training=True))
+            bn.load_state_dict({**bn.state_dict(), **run(bn.params, bn.state, x)[1]._asdict()})
+        else:
+            (target.backend.compile(step) if kind == "traced" else step)(x)
+        assert int(bn.num_batches_tracked) == limit
+    entries = target.snapshot(bn)
+    bn.load_state_dict(entries)
+    assert_same(entries, target.snapshot(bn))
+
+
 CHANGES: dict[str, Callable[[Target, mbn.BatchNorm1d], object]] = {
     "reset_parameters": lambda _, bn: bn.reset_parameters(),
     "reset_running_stats": lambda _, bn: bn.reset_running_stats(),

@@ -6,6 +6,7 @@ import numpy as np
 from toy import Toy, column, over, spread
 
 from mbn.contract import Array, Moments
+from mbn.state import Params, State
 
 
 class BiasedRunningVariance(Toy):
@@ -153,7 +154,22 @@ class AnyDeviceWillDo(Toy):
         return super().asarray(x, dtype)
 
 
+class CountWraps(Toy):
+    def batch_norm_residuals(self, x: Array, params: Params, state: State, **options: Any) -> Any:
+        y, after, residuals = super().batch_norm_residuals(x, params, state, **options)
+        if options["training"] and state.num_batches_tracked is not None:
+            after = after._replace(num_batches_tracked=np.asarray(state.num_batches_tracked) + 1)
+        return y, after, residuals
+
+
+class NegativeVarianceNotSeen(Toy):
+    def within(self, values: Array, low: float, high: float) -> bool:
+        return high == np.inf or super().within(values, low, high)
+
+
 BUGS = [
+    (CountWraps, "test_count_stays_at_its_limit"),
+    (NegativeVarianceNotSeen, "test_assignment"),
     (BiasedRunningVariance, "test_running_var_is_unbiased"),
     (UnbiasedOutput, "test_output_uses_the_biased_variance"),
     (EpsOutsideTheRoot, "test_eps_is_added_to_the_variance"),

@@ -145,6 +145,9 @@ __device__ __forceinline__ STATISTIC lerp(STATISTIC start, double end, double sh
     return share == 0 ? start : static_cast<STATISTIC>((1 - share) * start + share * end);
 }
 
+// A count of batches after one more: at the largest integer it stays.
+__device__ Index counted(Index batches) { return batches == 0x7fffffffffffffffLL ? batches : batches + 1; }
+
 // Merge the moments of all blocks, and take the step of the running statistics: what is null is not there. Without a
 // momentum (cumulative) they are averages of all batches so far.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -162,9 +165,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     rest[channel] = all.rest;
     var[channel] = variance(all, 0);
     if (count && channel == 0) *count = all.count;
-    if (batches && channel == 0) *new_batches = *batches + 1;
+    if (batches && channel == 0) *new_batches = counted(*batches);
     if (running_mean) {
-        double step = cumulative ? 1 / static_cast<double>(*batches + 1) : momentum;
+        double step = cumulative ? 1 / static_cast<double>(counted(*batches)) : momentum;
         if (WEIGHTED && all.count <= correction) step = 0;
         new_mean[channel] = lerp(running_mean[channel], all.mean + all.rest, step);
         new_var[channel] = lerp(running_var[channel], variance(all, correction), step);

@@ -1,0 +1,191 @@
+"""Whole models' checkpoints: one layer out of many entries, of safetensors and of torch, and nothing is ever run."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import mbn
+
+torch = pytest.importorskip("torch", reason="half of the checkpoints are torch's")
+
+PREFIX = "module.encoder.bn1."
+
+
+def layer_entries(c: int, seed: int, dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    """Return the entries of one layer."""
+    drawn = np.random.default_rng(seed).uniform(0.5, 2, (4, c)).astype(dtype)
+    names = ("weight", "bias", "running_mean", "running_var")
+    return {**dict(zip(names, drawn, strict=True)), "num_batches_tracked": np.array(seed, np.int64)}
+
+
+def model_entries() -> dict[str, np.ndarray]:
+    """Return those of a big model: 300 batch norms, and other layers between them."""
+    entries = {f"{PREFIX}{key}": value for key, value in layer_entries(4, 7).items()}
+    for k in range(300):
+        entries |= {f"module.blocks.{k}.norm.{key}": value for key, value in layer_entries(3, k).items()}
+        entries[f"module.blocks.{k}.fc.weight"] = np.ones((5, 3), np.float32)
+    entries |= {f"{PREFIX[:-1]}0.{key}": value for key, value in layer_entries(2, 9).items()}
+    return entries
+
+
+def tensors(entries: dict[str, np.ndarray]) -> dict[str, Any]:
+    return {key: torch.from_numpy(value.copy()) for key, value in entries.items()}
+
+
+def assert_is(bn: mbn.BatchNorm1d, expected: dict[str, np.ndarray]) -> None:
+    found = {key: mbn.to_numpy(value) for key, value in bn.state_dict().items()}
+    assert list(found) == list(expected)
+    for key, value in expected.items():
+        np.testing.assert_array_equal(found[key], value.astype(found[key].dtype))
+
+
+def nested(entries: dict[str, Any], kind: str) -> dict[str, Any]:
+    return {
+        "plain": entries,
+        "state_dict": {"epoch": 3, "state_dict": entries, "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}}},
+        "model": {"a": {"model": entries}},
+    }[kind]
+
+
+@pytest.fixture(params=["safetensors", "plain", "state_dict", "model", "legacy"])
+def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Give a checkpoint of the model, of every kind."""
+    if request.param == "safetensors":
+        save_file(model_entries(), tmp_path / "model.safetensors")
+        return tmp_path / "model.safetensors"
+    kind = "plain" if request.param == "legacy" else request.param
+    is_zip = request.param != "legacy"
+    torch.save(nested(tensors(model_entries()), kind), tmp_path / "model.pt", _use_new_zipfile_serialization=is_zip)
+    return tmp_path / "model.pt"
+
+
+@pytest.mark.parametrize("prefix", [PREFIX, PREFIX[:-1]])
+def test_a_layer_from_a_checkpoint(path: Path, prefix: str) -> None:
+    for backend in ("numpy", "torch", None):
+        bn = mbn.BatchNorm1d.from_checkpoint(path, prefix, backend=backend, eps=1e-3, momentum=None)
+        assert (bn.num_features, bn.eps, bn.momentum, bn.training, bn.backend) == (4, 1e-3, None, True, backend)
+        assert_is(bn, layer_entries(4, 7))
+
+
+def test_a_wrong_prefix_is_answered_with_the_nearest(path: Path) -> None:
+    for prefix, nearest in (
+        ("encoder.bn1.", PREFIX),
+        ("module.encoder.bn2", PREFIX),
+        ("blocks.17.norm", "blocks.17.norm"),
+    ):
+        with pytest.raises(ValueError, match=f"no entries begin with '{prefix}'.*Did you mean .*{nearest}") as caught:
+            mbn.BatchNorm1d.from_checkpoint(path, prefix)
+        assert "and 297 more" in str(caught.value)
+        assert str(path) in str(caught.value)
+        assert len(str(caught.value)) < 800
+
+
+def test_entries_of_other_layers_are_refused(path: Path) -> None:
+    with pytest.raises(ValueError, match="lack running_mean, running_var.*track_running_stats=False"):
+        mbn.BatchNorm1d.from_checkpoint(path, "module.blocks.3.fc.")
+    with pytest.raises(ValueError, match=r"weight has shape \(5, 3\)"):
+        mbn.BatchNorm1d.from_checkpoint(path, "module.blocks.3.fc.", track_running_stats=False)
+    with pytest.raises(TypeError, match="num_features is no setting"):
+        mbn.BatchNorm1d.from_checkpoint(path, PREFIX, num_features=4)
+
+
+@pytest.mark.parametrize("kind", ["plain", "state_dict", "model"])
+def test_a_state_dict_of_a_model(kind: str) -> None:
+    given = nested(tensors(model_entries()), kind)
+    for bn in (mbn.BatchNorm1d(4), mbn.BatchNorm1d(None, backend="torch")):
+        assert bn.load_state_dict(given, prefix=PREFIX) == ([], [])
+        assert_is(bn, layer_entries(4, 7))
+    with pytest.raises(ValueError, match="no entries begin with 'encoder.bn1'.*Did you mean"):
+        mbn.BatchNorm1d(4).load_state_dict(given, prefix="encoder.bn1")
+    with pytest.raises(TypeError, match="prefix is .*a str, not int"):
+        mbn.BatchNorm1d(4).load_state_dict(given, prefix=3)  # type: ignore[arg-type]
+
+
+def test_a_state_dict_of_a_module_tells_its_version() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    entries = model.state_dict()
+    del entries["1.num_batches_tracked"]
+    with pytest.raises(ValueError, match="missing num_batches_tracked"):
+        mbn.BatchNorm1d(4).load_state_dict(entries, prefix="1.")
+    mbn.BatchNorm1d(4).load_state_dict(dict(entries), prefix="1.")
+
+
+def test_one_prefix_in_two_dictionaries() -> None:
+    given = {
+        name: tensors({f"bn.{key}": value for key, value in layer_entries(4, k).items()})
+        for k, name in enumerate(("model", "ema"))
+    }
+    with pytest.raises(ValueError, match="several dictionaries.*'model.', 'ema.'"):
+        mbn.BatchNorm1d(4).load_state_dict(given, prefix="bn.")
+    bn = mbn.BatchNorm1d(4)
+    bn.load_state_dict(given, prefix="ema.bn.")
+    assert_is(bn, layer_entries(4, 1))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_entries_of_any_precision(dtype: str, tmp_path: Path) -> None:
+    entries = layer_entries(4, 5, getattr(ml_dtypes, dtype, dtype))
+    torch.save(
+        {
+            f"bn.{key}": torch.tensor(value.astype(float)).to(getattr(torch, dtype) if value.ndim else torch.int64)
+            for key, value in entries.items()
+        },
+        tmp_path / "model.pt",
+    )
+    from safetensors.torch import save_file as save_tensors  # noqa: PLC0415 - NumPy has no bfloat16
+
+    save_tensors(torch.load(tmp_path / "model.pt", weights_only=True), tmp_path / "model.safetensors")
+    for name in ("model.pt", "model.safetensors"):
+        bn = mbn.BatchNorm1d.from_checkpoint(tmp_path / name, "bn", backend="numpy")
+        assert bn.dtype == ("float64" if dtype == "float64" else "float32")
+        assert_is(bn, entries)
+
+
+def test_a_layer_without_some_of_it(tmp_path: Path) -> None:
+    entries = layer_entries(4, 5)
+    for left_out, text in (("bias",), "bias=False"), (("weight", "bias"), "affine=False"):
+        kept = {key: value for key, value in entries.items() if key not in left_out}
+        save_file(kept, tmp_path / "model.safetensors")
+        bn = mbn.BatchNorm1d.from_checkpoint(tmp_path / "model.safetensors")
+        assert text in repr(bn)
+        assert_is(bn, kept)
+
+
+class Attack:
+    """An object whose unpickling would run something."""
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("attacked"),)
+
+
+def test_nothing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for is_zip in (True, False):
+        torch.save({"bn.weight": Attack()}, "model.pt", _use_new_zipfile_serialization=is_zip)
+        with pytest.raises(ValueError, match=r"model.pt: torch cannot load it by weights_only=True"):
+            mbn.BatchNorm1d.from_checkpoint("model.pt", "bn")
+    assert not Path("attacked").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 damaged", b"\x80\x02damaged", b'{"weight_map": {}}'])
+def test_damaged_files(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=str(path)):
+        mbn.BatchNorm1d.from_checkpoint(path, "bn")
+    with pytest.raises(FileNotFoundError):
+        mbn.BatchNorm1d.from_checkpoint(tmp_path / "nothing", "bn")
+
+
+def test_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(tensors(layer_entries(4, 1)), tmp_path / "model.pt")
+    save_file(layer_entries(4, 1), tmp_path / "model.safetensors")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ImportError, match="torch is not installed: pip install torch; or save safetensors"):
+        mbn.BatchNorm1d.from_checkpoint(tmp_path / "model.pt", backend="numpy")
+    mbn.BatchNorm1d.from_checkpoint(tmp_path / "model.safetensors", backend="numpy")
