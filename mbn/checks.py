@@ -345,4 +345,5 @@ def _real(name: str, value: Any, *, or_none: bool = False) -> float:
     try:
         return float(value)
     except OverflowError:  # an int beyond all floats
-        return math.inf if math.floor(value) > 0 else -math.inf
+        number: Any = value
+        return math.inf if number > 0 else -math.inf
