@@ -284,6 +284,17 @@ def test_memory_may_begin_anywhere(cupy, shape, dtype):
     np.testing.assert_allclose(out.get(), expected[0], rtol=1e-3 if dtype == "float16" else 1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_count_stays_at_its_limit(cupy, momentum):
+    bn = mbn.BatchNorm1d(3, momentum=momentum, backend="cupy")
+    limit = np.iinfo(np.int64).max
+    bn.num_batches_tracked = limit - 1
+    for _ in range(2):
+        bn(cupy.asarray(_sample(4, 3)))
+        assert int(bn.num_batches_tracked) == limit
+    assert np.isfinite(bn.running_mean.get()).all()
+
+
 def test_out_that_overlaps_itself_is_refused(cupy):
     x = _sample(4, 3)
     for steps in ((0, 4), (4, 4), (8, 12)):
