@@ -20,6 +20,11 @@ from mbn.pullback import Pullback
 from mbn.state import Params, Settings, State, versioned
 from mbn.storage import Fixed, Storage, of_class
 
+_OPEN_UNDER_A_COMPILER = (
+    "a layer that takes its backend or num_features from its first input cannot do so inside torch.compile or "
+    "torch.export: make it with both, mbn.BatchNorm1d(C, backend='torch'), or call it once before."
+)
+
 
 class BatchNorm1d(Storage):
     """Batch normalisation of (N, C) or (N, C, L) inputs, with the semantics of ``torch.nn.BatchNorm1d``.
@@ -85,6 +90,8 @@ class BatchNorm1d(Storage):
         self._is_shared = False
         self._params = Params(None, None)
         self._state = State(None, None, None)
+        # By this name, torch's containers refuse what is no module: there is no other way into that message.
+        self.__qualname__ = f"{type(self).__qualname__} (put its as_module() into the model)"
         chosen = registry.get_backend(backend) if backend is not None else registry.chosen_backend()
         if chosen is not None:
             self._bind(chosen, device)
@@ -226,6 +233,11 @@ class BatchNorm1d(Storage):
         return (training and not self._frozen) or state.running_mean is None
 
     def _first_run(self, run: Callable[..., tuple[Any, State]], x: Any, masking: Masking | None) -> Any:
+        if registry.is_compiling():
+            raise RuntimeError(_OPEN_UNDER_A_COMPILER)
+        return registry.uncompiled(self._begin)(run, x, masking)
+
+    def _begin(self, run: Callable[..., tuple[Any, State]], x: Any, masking: Masking | None) -> Any:
         trial = copy.copy(self)
         result = trial._run(run, trial._meet(x), masking)
         self.__dict__.update(trial.__dict__)

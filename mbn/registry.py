@@ -189,6 +189,18 @@ def owner_of(x: object) -> Backend:
     return _owners.get(type(x)) or _find_owner(x)
 
 
+def is_compiling() -> bool:
+    """Tell whether torch.compile or torch.export follows this code, and could not follow it into an import."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.compiler.is_compiling()
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that torch.compile leaves alone, with all that it calls."""
+    dynamo = sys.modules.get("torch._dynamo")  # which takes a second to import, and without which nothing is compiled
+    return function if dynamo is None else dynamo.disable(function)
+
+
 def is_host_data(x: object) -> bool:
     """Tell whether ``x`` is a NumPy array, list or scalar, which any bound layer takes."""
     return owner_of(x) is get_backend(_HOST)
@@ -208,7 +220,10 @@ def _find_owner(x: object) -> Backend:
             continue
         try:
             owned = backend.owns(x)
-        except Exception as error:  # noqa: BLE001 - as in _construct: nor may this one
+        except Exception as error:
+            if name in _BUILT_IN:  # says why it does not take its framework's own stand-in for an array
+                raise
+            # As in _construct: nor may this one hide another.
             broken = broken or BackendUnavailableError(f"backend {name!r} is broken: {type(error).__name__}: {error}")
             broken.__cause__ = broken.__cause__ or error
             continue

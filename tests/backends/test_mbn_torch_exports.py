@@ -214,3 +214,10 @@ def test_exported_programs_are_saved_and_loaded(training, strict, decomposed):
     torch.export.save(program.run_decompositions() if decomposed else program, file)
     file.seek(0)
     _assert_same_steps(torch.export.load(file).module(), model)
+
+
+def test_open_layers_are_not_bound_to_an_export():
+    bn = mbn.BatchNorm1d(None)
+    with pytest.raises(RuntimeError, match="call it once before"):
+        torch.export.export(Holder(bn), (sample(8, 3),), strict=False)
+    assert (bn.backend, bn.num_features) == (None, None)

@@ -466,3 +466,21 @@ def test_replicas_agree(tmp_path):
     for replica in (first, second):
         for key, tensor in replica["layer"].items():
             assert torch.equal(tensor, replica["ours"][f"1.{key}"])
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        torch.nn.Sequential,
+        lambda bn: torch.nn.ModuleList([bn]),
+        lambda bn: torch.nn.ModuleDict({"norm": bn}),
+        lambda bn: torch.nn.Module().register_module("norm", bn),
+        lambda bn: torch.nn.Sequential(torch.nn.ReLU()).__setitem__(0, bn),
+    ],
+)
+def test_containers_say_that_a_layer_goes_in_as_a_module(put):
+    bn = mbn.BatchNorm1d(3, backend="torch")
+    for layer in (bn, copy.deepcopy(bn), mbn.BatchNorm1d(None)):
+        with pytest.raises(TypeError, match=r"mbn.layer.BatchNorm1d \(put its as_module\(\) into the model\)"):
+            put(layer)
+    torch.nn.Sequential(bn.as_module())

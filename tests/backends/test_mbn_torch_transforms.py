@@ -161,3 +161,26 @@ def test_weights_that_are_none_are_seen_under_a_trace(weights, training):
     call = compile_fully(lambda x, values: bn(x, **{name: values}))
     assert call(sample(4, 3, 5), values).isnan()[-1].all()
     assert bn.running_mean.isnan().all() == training
+
+
+OPEN = {
+    "no backend": lambda: mbn.BatchNorm1d(3),
+    "no channels": lambda: mbn.BatchNorm1d(None, backend="torch"),
+    "neither": lambda: mbn.BatchNorm1d(None),
+}
+
+
+@pytest.mark.parametrize("make", OPEN.values(), ids=OPEN)
+def test_open_layers_begin_outside_of_what_is_compiled(make):
+    bn, twin = make(), mbn.BatchNorm1d(3, backend="torch")
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match=r"make it with both, mbn.BatchNorm1d\(C, backend='torch'\)"
+    ):
+        compile_fully(lambda x: bn(x) * 2)(sample(8, 3))
+    assert bn.backend is None or bn.num_features is None
+    torch._dynamo.reset()
+    call = torch.compile(lambda x: bn(x) * 2, backend="aot_eager")
+    for seed in range(3):
+        torch.testing.assert_close(call(sample(8, 3, seed=seed)), twin(sample(8, 3, seed=seed)) * 2)
+    torch.testing.assert_close(dict(bn.state_dict()), dict(twin.state_dict()))
+    assert count_graphs() == 1
