@@ -79,6 +79,13 @@ def layer_dtype(dtype: str) -> str:
     return "float64" if dtype == "float64" else "float32"
 
 
+def widened(x: Array, params: Params, state: State) -> bool:
+    """Tell whether a layer is float64 and x is not: its statistics are to be as exact as those of float64 are."""
+    vector = state.running_mean if state.running_mean is not None else params.weight
+    vector = vector if vector is not None else params.bias
+    return vector is not None and dtype_name(vector.dtype) == "float64" != dtype_name(x.dtype)
+
+
 class Capabilities(NamedTuple):
     """What a backend can do. Tests, benchmarks, the command line and the docs read it here and nowhere else."""
 
@@ -258,7 +265,11 @@ class Backend(ABC):
 
     @abstractmethod
     def moments(self, x: Array, weights: Array | None = None) -> Moments:
-        """Return the statistics of each channel over all other axes; finite ones where all weights are 0."""
+        """Return the statistics of each channel over all other axes; finite ones where all weights are 0.
+
+        Where the layer is float64 and its input is not, ``x`` comes in float64. Statistics that leave the range of
+        float64 may have a form of their own, for ``normalize`` to be right all the same.
+        """
 
     @abstractmethod
     def merge(self, first: Moments, second: Moments) -> Moments:
@@ -404,7 +415,7 @@ class Backend(ABC):
         if not training:
             y = self.normalize(x, running_mean, running_var, weight, bias, eps, weights, **out)
             return y, state, Residuals(running_mean, running_var, None)
-        moments = self.moments(x, weights)
+        moments = self.moments(self.asarray(x, "float64") if widened(x, params, state) else x, weights)
         mean, var = moments.mean, self.variance(moments, 0)
         y = self.normalize(x, mean, var, weight, bias, eps, weights, **out)
         if num_batches_tracked is not None:
@@ -428,7 +439,10 @@ class Backend(ABC):
     ) -> tuple[Array, Array, Array]:
         """Return the gradients of x, weight and bias, given that of y; the last two are ``grad_sums``."""
         mean, var, count = residuals
-        sums = self.grad_sums(dy, x, mean, var, eps, weights)
+        if widened(x, Params(weight, None), State(mean if count is None else None, None, None)):
+            sums = self.grad_sums(self.asarray(dy, "float64"), self.asarray(x, "float64"), mean, var, eps, weights)
+        else:
+            sums = self.grad_sums(dy, x, mean, var, eps, weights)
         dx = self.grad_input(dy, x, mean, var, weight, eps, None if count is None else sums, count, weights)
         sum_dy, sum_dy_xhat = sums
         return dx, sum_dy_xhat, sum_dy

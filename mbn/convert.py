@@ -39,7 +39,7 @@ def asarray(x: Any, dtype: Any = None, *, backend: str | Backend | None = None, 
     """
     owner = registry.owner_of(x)
     target = registry.get_backend(backend) if backend is not None else registry.chosen_backend() or owner
-    host_or_own = x if target is owner or registry.is_host_data(x) else _handed_over(x, owner, target)
+    host_or_own = x if target is owner else native(x) if registry.is_host_data(x) else _handed_over(x, owner, target)
     return target.asarray(host_or_own, None if dtype is None else dtype_name(dtype), device)
 
 
@@ -81,7 +81,12 @@ def received(backend: Backend, name: str, x: Any, dtype: str, device: Any) -> Ar
         return x
     if dtype_name(x.dtype) not in backend.capabilities.dtypes:
         return x  # refused by its dtype, in the words that every backend has for it, before anything is moved
-    return backend.asarray(x, device=device)
+    return backend.asarray(native(x), device=device)
+
+
+def native(x: Any) -> Any:
+    """Return host data in the order of bytes of this machine, which is the only one that most frameworks know."""
+    return x.astype(x.dtype.newbyteorder("=")) if isinstance(x, np.ndarray) and not x.dtype.isnative else x
 
 
 def from_python(name: str, values: Any) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mbn import checks
-from mbn.contract import Array, Backend, Moments, transposed
+from mbn.contract import Array, Backend, Moments, dtype_name, transposed
 from mbn.state import Settings, few
 
 
@@ -44,6 +44,8 @@ class Population:
         if 0 in x.shape:
             return
         x = backend.constant(x)
+        if dtype_name(x.dtype) != settings.dtype == "float64":  # as exact as a float64 layer's statistics are to be
+            x = backend.asarray(x, settings.dtype)
         moments, size = backend.moments(transposed(x) if settings.has_channels_last(x.ndim) else x), 1
         # Whoever computes later would keep the batch until then.
         backend.to_numpy(_vector(backend, moments.mean, settings, backend.device(x)))

@@ -8,18 +8,24 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from mbn.contract import Backend, Capabilities, Moments, Residuals, overlaps_itself
+from mbn.contract import Backend, Capabilities, Moments, Residuals, overlaps_itself, widened
 from mbn.state import Params, State
-from mbn_cpu import vectors
+from mbn_cpu import extremes, vectors
 
 
 class HostBackend(Backend):
     """A backend of NumPy arrays, made of the passes over x of a module of kernels."""
 
     kernels: ClassVar[ModuleType]
-    """The passes: ``moments``, ``normalize``, ``grad_sums`` and ``grad_input``, with the arguments of the verbs."""
+    """The passes: ``moments``, ``normalize``, ``grad_sums`` and ``grad_input``, with the arguments of the verbs.
+
+    ``normalize`` takes a line instead. What is beyond their range is computed apart.
+    """
     whole: ClassVar[ModuleType]
-    """The whole of a call at once, for those batches that it ``takes``: ``train``, ``evaluate`` and ``pullback``."""
+    """The whole of a call at once, for those batches that it ``takes``: ``train``, ``evaluate`` and ``pullback``.
+
+    The first two give None where they cannot.
+    """
     capabilities = Capabilities(
         dtypes=frozenset({"float16", "bfloat16", "float32", "float64"}),
         devices=("cpu",),
@@ -71,28 +77,42 @@ class HostBackend(Backend):
         return bool(np.all((low <= values) & (values < high)))
 
     def moments(self, x: np.ndarray, weights: np.ndarray | None = None) -> Moments:
-        return self.kernels.moments(np.asarray(x), weights)
+        x = np.asarray(x)
+        found = self.kernels.moments(x, weights)
+        if not vectors.is_wide(x):
+            return found
+        with np.errstate(all="ignore"):
+            return extremes.moments(self.kernels.moments, x, weights, found)
 
     def merge(self, first: Moments, second: Moments) -> Moments:
         return vectors.merge(first, second)
 
-    def variance(self, moments: Moments, correction: int) -> np.ndarray:
+    def variance(self, moments: Moments, correction: int) -> vectors.Variance:
         return vectors.variance(moments, correction)
 
+    @np.errstate(all="ignore")
     def normalize(
         self,
         x: np.ndarray,
         mean: vectors.Mean,
-        var: np.ndarray,
+        var: vectors.Variance,
         weight: np.ndarray | None,
         bias: np.ndarray | None,
         eps: float,
         weights: np.ndarray | None = None,
         out: np.ndarray | None = None,
     ) -> np.ndarray:
-        return self.kernels.normalize(np.asarray(x), mean, var, weight, bias, eps, weights, out)
+        x = np.asarray(x)
+        line = vectors.line(mean, var, weight, bias, eps, vectors.compute_dtype(x))
+        channels = extremes.of_line(line, mean, var, weight, eps)
+        if channels is None:
+            return self.kernels.normalize(x, line, weights, out)
+        values = extremes.normalize(x, channels, mean, var, weight, bias, eps, weights)  # before x is written to
+        y = self.kernels.normalize(x, line, weights, out)
+        y[:, channels] = values
+        return y
 
-    def lerp(self, start: np.ndarray, end: vectors.Mean, weight: float) -> np.ndarray:
+    def lerp(self, start: np.ndarray, end: vectors.Mean | vectors.Variance, weight: float) -> np.ndarray:
         return vectors.lerp(start, end, weight)
 
     def step(
@@ -105,25 +125,44 @@ class HostBackend(Backend):
         dy: np.ndarray,
         x: np.ndarray,
         mean: vectors.Mean,
-        var: np.ndarray,
+        var: vectors.Variance,
         eps: float,
         weights: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        return self.kernels.grad_sums(np.asarray(dy), np.asarray(x), mean, var, eps, weights)
+        dy, x, kernel = np.asarray(dy), np.asarray(x), self.kernels.grad_sums
+        sums = kernel(dy, x, mean, var, eps, weights)
+        if _has_room(x, mean):
+            return sums
+        with np.errstate(all="ignore"):
+            channels = extremes.of_sums(sums, var, eps)
+            if channels is not None:
+                of_channels = extremes.grad_sums(kernel, dy, x, channels, mean, var, eps, weights)
+                for total, own in zip(sums, of_channels, strict=True):
+                    total[channels] = own
+        return sums
 
     def grad_input(
         self,
         dy: np.ndarray,
         x: np.ndarray,
         mean: vectors.Mean,
-        var: np.ndarray,
+        var: vectors.Variance,
         weight: np.ndarray | None,
         eps: float,
         sums: tuple[np.ndarray, np.ndarray] | None,
         count: float | None,
         weights: np.ndarray | None = None,
     ) -> np.ndarray:
-        return self.kernels.grad_input(np.asarray(dy), np.asarray(x), mean, var, weight, eps, sums, count, weights)
+        dy, x = np.asarray(dy), np.asarray(x)
+        dx = self.kernels.grad_input(dy, x, mean, var, weight, eps, sums, count, weights)
+        if _has_room(x, mean, weight):
+            return dx
+        with np.errstate(all="ignore"):
+            channels = extremes.of_factors(sums, var, weight, eps, count)
+            if channels is not None:
+                kernel, held = self.kernels.grad_sums, None if sums is None else count
+                dx[:, channels] = extremes.grad_input(kernel, dy, x, channels, mean, var, weight, eps, held, weights)
+        return dx
 
     def batch_norm_residuals(
         self,
@@ -138,22 +177,39 @@ class HostBackend(Backend):
         weights: np.ndarray | None = None,
         **out: np.ndarray,
     ) -> tuple[np.ndarray, State, Residuals]:
-        if not self.whole.takes(x, weights, *out.values()):
-            return super().batch_norm_residuals(
-                x,
-                params,
-                state,
-                training=training,
-                momentum=momentum,
-                eps=eps,
-                correction=correction,
-                weights=weights,
-                **out,
-            )
+        result = None
+        if self.whole.takes(x, weights, *out.values()) and not (training and widened(x, params, state)):
+            result = self.at_once(x, params, state, training, momentum, eps, correction, **out)
+        if result is not None:
+            return result
+        return super().batch_norm_residuals(
+            x,
+            params,
+            state,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            correction=correction,
+            weights=weights,
+            **out,
+        )
+
+    def at_once(
+        self,
+        x: np.ndarray,
+        params: Params,
+        state: State,
+        training: bool,  # noqa: FBT001 - in every call, where keywords cost
+        momentum: float | None,
+        eps: float,
+        correction: int,
+        out: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, State, Residuals] | None:
+        """Do what ``batch_norm_residuals`` does of what ``whole`` takes; None, and nothing is written, if it cannot."""
         if training:
-            return self.whole.train(x, params, state, momentum, eps, correction, **out)
-        y = self.whole.evaluate(x, params, state, eps, **out)
-        return y, state, Residuals(state.running_mean, state.running_var, None)
+            return self.whole.train(x, params, state, momentum, eps, correction, out)
+        y = self.whole.evaluate(x, params, state, eps, out)
+        return None if y is None else (y, state, Residuals(state.running_mean, state.running_var, None))
 
     def pullback(
         self,
@@ -164,9 +220,18 @@ class HostBackend(Backend):
         eps: float,
         weights: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        if self.whole.takes(x, weights, dy):
+        if self.whole.takes(x, weights, dy) and _has_room(x, residuals.mean, weight):
             return self.whole.pullback(dy, x, weight, residuals, eps)
         return super().pullback(dy, x, weight, residuals, eps, weights)
+
+
+def _has_room(x: np.ndarray, mean: vectors.Mean, weight: np.ndarray | None = None) -> bool:
+    """Tell whether float64 holds all that is made of x: no vector has the range of float64, which that of x has not."""
+    return not (
+        vectors.is_wide(x)
+        or (weight is not None and vectors.is_wide(weight))
+        or (not isinstance(mean, vectors.Pair) and vectors.is_wide(mean))
+    )
 
 
 def _dtype(name: str | None) -> np.dtype | None:

@@ -14,7 +14,7 @@ import numpy as np
 from mbn.contract import Moments
 from mbn_cpu import threads, tiles
 from mbn_cpu.tiles import Columns, Form, Scratch, Tile
-from mbn_cpu.vectors import WIDE, Mean, Pair, as_pair, fold_rows, heaviest, invstd, line
+from mbn_cpu.vectors import WIDE, Line, Mean, Pair, Variance, as_pair, fold_rows, heaviest, invstd, is_wide
 
 _SHARE = 4
 """Tiles that are worth a thread of their own, which takes some of the time of one to wake up."""
@@ -37,27 +37,18 @@ def moments(x: np.ndarray, weights: np.ndarray | None = None) -> Moments:
     count = x.size // x.shape[1] if weights is None else fold_rows(weights.flatten().astype(WIDE))
     divisor = count or 1  # without any weight the sums are 0 as well
     total, squares = _shifted_sums(x, shift, weights)
-    if x.dtype == WIDE:
+    if is_wide(x):
         shift += total / divisor
         total, squares = _shifted_sums(x, shift, weights)
     mean = total / divisor
     return Moments(count, Pair(shift, mean), squares - total * mean)
 
 
-@np.errstate(all="ignore")
 def normalize(
-    x: np.ndarray,
-    mean: Mean,
-    var: np.ndarray,
-    weight: np.ndarray | None,
-    bias: np.ndarray | None,
-    eps: float,
-    weights: np.ndarray | None = None,
-    out: np.ndarray | None = None,
+    x: np.ndarray, line: Line, weights: np.ndarray | None = None, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """Return (x - mean) / sqrt(var + eps) * weight + bias in x's dtype and memory order, and 0 where weights are 0."""
-    compute = np.result_type(x.dtype, np.float32)  # float16 and bfloat16 are computed in float32
-    columns = Columns(*line(mean, var, weight, bias, eps, compute))
+    """Return x normalised by a line, in its dtype and memory order, and 0 where weights are 0."""
+    compute, columns = line.scale.dtype, Columns(*line)
     y = np.empty_like(x) if out is None else out
 
     def write(scratch: Scratch, tile: Tile, y: np.ndarray, x: np.ndarray, w: np.ndarray | None) -> None:
@@ -76,7 +67,7 @@ def normalize(
 
 @np.errstate(all="ignore")
 def grad_sums(
-    dy: np.ndarray, x: np.ndarray, mean: Mean, var: np.ndarray, eps: float, weights: np.ndarray | None = None
+    dy: np.ndarray, x: np.ndarray, mean: Mean, var: Variance, eps: float, weights: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the sums of dy and of dy * (x - mean) / sqrt(var + eps) for each channel, in float64."""
     hi, lo = as_pair(mean)
@@ -103,7 +94,7 @@ def grad_input(
     dy: np.ndarray,
     x: np.ndarray,
     mean: Mean,
-    var: np.ndarray,
+    var: Variance,
     weight: np.ndarray | None,
     eps: float,
     sums: tuple[np.ndarray, np.ndarray] | None,
@@ -177,7 +168,7 @@ def _sums(terms: Callable[..., Iterator[np.ndarray]], *arrays: np.ndarray | None
     partial = np.empty((len(rows), 2, arrays[0].shape[1]))
 
     # One after another is the fastest way to add up rows, and enough for all but float64, whose last digit counts.
-    add_rows = _add_as_tree if arrays[0].dtype == WIDE else np.add.reduce
+    add_rows = _add_as_tree if is_wide(arrays[0]) else np.add.reduce
 
     def add(scratch: Scratch, totals: np.ndarray, tile: Tile, *own: np.ndarray | None) -> None:
         for total, values in zip(totals, terms(scratch, tile, *own), strict=True):

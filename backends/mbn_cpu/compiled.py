@@ -13,7 +13,19 @@ import numpy as np
 from mbn.contract import Moments
 from mbn_cpu import halves, loops, threads
 from mbn_cpu.tiles import Scratch
-from mbn_cpu.vectors import WIDE, Mean, Pair, as_pair, fold_rows, heaviest, invstd, line
+from mbn_cpu.vectors import (
+    WIDE,
+    Line,
+    Mean,
+    Pair,
+    Variance,
+    as_pair,
+    compute_dtype,
+    fold_rows,
+    heaviest,
+    invstd,
+    is_wide,
+)
 
 _CHUNK = 1 << 18
 """Values that one task takes: enough to be worth a thread's while."""
@@ -53,7 +65,7 @@ class Form(NamedTuple):
     def of(cls, x: np.ndarray) -> "Form":
         """Return the form that follows the memory of x, as far as the order of sums allows."""
         n, c, length = shape = x.shape if x.ndim == 3 else (*x.shape, 1)  # noqa: PLR2004
-        finer = _PRECISION if x.dtype == WIDE else 1
+        finer = _PRECISION if is_wide(x) else 1
         is_long, together = length > 2 * finer * _LANES, max(1, min(n, finer * _ROW // (c * length)))
         lanes = finer * _LANES if is_long else length * together
         is_last = length == 1 or (not x.flags.c_contiguous and x.swapaxes(1, 2).flags.c_contiguous)
@@ -127,7 +139,7 @@ def moments(x: np.ndarray, weights: np.ndarray | None = None) -> Moments:
         count = x.size // x.shape[1] if weights is None else fold_rows(weights.flatten().astype(WIDE))
         divisor = count or 1  # without any weight the sums are 0 as well
         total, squares = _sums(loops.shifted_sums, shift, weights, x)
-        if x.dtype == WIDE:
+        if is_wide(x):
             shift += total / divisor
             total, squares = _sums(loops.shifted_sums, shift, weights, x)
         mean = total / divisor
@@ -135,29 +147,20 @@ def moments(x: np.ndarray, weights: np.ndarray | None = None) -> Moments:
 
 
 def normalize(
-    x: np.ndarray,
-    mean: Mean,
-    var: np.ndarray,
-    weight: np.ndarray | None,
-    bias: np.ndarray | None,
-    eps: float,
-    weights: np.ndarray | None = None,
-    out: np.ndarray | None = None,
+    x: np.ndarray, line: Line, weights: np.ndarray | None = None, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """Return (x - mean) / sqrt(var + eps) * weight + bias in x's dtype and memory order, and 0 where weights are 0."""
-    with np.errstate(all="ignore"):
-        vectors = line(mean, var, weight, bias, eps, compute_dtype(x))
+    """Return x normalised by a line, in its dtype and memory order, and 0 where weights are 0."""
     y = np.empty_like(x) if out is None else out
 
     def task(form: Form, sizes: tuple[int, int], y: np.ndarray, x: np.ndarray, w: np.ndarray) -> None:
-        loops.normalize(x, w, y, form.last, *sizes, *vectors)
+        loops.normalize(x, w, y, form.last, *sizes, *line)
 
     _each(task, y, weights, x)
     return y
 
 
 def grad_sums(
-    dy: np.ndarray, x: np.ndarray, mean: Mean, var: np.ndarray, eps: float, weights: np.ndarray | None = None
+    dy: np.ndarray, x: np.ndarray, mean: Mean, var: Variance, eps: float, weights: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the sums of dy and of dy * (x - mean) / sqrt(var + eps) for each channel, in float64."""
     with np.errstate(all="ignore"):
@@ -170,7 +173,7 @@ def grad_input(
     dy: np.ndarray,
     x: np.ndarray,
     mean: Mean,
-    var: np.ndarray,
+    var: Variance,
     weight: np.ndarray | None,
     eps: float,
     sums: tuple[np.ndarray, np.ndarray] | None,
@@ -277,13 +280,10 @@ class _Memory:
 
 def readable(array: np.ndarray) -> np.ndarray:
     """Return an array that Numba takes for any other, and only reads: of a read-only one it would compile all anew."""
+    if not array.dtype.isnative:
+        return array.astype(array.dtype.newbyteorder("="))
     if array.flags.writeable:
         return array
     interface = array.__array_interface__
     address, _ = interface["data"]
     return np.asarray(_Memory({**interface, "data": (address, False)}))
-
-
-def compute_dtype(x: np.ndarray) -> np.dtype:
-    """Return the dtype to compute in: float16 and bfloat16 are brought to float32."""
-    return np.result_type(x.dtype, np.float32)

@@ -33,8 +33,11 @@ def train(
     eps: float,
     correction: int,
     out: np.ndarray | None = None,
-) -> tuple[np.ndarray, State, Residuals]:
-    """Return output, new state and residuals of a step of training on x, (N, C) or (N, C, L)."""
+) -> tuple[np.ndarray, State, Residuals] | None:
+    """Return output, new state and residuals of a step of training on x, (N, C) or (N, C, L).
+
+    Or None, and nothing is written, where a channel is beyond the range of float32.
+    """
     running_mean, running_var, num_batches_tracked = state
     form, y = Form.of(x), np.empty_like(x) if out is None else out
     _, c, length = form.shape
@@ -46,19 +49,24 @@ def train(
     share = float(step(momentum, num_batches_tracked, n, correction)) if is_tracked else 0.0
     arrays = form.flat(x), form.flat(y)
     sizes = form.last, c, length, form.lanes
-    new, (hi, lo, var) = loops.train(*arrays, *sizes, *_vectors(params), running, share, eps, correction)
+    new, (hi, lo, var), is_beyond = loops.train(*arrays, *sizes, *_vectors(params), running, share, eps, correction)
+    if is_beyond:
+        return None
     if is_tracked:
-        running_mean, running_var = new
+        running_mean, running_var = new if running_mean.dtype.isnative else new.astype(running_mean.dtype)
     return y, State(running_mean, running_var, num_batches_tracked), Residuals(Pair(hi, lo), var, n)
 
 
-def evaluate(x: np.ndarray, params: Params, state: State, eps: float, out: np.ndarray | None = None) -> np.ndarray:
-    """Return the output of evaluation on x, (N, C) or (N, C, L)."""
+def evaluate(
+    x: np.ndarray, params: Params, state: State, eps: float, out: np.ndarray | None = None
+) -> np.ndarray | None:
+    """Return the output of evaluation on x, (N, C) or (N, C, L); None as ``train``."""
     form, y = Form.of(x), np.empty_like(x) if out is None else out
     _, c, length = form.shape
     statistics = readable(state.running_mean), readable(state.running_var)
-    loops.evaluate(form.flat(x), form.flat(y), form.last, c, length, *_vectors(params), *statistics, eps)
-    return y
+    arrays = form.flat(x), form.flat(y)
+    is_beyond = loops.evaluate(*arrays, form.last, c, length, *_vectors(params), *statistics, eps)
+    return None if is_beyond else y
 
 
 def pullback(

@@ -17,6 +17,10 @@ from mbn_cpu.compilation import compiled, loop
 
 _WIDTH = 256
 """Values that make a loop long enough."""
+_LEAST = float(np.finfo(np.float32).smallest_normal)
+"""The least number with all digits of float32."""
+_FAR = 2.0**102
+"""No number of float32 is so far from one below this that the difference overflows."""
 
 
 @loop
@@ -123,6 +127,7 @@ def input_gradient(dy, x, w, dx, last, c, length, center, slope, average, scale)
 def train(x, y, last, c, length, lanes, weight, bias, running, share, eps, correction):
     """Write the output of a step of training; return new running statistics, (2, C), and mean and variance, (3, C).
 
+    And whether a channel is beyond the range of what is computed here, which then leaves the output as it is.
     ``weight``, ``bias`` and ``running``, (2, C), are empty where there are none; ``share`` is the weight of the batch
     in the running statistics. The mean is the sum of the first two rows of what is returned, the variance the third.
     """
@@ -134,6 +139,7 @@ def train(x, y, last, c, length, lanes, weight, bias, running, share, eps, corre
     shifted_sums(x, no_weights, last, c, length, lanes, stats[0], sums)
     new = np.empty_like(running)
     center, scale, shift = np.empty(c, x.dtype), np.empty(c, x.dtype), np.empty(c, x.dtype)
+    is_beyond = False
     for channel in range(c):
         hi, lo = stats[0, channel], sums[0, channel] / n
         m2 = sums[1, channel] - sums[0, channel] * lo
@@ -148,8 +154,10 @@ def train(x, y, last, c, length, lanes, weight, bias, running, share, eps, corre
         center[channel] = hi + lo
         scale[channel] = factor
         shift[channel] = (center[channel] - hi - lo) * factor + (bias[channel] if bias.size else 0.0)
-    normalize(x, no_weights, y, last, c, length, center, scale, shift)
-    return new, stats
+        is_beyond |= _is_beyond(center[channel], factor, scale[channel], shift[channel])
+    if not is_beyond:
+        normalize(x, no_weights, y, last, c, length, center, scale, shift)
+    return new, stats, is_beyond
 
 
 @compiled
@@ -177,15 +185,28 @@ def pull_back(dy, x, dx, last, c, length, lanes, weight, hi, lo, var, count, eps
 
 @compiled
 def evaluate(x, y, last, c, length, weight, bias, running_mean, running_var, eps):
-    """Write the output of evaluation; ``weight`` and ``bias`` are empty where there are none."""
+    """Write the output of evaluation; ``weight`` and ``bias`` are empty where there are none.
+
+    Return whether a channel is beyond the range, as ``train`` does.
+    """
     center, scale, shift = np.empty(c, x.dtype), np.empty(c, x.dtype), np.empty(c, x.dtype)
+    is_beyond = False
     for channel in range(c):
         mean = np.float64(running_mean[channel])
         factor = _invstd(np.float64(running_var[channel]), eps) * (weight[channel] if weight.size else 1.0)
         center[channel] = mean
         scale[channel] = factor
         shift[channel] = (center[channel] - mean) * factor + (bias[channel] if bias.size else 0.0)
-    normalize(x, np.empty(0), y, last, c, length, center, scale, shift)
+        is_beyond |= _is_beyond(center[channel], factor, scale[channel], shift[channel])
+    if not is_beyond:
+        normalize(x, np.empty(0), y, last, c, length, center, scale, shift)
+    return is_beyond
+
+
+@compiled
+def _is_beyond(center, factor, scale, shift):
+    """Tell whether float32 cannot hold what a channel is normalised by; a factor of 0 it can, and NaN is to be seen."""
+    return (abs(scale) < _LEAST and factor != 0) or (abs(scale) == np.inf) or abs(center) >= _FAR or abs(shift) >= _FAR
 
 
 @compiled

@@ -8,15 +8,17 @@ import numpy as np
 
 from mbn.contract import Residuals
 from mbn.state import Params, State
-from mbn_cpu.vectors import WIDE, Pair, counted, step
+from mbn_cpu.vectors import WIDE, Pair, counted, is_wide, step
 
 _SIZE = 1 << 14
 """Values up to which this is the faster way."""
+_ROOM = 2.0**800
+"""Numbers below it leave room for products with those of float32."""
 
 
 def takes(x: np.ndarray, weights: np.ndarray | None, *others: np.ndarray) -> bool:  # noqa: ARG001 - any memory will do
     """Tell whether a batch, and other arrays in its shape, are for this module."""
-    return weights is None and x.size <= _SIZE and x.dtype != WIDE
+    return weights is None and x.size <= _SIZE and not is_wide(x)
 
 
 @np.errstate(all="ignore")
@@ -62,12 +64,18 @@ def train(
 
 
 @np.errstate(all="ignore")
-def evaluate(x: np.ndarray, params: Params, state: State, eps: float, out: np.ndarray | None = None) -> np.ndarray:
-    """Return the output of evaluation on x, (N, C) or (N, C, L)."""
+def evaluate(
+    x: np.ndarray, params: Params, state: State, eps: float, out: np.ndarray | None = None
+) -> np.ndarray | None:
+    """Return the output of evaluation on x, (N, C) or (N, C, L); None for vectors that need all of float64's range."""
     weight, bias = params
     scale = _invstd(state.running_var, eps)
     if weight is not None:
         scale *= weight
+    if is_wide(state.running_var) and not all(
+        vector is None or abs(vector).max() < _ROOM for vector in (scale, state.running_mean, bias)
+    ):
+        return None
     y = np.empty_like(x) if out is None else out
     d = x.astype(WIDE)
     d -= _column(state.running_mean, x)

@@ -20,7 +20,25 @@ class Pair(NamedTuple):
     lo: np.ndarray
 
 
-Mean: TypeAlias = Pair | np.ndarray
+class Scaled(NamedTuple):
+    """Statistics beyond the range of float64, or that lose digits there: ``values * 2**exponent``."""
+
+    values: "Pair | np.ndarray"
+    """A mean as a pair, or a variance."""
+    exponent: np.ndarray
+    """Of each channel, an integer; 0 where values are what they are."""
+
+
+Mean: TypeAlias = Pair | Scaled | np.ndarray
+Variance: TypeAlias = Scaled | np.ndarray
+
+_LEAST, _MOST = 2.0**-900, 2.0**1000
+"""Sums of squares between these have lost nothing: what is too small for float64 is nothing beside them."""
+FAR = 128
+"""The exponent of weights that are large, or negative that of small ones, beside which a correction is nothing."""
+TINY = float(np.finfo(WIDE).smallest_subnormal)
+_NOWHERE = np.iinfo(np.int16).min
+"""The exponent of 0: less than any other."""
 
 
 class Line(NamedTuple):
@@ -36,7 +54,7 @@ class Line(NamedTuple):
 
 
 def line(
-    mean: Mean, var: np.ndarray, weight: np.ndarray | None, bias: np.ndarray | None, eps: float, dtype: np.dtype
+    mean: Mean, var: Variance, weight: np.ndarray | None, bias: np.ndarray | None, eps: float, dtype: np.dtype
 ) -> Line:
     """Return how to normalise in ``dtype``."""
     scale = invstd(var, eps)
@@ -62,6 +80,8 @@ def combine_weights(
     result = np.ones(shape, dtype)
     if sample_weight is not None:
         result *= _row(sample_weight, len(shape))
+        if dtype == "float64":
+            result = _summable(result)
     if mask is not None:
         result *= _row(mask, len(shape))
     if lengths is not None:
@@ -76,6 +96,15 @@ def merge(first: Moments, second: Moments) -> Moments:
     Source: Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances, 1979,
     equations 2.1.
     """
+    if not isinstance(first.m2, Scaled) and not isinstance(second.m2, Scaled):
+        merged, difference = _merged(first, second)
+        if np.all(in_range(merged.m2) | ((merged.m2 == 0) & (difference == 0))):
+            return merged
+    return _merge_scaled(first, second)
+
+
+def _merged(first: Moments, second: Moments) -> tuple[Moments, np.ndarray]:
+    """Return the statistics of two batches together, and the difference of their means."""
     (count, (hi, lo), m2), (more, (other_hi, other_lo), more_m2) = first, second
     total = count + more
     share = more / (total or 1)
@@ -83,23 +112,50 @@ def merge(first: Moments, second: Moments) -> Moments:
     change = lo + difference * share
     mean = hi + change
     rest = change - (mean - hi)  # what rounding took off
-    return Moments(total, Pair(mean, rest), m2 + (more_m2 + difference * difference * (count * share)))
+    m2 = m2 + (more_m2 + difference * difference * (count * share))
+    return Moments(total, Pair(mean, rest), m2), difference
 
 
-def variance(moments: Moments, correction: int) -> np.ndarray:
+def _merge_scaled(first: Moments, second: Moments) -> Moments:
+    """Do what ``merge`` does in units in which no mean or standard deviation is much larger than 1."""
+    sizes, parts = [], []
+    for count, mean, m2 in (first, second):
+        pair, exponent = mean if isinstance(mean, Scaled) else (mean, np.zeros_like(mean.hi, np.intc))
+        squares, _ = m2 if isinstance(m2, Scaled) else (m2, exponent)
+        size = np.maximum(abs(pair.hi), np.sqrt(squares / (count or 1)))
+        sizes.append(np.where(size > 0, exponent_of(size) + exponent, _NOWHERE))
+        parts.append((count, pair, squares, exponent))
+    unit = np.maximum(*sizes).astype(np.intc)
+    unit[unit == _NOWHERE] = 0
+    (total, mean, m2), _ = _merged(
+        *(
+            Moments(count, scaled(pair, exponent - unit), np.ldexp(squares, 2 * (exponent - unit)))
+            for count, pair, squares, exponent in parts
+        )
+    )
+    return Moments(total, Scaled(mean, unit), Scaled(m2, 2 * unit))
+
+
+def variance(moments: Moments, correction: int) -> Variance:
     """Return m2 / (count - correction), and 0 where weights add up to no more than the correction."""
     count, _, m2 = moments
+    if isinstance(m2, Scaled):
+        return Scaled(variance(moments._replace(m2=m2.values), correction), m2.exponent)
     return m2 / (count - correction) if count > correction else np.zeros_like(m2)
 
 
 @np.errstate(all="ignore")
-def lerp(start: np.ndarray, end: Mean, weight: float | np.ndarray) -> np.ndarray:
+def lerp(start: np.ndarray, end: Mean | Variance, weight: float | np.ndarray) -> np.ndarray:
     """Return (1 - weight) * start + weight * end, computed in float64 and rounded once to the dtype of start."""
     if weight == 0:
         return start.copy()
+    end, exponent = end if isinstance(end, Scaled) else (end, None)
     if isinstance(end, Pair):
         end = end.hi + end.lo
-    return ((1 - weight) * start.astype(WIDE) + weight * end).astype(start.dtype)
+    share = weight * end
+    if exponent is not None:
+        share = np.ldexp(share, exponent)
+    return ((1 - weight) * start.astype(WIDE) + share).astype(start.dtype)
 
 
 def counted(num_batches_tracked: np.ndarray) -> np.ndarray:
@@ -137,8 +193,10 @@ def fold_rows(d: np.ndarray) -> np.ndarray:
     return d[0]
 
 
-def invstd(var: np.ndarray, eps: float) -> np.ndarray:
+def invstd(var: Variance, eps: float) -> np.ndarray:
     """Return 1 / sqrt(var + eps) in float64, and 0 where that has no value."""
+    if isinstance(var, Scaled):
+        var = np.ldexp(*var)
     spread = var.astype(WIDE) + eps
     result = 1 / np.sqrt(spread)
     result[spread == 0] = 0
@@ -146,8 +204,48 @@ def invstd(var: np.ndarray, eps: float) -> np.ndarray:
 
 
 def as_pair(mean: Mean) -> Pair:
-    """Return a mean as a pair, whatever form it has."""
+    """Return a mean as a pair, whatever form it has; of one that is scaled, what float64 can hold."""
+    if isinstance(mean, Scaled):
+        return scaled(*mean)
     return mean if isinstance(mean, Pair) else Pair(mean.astype(WIDE), np.zeros_like(mean, WIDE))
+
+
+def compute_dtype(x: np.ndarray) -> np.dtype:
+    """Return the dtype to compute in, in the order of bytes of this machine: halves are brought to float32."""
+    return np.result_type(x.dtype, np.float32)
+
+
+def is_wide(x: np.ndarray) -> bool:
+    """Tell whether an array has the numbers of float64, in whatever order of bytes."""
+    return x.dtype.char == "d"
+
+
+def in_range(m2: np.ndarray) -> np.ndarray:
+    """Return which sums of squares have lost nothing to the range of float64."""
+    return (m2 >= _LEAST) & (m2 < _MOST)
+
+
+def exponent_of(values: np.ndarray) -> np.ndarray:
+    """Return the least e of each value that makes ``abs(value) < 2**e``; 0 for 0."""
+    return np.frexp(values)[1]
+
+
+def scaled(pair: Pair, exponent: np.ndarray) -> Pair:
+    """Return a pair times ``2**exponent``."""
+    return Pair(np.ldexp(pair.hi, exponent), np.ldexp(pair.lo, exponent))
+
+
+def _summable(weights: np.ndarray) -> np.ndarray:
+    """Return weights in float64 times a power of two, if they need one for their sums to be in its range.
+
+    Means depend on nothing but their ratios, and so does a variance, corrected by 1 or not, while their sum stays far
+    above 1, or below it. One that would be lost beside the others stays a weight.
+    """
+    largest = int(exponent_of(weights.max(initial=0.0)))
+    if abs(largest) <= FAR:
+        return weights
+    near = np.ldexp(weights, (FAR if largest > 0 else -FAR) - largest)
+    return np.where(weights > 0, np.maximum(near, TINY), weights)
 
 
 def _row(values: np.ndarray, ndim: int) -> np.ndarray:

@@ -381,5 +381,5 @@ def _dtype(name: str) -> np.dtype:
 def _host_dtype(x: Any) -> np.dtype:
     """Return the dtype for host data as it is: lists and scalars of Python have none, and take JAX's."""
     if hasattr(x, "dtype"):
-        return _dtype(x.dtype)
+        return _dtype(x.dtype.newbyteorder("="))
     return jax.dtypes.canonicalize_dtype(np.asarray(x).dtype)

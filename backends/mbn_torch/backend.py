@@ -119,10 +119,12 @@ class TorchBackend(Backend):
         return _verbs(x).moments(x, weights)
 
     def merge(self, first: Moments, second: Moments) -> Moments:
-        return vectors.merge(first, second)
+        statistics = first.mean, first.m2, second.mean, second.m2
+        is_on_host = any(map(host.is_scaled, statistics)) or _verbs(*statistics) is host
+        return (host if is_on_host else vectors).merge(first, second)
 
     def variance(self, moments: Moments, correction: int) -> torch.Tensor:
-        return vectors.variance(moments, correction)
+        return (host if host.is_scaled(moments.m2) else vectors).variance(moments, correction)
 
     def normalize(
         self,
@@ -138,7 +140,7 @@ class TorchBackend(Backend):
         return _verbs(x, mean, var, weight, bias).normalize(x, mean, var, weight, bias, eps, weights, out)
 
     def lerp(self, start: torch.Tensor, end: vectors.Mean, weight: float | torch.Tensor) -> torch.Tensor:
-        return vectors.lerp(start, end, weight)
+        return (host if host.is_scaled(end) else vectors).lerp(start, end, weight)
 
     def step(
         self, momentum: float | None, num_batches_tracked: torch.Tensor | None, count: Any, correction: int
@@ -179,7 +181,7 @@ class TorchBackend(Backend):
         self, x: torch.Tensor, params: Params, state: State, **settings: Any
     ) -> tuple[torch.Tensor, State, Residuals]:
         y, state, residuals = self._run(x, params, state, **settings)
-        return y, state, host.tensors(residuals)
+        return y, state, residuals if host.is_scaled(residuals.var) else host.tensors(residuals)
 
     def _run(
         self,
@@ -286,9 +288,8 @@ class TorchBackend(Backend):
 
 def _verbs(*values: vectors.Mean | None) -> ModuleType:
     """Return what does the arithmetic on these: the formulas where anything follows it, else the kernels."""
-    if is_transformed() or is_recorded(*values):
-        return formulas
-    return routes.chosen(*chain.from_iterable(map(vectors.parts, values)))
+    tensors = list(chain.from_iterable(map(vectors.parts, values)))
+    return formulas if is_transformed() or is_recorded(*tensors) else routes.chosen(*tensors)
 
 
 def _quietly(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mbn.contract import Moments, Residuals
+from mbn.contract import Moments, Residuals, widened
 from mbn.state import Params, State
 from mbn_cpu import pages, threads, vectors
 from mbn_cpu.fastest import host
@@ -42,17 +42,39 @@ class _Shared:
 
 
 def tensors(residuals: Residuals) -> Residuals:
-    """Return residuals as tensors, whatever they are."""
+    """Return residuals as tensors, whatever they are; of those that are scaled, what float64 can hold."""
     mean, var, count = residuals
+    mean = vectors.as_pair(mean) if isinstance(mean, vectors.Scaled) else mean
     mean = Pair(*map(_tensor, mean)) if isinstance(mean, tuple) else _tensor(mean)
+    var = np.ldexp(*var) if isinstance(var, vectors.Scaled) else var
     return Residuals(mean, _tensor(var), count if isinstance(count, int | None) else _tensor(count))
 
 
 def moments(x: torch.Tensor, weights: torch.Tensor | None = None) -> Moments:
     """Return count, mean (a Pair) and m2 (float64) of each channel of x, (N, C) or (N, C, L)."""
     with _limited():
-        count, (hi, lo), m2 = host().moments(_array(_wide(x)), _array(weights))
-    return Moments(count if weights is None else _tensor(count), Pair(_tensor(hi), _tensor(lo)), _tensor(m2))
+        return _moments(host().moments(_array(_wide(x)), _array(weights)))
+
+
+def merge(first: Moments, second: Moments) -> Moments:
+    """Return the statistics of two batches together."""
+    return _moments(vectors.merge(*(Moments(*map(_array, moments)) for moments in (first, second))))
+
+
+def variance(moments: Moments, correction: int) -> Any:
+    """Return m2 / (count - correction), and 0 where weights add up to less."""
+    return _tensor(vectors.variance(Moments(*map(_array, moments)), correction))
+
+
+def lerp(start: torch.Tensor, end: vectors.Scaled, weight: float | torch.Tensor) -> torch.Tensor:
+    """Return (1 - weight) * start + weight * end, computed in float64 and rounded once to the dtype of start."""
+    with np.errstate(all="ignore"):
+        return _tensor(vectors.lerp(_array(start.detach()), end, float(weight)))
+
+
+def is_scaled(value: Any) -> bool:
+    """Tell whether a statistic has the form of those whose range float64 has not: in arrays, which only these read."""
+    return isinstance(value, vectors.Scaled)
 
 
 def normalize(
@@ -138,7 +160,8 @@ def pullback(
     """Return the gradients of x, weight and bias."""
     weight, residuals = _array(weight), Residuals(*map(_array, residuals))
     wide_dy, wide_x, fastest = _wide(dy), _wide(x), host()
-    if not fastest.compiled and ops.takes(wide_x, weights, training=True):
+    is_double = weight is not None and vectors.is_wide(weight)
+    if not fastest.compiled and ops.takes(wide_x, weights, training=True) and not is_double:
         dx = torch.empty_like(x)
         sums = ops.pullback(wide_dy, wide_x, weight, residuals, eps, dx)
     else:
@@ -146,7 +169,8 @@ def pullback(
             dx, *sums = fastest.pullback(_array(wide_dy), _array(wide_x), weight, residuals, eps, _array(weights))
         dx = _arranged(dx, x)
     if weight is not None:  # which autograd would do, in more time
-        sums = [total.astype(weight.dtype, copy=False) for total in sums]
+        with np.errstate(over="ignore"):
+            sums = [total.astype(weight.dtype, copy=False) for total in sums]
     return dx, *map(_tensor, sums)
 
 
@@ -162,21 +186,31 @@ def _run(
     weights: torch.Tensor | None,
 ) -> tuple[State, Residuals | None]:
     """Write the output to y in the fastest way; return new state and, of training, residuals. Vectors are arrays."""
-    if ops.takes(x, weights, training=training) and not (training and host().compiled):
+    is_widened = training and widened(x, params, state)
+    if ops.takes(x, weights, training=training) and not (training and host().compiled) and not is_widened:
         if training:
-            return ops.train(x, y, params, state, momentum, eps, correction)
-        ops.evaluate(x, y, params, state, eps)
-        return state, None
+            result = ops.train(x, y, params, state, momentum, eps, correction)
+        else:
+            result = (state, None) if ops.evaluate(x, y, params, state, eps) else None
+        if result is not None:
+            return result
     fastest = host()
     values, out = _array(x), _writable(y)
-    if fastest.whole.takes(values, weights, out):
-        if training:
-            return fastest.whole.train(values, params, state, momentum, eps, correction, out)[1:]
-        fastest.whole.evaluate(values, params, state, eps, out)
-        return state, None
+    if fastest.whole.takes(values, weights, out) and not is_widened:
+        result = fastest.at_once(values, params, state, training, momentum, eps, correction, out)
+        if result is not None:
+            return result[1:]
     settings = {"training": training, "momentum": momentum, "eps": eps, "correction": correction}
     with _limited():
         return fastest.batch_norm_residuals(values, params, state, **settings, weights=_array(weights), out=out)[1:]
+
+
+def _moments(moments: Moments) -> Moments:
+    """Return statistics in arrays as tensors, unless they are scaled."""
+    count, mean, m2 = moments
+    if is_scaled(m2):
+        return moments
+    return Moments(count if isinstance(count, int) else _tensor(count), Pair(*map(_tensor, mean)), _tensor(m2))
 
 
 def _limited() -> AbstractContextManager[None]:
@@ -187,7 +221,7 @@ def _array(value: Any) -> Any:
     """Return a tensor, or both of a pair, as arrays; anything else is one, or no array at all."""
     if isinstance(value, torch.Tensor):
         return np.from_dlpack(_Shared(value))
-    return vectors.Pair(*map(_array, value)) if isinstance(value, tuple) else value
+    return vectors.Pair(*map(_array, value)) if isinstance(value, Pair) else value
 
 
 def _writable(tensor: torch.Tensor) -> np.ndarray:
@@ -197,8 +231,8 @@ def _writable(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _tensor(value: Any) -> Any:
-    """Return an array as a tensor; anything else is one, or None."""
-    if value is None or isinstance(value, torch.Tensor):
+    """Return an array as a tensor; anything else is one, scaled, or None."""
+    if value is None or isinstance(value, torch.Tensor | vectors.Scaled):
         return value
     return torch.from_numpy(np.asarray(value))
 

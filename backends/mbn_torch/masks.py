@@ -6,6 +6,7 @@ pass for one.
 
 import torch
 
+from mbn_cpu.vectors import FAR, TINY
 from mbn_torch.tracing import is_traced
 
 
@@ -22,6 +23,8 @@ def weights(
     if sample_weight is not None:
         result = _fitted(sample_weight.detach().to(dtype), shape)
         result = result.masked_fill(result < 0, torch.nan)
+        if dtype == torch.float64:
+            result = _summable(result)
     if mask is not None:
         result = torch.where(_fitted(mask, shape), result, 0)
     if lengths is not None:
@@ -39,6 +42,20 @@ def within(values: torch.Tensor, low: float, high: float) -> bool | None:
     if not values.is_floating_point():
         values = values.to(torch.int64)
     return bool(((values >= low) & (values < high)).all())
+
+
+def _summable(weights: torch.Tensor) -> torch.Tensor:
+    """Return weights times a power of two, if they need one for their sums to be in range.
+
+    As :func:`mbn_cpu.vectors.combine_weights` does it; no host waits for it, and no branch depends on it.
+    """
+    if 0 in weights.shape:
+        return weights
+    _, exponent = torch.frexp(weights.amax())
+    power = torch.where(exponent > FAR, FAR - exponent, torch.where(exponent < -FAR, -FAR - exponent, 0))
+    half = power // 2  # 2**power may be beyond the range
+    near = weights * torch.exp2(half.to(weights.dtype)) * torch.exp2((power - half).to(weights.dtype))
+    return torch.where((weights > 0) & (near == 0), TINY, near)
 
 
 def _fitted(values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

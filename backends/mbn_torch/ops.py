@@ -11,8 +11,9 @@ import torch
 
 from mbn.contract import Residuals
 from mbn.state import Params, State
+from mbn_cpu.extremes import of_line
 from mbn_cpu.tiles import Scratch
-from mbn_cpu.vectors import WIDE, Mean, Pair, as_pair, counted, invstd, lerp, line, step
+from mbn_cpu.vectors import WIDE, Line, Mean, Pair, as_pair, counted, invstd, lerp, line, step
 
 _SMALLEST = 1 << 14
 _LARGEST = 1 << 19
@@ -42,10 +43,11 @@ def train(
     momentum: float | None,
     eps: float,
     correction: int,
-) -> tuple[State, Residuals]:
+) -> tuple[State, Residuals] | None:
     """Write the output of a step of training on x, (N, C) or (N, C, L), to y; return new state and residuals.
 
-    Parameters and statistics are arrays, those returned too.
+    Parameters and statistics are arrays, those returned too. Where a channel is beyond the range of float32, return
+    None and write nothing.
     """
     running_mean, running_var, num_batches_tracked = state
     n = x.numel() // x.shape[1]
@@ -56,7 +58,8 @@ def train(
     rest = total / n
     m2 = squares - total * rest
     mean, var = Pair(shift, rest), m2 / n
-    _normalize(x, y, mean, var, params, eps)
+    if not _normalize(x, y, mean, var, params, eps):
+        return None
     if num_batches_tracked is not None:
         num_batches_tracked = counted(num_batches_tracked)
     if running_mean is not None:
@@ -67,9 +70,9 @@ def train(
 
 
 @np.errstate(all="ignore")
-def evaluate(x: torch.Tensor, y: torch.Tensor, params: Params, state: State, eps: float) -> None:
-    """Write the output of evaluation on x, (N, C) or (N, C, L), to y."""
-    _normalize(x, y, state.running_mean, state.running_var, params, eps)
+def evaluate(x: torch.Tensor, y: torch.Tensor, params: Params, state: State, eps: float) -> bool:
+    """Write the output of evaluation on x, (N, C) or (N, C, L), to y; return False, and write nothing, as ``train``."""
+    return _normalize(x, y, state.running_mean, state.running_var, params, eps)
 
 
 @np.errstate(all="ignore")
@@ -101,9 +104,11 @@ def pullback(
     return sum_dy_xhat, sum_dy
 
 
-def _normalize(x: torch.Tensor, y: torch.Tensor, mean: Mean, var: np.ndarray, params: Params, eps: float) -> None:
-    """Write (x - mean) / sqrt(var + eps) * weight + bias to y, block by block."""
+def _normalize(x: torch.Tensor, y: torch.Tensor, mean: Mean, var: np.ndarray, params: Params, eps: float) -> bool:
+    """Write (x - mean) / sqrt(var + eps) * weight + bias to y, block by block, or nothing and return False."""
     vectors = _line(mean, var, *params, eps)
+    if of_line(Line(vectors[0], *vectors[-2:]), mean, var, params.weight, eps) is not None:
+        return False
     rows, results = x, y
     if x.ndim == 3:  # noqa: PLR2004 - (N, C, L)
         if x.is_contiguous() and y.is_contiguous():
@@ -119,6 +124,7 @@ def _normalize(x: torch.Tensor, y: torch.Tensor, mean: Mean, var: np.ndarray, pa
     for block, result in blocks:
         values = torch.sub(block, *center, out=result) if center else block
         torch.addcmul(shift, values, scale, out=result)
+    return True
 
 
 def _line(

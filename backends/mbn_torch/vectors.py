@@ -19,11 +19,6 @@ class Pair(NamedTuple):
     hi: torch.Tensor
     lo: torch.Tensor
 
-    @property
-    def requires_grad(self) -> bool:
-        """Whether either of them does."""
-        return self.hi.requires_grad or self.lo.requires_grad
-
 
 Mean: TypeAlias = Pair | torch.Tensor
 
@@ -33,9 +28,11 @@ def as_pair(mean: Mean) -> Pair:
     return mean if isinstance(mean, Pair) else Pair(mean.to(WIDE), torch.zeros_like(mean, dtype=WIDE))
 
 
-def parts(mean: Mean | None) -> tuple[torch.Tensor | None, ...]:
-    """Return the tensors that a mean consists of."""
-    return mean if isinstance(mean, Pair) else (mean,)
+def parts(statistic: Mean | None) -> tuple[torch.Tensor | None, ...]:
+    """Return the tensors that a mean or variance consists of: none, where it is scaled, as arrays of the host are."""
+    if isinstance(statistic, tuple):
+        return statistic if isinstance(statistic, Pair) else ()
+    return (statistic,)
 
 
 class Line(NamedTuple):

@@ -51,6 +51,10 @@ class _Series:
     def __add__(self, constant: _Rows) -> "_Series":
         return _Series([self.terms[0] + constant, *self.terms[1:]])
 
+    def around(self, constant: _Rows) -> "_Series":
+        """Return self - constant, of which no digit is rounded off before."""
+        return _Series([self.terms[0] - constant, *self.terms[1:]])
+
     def __sub__(self, other: "_Series") -> "_Series":
         return _Series([a - b for a, b in zip(self.terms, other.terms, strict=True)])
 
@@ -163,12 +167,12 @@ class _Line:
             values.terms[1] = self.rows(direction).terms[0]
         if statistics is None:
             # Seen from one of the values, a constant leaves nothing but zeros.
-            centred = values + -values.terms[0][:, :1] if self._counted.any() else values
+            centred = values.around(values.terms[0][:, :1]) if self._counted.any() else values
             centred = centred - centred.each(self._mean)
             var = (centred * centred).each(self._mean)
         else:
             running_mean, running_var = map(_column, statistics)
-            centred = values + -running_mean
+            centred = values.around(running_mean)
             var = _Series([running_var, *[0 * running_var] * order])
         self.invstd = (var + Decimal(eps)).inverse_root()
         self.xhat = centred * self.invstd

@@ -168,16 +168,16 @@ def _normalize(
     for channel, values in enumerate(_channels(x)[:, counted]):
         spread = variances[channel] + Decimal(eps)
         scaled, unit = _scaled(np.append(values, float(means[channel])))
-        invstd = unit / spread.sqrt() if spread else Decimal(0)
-        scale, scale_rest = _pair(invstd * Decimal(float(weights[channel])))
+        factor = Decimal(float(weights[channel])) * unit / spread.sqrt() if spread else Decimal(0)
+        exponent = round(factor.adjusted() * math.log2(10)) if factor else 0
+        scale, scale_rest = _pair(factor / Decimal(2) ** exponent)
         d, d_rest = _difference(scaled[:-1], means[channel] / unit)
         product, product_rest = _product(d, np.array(scale))
-        product_rest = product_rest + (d * scale_rest + d_rest * scale)
+        product_rest = np.ldexp(product_rest + (d * scale_rest + d_rest * scale), exponent)
+        product = np.ldexp(product, exponent)
         total, total_rest = _two_sum(product, biases[channel])
         hi[channel, counted], lo[channel, counted] = _two_sum(total, total_rest + product_rest)
-        magnitude[channel, counted] = np.maximum(abs(d * float(invstd)), 1) * abs(weights[channel]) + abs(
-            biases[channel]
-        )
+        magnitude[channel, counted] = np.maximum(abs(product), abs(weights[channel])) + abs(biases[channel])
     shape = (c, x.shape[0], *x.shape[2:])
     return Exact(*(np.moveaxis(values.reshape(shape), 0, 1) for values in (hi, lo, magnitude)))
 

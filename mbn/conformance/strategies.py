@@ -17,6 +17,14 @@ PATTERNS = ["normal", "outlier first", "constant", "ramp", "two values"]
 EPS = [0.0, 1e-12, 1e-5, 1e-3, 1.0]
 MOMENTA = [0.0, 0.1, 0.25, 0.9, 1.0]
 
+EXTREMES = {
+    "float16": [1e-6, 6e4],
+    "bfloat16": [1e-40, 1e-20, 1e20, 3e38],
+    "float32": [1e-40, 1e-30, 1e-20, 1e19, 1e30, 3e38],
+    "float64": [1e-310, 1e-200, 1e-150, 1e150, 1e200, 1e308],
+}
+"""By dtype: sizes of which squares, roots, quotients or sums leave its range."""
+
 _HALVES = {"float16", "bfloat16"}
 
 
@@ -77,6 +85,15 @@ def maskings(places: tuple[int, ...], seed: int = 0) -> dict[str, Masking]:
         ),
         "nothing masked": Masking({"mask": mask | True}, ones),
     }
+
+
+def of_any_size(shape: tuple[int, ...], dtype: str, size: float, seed: int = 0) -> np.ndarray:
+    """Return values of three channels: of a size, ordinary ones, and of the size but close together."""
+    generator = np.random.default_rng(seed)
+    values = generator.uniform(-1, 1, shape)
+    values[:, 0] *= size
+    values[:, 2] = size * (0.75 + 2.0 ** (-4 if dtype in _HALVES else -12) * values[:, 2])
+    return values.astype(dtype)
 
 
 @st.composite

@@ -59,6 +59,14 @@ class Target(NamedTuple):
         if not getattr(self.capabilities, capability):
             pytest.skip(f"{self.backend.name} declares no {capability}")
 
+    def require_numbers_of(self, size: float, dtype: str) -> None:
+        """Skip the test where the framework's own arithmetic takes numbers of a size for 0, as subnormal ones."""
+        if size > 1:
+            return
+        x = self.array(np.full(1, size, dtype))
+        if not self.numpy(x + x).any():
+            pytest.skip(f"{self.backend.name} declares {dtype}, of which its framework takes {size} for 0")
+
     def require_memory_orders(self) -> None:
         """Skip the test where the backend's arrays have none."""
         if not self.capabilities.strided:

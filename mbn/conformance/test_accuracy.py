@@ -110,6 +110,103 @@ def test_first_value_far_from_the_rest(target: Target, dtype: str) -> None:
     assert ulp.error(target.numpy(bn.running_mean), exact.running_mean, dtype) <= ulp.STATISTICS_BOUNDS[dtype]
 
 
+SIZES = [(dtype, size) for dtype, sizes in strategies.EXTREMES.items() for size in sizes]
+SIZES_OF_SHAPES = [
+    *((shape, *case) for shape in [(5, 3), (4, 3, 7)] for case in SIZES),
+    *((shape, dtype, size) for shape in [(9000, 3), (40, 3, 200)] for dtype, size in SIZES if dtype != "float16"),
+    *(((190_000, 3), dtype, size) for dtype, size in [("float32", 1e-40), ("float32", 3e38), ("float64", 1e-200)]),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "size"), SIZES_OF_SHAPES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_training_on_values_of_any_size(
+    target: Target, shape: tuple[int, ...], dtype: str, size: float, *, masked: bool
+) -> None:
+    target.require_dtype(dtype)
+    target.require_numbers_of(size, dtype)
+    x = strategies.of_any_size(shape, dtype, size)
+    bn = target.layer(3, eps=0.0, momentum=1.0, dtype=layer_dtype(dtype))
+    bn.bias = np.array([0.0, -0.5, 0.25])
+    arguments, weights = {}, None
+    if masked:
+        target.require("masks")
+        masking = strategies.maskings((shape[0], *shape[2:]))["mask"]
+        x, arguments, weights = masking.poisoned(x), target.arrays(masking.arguments), masking.weights
+    bias = target.numpy(bn.bias)
+    exact = oracle.train(x, np.zeros(3), np.ones(3), None, bias, momentum=1.0, eps=0.0, weights=weights)
+    target.assert_output(bn(target.array(x), **arguments), exact.y, dtype)
+    target.assert_statistic(bn.running_mean, exact.running_mean, layer_dtype(dtype))
+    target.assert_statistic(bn.running_var, exact.running_var, layer_dtype(dtype))
+
+
+@pytest.mark.parametrize("eps", [1e-300, 1e-40, 1e-5, 1e30])
+@pytest.mark.parametrize(("dtype", "size"), SIZES)
+def test_any_eps_and_weight(target: Target, dtype: str, size: float, eps: float) -> None:
+    target.require_dtype(dtype)
+    target.require_numbers_of(size, dtype)
+    x = strategies.of_any_size((40, 3), dtype, size)
+    bn = target.layer(3, eps=eps, dtype=layer_dtype(dtype))
+    for weight in (1e-30, 1e30):
+        bn.weight, bn.bias = weight, 0.0
+        exact = oracle.train(x, np.zeros(3), np.ones(3), target.numpy(bn.weight), momentum=1.0, eps=eps)
+        target.assert_output(bn(target.array(x)), exact.y, dtype)
+
+
+STATISTICS = {
+    "float32": [(0, 1e-38), (1e-30, 1e-36), (3e38, 3e38), (-3e38, 1e30), (1e30, 1e-20)],
+    "float64": [(0, 1e-300), (1e-200, 5e-324), (1.5e308, 1.7e308), (-1e308, 1e200), (1e30, 1e-100)],
+}
+"""Running means and variances, by the dtype of the layer."""
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (9000, 5), (40, 5, 200)])
+@pytest.mark.parametrize(
+    ("dtype", "wide"), [*((dtype, layer_dtype(dtype)) for dtype in strategies.EXTREMES), ("float32", "float64")]
+)
+def test_evaluation_with_statistics_of_any_size(target: Target, shape: tuple[int, ...], dtype: str, wide: str) -> None:
+    target.require_dtype(dtype)
+    target.require_dtype(wide)
+    means, variances = (np.array(vector) for vector in zip(*STATISTICS[wide], strict=True))
+    bn = target.layer(5, eps=0.0, dtype=wide).eval()
+    bn.running_mean, bn.running_var = means, variances
+    values = np.random.default_rng(12).uniform(-1, 1, shape)
+    column = (-1,) + (1,) * (len(shape) - 2)
+    largest = float(np.finfo(dtype if dtype != "bfloat16" else "float32").max) / 2
+    near = np.clip(means, -largest, largest).reshape(column)
+    for weight in (1.0, 1e-20, 1e20):
+        bn.weight = weight
+        spread = (np.sqrt(variances) / weight).clip(max=largest / 4).reshape(column)
+        x = (near + values * spread).astype(dtype)
+        held = {key: value for key, value in target.snapshot(bn).items() if key != "num_batches_tracked"}
+        target.assert_output(bn(target.array(x)), oracle.evaluate(x, **held, eps=0.0), dtype)
+
+
+@pytest.mark.parametrize("sizes", [[1.2e38] * 3, [1e-38] * 3, [1e38, 1e-38, 1.0], [1e-40, 1e-39, 2e-40]])
+def test_sample_weights_of_any_size(target: Target, sizes: list[float]) -> None:
+    target.require("masks")
+    target.require_numbers_of(min(sizes), "float32")
+    x, weights = np.array([[0.5, 1e3], [1.7, 1e-3], [-3, 2e3]], np.float32), np.array(sizes, np.float32)
+    bn = target.layer(2, momentum=0.5)
+    exact = oracle.train(x, np.zeros(2), np.ones(2), momentum=0.5, eps=1e-5, weights=weights)
+    target.assert_output(bn(target.array(x), sample_weight=target.array(weights)), exact.y, "float32")
+    target.assert_statistic(bn.running_mean, exact.running_mean, "float32")
+    target.assert_statistic(bn.running_var, exact.running_var, "float32")
+
+
+@pytest.mark.parametrize("sizes", [[1e308] * 3, [1e-308] * 3, [1e308, 1e-308, 1.0], [5e-324, 1e-320, 2e-323]])
+def test_sample_weights_of_any_size_in_float64(target: Target, sizes: list[float]) -> None:
+    target.require("masks")
+    target.require_dtype("float64")
+    target.require_numbers_of(min(sizes), "float64")
+    x, weights = np.array([[0.5, 1e3], [1.7, 1e-3], [-3, 2e3]]), np.array(sizes)
+    bn = target.layer(2, momentum=0.5, dtype="float64")
+    exact = oracle.train(x, np.zeros(2), np.ones(2), momentum=0.5, eps=1e-5, weights=weights)
+    target.assert_output(bn(target.array(x), sample_weight=target.array(weights)), exact.y, "float64")
+    target.assert_statistic(bn.running_mean, exact.running_mean, "float64")
+    target.assert_statistic(bn.running_var, exact.running_var, "float64")
+
+
 def test_same_bits_on_every_run(target: Target) -> None:
     x = np.random.default_rng(8).normal(10, 3, (1000, 33)).astype(np.float32)
     first = target.layer(33)

@@ -1,9 +1,14 @@
 """Dtypes: what goes in, what comes out, and where it lies."""
 
+from collections.abc import Callable
+from itertools import product
+
 import numpy as np
 import pytest
 
-from mbn.conformance.target import Target, strides
+import mbn
+from mbn.conformance import oracle, strategies
+from mbn.conformance.target import Target, assert_same, strides
 from mbn.contract import layer_dtype, transposed
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
@@ -37,15 +42,81 @@ def test_statistics_keep_the_dtype_of_the_layer(target: Target, dtype: str) -> N
     assert before["num_batches_tracked"].dtype in (np.int64, np.int32)
 
 
-def test_narrow_input_goes_into_a_wide_layer(target: Target) -> None:
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("shape", [(200, 3), (20_000, 3), (50, 3, 9)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_narrow_input_goes_into_a_wide_layer(
+    target: Target, shape: tuple[int, ...], dtype: str, *, masked: bool
+) -> None:
     target.require_dtype("float64")
+    target.require_dtype(dtype)
+    x = np.random.default_rng(10).standard_normal(shape)
+    x[0] = 6e4 if dtype == "float16" else 1e6
+    x = x.astype(dtype)
+    arguments, weights = {}, None
+    if masked:
+        target.require("masks")
+        masking = strategies.maskings((shape[0], *shape[2:]))["mask"]
+        arguments, weights = target.arrays(masking.arguments), masking.weights
     bn = target.layer(3, dtype="float64", momentum=1.0)
-    y = target.numpy(bn(target.array(X.astype(np.float32))))
-    assert y.dtype == np.float32
-    assert target.numpy(bn.running_mean).dtype == np.float64
-    np.testing.assert_allclose(
-        target.numpy(bn.running_mean), X.astype(np.float32).astype(float).mean((0, 2)), rtol=1e-9
-    )
+    exact = oracle.train(x, np.zeros(3), np.ones(3), momentum=1.0, eps=1e-5, weights=weights)
+    target.assert_output(bn(target.array(x), **arguments), exact.y, dtype)
+    target.assert_statistic(bn.running_mean, exact.running_mean, "float64")
+    target.assert_statistic(bn.running_var, exact.running_var, "float64")
+
+
+def other_order(values: np.ndarray) -> np.ndarray:
+    """Return the same values in the order of bytes that is not this machine's."""
+    return values.astype(values.dtype.newbyteorder())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("shape", [(200, 3), (9000, 3), (6, 3, 40)])
+def test_either_order_of_bytes(target: Target, shape: tuple[int, ...], dtype: str) -> None:
+    target.require_dtype(dtype)
+    x, dy = np.random.default_rng(13).standard_normal((2, *shape)).astype(dtype)
+    x[0] = 6e4
+    bn, twin = (target.layer(3, dtype=layer_dtype(dtype)) for _ in range(2))
+    for layer, order in ((bn, other_order), (twin, np.array)):
+        layer.weight = order(np.array([0.5, 2.0, 3.0], layer_dtype(dtype)))
+        layer.running_var = order(np.array([2.0, 3.0, 4.0], layer_dtype(dtype)))
+    y, pullback = bn.vjp(other_order(x))
+    expected, of_twin = twin.vjp(target.array(x))
+    results = y, *pullback(other_order(dy)), bn.running_mean, bn.running_var, bn.eval()(other_order(x))
+    twins = expected, *of_twin(target.array(dy)), twin.running_mean, twin.running_var, twin.eval()(target.array(x))
+    for result, other in zip(results, twins, strict=True):
+        assert target.numpy(result).dtype.name == target.numpy(other).dtype.name
+        np.testing.assert_array_equal(target.numpy(result), target.numpy(other))
+
+
+ORDERS: list[Callable[[np.ndarray], np.ndarray]] = [np.array, other_order]
+
+
+def test_either_order_of_bytes_of_all_that_is_given(target: Target) -> None:
+    x = X.astype(np.float32)
+    vectors = [np.array([a, b, c], np.float32) for a, b, c in [(1, 2, 3), (2, 3, 4), (0.5, 2, 3), (0, 1, 2)]]
+    for training in (True, False):
+        results = []
+        for of_x, of_vectors in product(ORDERS, repeat=2):
+            mean, var, weight, bias = (of_vectors(vector) for vector in vectors)
+            normalized = mbn.functional.batch_norm(
+                of_x(x), mean, var, weight, bias, training=training, backend=target.backend
+            )
+            results.append(normalized)
+        expected, *others = results
+        for other in others:
+            for result, truth in zip(other, expected, strict=True):
+                np.testing.assert_array_equal(target.numpy(result), target.numpy(truth))
+    np.testing.assert_array_equal(target.numpy(mbn.asarray(other_order(x), backend=target.backend)), x)
+    fitted, twin = (target.layer(3).fit([order(x), order(3 * x)], progress=False) for order in (other_order, np.array))
+    assert_same(target.snapshot(twin), target.snapshot(fitted))
+    if target.capabilities.masks:
+        maskings = strategies.maskings((6, 4))["all three"].arguments
+        y, expected = (
+            target.layer(3)(x, **{name: order(values) for name, values in maskings.items()})
+            for order in (other_order, np.array)
+        )
+        np.testing.assert_array_equal(target.numpy(y), target.numpy(expected))
 
 
 @pytest.mark.parametrize("dtype", ["int32", "int64", "uint8", "bool", "complex64"])

@@ -174,6 +174,76 @@ def test_accuracy(target: Target, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("dtype", "size"), [(d, s) for d, sizes in strategies.EXTREMES.items() for s in sizes])
+def test_values_of_any_size(target: Target, dtype: str, size: float, *, training: bool, masked: bool) -> None:
+    target.require_dtype(dtype)
+    target.require_numbers_of(size, dtype)
+    x, dy = strategies.of_any_size((6, 3, 4), dtype, size), DY.astype(dtype)
+    bn = target.layer(3, eps=0.0, dtype=layer_dtype(dtype)).train(training)
+    # A gradient of x is one of y times the weight, over a standard deviation: here about as large as that of y.
+    deviations = np.array([size, 1.0, size * 2.0**-12])
+    if not training:
+        least, most = (1e-18, 1e18) if layer_dtype(dtype) == "float32" else (1e-150, 1e150)
+        deviations = deviations.clip(least, most)
+    bn.weight, bn.running_var = deviations, 1.0 if training else deviations**2
+    bn.running_mean = 0.9 * x[0, :, 0].astype(np.float64)
+    arguments, weights = {}, None
+    if masked:
+        target.require("masks")
+        arguments, weights = target.arrays(MASKING.arguments), MASKING.weights
+    before = target.snapshot(bn)
+    _, pullback = bn.vjp(target.array(MASKING.poisoned(x) if masked else x), **arguments)
+    exact = truth(before, x, dy, training=training, eps=0.0, weights=weights)
+    for name, array in zip(("dx", "dweight", "dbias"), pullback(target.array(dy)), strict=True):
+        own_dtype = dtype if name == "dx" else layer_dtype(dtype)
+        host, value = target.numpy(array), getattr(exact, name)
+        for channel in range(3):  # each has a size of its own
+            column = np.s_[:, channel : channel + 1] if name == "dx" else np.s_[channel : channel + 1]
+            error = ulp.relative_error(host[column], value[column])
+            assert error <= ulp.GRADIENT_BOUNDS[own_dtype], f"{name} is {error:.3g} off"
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-160, 1e160, 1e300])
+def test_gradients_of_any_size(target: Target, size: float) -> None:
+    target.require_dtype("float64")
+    bn = target.layer(3, dtype="float64")
+    before = target.snapshot(bn)
+    for x in (X, X * 1e-140, X * 1e140):
+        dy = DY * size
+        _, pullback = bn.vjp(target.array(x))
+        dx, dweight, dbias = pullback(target.array(dy))
+        exact = truth(before, x, dy)
+        if np.abs(exact.dx).max() > 1e-300:
+            target.assert_derivative(dx, exact.dx, "float64", 1e-12, "dx")
+        target.assert_derivative(dbias, exact.dbias, "float64", 1e-12, "dbias")
+        if np.abs(exact.dweight).max() > 1e-300:
+            target.assert_derivative(dweight, exact.dweight, "float64", 1e-12, "dweight")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_narrow_input_in_a_wide_layer(target: Target, dtype: str, *, masked: bool) -> None:
+    target.require_dtype("float64")
+    target.require_dtype(dtype)
+    x, dy = np.random.default_rng(19).normal(3, 1, (2, 200, 3)).astype(dtype)
+    x[0] = 6e4
+    arguments, weights = {}, None
+    if masked:
+        target.require("masks")
+        masking = strategies.maskings((200,))["mask"]
+        arguments, weights = target.arrays(masking.arguments), masking.weights
+    bn = target.layer(3, dtype="float64")
+    before = target.snapshot(bn)
+    _, pullback = bn.vjp(target.array(x), **arguments)
+    exact = truth(before, x, dy, weights=weights)
+    dx, dweight, dbias = pullback(target.array(dy))
+    target.assert_derivative(dx, exact.dx, dtype, ulp.GRADIENT_BOUNDS[dtype], "dx")
+    target.assert_derivative(dweight, exact.dweight, "float64", 1e-12, "dweight")
+    target.assert_derivative(dbias, exact.dbias, "float64", 1e-12, "dbias")
+
+
+@pytest.mark.parametrize("training", [True, False])
 def test_vjp_is_a_call(target: Target, *, training: bool) -> None:
     x = target.array(X.astype(np.float32))
     bn, called = (configured(target.layer(3, momentum=0.3), seed=6).train(training) for _ in range(2))

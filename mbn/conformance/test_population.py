@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import mbn
 from mbn.conformance import oracle, strategies
 from mbn.conformance.target import Target, assert_same, configured
+from mbn.contract import layer_dtype
 
 X = np.random.default_rng(15).normal(2, 3, (9, 4)).astype(np.float32)
 SIZES = [0, 1, 2, 7]
@@ -110,6 +111,30 @@ def test_hard_values(target: Target, kind: str, sizes: list[int], dtype: str) ->
     truth = exact(x)
     target.assert_statistic(bn.running_mean, truth.running_mean, dtype)
     target.assert_statistic(bn.running_var, truth.running_var, dtype)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 8, [1, 7], [4, 4]], ids=["ones", "one first", "halves"])
+@pytest.mark.parametrize(("dtype", "size"), [(d, s) for d, sizes in strategies.EXTREMES.items() for s in sizes])
+def test_values_of_any_size(target: Target, dtype: str, size: float, sizes: list[int]) -> None:
+    target.require_dtype(dtype)
+    target.require_numbers_of(size, dtype)
+    x = strategies.of_any_size((8, 3), dtype, size)
+    bn = target.layer(3, dtype=layer_dtype(dtype)).fit(map(target.array, cut(x, sizes)), progress=False)
+    truth = exact(x)
+    target.assert_statistic(bn.running_mean, truth.running_mean, layer_dtype(dtype))
+    target.assert_statistic(bn.running_var, truth.running_var, layer_dtype(dtype))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_narrow_batches_in_a_wide_layer(target: Target, dtype: str) -> None:
+    target.require_dtype("float64")
+    target.require_dtype(dtype)
+    x = np.random.default_rng(18).standard_normal((200, 3)).astype(dtype)
+    x[0] = 6e4
+    bn = target.layer(3, dtype="float64").fit([target.array(x)], progress=False)
+    truth = exact(x)
+    target.assert_statistic(bn.running_mean, truth.running_mean, "float64")
+    target.assert_statistic(bn.running_var, truth.running_var, "float64")
 
 
 def test_constant_channels_are_exact(target: Target) -> None:

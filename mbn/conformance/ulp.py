@@ -41,8 +41,14 @@ def spacing(magnitude: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def error(actual: np.ndarray, exact: Exact, dtype: str) -> float:
-    """Return the largest error of an array against the truth, in ulp of ``dtype``; inf where it is NaN; 0 if empty."""
-    return _largest((actual.astype(np.float64) - exact.hi) - exact.lo, exact.magnitude, dtype)
+    """Return the largest error of an array against the truth, in ulp of ``dtype``; inf where it is NaN; 0 if empty.
+
+    What is too large for the dtype is infinite, and no error.
+    """
+    with np.errstate(all="ignore"):
+        difference = (actual.astype(np.float64) - exact.hi) - exact.lo
+        is_beyond = np.isinf(actual) & (actual == exact.hi.astype(actual.dtype))
+        return _largest(np.where(is_beyond, 0, difference), exact.magnitude, dtype)
 
 
 def distance(a: np.ndarray, b: np.ndarray, magnitude: np.ndarray, dtype: str) -> float:
@@ -57,9 +63,9 @@ def relative_error(actual: np.ndarray, exact: np.ndarray) -> float:
     """
     axes = tuple(axis for axis in range(exact.ndim) if axis != 1)
     difference = np.abs(actual.astype(np.float64) - exact).max(axis=axes, initial=0.0)
-    largest = np.abs(exact).max(axis=axes, initial=0.0)
+    sizes = np.abs(exact).max(axis=axes, initial=0.0)
     # Where the truth is 0 so must be the rest.
-    relative = np.divide(difference, largest, where=largest > 0, out=np.where(difference > 0, np.inf, difference))
+    relative = np.divide(difference, sizes, where=sizes > 0, out=np.where(difference > 0, np.inf, difference))
     return float(np.max(np.where(np.isnan(relative), np.inf, relative), initial=0.0))
 
 

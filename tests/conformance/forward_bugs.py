@@ -100,6 +100,21 @@ class StatisticsWidened(Toy):
         return super().lerp(start.astype(np.float64), end, weight)
 
 
+class NarrowScale(Toy):
+    def xhat(self, x: Array, mean: Array, var: Array, eps: float, weights: Any) -> Any:
+        xhat, invstd = super().xhat(x, mean, var, eps, weights)
+        with np.errstate(all="ignore"):
+            narrow = invstd.astype(np.float32)
+            return np.where(np.isfinite(column(narrow, x)), xhat, np.inf), narrow
+
+
+class NarrowWeights(Toy):
+    def moments(self, x: Array, weights: Any = None) -> Moments:
+        with np.errstate(all="ignore"):
+            moments = super().moments(x, weights)
+            return moments if weights is None else moments._replace(count=weights.sum(dtype=np.float32))
+
+
 class StateUpdatedInEvaluation(Toy):
     def batch_norm_residuals(self, x: Array, params: Any, state: Any, *, training: bool, **settings: Any) -> Any:
         y, _, residuals = super().batch_norm_residuals(x, params, state, training=training, **settings)
@@ -184,6 +199,8 @@ BUGS = [
     (StateMutated, "test_nothing_given_is_written_to"),
     (WrongDtypeOut, "test_output_has_the_dtype_of_the_input"),
     (StatisticsWidened, "test_statistics_keep_the_dtype_of_the_layer"),
+    (NarrowScale, "test_training_on_values_of_any_size"),
+    (NarrowWeights, "test_sample_weights_of_any_size"),
     (StateUpdatedInEvaluation, "test_evaluation_changes_nothing"),
     (BatchesNotCounted, "test_batches_are_counted_in_training_alone"),
     (NanTakenForZeroVariance, "test_nan_stays_in_its_channel"),

@@ -1,0 +1,64 @@
+"""What is computed apart or in float64 left out, planted in NumPy's backend: ordinary values come out as they did.
+
+``python host_bugs.py FOLDER BUG...`` runs for each bug the test of the suite that has to name it.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from planted import Bug, conform
+
+from mbn import contract, fitting
+from mbn_cpu import backend, blocked, extremes, small, vectors
+
+
+def nowhere(function: str) -> Callable[[], None]:
+    """Return what plants that no channel is found beyond the range."""
+    return partial(setattr, extremes, function, lambda *_: None)
+
+
+def statistics_as_found() -> None:
+    extremes.moments = lambda _kernel, _x, _weights, found: found
+
+
+def merged_in_one_unit() -> None:
+    vectors._merge_scaled = lambda *moments: vectors._merged(*moments)[0]
+
+
+def weights_as_they_are() -> None:
+    vectors._summable = lambda weights: weights
+
+
+def narrow_in_a_wide_layer() -> None:
+    contract.widened = backend.widened = lambda *_: False
+
+
+def narrow_batches_fitted() -> None:
+    fitting.dtype_name = lambda _: "float64"
+
+
+def one_order_of_bytes() -> None:
+    blocked.is_wide = small.is_wide = vectors.is_wide = lambda x: x.dtype == np.float64
+
+
+BUGS = {
+    "scale out of range": Bug(nowhere("of_line"), "test_training_on_values_of_any_size"),
+    "weight out of range": Bug(nowhere("of_line"), "test_any_eps_and_weight"),
+    "running statistics out of range": Bug(nowhere("of_line"), "test_evaluation_with_statistics_of_any_size"),
+    "squares out of range": Bug(statistics_as_found, "test_training_on_values_of_any_size"),
+    "sums of gradients out of range": Bug(nowhere("of_sums"), "test_values_of_any_size"),
+    "factors of gradients out of range": Bug(nowhere("of_factors"), "test_values_of_any_size"),
+    "merge out of range": Bug(merged_in_one_unit, "test_values_of_any_size"),
+    "weights out of range": Bug(weights_as_they_are, "test_sample_weights_of_any_size_in_float64"),
+    "summed once": Bug(narrow_in_a_wide_layer, "test_narrow_input_goes_into_a_wide_layer"),
+    "fitted narrowly": Bug(narrow_batches_fitted, "test_narrow_batches_in_a_wide_layer"),
+    "one order of bytes": Bug(one_order_of_bytes, "test_either_order_of_bytes"),
+}
+
+
+if __name__ == "__main__":
+    folder, *names = sys.argv[1:]
+    conform("numpy", {name: BUGS[name] for name in names}, Path(folder))
