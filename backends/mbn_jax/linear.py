@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import ad
+from jax.sharding import NamedSharding, reshard
 
 from mbn_jax.channels import column
 from mbn_jax.forms import GPU, HOST, Form
@@ -58,7 +59,7 @@ class LinearMap(Map):
         arrays, _ = tree.unflatten(operands)
         batch, dtype = operands[0].shape[:depth], operands[0].dtype
         shapes = self._shapes([array.shape[depth:] for array in arrays], shape)
-        return [result_type(operands, (*batch, *result), dtype) for result in shapes]
+        return [result_type(operands, levels, (*batch, *result), dtype) for result in shapes]
 
     def _jvp(self, primals: Arrays, tangents: Sequence[Any], **parameters: Any) -> tuple[Any, Any]:
         bind = partial(self.bind, **parameters)
@@ -91,8 +92,10 @@ class LinearMap(Map):
         levels = tuple((True,) * len(cotangents) + level[count:] for level in levels)
         results = self.transpose.bind(*leaves, tree=tree, levels=levels, **parameters)
         # An array that is not asked for is a zero that JAX has written out.
-        asked = (ad.is_undefined_primal(array) for array in arrays)
-        results = [result if is_asked else None for result, is_asked in zip(results, asked, strict=True)]
+        results = [
+            _lying_as(array.aval, result) if ad.is_undefined_primal(array) else None
+            for array, result in zip(arrays, results, strict=True)
+        ]
         return results + [None] * (len(operands) - count)
 
     def _batch(
@@ -104,6 +107,14 @@ class LinearMap(Map):
             if axes[i] is None:
                 operands[i], axes[i] = jnp.broadcast_to(operands[i], (size, *operands[i].shape)), 0
         return super()._batch(operands, axes, tree=tree, **parameters)
+
+
+def _lying_as(kind: Any, x: jax.Array) -> jax.Array:
+    """Return x sharded as its type says, along explicit axes of devices."""
+    own, spec = jax.typeof(x).sharding, kind.sharding.spec
+    return (
+        x if own.spec == spec else reshard(x, NamedSharding(kind.sharding.mesh if own.mesh.empty else own.mesh, spec))
+    )
 
 
 def are_transposes(one: LinearMap, other: LinearMap) -> None:

@@ -81,14 +81,21 @@ class Map:
         with jax.disable_jit(False):  # noqa: FBT003 - its only argument; a primitive runs compiled or not at all
             return _compiled(self.primitive, *operands, **parameters)
 
-    def _abstract_eval(self, *operands: Any, **parameters: Any) -> list[Any]:
+    def _abstract_eval(self, *operands: Any, levels: Levels, **parameters: Any) -> list[Any]:
+        apply = partial(self._apply, self._function, levels=levels, **parameters)
         with usual_rules():
-            results = jax.eval_shape(partial(self._apply, self._function, **parameters), *operands)
-        return [result_type(operands, result.shape, result.dtype) for result in results]
+            results = jax.eval_shape(
+                apply, *(jax.ShapeDtypeStruct(operand.shape, operand.dtype) for operand in operands)
+            )
+        return [result_type(operands, levels, result.shape, result.dtype) for result in results]
 
     def _lower(self, function: Callable[..., Any], context: Any, *operands: Any, **parameters: Any) -> Any:
         with usual_rules():
             apply = partial(self._apply, function)
+            # Where its operands lie is for XLA to see, though axes of devices are explicit to whoever calls it.
+            context = context.replace(
+                avals_in=[jax.core.ShapedArray(kind.shape, kind.dtype) for kind in context.avals_in]
+            )
             return mlir.lower_fun(apply, multiple_results=True)(context, *operands, **parameters)
 
     def _batch(
@@ -133,10 +140,21 @@ def _vary(operand: Any, axes: tuple[Any, ...]) -> jax.Array:
     return lax.pvary(operand, axes)  # until JAX 0.8
 
 
-def result_type(operands: Sequence[Any], shape: tuple[int, ...], dtype: Any) -> Any:
-    """Return the type of a result that lies and varies as the operands do, given their types."""
+def result_type(operands: Sequence[Any], levels: Levels, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Return the type of a result, which lies and varies over devices as the operands do, given their types.
+
+    Along explicit axes of devices it is sharded as an operand of its rank is, and its channels as those of any.
+    """
     kind = max(operands, key=lambda operand: not operand.sharding.mesh.empty)
-    sharding = NamedSharding(kind.sharding.mesh, PartitionSpec(*(None,) * len(shape)))
+    spec: list[Any] = [None] * len(shape)
+    rank = len(shape) - len(levels)
+    specs = [operand.sharding.spec[sum(each) :] for operand, *each in zip(operands, *levels, strict=True)]
+    for own in sorted(specs, key=lambda own: len(own) != rank):
+        places = own if len(own) == rank else own[1:2] if rank == 1 else (None, *own) if len(own) == 1 else ()
+        for place, axis in enumerate(places[:rank], len(levels)):
+            if axis is not None and axis not in spec:
+                spec[place] = axis if spec[place] is None else spec[place]
+    sharding = NamedSharding(kind.sharding.mesh, PartitionSpec(*spec))
     return kind.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
 
 

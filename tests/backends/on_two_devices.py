@@ -1,14 +1,18 @@
 """Tests of JAX with two devices, which test_mbn_jax_devices.py runs in a process that has them."""
 
+from functools import partial
+
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax_samples import assert_same, jax, jnp, new_layer, new_state
 
+import mbn
 from mbn.state import Params, State
 
 SHARDED, SAME = PartitionSpec("data"), PartitionSpec()
 LAYER = new_layer()
+OF_FOUR = mbn.BatchNorm1d(4, backend="jax")
 
 PLACES = {
     "(N, C)": {},
@@ -111,3 +115,40 @@ def test_a_layer_with_a_device_refuses_what_is_spread_over_more(name):
         DEVICES[name](layer, x)
     assert layer.state is before
     assert DEVICES[name](new_layer(), x) is not None
+
+
+SPECS = {"batch": ("data",), "channels": (None, "data"), "batch, (N, C, L)": ("data",), "length": (None, None, "data")}
+
+
+def steps(params, x, mask, *, training):
+    def total(params, x):
+        y, state = OF_FOUR.apply(params, new_state(4), x, training=training, mask=mask)
+        return jnp.sum(y**3), state
+
+    def slope(x):
+        return jnp.sum(jax.grad(lambda x: total(params, x)[0])(x) ** 2)
+
+    return jax.value_and_grad(total, (0, 1), has_aux=True)(params, x), jax.grad(slope)(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("has_mask", [True, False])
+@pytest.mark.parametrize("name", SPECS)
+def test_explicit_axes_of_devices(name, has_mask, training):
+    spec, shape = SPECS[name], (8, 4, 6) if name in ("length", "batch, (N, C, L)") else (8, 4)
+    x = np.random.default_rng(0).standard_normal(shape, np.float32)
+    mask = np.arange(x[:, 0].size).reshape(x[:, 0].shape) % 3 > 0 if has_mask else None
+    params = Params(jnp.asarray([1.0, 2, 3, 4]), jnp.ones(4))
+    function = jax.jit(partial(steps, training=training))
+    expected = function(params, jnp.asarray(x), mask)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    here = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+    layer, twin = mbn.BatchNorm1d(4, backend="jax").train(training), mbn.BatchNorm1d(4, backend="jax").train(training)
+    assert_same(layer(here, mask=mask), twin(x, mask=mask), 1e-6)
+    assert_same(layer.state, twin.state, 1e-6)
+    with jax.set_mesh(mesh):
+        actual = function(params, here, mask)
+    ((_, _), (_, slope)), _ = actual
+    assert jax.typeof(slope).sharding.spec == jax.typeof(here).sharding.spec
+    assert_same(actual[0], expected[0], 2e-4)
+    np.testing.assert_allclose(actual[1], expected[1], rtol=1e-3, atol=1e-3 * np.max(np.abs(expected[1])))
