@@ -97,18 +97,18 @@ class CupyBackend(Backend):
             return kernels.moments(x, weights)
 
     def merge(self, first: Moments, second: Moments) -> Moments:
-        with first.m2.device:
+        with _device_of(first.m2):
             return vectors.merge(first, second)
 
-    def variance(self, moments: Moments, correction: int) -> cupy.ndarray:
-        with moments.m2.device:
+    def variance(self, moments: Moments, correction: int) -> vectors.Variance:
+        with _device_of(moments.m2):
             return vectors.variance(moments, correction)
 
     def normalize(
         self,
         x: cupy.ndarray,
         mean: vectors.Mean,
-        var: cupy.ndarray,
+        var: vectors.Variance,
         weight: cupy.ndarray | None,
         bias: cupy.ndarray | None,
         eps: float,
@@ -118,7 +118,9 @@ class CupyBackend(Backend):
         with x.device:
             return kernels.normalize(x, mean, var, weight, bias, eps, weights, out)
 
-    def lerp(self, start: cupy.ndarray, end: vectors.Mean, weight: float | cupy.ndarray) -> cupy.ndarray:
+    def lerp(
+        self, start: cupy.ndarray, end: vectors.Mean | vectors.Variance, weight: float | cupy.ndarray
+    ) -> cupy.ndarray:
         with start.device:
             return vectors.lerp(start, end, weight)
 
@@ -138,7 +140,7 @@ class CupyBackend(Backend):
         dy: cupy.ndarray,
         x: cupy.ndarray,
         mean: vectors.Mean,
-        var: cupy.ndarray,
+        var: vectors.Variance,
         eps: float,
         weights: cupy.ndarray | None = None,
     ) -> tuple[cupy.ndarray, cupy.ndarray]:
@@ -150,7 +152,7 @@ class CupyBackend(Backend):
         dy: cupy.ndarray,
         x: cupy.ndarray,
         mean: vectors.Mean,
-        var: cupy.ndarray,
+        var: vectors.Variance,
         weight: cupy.ndarray | None,
         eps: float,
         sums: tuple[cupy.ndarray, cupy.ndarray] | None,
@@ -189,6 +191,10 @@ class CupyBackend(Backend):
             message = f"CuPy's devices here are {', '.join(usable)}, not {device!r}."
             raise ValueError(message)
         return cupy.cuda.Device(usable.index(name))
+
+
+def _device_of(m2: vectors.Variance) -> cupy.cuda.Device:
+    return (m2.values if isinstance(m2, vectors.Scaled) else m2).device
 
 
 def _dtype(dtype: Any) -> np.dtype:

@@ -15,7 +15,7 @@ from mbn.contract import Moments, Residuals
 from mbn.state import Params, State
 from mbn_cupy.compilation import Variant, kernel
 from mbn_cupy.layout import THREADS, Cover, Layout, layout
-from mbn_cupy.vectors import WIDE, Mean, Pair
+from mbn_cupy.vectors import WIDE, Mean, Pair, Scaled, Variance
 
 _NULL = 0
 """The pointer to an array that is not there."""
@@ -24,13 +24,13 @@ _COLUMNS = 8
 
 
 def moments(x: cupy.ndarray, weights: cupy.ndarray | None = None) -> Moments:
-    """Return count, mean (a Pair) and m2 (float64) of each channel of x, (N, C) or (N, C, L)."""
+    """Return count, mean (a Pair) and m2 (float64) of each channel of x, (N, C) or (N, C, L); of float64, scaled."""
     call = _Call.of((x,), weights)
-    results = call.sums("moments", 4)
+    results = call.moments()
     mean, rest, m2 = cupy.empty((3, x.shape[1]))
-    count = _count(x, weights)
-    call.merge("merge_moments", results, _pointer(count), mean, rest, m2)
-    return Moments(count, Pair(mean, rest), m2)
+    count, exponent = _count(x, weights), _exponent(x)
+    call.merge("merge_moments", results, _pointer(count), mean, rest, m2, _pointer(exponent))
+    return Moments(count, *_in_units(Pair(mean, rest), m2, exponent))
 
 
 def train(
@@ -45,28 +45,28 @@ def train(
 ) -> tuple[cupy.ndarray, State, Residuals]:
     """Return output, new state and residuals of a training step."""
     call = _Call.of((x,), weights, *params, *state[:2])
-    results = call.sums("moments", 4)
+    results = call.moments()
     mean, rest, var = cupy.empty((3, x.shape[1]))
-    count = _count(x, weights)
+    count, exponent = _count(x, weights), _exponent(x)
     after = State(*(None if old is None else cupy.empty(old.shape, old.dtype) for old in state))
     steps = zip(state, after, strict=True)
     (running_mean, new_mean), (running_var, new_var), (batches, new_batches) = steps
     call.merge(
         "merge_batch",
         results,
-        *(_pointer(count), mean, rest, var),
+        *(_pointer(count), mean, rest, var, _pointer(exponent)),
         *(float(correction), float(momentum or 0), int(momentum is None)),
         *(_pointer(batches), _pointer(new_batches)),
         *(call.vector(running_mean), _pointer(new_mean), call.vector(running_var), _pointer(new_var)),
     )
-    residuals = Residuals(Pair(mean, rest), var, count)
-    return normalize(x, residuals.mean, var, *params, eps, weights, out), after, residuals
+    residuals = Residuals(*_in_units(Pair(mean, rest), var, exponent), count)
+    return normalize(x, residuals.mean, residuals.var, *params, eps, weights, out), after, residuals
 
 
 def normalize(
     x: cupy.ndarray,
     mean: Mean,
-    var: cupy.ndarray,
+    var: Variance,
     weight: cupy.ndarray | None,
     bias: cupy.ndarray | None,
     eps: float,
@@ -84,14 +84,14 @@ def grad_sums(
     dy: cupy.ndarray,
     x: cupy.ndarray,
     mean: Mean,
-    var: cupy.ndarray,
+    var: Variance,
     eps: float,
     weights: cupy.ndarray | None = None,
 ) -> tuple[cupy.ndarray, cupy.ndarray]:
     """Return the sums of dy and of dy * (x - mean) / sqrt(var + eps) for each channel, in float64."""
     call = _Call.of((x, dy), weights, mean, var)
     known = call.known(mean, var)
-    results = call.sums("grad_sums", 2, *known)
+    results = call.sums("grad_sums", 2, *known, float(eps))
     sum_dy, sum_dy_xhat = cupy.empty((2, x.shape[1]))
     call.merge("merge_sums", results, *known, float(eps), sum_dy, sum_dy_xhat)
     return sum_dy, sum_dy_xhat
@@ -101,7 +101,7 @@ def grad_input(
     dy: cupy.ndarray,
     x: cupy.ndarray,
     mean: Mean,
-    var: cupy.ndarray,
+    var: Variance,
     weight: cupy.ndarray | None,
     eps: float,
     sums: tuple[cupy.ndarray, cupy.ndarray] | None,
@@ -127,7 +127,9 @@ class _Call(NamedTuple):
     num_features: int
 
     @classmethod
-    def of(cls, arrays: Sequence[cupy.ndarray], weights: cupy.ndarray | None, *vectors: Mean | None) -> "_Call":
+    def of(
+        cls, arrays: Sequence[cupy.ndarray], weights: cupy.ndarray | None, *vectors: Mean | Variance | None
+    ) -> "_Call":
         """Return a call with arrays of one shape and dtype, of which x is the first, and vectors."""
         x = arrays[0]
         given = [vector.dtype for vector in (weights, *vectors) if isinstance(vector, cupy.ndarray)]
@@ -149,6 +151,10 @@ class _Call(NamedTuple):
         self._pass(name, cover, *arguments, results)
         return results
 
+    def moments(self) -> cupy.ndarray:
+        """Have the kernel go through the values that finds their moments, and return those of each block."""
+        return self.sums("moments", 5 if self.variant.value == "float64" else 4)
+
     def write(self, name: str, *arguments: Any) -> None:
         """Have a kernel go through the values that writes one for each."""
         self._pass(name, self.layout.writing, *arguments)
@@ -160,8 +166,11 @@ class _Call(NamedTuple):
         arguments = _COLUMNS, blocks, channels, results, *arguments
         kernel(name, self.variant)((-(-channels // _COLUMNS), 1, 1), (_COLUMNS * lanes, 1, 1), arguments)
 
-    def known(self, mean: Mean, var: cupy.ndarray) -> tuple[Any, ...]:
-        """Return the arguments mean, rest and var of a batch, and running mean and variance: those that are there."""
+    def known(self, mean: Mean, var: Variance) -> tuple[Any, ...]:
+        """Return the arguments mean, rest, var and exponent of a batch, and the running statistics: those there are."""
+        if isinstance(var, Scaled):
+            (hi, lo), exponent = mean
+            return hi, lo, var.values, exponent, _NULL, _NULL
         batch_mean = rest = running_mean = _NULL
         if isinstance(mean, Pair):
             batch_mean, rest = mean
@@ -170,8 +179,8 @@ class _Call(NamedTuple):
         else:
             batch_mean = cupy.ascontiguousarray(mean, WIDE)
         if var.dtype == self.variant.statistic:
-            return batch_mean, rest, _NULL, running_mean, self.vector(var)
-        return batch_mean, rest, cupy.ascontiguousarray(var, WIDE), running_mean, _NULL
+            return batch_mean, rest, _NULL, _NULL, running_mean, self.vector(var)
+        return batch_mean, rest, cupy.ascontiguousarray(var, WIDE), _NULL, running_mean, _NULL
 
     def vector(self, vector: cupy.ndarray | None) -> Any:
         """Return a (C,) vector as an argument: in the dtype of all of them, without a gap."""
@@ -185,6 +194,15 @@ class _Call(NamedTuple):
 def _count(x: cupy.ndarray, weights: cupy.ndarray | None) -> int | cupy.ndarray:
     """Return the number of values per channel, or where the sum of their weights is to be written."""
     return x.size // x.shape[1] if weights is None else cupy.empty(())
+
+
+def _exponent(x: cupy.ndarray) -> cupy.ndarray | None:
+    """Return where the exponents of the units of statistics are to be written, which those of float64 have."""
+    return cupy.empty(x.shape[1], np.int32) if x.dtype == WIDE else None
+
+
+def _in_units(mean: Pair, var: cupy.ndarray, exponent: cupy.ndarray | None) -> tuple[Mean, Variance]:
+    return (mean, var) if exponent is None else (Scaled(mean, exponent), Scaled(var, 2 * exponent))
 
 
 def _pointer(value: Any) -> Any:

@@ -20,7 +20,21 @@ class Pair(NamedTuple):
     lo: cupy.ndarray
 
 
-Mean: TypeAlias = Pair | cupy.ndarray
+class Scaled(NamedTuple):
+    """Statistics whose range is beyond that of float64: ``values * 2**exponent``, each channel in units of its own."""
+
+    values: "Pair | cupy.ndarray"
+    """A mean as a pair, or a variance."""
+    exponent: cupy.ndarray
+    """Integers; nearly always 0."""
+
+
+Mean: TypeAlias = Pair | Scaled | cupy.ndarray
+Variance: TypeAlias = Scaled | cupy.ndarray
+
+_FAR = 400
+"""Exponents from which on squares may leave the range of float64: as in ``values.cuh``."""
+_FARTHEST = 1000
 
 
 def weights(
@@ -47,6 +61,8 @@ def merge(first: Moments, second: Moments) -> Moments:
     Source: Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances, 1979,
     equations 2.1.
     """
+    if isinstance(first.m2, Scaled) or isinstance(second.m2, Scaled):
+        return _merge_scaled(first, second)
     (count, (hi, lo), m2), (more, (other_hi, other_lo), more_m2) = first, second
     total = count + more
     share = more / (total if isinstance(total, int) else cupy.where(total == 0, 1, total))
@@ -57,18 +73,48 @@ def merge(first: Moments, second: Moments) -> Moments:
     return Moments(total, Pair(mean, rest), m2 + (more_m2 + difference * difference * (count * share)))
 
 
-def variance(moments: Moments, correction: int) -> cupy.ndarray:
+def _merge_scaled(first: Moments, second: Moments) -> Moments:
+    """Do what ``merge`` does in units in which no value is large or all are small."""
+    sizes, parts = [], []
+    for count, mean, m2 in (first, second):
+        pair, exponent = mean if isinstance(mean, Scaled) else (mean, cupy.zeros(mean.hi.shape, np.int32))
+        squares, _ = m2 if isinstance(m2, Scaled) else (m2, exponent)
+        size = cupy.maximum(abs(pair.hi), cupy.sqrt(squares / count))
+        sizes.append(cupy.where(size > 0, cupy.frexp(size)[1] + exponent, -_FARTHEST))
+        parts.append((count, pair, squares, exponent))
+    unit = cupy.maximum(*sizes)
+    unit = cupy.where(abs(unit) > _FAR, cupy.minimum(unit, _FARTHEST), 0)
+    total, mean, m2 = merge(
+        *(
+            Moments(
+                count,
+                Pair(*(cupy.ldexp(part, exponent - unit) for part in pair)),
+                cupy.ldexp(squares, 2 * (exponent - unit)),
+            )
+            for count, pair, squares, exponent in parts
+        )
+    )
+    return Moments(total, Scaled(mean, unit), Scaled(m2, 2 * unit))
+
+
+def variance(moments: Moments, correction: int) -> Variance:
     """Return m2 / (count - correction), and 0 where weights add up to no more than the correction."""
     count, _, m2 = moments
+    if isinstance(m2, Scaled):
+        return Scaled(variance(moments._replace(m2=m2.values), correction), m2.exponent)
     var = m2 / (count - correction)
     return var if isinstance(count, int) else cupy.where(count > correction, var, 0)
 
 
-def lerp(start: cupy.ndarray, end: Mean, weight: float | cupy.ndarray) -> cupy.ndarray:
+def lerp(start: cupy.ndarray, end: Mean | Variance, weight: float | cupy.ndarray) -> cupy.ndarray:
     """Return (1 - weight) * start + weight * end, computed in float64 and rounded once to the dtype of start."""
+    end, exponent = end if isinstance(end, Scaled) else (end, None)
     if isinstance(end, Pair):
         end = end.hi + end.lo
-    moved = ((1 - weight) * start.astype(WIDE) + weight * end).astype(start.dtype)
+    share = weight * end
+    if exponent is not None:
+        share = cupy.ldexp(share, exponent)
+    moved = ((1 - weight) * start.astype(WIDE) + share).astype(start.dtype)
     if isinstance(weight, cupy.ndarray):
         return cupy.where(weight == 0, start, moved)
     return start.copy() if weight == 0 else moved

@@ -15,25 +15,26 @@ from mbn.contract import Moments, Residuals
 from mbn.state import Params, State
 from mbn_torch import triton_kernels
 from mbn_torch.tiles import Tiling, tiling
-from mbn_torch.vectors import WIDE, Mean, Pair, heaviest, lifted
+from mbn_torch.vectors import WIDE, Mean, Variance, heaviest, in_units, lifted, separate
 
 _COMPUTE = {torch.float16: tl.float32, torch.bfloat16: tl.float32, torch.float32: tl.float32, torch.float64: tl.float64}
 """What outputs are computed in."""
+_NO_STATE = State(None, None, None)
 _PARTIALS = 2048
 """Partial sums of a statistic that a finishing program reads at a time."""
 
 
 def moments(x: torch.Tensor, weights: torch.Tensor | None = None) -> Moments:
-    """Return count, mean (a Pair) and m2 (float64) of each channel of x, (N, C) or (N, C, L)."""
+    """Return count, mean (a Pair) and m2 (float64) of each channel of x, (N, C) or (N, C, L); of float64, scaled."""
     with torch.cuda.device_of(x):
-        (hi, lo, m2, *_), count, _ = _moments(x, weights)
-    return Moments(count, Pair(hi, lo), m2)
+        (hi, lo, m2, *_), exponents, count, _ = _moments(x, weights)
+    return Moments(count, *in_units(hi, lo, m2, exponents))
 
 
 def normalize(
     x: torch.Tensor,
     mean: Mean,
-    var: torch.Tensor,
+    var: Variance,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     eps: float,
@@ -49,7 +50,7 @@ def normalize(
         triton_kernels.normalize[tiles.grid](
             x,
             y,
-            *_contiguous(*_halves(mean), var, weight, bias),
+            *_contiguous(*separate(mean, var), weight, bias),
             weights,
             _bits(eps),
             *tiles.extents,
@@ -65,7 +66,7 @@ def normalize(
 
 
 def grad_sums(
-    dy: torch.Tensor, x: torch.Tensor, mean: Mean, var: torch.Tensor, eps: float, weights: torch.Tensor | None = None
+    dy: torch.Tensor, x: torch.Tensor, mean: Mean, var: Variance, eps: float, weights: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the sums of dy and of dy * xhat for each channel, in float64."""
     sums, _ = _grad_sums(dy, x, mean, var, eps, weights, None)
@@ -76,7 +77,7 @@ def grad_input(
     dy: torch.Tensor,
     x: torch.Tensor,
     mean: Mean,
-    var: torch.Tensor,
+    var: Variance,
     weight: torch.Tensor | None,
     eps: float,
     sums: tuple[torch.Tensor, torch.Tensor] | None,
@@ -94,7 +95,7 @@ def grad_input(
             x,
             dy,
             dx,
-            *_contiguous(*_halves(mean), var, weight, *(sums or (None, None))),
+            *_contiguous(*separate(mean, var), weight, *(sums or (None, None))),
             count if is_tensor else None,
             weights,
             _bits(eps),
@@ -129,8 +130,8 @@ def batch_norm_residuals(
         mean, var, _ = state
         return normalize(x, mean, var, *params, eps, weights, out), state, Residuals(mean, var, None)
     with torch.cuda.device_of(x):
-        (hi, lo, _, var, *_), count, state = _moments(x, weights, state, momentum, correction)
-        mean = Pair(hi, lo)
+        (hi, lo, _, var, *_), exponents, count, state = _moments(x, weights, state, momentum, correction)
+        mean, var = in_units(hi, lo, var, exponents)
         return normalize(x, mean, var, *params, eps, weights, out), state, Residuals(mean, var, count)
 
 
@@ -152,43 +153,22 @@ def pullback(
 def _moments(
     x: torch.Tensor,
     weights: torch.Tensor | None,
-    state: State = State(None, None, None),  # noqa: B008 - it never changes
+    state: State = _NO_STATE,
     momentum: float | None = 0.0,
     correction: int = 0,
-) -> tuple[tuple[torch.Tensor, ...], Any, State]:
-    """Return vectors (mean in two parts, m2, the biased variance and, with weights, more), the count and new state."""
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None, Any, State]:
+    """Return vectors, exponents, the count and new state.
+
+    The vectors are the mean in two parts, m2, the biased variance and, with weights, more. Those of float64 are in
+    units, of which the exponents are.
+    """
     shift = None if weights is None else heaviest(lifted(x), weights)
     tiles = tiling((x,), weights, sums=True)
-    if x.dtype == WIDE:  # summed again around its mean, which also gives the rest of the mean
-        hi, lo, *_ = _finished_moments(x, shift, weights, tiles, State(None, None, None), 0.0, 0)[0]
-        shift = hi + lo
-    return _finished_moments(x, shift, weights, tiles, state, momentum, correction)
-
-
-def _finished_moments(
-    x: torch.Tensor,
-    shift: torch.Tensor | None,
-    weights: torch.Tensor | None,
-    tiles: Tiling,
-    state: State,
-    momentum: float | None,
-    correction: int,
-) -> tuple[tuple[torch.Tensor, ...], Any, State]:
+    exponents = None
+    if WIDE in {x.dtype, *(old.dtype for old in state[:2] if old is not None)}:
+        shift, exponents = _rough_moments(x, shift, weights, tiles)
     channels, (_, programs) = x.shape[1], tiles.grid
-    partials = torch.empty((programs, 2 if weights is None else 3, channels), dtype=WIDE, device=x.device)
-    of_x, *of_weights = tiles.strides
-    triton_kernels.moments[tiles.grid](
-        x,
-        weights,
-        shift,
-        partials,
-        *tiles.extents,
-        *of_x,
-        *_along(of_weights),
-        UNIT_X=tiles.units[0],
-        UNROLLED=tiles.loads,
-        **tiles.constants,
-    )
+    partials = _sums(x, shift, exponents, weights, tiles, 2)
     result = torch.empty((4 if weights is None else 5, channels), dtype=WIDE, device=x.device)
     number = x.numel() // channels
     before = State(*_contiguous(*state))
@@ -198,6 +178,7 @@ def _finished_moments(
         partials,
         x,
         shift,
+        exponents,
         *before,
         result,
         *after,
@@ -211,14 +192,72 @@ def _finished_moments(
         **shape,
     )
     vectors = result.unbind()
-    return vectors, number if weights is None else vectors[4][0], after
+    count = number if weights is None else vectors[4][0]
+    return vectors, exponents if x.dtype == WIDE else None, count, after
+
+
+def _rough_moments(
+    x: torch.Tensor, shift: torch.Tensor | None, weights: torch.Tensor | None, tiles: Tiling
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return about the means, in units in which no channel is beyond float64, and their exponents.
+
+    Around these, statistics lose nothing in a second pass.
+    """
+    channels, (_, programs) = x.shape[1], tiles.grid
+    partials = _sums(x, shift, None, weights, tiles, 3)
+    center = torch.empty(channels, dtype=WIDE, device=x.device)
+    exponents = torch.empty(channels, dtype=torch.int32, device=x.device)
+    grid, shape = _finishing(programs, channels)
+    triton_kernels.finish_rough_moments[grid](
+        partials,
+        x,
+        shift,
+        center,
+        exponents,
+        programs,
+        channels,
+        x.stride(1),
+        x.numel() // channels,
+        WEIGHTED=weights is not None,
+        **shape,
+    )
+    return center, exponents
+
+
+def _sums(
+    x: torch.Tensor,
+    shift: torch.Tensor | None,
+    exponents: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    tiles: Tiling,
+    statistics: int,
+) -> torch.Tensor:
+    """Return partial sums of so many statistics, and with weights of these: two exact ones, or three rough ones."""
+    channels, (_, programs) = x.shape[1], tiles.grid
+    partials = torch.empty((programs, statistics + (weights is not None), channels), dtype=WIDE, device=x.device)
+    of_x, *of_weights = tiles.strides
+    triton_kernels.moments[tiles.grid](
+        x,
+        weights,
+        shift,
+        exponents,
+        partials,
+        *tiles.extents,
+        *of_x,
+        *_along(of_weights),
+        UNIT_X=tiles.units[0],
+        UNROLLED=tiles.loads,
+        ROUGH=statistics == 3,  # noqa: PLR2004
+        **tiles.constants,
+    )
+    return partials
 
 
 def _grad_sums(
     dy: torch.Tensor,
     x: torch.Tensor,
     mean: Mean,
-    var: torch.Tensor,
+    var: Variance,
     eps: float,
     weights: torch.Tensor | None,
     dtype: torch.dtype | None,
@@ -228,16 +267,16 @@ def _grad_sums(
     of_x, of_dy, *of_weights = tiles.strides
     unit_x, unit_dy = tiles.units
     channels, (_, programs) = x.shape[1], tiles.grid
-    hi, lo, var = _contiguous(*_halves(mean), var)
+    known = _contiguous(*separate(mean, var))
     with torch.cuda.device_of(x):
         partials = torch.empty((programs, 2, channels), dtype=WIDE, device=x.device)
         triton_kernels.grad_sums[tiles.grid](
             x,
             dy,
-            hi,
-            lo,
+            *known,
             weights,
             partials,
+            _bits(eps),
             *tiles.extents,
             *of_x,
             *of_dy,
@@ -251,14 +290,10 @@ def _grad_sums(
         rounded = None if dtype in {None, WIDE} else torch.empty((2, channels), dtype=dtype, device=x.device)
         grid, shape = _finishing(programs, channels)
         triton_kernels.finish_grad_sums[grid](
-            partials, hi, lo, var, sums, rounded, _bits(eps), programs, channels, **shape
+            partials, *known, sums, rounded, _bits(eps), programs, channels, WIDE=x.dtype == WIDE, **shape
         )
     vectors = sums.unbind()
     return vectors, vectors if rounded is None else rounded.unbind()
-
-
-def _halves(mean: Mean) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return mean if isinstance(mean, Pair) else (mean, None)
 
 
 def _contiguous(*vectors: torch.Tensor | None) -> list[torch.Tensor | None]:

@@ -10,7 +10,21 @@ from typing import Any
 import torch
 
 from mbn.contract import Moments
-from mbn_torch.vectors import WIDE, Mean, Pair, as_pair, divisor, heaviest, invstd, lifted, lifted_weights
+from mbn_torch.vectors import (
+    WIDE,
+    Mean,
+    Pair,
+    Scaled,
+    Variance,
+    as_pair,
+    divisor,
+    heaviest,
+    invstd,
+    lifted,
+    lifted_weights,
+    scaled,
+    spread,
+)
 
 
 def moments(x: torch.Tensor, weights: torch.Tensor | None = None) -> Moments:
@@ -34,7 +48,7 @@ def moments(x: torch.Tensor, weights: torch.Tensor | None = None) -> Moments:
 def normalize(
     x: torch.Tensor,
     mean: Mean,
-    var: torch.Tensor,
+    var: Variance,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     eps: float,
@@ -55,7 +69,7 @@ def grad_sums(
     dy: torch.Tensor,
     x: torch.Tensor,
     mean: Mean,
-    var: torch.Tensor,
+    var: Variance,
     eps: float,
     weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,7 +82,7 @@ def grad_input(
     dy: torch.Tensor,
     x: torch.Tensor,
     mean: Mean,
-    var: torch.Tensor,
+    var: Variance,
     weight: torch.Tensor | None,
     eps: float,
     sums: tuple[torch.Tensor, torch.Tensor] | None,
@@ -83,14 +97,19 @@ def grad_input(
         if weights is not None:
             mean_dy, projection = _constant(weights) * mean_dy, _constant(weights) * projection
         dx = dx - mean_dy - projection
-    scale = invstd(var, eps)
+    scale = scaled(*spread(var.values, mean.exponent, eps)) if isinstance(mean, Scaled) else invstd(var, eps)
     if weight is not None:
         scale = scale * weight
     return _like(x, dx * scale[:, None], weights)
 
 
-def _xhat(x: torch.Tensor, mean: Mean, var: torch.Tensor, eps: float, weights: torch.Tensor | None) -> torch.Tensor:
+def _xhat(x: torch.Tensor, mean: Mean, var: Variance, eps: float, weights: torch.Tensor | None) -> torch.Tensor:
     """Return (x - mean) / sqrt(var + eps) as (N, C, L) in float64."""
+    if isinstance(mean, Scaled):  # by the kernels
+        (hi, lo), unit = mean
+        d = scaled(_counted(lifted(x), scaled(hi, unit), weights), -unit[:, None]) - hi[:, None] - lo[:, None]
+        number, exponent = spread(var.values, unit, eps)
+        return d * scaled(number, exponent + unit)[:, None]
     hi, lo = as_pair(mean)
     d = _counted(lifted(x), hi, weights) - hi[:, None] - lo[:, None]
     return d * invstd(var, eps)[:, None]

@@ -17,7 +17,7 @@ from mbn.state import Params, State
 from mbn_cpu import pages, threads, vectors
 from mbn_cpu.fastest import host
 from mbn_torch import ops
-from mbn_torch.vectors import Mean, Pair
+from mbn_torch.vectors import Mean, Pair, Scaled
 
 _has_versions = hasattr(torch._C, "_to_dlpack_versioned")  # noqa: SLF001 - Torch 2.9 and later
 
@@ -44,6 +44,8 @@ class _Shared:
 def tensors(residuals: Residuals) -> Residuals:
     """Return residuals as tensors, whatever they are; of those that are scaled, what float64 can hold."""
     mean, var, count = residuals
+    if isinstance(var, Scaled):
+        return residuals
     mean = vectors.as_pair(mean) if isinstance(mean, vectors.Scaled) else mean
     mean = Pair(*map(_tensor, mean)) if isinstance(mean, tuple) else _tensor(mean)
     var = np.ldexp(*var) if isinstance(var, vectors.Scaled) else var

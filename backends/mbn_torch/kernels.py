@@ -7,12 +7,34 @@ blocks that stay in the caches. What autograd has to see through is in the formu
 
 from collections.abc import Callable, Iterator
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from mbn.contract import Moments
-from mbn_torch.vectors import WIDE, Mean, Pair, as_pair, divisor, heaviest, invstd, lifted, lifted_weights, line
+from mbn_torch.vectors import (
+    FAR,
+    FARTHEST,
+    WIDE,
+    Mean,
+    Pair,
+    Variance,
+    as_pair,
+    divisor,
+    exponent_before,
+    exponent_of,
+    heaviest,
+    in_units,
+    lifted,
+    lifted_weights,
+    limited,
+    line,
+    power,
+    scaled,
+    separate,
+    spread,
+    weighed,
+)
 
 CPU_BLOCK = 1 << 17
 """Values converted to float64 at a time: 1 MiB, small enough for the caches and large enough for a few threads."""
@@ -31,7 +53,7 @@ def moments(x: torch.Tensor, weights: torch.Tensor | None = None) -> Moments:
 
     Sums of d = x - shift and of d², with one of the values of each channel for a shift, lose at most a factor N of
     float64's precision however far the shift is from the mean. That is plenty for narrower input. float64 input is
-    summed again around its mean, which also gives the rest of the mean.
+    summed again around its mean, which also gives the rest of the mean, in units in which no channel is out of range.
 
     Source: Chan, Golub and LeVeque, Algorithms for Computing the Sample Variance, 1983, section 3 (shifted data).
     """
@@ -39,17 +61,19 @@ def moments(x: torch.Tensor, weights: torch.Tensor | None = None) -> Moments:
     shift = heaviest(values, weights)
     count = x.numel() // x.shape[1] if weights is None else fold(_wide(weights).flatten())
     n = divisor(count)
+    exponent = None
     if x.dtype == WIDE:
-        total, _ = _shifted_sums(values, shift, weights)
-        shift = shift + total / n
-    total, squares = _shifted_sums(values, shift, weights)
-    return Moments(count, Pair(shift, total / n), squares - total * total / n)
+        exponent = _units(values, shift, weights)
+        shift = scaled(shift, -exponent)
+        shift = shift + _shifted_sums(values, shift, exponent, weights)[0] / n
+    total, squares = _shifted_sums(values, shift, exponent, weights)
+    return Moments(count, *in_units(shift, total / n, squares - total * total / n, exponent))
 
 
 def normalize(
     x: torch.Tensor,
     mean: Mean,
-    var: torch.Tensor,
+    var: Variance,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     eps: float,
@@ -59,16 +83,17 @@ def normalize(
     """Return (x - mean) / sqrt(var + eps) * weight + bias in x's dtype and memory order.
 
     Computed as (x - K) * scale + shift with K the mean rounded to x's precision: x - K is exact where x is near the
-    mean, and the rest of the mean goes into the shift.
+    mean, and the rest of the mean goes into the shift. A scale out of range has a power of two taken off it, by which
+    x and K are multiplied first.
     """
     compute = torch.promote_types(x.dtype, torch.float32)  # float16 and bfloat16 are computed in float32
-    center, scale, shift = (
+    before, center, scale, shift = (
         None if vector is None else vector[:, None] for vector in line(mean, var, weight, bias, eps, compute)
     )
     y = torch.empty_like(x) if out is None else out
     for block, part, mask in _blocks(lifted(x), lifted(y), _mask(weights, compute)):
         values = part if part.dtype == compute else torch.empty_like(part, dtype=compute)
-        torch.sub(block, center, out=values).mul_(scale)
+        torch.mul(block, before, out=values).sub_(center).mul_(scale)
         if shift is not None:
             values.add_(shift)
         _clear(values, mask)
@@ -81,31 +106,32 @@ def grad_sums(
     dy: torch.Tensor,
     x: torch.Tensor,
     mean: Mean,
-    var: torch.Tensor,
+    var: Variance,
     eps: float,
     weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the sums of dy and of dy * xhat for each channel, in float64."""
-    hi, lo = as_pair(mean)
-    center = hi + lo
-    column = center[:, None]
+    origin = _origin(mean, var, eps, x.dtype)
+    center, before = origin.center[:, None], origin.before
 
     def terms(dy: torch.Tensor, x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        dy, d = _wide(dy), _wide(x).sub_(column)
+        dy, d = _wide(dy), _wide(x)
+        if before is not None:
+            d.mul_(before[:, None])
+        d.sub_(center)
         _clear(dy, mask)
         _clear(d, mask)
         return dy, d.mul_(dy)
 
     sum_dy, products = _sums(terms, lifted(dy), lifted(x), _mask(weights, WIDE))
-    rest = (hi - center) + lo
-    return sum_dy, (products - rest * sum_dy) * invstd(var, eps)
+    return sum_dy, (products - origin.rest * sum_dy) * origin.invstd
 
 
 def grad_input(
     dy: torch.Tensor,
     x: torch.Tensor,
     mean: Mean,
-    var: torch.Tensor,
+    var: Variance,
     weight: torch.Tensor | None,
     eps: float,
     sums: tuple[torch.Tensor, torch.Tensor] | None,
@@ -113,48 +139,103 @@ def grad_input(
     weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the gradient of x, in its dtype and memory order."""
-    scale = factor = invstd(var, eps)
-    if weight is not None:
-        scale = scale * weight
-    scale = scale[:, None]
+    origin = _origin(mean, var, eps, x.dtype)
+    number, exponent = weighed(*origin.scale, weight)
+    size = exponent + exponent_of(number)
+    half = size - size.clamp(-FAR, FAR)  # of two factors, since one may be out of range
+    scale, after = (vector[:, None] for vector in (limited(scaled(number, exponent - half), WIDE), power(half)))
+    before = None
     if sums is not None:
         mean_dy, slope = (total / divisor(count) for total in sums)
-        hi, lo = as_pair(mean)
-        center, slope = hi + lo, slope * factor
-        rest = ((center - hi) - lo) * slope
-        mean_dy, center, slope, rest = (vector[:, None] for vector in (mean_dy, center, slope, rest))
+        slope = slope * origin.invstd
+        vectors = mean_dy, origin.center, slope, -origin.rest * slope
+        mean_dy, center, slope, rest = (vector[:, None] for vector in vectors)
+        before = None if origin.before is None else origin.before[:, None]
     column = None if weights is None else lifted_weights(weights).to(WIDE)
     dx = torch.empty_like(x)
     arrays = lifted(dx), lifted(dy), lifted(x), column, _mask(weights, WIDE)
     for out, dy_block, x_block, weights_block, mask in _blocks(*arrays):
         values = _wide(dy_block)
         if sums is not None:
-            projection = _wide(x_block).sub_(center).mul_(slope).add_(rest)
+            projection = _wide(x_block)
+            if before is not None:
+                projection.mul_(before)
+            projection.sub_(center).mul_(slope).add_(rest)
             if weights_block is not None:
                 projection.mul_(weights_block)
             # Before anything else, so that little is lost of a gradient with a large mean.
             values.sub_(mean_dy if weights_block is None else mean_dy * weights_block).sub_(projection)
         values.mul_(scale)
+        if x.dtype == WIDE:
+            values.mul_(after)
         _clear(values, mask)
         out.copy_(values)
     return dx
 
 
+class _Origin(NamedTuple):
+    """What deviations of channels are taken from, and what becomes of them; all of it is in float64."""
+
+    center: torch.Tensor
+    rest: torch.Tensor
+    """Of the mean, what is not in the center."""
+    before: torch.Tensor | None
+    """Of float64, powers of two that values are multiplied by first; center and rest have been."""
+    invstd: torch.Tensor
+    """What makes deviations from the center normalised ones."""
+    scale: tuple[torch.Tensor, torch.Tensor | int]
+    """The same of those of values themselves, as a number and an exponent."""
+
+
+def _origin(mean: Mean, var: Variance, eps: float, dtype: torch.dtype) -> _Origin:
+    hi, lo, var, unit = separate(mean, var)
+    hi, lo = as_pair(hi if lo is None else Pair(hi, lo))
+    unit = 0 if unit is None else unit
+    scale = number, exponent = spread(var, unit, eps)
+    center = hi + lo
+    rest = (hi - center) + lo
+    if dtype != WIDE:
+        return _Origin(center, rest, None, number, scale)
+    before = exponent_before(number, exponent, center, unit, WIDE)
+    center, rest = scaled(center, before + unit), scaled(rest, before + unit)
+    return _Origin(center, rest, power(before), limited(scaled(number, exponent - before), WIDE), scale)
+
+
+def _units(x: torch.Tensor, shift: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """Return the exponents of units in which deviations from a shift are not out of range: nearly always 0."""
+    largest = torch.zeros_like(shift)
+    for block, mask in _blocks(x, _mask(weights, WIDE)):
+        d = _wide(block).sub_(shift[:, None])
+        _clear(d, mask)
+        largest = torch.maximum(largest, d.abs_().amax((0, 2)))
+    exponent = exponent_of(largest).clamp(max=FARTHEST)
+    return exponent.masked_fill((largest == 0) | (exponent.abs() <= FAR), 0)
+
+
 def _shifted_sums(
-    x: torch.Tensor, shift: torch.Tensor, weights: torch.Tensor | None
+    x: torch.Tensor, shift: torch.Tensor, exponent: torch.Tensor | None, weights: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sums of x - shift and of its squares for each channel of x, (N, C, L), in float64."""
+    """Return the sums of x - shift and of its squares for each channel of x, (N, C, L), in float64.
+
+    If there is an exponent, both x and the shift are in units of a power of two.
+    """
     shift = shift[:, None]
+    factor = None if exponent is None else power(-exponent)[:, None]
+
+    def deviations(x: torch.Tensor) -> torch.Tensor:
+        d = _wide(x)
+        return (d if factor is None else d.mul_(factor)).sub_(shift)
+
     if weights is None:
 
         def terms(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            d = _wide(x).sub_(shift)
+            d = deviations(x)
             return d, d * d
 
         return _sums(terms, x)
 
     def weighted(x: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        d = _wide(x).sub_(shift)
+        d = deviations(x)
         _clear(d, mask)
         once = d * weights
         return once, d.mul_(once)

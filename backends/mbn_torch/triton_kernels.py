@@ -11,6 +11,21 @@ grid, blocks of channels over axis 0. ``mbn_torch.tiles`` says how. No result de
 import triton
 import triton.language as tl
 
+from mbn_torch.triton_numbers import (
+    FAR,
+    FARTHEST,
+    as_dtype,
+    exponent_before,
+    exponent_of,
+    float64,
+    is_far,
+    limited,
+    power,
+    scaled,
+)
+
+_LARGE = tl.constexpr(600)
+"""The exponent of a unit in which no sum of float64 overflows, and of values far enough from 1 none loses digits."""
 _ROWS = tl.constexpr(0)
 _PLACES = tl.constexpr(1)
 _CHANNELS = tl.constexpr(2)
@@ -76,19 +91,6 @@ def _top(tile, place_tiles, POSITIONS: tl.constexpr, PLACES: tl.constexpr):
 
 
 @triton.jit
-def _float64(bits):
-    return bits.to(tl.int64).to(tl.float64, bitcast=True)
-
-
-@triton.jit
-def _as(values, DTYPE: tl.constexpr):
-    """Return values of float64 in another dtype; there is no way to halves but through float32."""
-    if tl.float64 != DTYPE:
-        values = values.to(tl.float32)
-    return values.to(DTYPE)
-
-
-@triton.jit
 def _vector(vector, channel, is_channel):
     """Return what a vector holds of channels, in float64."""
     return tl.load(vector + channel, mask=is_channel, other=0).to(tl.float64)
@@ -109,10 +111,40 @@ def _center(hi, lo, channel, is_channel):
 
 
 @triton.jit
-def _invstd(var, eps, channel, is_channel):
-    """Return 1 / sqrt(var + eps), and 0 where var + eps is 0."""
-    spread = tl.load(var + channel, mask=is_channel, other=1).to(tl.float64) + _float64(eps)
-    return tl.where(spread == 0, 0.0, 1.0 / tl.sqrt(tl.where(spread == 0, 1.0, spread)))
+def _units(exponents, channel, is_channel):
+    """Return the exponents of the units of statistics, 0 where none are given."""
+    if exponents is None:
+        unit = channel * 0
+    else:
+        unit = tl.load(exponents + channel, mask=is_channel, other=0).to(tl.int32)
+    return unit
+
+
+@triton.jit
+def _invstd(var, exponents, eps, channel, is_channel):
+    """Return 1 / sqrt(var + eps) as a number and an exponent, and 0 where var + eps is 0."""
+    own = tl.load(var + channel, mask=is_channel, other=1).to(tl.float64)
+    little = float64(eps)
+    common = _units(exponents, channel, is_channel)
+    if exponents is not None:  # units in which neither is beyond float64
+        unit = common
+        common = tl.where(unit == 0, 0, tl.maximum(unit, tl.where(little > 0, exponent_of(little) >> 1, unit)))
+        own = scaled(own, 2 * (unit - common))
+        little = scaled(scaled(little, -common), -common)
+    spread = own + little
+    return tl.where(spread == 0, 0.0, 1.0 / tl.sqrt(tl.where(spread == 0, 1.0, spread))), -common
+
+
+@triton.jit
+def _weighed(number, exponent, weight, channel, is_channel):
+    """Return a number and its exponent times what a vector holds, if there is one, as such."""
+    if weight is not None:
+        factor = _vector(weight, channel, is_channel)
+        own = exponent_of(number)
+        other = exponent_of(factor)
+        number = scaled(number, -own) * scaled(factor, -other)
+        exponent = exponent + own + other
+    return number, exponent
 
 
 @triton.jit
@@ -125,6 +157,7 @@ def moments(
     x,
     weights,
     shift,
+    exponents,
     partials,
     num_rows,
     num_places,
@@ -142,11 +175,14 @@ def moments(
     PLACES: tl.constexpr,
     CHANNELS: tl.constexpr,
     UNROLLED: tl.constexpr,
+    ROUGH: tl.constexpr,
 ):
     """Sum up x - shift and its square, each as often as it counts, and the weights: one row of partials per program.
 
-    ``shift`` is one value of each channel, or None for the first. What a thread holds of a tile it sums up first, which
-    leaves fewer sums to keep.
+    ``shift`` is one value of each channel, or None for the first; with ``exponents`` any number, and both it and x are
+    in units of their powers of two. If ``ROUGH``, instead of squares there are the differences again, in a large unit,
+    and at last the largest of them: what can be known of values of any size. What a thread holds of a tile it sums up
+    first, which leaves fewer sums to keep.
     """
     LANES: tl.constexpr = POSITIONS // UNROLLED
     rows = _extent(num_rows, _ROWS, UNIT_X, ALIGNED)
@@ -158,8 +194,14 @@ def moments(
     if shift is None:
         first = tl.load(x + across, mask=is_channel, other=0)
     else:
-        first = _as(tl.load(shift + channel, mask=is_channel, other=0), x.dtype.element_ty)
+        first = as_dtype(tl.load(shift + channel, mask=is_channel, other=0), x.dtype.element_ty)
     start = first.to(tl.float64)
+    factor = power(-_units(exponents, channel, is_channel))
+    if exponents is not None:
+        start = _vector(shift, channel, is_channel)
+    if ROUGH:
+        factor = power(channel * 0 - _LARGE)
+        largest = tl.zeros((LANES, CHANNELS), tl.float64)
     position = tl.arange(0, UNROLLED)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     row = position // PLACES
     place = position % PLACES
@@ -174,22 +216,37 @@ def moments(
         source = x + _offset(top, left, x_row, x_place, UNIT_X, ALIGNED)
         mask = is_value[:, :, None] & is_channel[None, None, :]
         # Where there is no value, the shift takes its place, and adds nothing.
-        d = tl.load(source + within, mask=mask, other=first[None, None, :]).to(tl.float64) - start[None, None, :]
+        values = tl.load(source + within, mask=mask, other=first[None, None, :]).to(tl.float64)
+        if exponents is None:
+            d = values - start[None, None, :]
+        else:
+            d = tl.where(mask, values * factor[None, None, :] - start[None, None, :], 0.0)
+        if ROUGH:
+            far = values * factor[None, None, :] - (start * factor)[None, None, :]
         if weights is None:
             total += tl.sum(d, 0)
-            squares += tl.sum(d * d, 0)
+            if ROUGH:
+                squares += tl.sum(far, 0)
+            else:
+                squares += tl.sum(d * d, 0)
         else:
             offset = _offset(top + row, left + place, w_row, w_place, -1, 1)
             w = tl.load(weights + offset, mask=is_value, other=0).to(tl.float64)
             d = tl.where((w > 0)[:, :, None], d, 0.0)
             once = d * w[:, :, None]
             total += tl.sum(once, 0)
-            squares += tl.sum(once * d, 0)
+            if ROUGH:
+                squares += tl.sum(tl.where((w > 0)[:, :, None], far, 0.0) * w[:, :, None], 0)
+            else:
+                squares += tl.sum(once * d, 0)
             count += w
-    if weights is None:
-        target = partials + tl.program_id(1) * 2 * channels + channel
-    else:
-        target = partials + tl.program_id(1) * 3 * channels + channel
+        if ROUGH:
+            largest = tl.maximum(largest, tl.max(tl.abs(d), 0))
+    STATISTICS: tl.constexpr = (2 if weights is None else 3) + ROUGH
+    target = partials + tl.program_id(1) * STATISTICS * channels + channel
+    if ROUGH:
+        tl.store(target + (STATISTICS - 1) * channels, tl.max(largest, 0), mask=is_channel)
+    if weights is not None:
         counts = tl.zeros((CHANNELS,), tl.float64) + tl.sum(tl.sum(count, 1), 0)
         tl.store(target + 2 * channels, counts, mask=is_channel)
     tl.store(target, tl.sum(total, 0), mask=is_channel)
@@ -204,11 +261,60 @@ def _partial(partials, program, channel, programs, channels, STATISTIC: tl.const
     return tl.load(partials + offset, mask=is_one, other=0.0)
 
 
+@triton.jit(do_not_specialize=("programs", "num_channels", "x_channel", "number"))
+def finish_rough_moments(
+    partials,
+    x,
+    shift,
+    center,
+    exponents,
+    programs,
+    num_channels,
+    x_channel,
+    number,
+    WEIGHTED: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Make of rough sums the exponents of units in which no channel is beyond float64, and about its mean in those."""
+    channels = num_channels.to(tl.int64)
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    is_channel = channel < channels
+    total = tl.zeros((PROGRAMS, CHANNELS), tl.float64)
+    far = tl.zeros((PROGRAMS, CHANNELS), tl.float64)
+    counts = tl.zeros((PROGRAMS, CHANNELS), tl.float64)
+    largest = tl.zeros((PROGRAMS, CHANNELS), tl.float64)
+    STATISTICS: tl.constexpr = 4 if WEIGHTED else 3
+    for first in range(0, programs, PROGRAMS):
+        program = first + tl.arange(0, PROGRAMS)
+        total += _partial(partials, program, channel, programs, channels, 0, STATISTICS)
+        far += _partial(partials, program, channel, programs, channels, 1, STATISTICS)
+        if WEIGHTED:
+            counts += _partial(partials, program, channel, programs, channels, 2, STATISTICS)
+        more = _partial(partials, program, channel, programs, channels, STATISTICS - 1, STATISTICS)
+        largest = tl.maximum(largest, more)
+    spread = tl.max(largest, 0)
+    unit = tl.where(is_far(spread), tl.minimum(exponent_of(spread), FARTHEST), 0)
+    if WEIGHTED:
+        count = tl.sum(counts, 0)
+    else:
+        count = tl.zeros((CHANNELS,), tl.float64) + number.to(tl.float64)
+    if shift is None:
+        start = tl.load(x + channel * x_channel.to(tl.int64), mask=is_channel, other=0).to(tl.float64)
+    else:
+        start = _vector(shift, channel, is_channel)
+    near = scaled(tl.sum(total, 0) / _divisor(count), -unit)
+    near = tl.where(unit > 0, scaled(tl.sum(far, 0) / _divisor(count), _LARGE - unit), near)
+    tl.store(center + channel, scaled(start, -unit) + near, mask=is_channel)
+    tl.store(exponents + channel, unit, mask=is_channel)
+
+
 @triton.jit(do_not_specialize=("programs", "num_channels", "x_channel", "number", "correction", "momentum"))
 def finish_moments(
     partials,
     x,
     shift,
+    exponents,
     running_mean,
     running_var,
     num_batches_tracked,
@@ -228,7 +334,8 @@ def finish_moments(
 ):
     """Make of partial sums the mean (two rows of result), m2, the biased variance and the count, and new statistics.
 
-    ``number`` is that of the values where there are no weights. What is None is not asked for.
+    ``number`` is that of the values where there are no weights. What is None is not asked for. With ``exponents``, all
+    but the new statistics are in units of their powers of two.
     """
     channels = num_channels.to(tl.int64)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -269,8 +376,9 @@ def finish_moments(
         if WEIGHTED:  # a count of NaN is to be seen in the statistics
             step = tl.where(excess <= 0, 0.0, step)
         unbiased = tl.where(excess <= 0, 0.0, m2 / tl.where(excess <= 0, 1.0, excess))
-        _lerp(running_mean, hi + lo, step, new_mean, channel, is_channel)
-        _lerp(running_var, unbiased, step, new_var, channel, is_channel)
+        unit = _units(exponents, channel, is_channel)
+        _lerp(running_mean, hi + lo, unit, step, new_mean, channel, is_channel)
+        _lerp(running_var, unbiased, 2 * unit, step, new_var, channel, is_channel)
 
 
 @triton.jit
@@ -286,16 +394,16 @@ def _share(momentum, num_batches_tracked):
     if momentum is None:
         share = 1.0 / _counted(num_batches_tracked).to(tl.float64)
     else:
-        share = _float64(momentum)
+        share = float64(momentum)
     return share
 
 
 @triton.jit
-def _lerp(start, end, step, target, channel, is_channel):
-    """Store (1 - step) * start + step * end; a batch that does not count leaves no trace."""
+def _lerp(start, end, unit, step, target, channel, is_channel):
+    """Store (1 - step) * start + step * end * 2**unit; a batch that does not count leaves no trace."""
     old = _vector(start, channel, is_channel)
-    new = tl.where(step == 0, old, (1.0 - step) * old + step * end)
-    tl.store(target + channel, _as(new, target.dtype.element_ty), mask=is_channel)
+    new = tl.where(step == 0, old, (1.0 - step) * old + scaled(step * end, unit))
+    tl.store(target + channel, as_dtype(new, target.dtype.element_ty), mask=is_channel)
 
 
 @triton.jit(do_not_specialize=(*_EXTENTS, *_OF_X, *_OF_Y, *_OF_WEIGHTS, "eps"))
@@ -305,6 +413,7 @@ def normalize(
     hi,
     lo,
     var,
+    exponents,
     weight,
     bias,
     weights,
@@ -333,23 +442,26 @@ def normalize(
     """Write (x - mean) / sqrt(var + eps) * weight + bias to y.
 
     Computed as (x - K) * scale + shift with K the mean rounded to what is computed in: x - K is exact where x is near
-    the mean, and the rest of the mean goes into the shift.
+    the mean, and the rest of the mean goes into the shift. A scale out of range has a power of two taken off it, by
+    which x and K are multiplied first.
     """
     rows = _extent(num_rows, _ROWS, UNIT_X, ALIGNED)
     places = _extent(num_places, _PLACES, UNIT_X, ALIGNED)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     is_channel = channel < _extent(num_channels, _CHANNELS, UNIT_X, ALIGNED)
     mean, rest = _center(hi, lo, channel, is_channel)
-    scale = _invstd(var, eps, channel, is_channel)
-    if weight is not None:
-        scale *= _vector(weight, channel, is_channel)
-    center = mean.to(COMPUTE)
-    shift = ((center.to(tl.float64) - mean) - rest) * scale
+    number, exponent = _invstd(var, exponents, eps, channel, is_channel)
+    number, exponent = _weighed(number, exponent, weight, channel, is_channel)
+    unit = _units(exponents, channel, is_channel)
+    center = limited(mean, COMPUTE).to(tl.float64)
+    shift = tl.where(number == 0, 0.0, scaled(((center - mean) - rest) * number, exponent + unit))
     if bias is not None:
         shift += _vector(bias, channel, is_channel)
-    scale = scale.to(COMPUTE)[None, :]
+    first = exponent_before(number, exponent, center, unit, COMPUTE)
+    before = tl.where(number == 0, 0.0, power(first)).to(COMPUTE)[None, :]
+    center = tl.where(number == 0, 0.0, scaled(center, unit + first)).to(COMPUTE)[None, :]
+    scale = limited(scaled(number, exponent - first), COMPUTE)[None, :]
     shift = shift.to(COMPUTE)[None, :]
-    center = center[None, :]
     position = tl.arange(0, POSITIONS)
     row = position // PLACES
     place = position % PLACES
@@ -361,7 +473,7 @@ def normalize(
         is_value = (top + row < rows) & (left + place < places)
         mask = is_value[:, None] & is_channel[None, :]
         values = tl.load(x + _offset(top, left, x_row, x_place, UNIT_X, ALIGNED) + of_x, mask=mask, other=0)
-        values = (values.to(COMPUTE) - center) * scale + shift
+        values = (values.to(COMPUTE) * before - center) * scale + shift
         if weights is not None:
             offset = _offset(top + row, left + place, w_row, w_place, -1, 1)
             keep = tl.load(weights + offset, mask=is_value, other=0) > 0
@@ -370,14 +482,17 @@ def normalize(
         tl.store(target + of_y, values.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=(*_EXTENTS, *_OF_X, *_OF_DY, *_OF_WEIGHTS))
+@triton.jit(do_not_specialize=(*_EXTENTS, *_OF_X, *_OF_DY, *_OF_WEIGHTS, "eps"))
 def grad_sums(
     x,
     dy,
     hi,
     lo,
+    var,
+    exponents,
     weights,
     partials,
+    eps,
     num_rows,
     num_places,
     num_channels,
@@ -399,7 +514,10 @@ def grad_sums(
     CHANNELS: tl.constexpr,
     UNROLLED: tl.constexpr,
 ):
-    """Sum up dy and dy * (x - mean), the mean rounded to float64: one row of partials per program."""
+    """Sum up dy and dy * (x - mean), the mean rounded to float64: one row of partials per program.
+
+    Of float64, the second factor is multiplied by a power of two where it or the product might leave its range.
+    """
     LANES: tl.constexpr = POSITIONS // UNROLLED
     rows = _extent(num_rows, _ROWS, UNIT_X, ALIGNED)
     places = _extent(num_places, _PLACES, UNIT_X, ALIGNED)
@@ -407,6 +525,13 @@ def grad_sums(
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     is_channel = channel < channels
     center, _ = _center(hi, lo, channel, is_channel)
+    WIDE: tl.constexpr = x.dtype.element_ty == tl.float64
+    if WIDE:
+        number, exponent = _invstd(var, exponents, eps, channel, is_channel)
+        unit = _units(exponents, channel, is_channel)
+        first = exponent_before(number, exponent, center, unit, tl.float64)
+        before = power(first)[None, None, :]
+        center = scaled(center, unit + first)
     center = center[None, None, :]
     position = tl.arange(0, UNROLLED)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     row = position // PLACES
@@ -422,7 +547,10 @@ def grad_sums(
         mask = is_value[:, :, None] & is_channel[None, None, :]
         values = tl.load(x + _offset(top, left, x_row, x_place, UNIT_X, ALIGNED) + of_x, mask=mask, other=0)
         gradients = tl.load(dy + _offset(top, left, dy_row, dy_place, UNIT_DY, ALIGNED) + of_dy, mask=mask, other=0)
-        d = values.to(tl.float64) - center
+        if WIDE:
+            d = values * before - center
+        else:
+            d = values.to(tl.float64) - center
         gradients = gradients.to(tl.float64)
         if weights is not None:
             offset = _offset(top + row, left + place, w_row, w_place, -1, 1)
@@ -442,11 +570,13 @@ def finish_grad_sums(
     hi,
     lo,
     var,
+    exponents,
     sums,
     rounded,
     eps,
     programs,
     num_channels,
+    WIDE: tl.constexpr,
     PROGRAMS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
@@ -460,14 +590,20 @@ def finish_grad_sums(
         program = first + tl.arange(0, PROGRAMS)
         total += _partial(partials, program, channel, programs, channels, 0, 2)
         products += _partial(partials, program, channel, programs, channels, 1, 2)
-    _, rest = _center(hi, lo, channel, is_channel)
+    center, rest = _center(hi, lo, channel, is_channel)
+    number, exponent = _invstd(var, exponents, eps, channel, is_channel)
+    if WIDE:
+        unit = _units(exponents, channel, is_channel)
+        first = exponent_before(number, exponent, center, unit, tl.float64)
+        rest = scaled(rest, unit + first)
+        exponent = exponent - first
     sum_dy = tl.sum(total, 0)
-    sum_dy_xhat = (tl.sum(products, 0) - rest * sum_dy) * _invstd(var, eps, channel, is_channel)
+    sum_dy_xhat = (tl.sum(products, 0) - rest * sum_dy) * limited(scaled(number, exponent), tl.float64)
     tl.store(sums + channel, sum_dy, mask=is_channel)
     tl.store(sums + channels + channel, sum_dy_xhat, mask=is_channel)
     if rounded is not None:
-        tl.store(rounded + channel, _as(sum_dy, rounded.dtype.element_ty), mask=is_channel)
-        tl.store(rounded + channels + channel, _as(sum_dy_xhat, rounded.dtype.element_ty), mask=is_channel)
+        tl.store(rounded + channel, as_dtype(sum_dy, rounded.dtype.element_ty), mask=is_channel)
+        tl.store(rounded + channels + channel, as_dtype(sum_dy_xhat, rounded.dtype.element_ty), mask=is_channel)
 
 
 @triton.jit(do_not_specialize=(*_EXTENTS, *_OF_X, *_OF_DY, *_OF_DX, *_OF_WEIGHTS, "eps", "number"))
@@ -478,6 +614,7 @@ def grad_input(
     hi,
     lo,
     var,
+    exponents,
     weight,
     sum_dy,
     sum_dy_xhat,
@@ -518,19 +655,31 @@ def grad_input(
     places = _extent(num_places, _PLACES, UNIT_X, ALIGNED)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     is_channel = channel < _extent(num_channels, _CHANNELS, UNIT_X, ALIGNED)
-    factor = _invstd(var, eps, channel, is_channel)
-    scale = factor
-    if weight is not None:
-        scale *= _vector(weight, channel, is_channel)
-    scale = scale[None, :]
+    WIDE: tl.constexpr = x.dtype.element_ty == tl.float64
+    factor, exponent = _invstd(var, exponents, eps, channel, is_channel)
+    share, size = _weighed(factor, exponent, weight, channel, is_channel)
+    after = size * 0
+    if WIDE:  # two factors, since one may be out of range
+        whole = size + exponent_of(share)
+        after = tl.where(share == 0, 0, whole - tl.minimum(tl.maximum(whole, -FAR), FAR))
+    scale = limited(scaled(share, size - after), tl.float64)[None, :]
+    after = power(after)[None, :]
     if sum_dy is not None:
         if count is None:
             divisor = number.to(tl.float64)
         else:
             divisor = _divisor(tl.load(count).to(tl.float64))
         mean_dy = (_vector(sum_dy, channel, is_channel) / divisor)[None, :]
-        slope = _vector(sum_dy_xhat, channel, is_channel) / divisor * factor
         center, rest = _center(hi, lo, channel, is_channel)
+        if WIDE:
+            unit = _units(exponents, channel, is_channel)
+            first = exponent_before(factor, exponent, center, unit, tl.float64)
+            before = power(first)[None, :]
+            center = scaled(center, unit + first)
+            rest = scaled(rest, unit + first)
+            exponent = exponent - first
+        slope = limited(scaled(factor, exponent), tl.float64)
+        slope = _vector(sum_dy_xhat, channel, is_channel) / divisor * slope
         rest = (-rest * slope)[None, :]
         slope = slope[None, :]
         center = center[None, :]
@@ -552,13 +701,17 @@ def grad_input(
             w = tl.load(weights + offset, mask=is_value, other=0).to(tl.float64)[:, None]
         if sum_dy is not None:
             values = tl.load(x + _offset(top, left, x_row, x_place, UNIT_X, ALIGNED) + of_x, mask=mask, other=0)
+            if WIDE:
+                values = values * before
             projection = (values.to(tl.float64) - center) * slope + rest
             if weights is None:
                 gradients = (gradients - mean_dy) - projection
             else:
                 gradients = (gradients - mean_dy * w) - projection * w
         gradients *= scale
+        if WIDE:
+            gradients *= after
         if weights is not None:
             gradients = tl.where(w > 0, gradients, 0.0)
         target = dx + _offset(top, left, dx_row, dx_place, UNIT_DX, ALIGNED)
-        tl.store(target + of_dx, _as(gradients, dx.dtype.element_ty), mask=mask)
+        tl.store(target + of_dx, as_dtype(gradients, dx.dtype.element_ty), mask=mask)

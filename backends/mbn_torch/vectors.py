@@ -4,6 +4,7 @@ It serves the kernels and the formulas alike, so everything here can be traced, 
 order: nothing is written to, and no branch that is not taken turns a derivative into NaN.
 """
 
+import math
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -11,6 +12,11 @@ import torch
 from mbn.contract import Moments
 
 WIDE = torch.float64
+
+FAR, FARTHEST = 400, 1000
+"""Exponents from which on squares may leave the range of float64, and those from which on powers have no inverse."""
+_NARROW_FAR = 100
+"""Exponents from which on products may leave the range of float32."""
 
 
 class Pair(NamedTuple):
@@ -20,28 +26,57 @@ class Pair(NamedTuple):
     lo: torch.Tensor
 
 
-Mean: TypeAlias = Pair | torch.Tensor
+class Scaled(NamedTuple):
+    """Statistics whose range is beyond that of float64: ``values * 2**exponent``, each channel in units of its own."""
+
+    values: "Pair | torch.Tensor"
+    """A mean as a pair, or a variance."""
+    exponent: torch.Tensor
+    """Integers; nearly always 0."""
 
 
-def as_pair(mean: Mean) -> Pair:
+Mean: TypeAlias = Pair | Scaled | torch.Tensor
+Variance: TypeAlias = Scaled | torch.Tensor
+
+
+def as_pair(mean: Pair | torch.Tensor) -> Pair:
     """Return a mean as a pair, whatever form it has."""
     return mean if isinstance(mean, Pair) else Pair(mean.to(WIDE), torch.zeros_like(mean, dtype=WIDE))
 
 
-def parts(statistic: Mean | None) -> tuple[torch.Tensor | None, ...]:
-    """Return the tensors that a mean or variance consists of: none, where it is scaled, as arrays of the host are."""
+def parts(statistic: Mean | Variance | None) -> tuple[torch.Tensor | None, ...]:
+    """Return the tensors that a mean or variance consists of: none, where it is scaled in arrays, as the host's are."""
+    if isinstance(statistic, Scaled):
+        return *parts(statistic.values), statistic.exponent
     if isinstance(statistic, tuple):
         return statistic if isinstance(statistic, Pair) else ()
     return (statistic,)
 
 
-class Line(NamedTuple):
-    """Normalisation as ``(x - center) * scale + shift`` in the dtype that it is computed in; each (C,), or no shift.
+def separate(mean: Mean, var: Variance) -> tuple[torch.Tensor | None, ...]:
+    """Return a mean in two parts, a variance and the exponents of their units; None is none."""
+    exponent = None
+    if isinstance(var, Scaled):
+        (mean, exponent), (var, _) = mean, var
+    return (*mean, var, exponent) if isinstance(mean, Pair) else (mean, None, var, exponent)
 
-    ``x - center`` is exact where x is near the mean, of which the center is all that its dtype holds; the rest of the
-    mean is in the shift.
+
+def in_units(
+    hi: torch.Tensor, lo: torch.Tensor, var: torch.Tensor, exponent: torch.Tensor | None
+) -> tuple[Mean, Variance]:
+    """Return what ``separate`` makes these of; m2 is a variance here."""
+    mean = Pair(hi, lo)
+    return (mean, var) if exponent is None else (Scaled(mean, exponent), Scaled(var, 2 * exponent))
+
+
+class Line(NamedTuple):
+    """Normalisation as ``(x * before - center) * scale + shift`` in the dtype that it is computed in; each (C,).
+
+    The difference is exact where x is near the mean, of which the center is all that its dtype holds; the rest of the
+    mean is in the shift. There may be no shift. ``before`` is a power of two, nearly always 1.
     """
 
+    before: torch.Tensor
     center: torch.Tensor
     scale: torch.Tensor
     shift: torch.Tensor | None
@@ -49,24 +84,101 @@ class Line(NamedTuple):
 
 def line(
     mean: Mean,
-    var: torch.Tensor,
+    var: Variance,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     eps: float,
     dtype: torch.dtype,
 ) -> Line:
     """Return how to normalise in ``dtype``."""
-    scale = invstd(var, eps)
-    if weight is not None:
-        scale = scale * weight
-    if not isinstance(mean, Pair) and mean.dtype == dtype:  # nothing of it is lost
-        return Line(mean, scale.to(dtype), None if bias is None else bias.to(dtype))
-    hi, lo = as_pair(mean)
-    center = (hi + lo).to(dtype)
-    shift = (center - hi - lo) * scale
+    hi, lo, var, unit = separate(mean, var)
+    unit = 0 if unit is None else unit
+    number, exponent = weighed(*spread(var, unit, eps), weight)
+    center = limited(hi if lo is None else hi + lo, dtype)
+    before = exponent_before(number, exponent, center, unit, dtype)
+    shift = None
+    if lo is not None or hi.dtype != dtype:  # something of it is lost
+        wide = center.to(WIDE)
+        shift = scaled((wide - hi - (0 if lo is None else lo)) * number, exponent + unit)
+        shift = shift.masked_fill(number == 0, 0)
     if bias is not None:
-        shift = shift + bias
-    return Line(center, scale.to(dtype), shift.to(dtype))
+        shift = bias if shift is None else shift + bias
+    return Line(
+        power(before).masked_fill(number == 0, 0).to(dtype),
+        scaled(center.to(WIDE), before + unit).masked_fill(number == 0, 0).to(dtype),
+        limited(scaled(number, exponent - before), dtype),
+        None if shift is None else shift.to(dtype),
+    )
+
+
+def spread(var: torch.Tensor, unit: torch.Tensor | int, eps: float) -> tuple[torch.Tensor, torch.Tensor | int]:
+    """Return 1 / sqrt(var + eps) as a number and an exponent; var is in the square of a unit, whose own is given."""
+    if isinstance(unit, int):
+        return invstd(var, eps), 0
+    # In units in which neither is beyond float64.
+    common = unit.clamp(min=max(math.frexp(eps)[1] // 2, -FARTHEST)).where(unit != 0, 0) if eps > 0 else unit
+    little = scaled(scaled(torch.full_like(var, eps), -common), -common)
+    return invstd(scaled(var, 2 * (unit - common)), little), -common
+
+
+def weighed(
+    number: torch.Tensor, exponent: torch.Tensor | int, weight: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a number with its exponent times a weight, which neither of them can take out of range."""
+    own = exponent_of(number)
+    number, exponent = scaled(number, -own), own + exponent
+    if weight is not None:
+        weight = weight.to(WIDE)
+        other = exponent_of(weight)
+        number, exponent = number * scaled(weight, -other), exponent + other
+    return number, exponent
+
+
+def exponent_before(
+    number: torch.Tensor,
+    exponent: torch.Tensor | int,
+    center: torch.Tensor,
+    unit: torch.Tensor | int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Return the exponent of the power of two by which values, and a center in units, are multiplied at first.
+
+    It is 0 unless the difference of the two, or its product with the scale, ``number * 2**exponent``, might leave the
+    range of the dtype.
+    """
+    far, top, least = (FAR, 1024, -1022) if dtype == WIDE else (_NARROW_FAR, 128, -149)
+    size, other = exponent_of(number) + exponent, exponent_of(center.to(WIDE)) + unit
+    is_near = (other < far) & (size.abs() <= far) & (unit == 0)
+    return torch.minimum(size, top - 8 - other).clamp(least, top - 1).masked_fill(is_near, 0)
+
+
+def exponent_of(values: torch.Tensor) -> torch.Tensor:
+    """Return the exponents of numbers in float64, or the least that has an inverse."""
+    return (((values.detach().view(torch.int64) >> 52) & 0x7FF) - 1023).clamp(-FARTHEST, 1023)
+
+
+def power(exponent: torch.Tensor) -> torch.Tensor:
+    """Return powers of two in float64, subnormal ones included."""
+    half = exponent >> 1
+    return _ordinary_power(half) * _ordinary_power(exponent - half)
+
+
+def scaled(values: torch.Tensor, exponent: torch.Tensor | int) -> torch.Tensor:
+    """Return numbers in float64 times powers of two, which may be out of range."""
+    if isinstance(exponent, int):
+        return values * 2.0**exponent
+    half = exponent >> 1
+    return values * _ordinary_power(half) * _ordinary_power(exponent - half)
+
+
+def _ordinary_power(exponent: torch.Tensor) -> torch.Tensor:
+    return ((exponent.to(torch.int64).clamp(-1022, 1023) + 1023) << 52).view(WIDE)
+
+
+def limited(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return values in a dtype; those that are beyond it are its largest, so that 0 times them is 0."""
+    most = torch.finfo(dtype).max
+    return values.clamp(-most, most).to(dtype)
 
 
 def divisor(count: Any) -> Any:
@@ -74,11 +186,11 @@ def divisor(count: Any) -> Any:
     return count.masked_fill(count == 0, 1) if isinstance(count, torch.Tensor) else count
 
 
-def invstd(var: torch.Tensor, eps: float) -> torch.Tensor:
+def invstd(var: torch.Tensor, eps: float | torch.Tensor) -> torch.Tensor:
     """Return 1 / sqrt(var + eps), and 0 with derivatives of 0 where var + eps is 0."""
-    spread = var.to(WIDE) + eps
-    is_zero = spread == 0
-    return spread.masked_fill(is_zero, 1).sqrt().reciprocal().masked_fill(is_zero, 0)
+    total = var.to(WIDE) + eps
+    is_zero = total == 0
+    return total.masked_fill(is_zero, 1).sqrt().reciprocal().masked_fill(is_zero, 0)
 
 
 def merge(first: Moments, second: Moments) -> Moments:
@@ -87,6 +199,8 @@ def merge(first: Moments, second: Moments) -> Moments:
     Source: Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances, 1979,
     equations 2.1.
     """
+    if isinstance(first.m2, Scaled) or isinstance(second.m2, Scaled):
+        return _merge_scaled(first, second)
     (count, (hi, lo), m2), (more, (other_hi, other_lo), more_m2) = first, second
     total = count + more
     share = more / divisor(total)
@@ -97,9 +211,35 @@ def merge(first: Moments, second: Moments) -> Moments:
     return Moments(total, Pair(mean, rest), m2 + (more_m2 + difference * difference * (count * share)))
 
 
-def variance(moments: Moments, correction: int) -> torch.Tensor:
+def _merge_scaled(first: Moments, second: Moments) -> Moments:
+    """Do what ``merge`` does in units in which no value is large or all are small."""
+    sizes, parts = [], []
+    for count, mean, m2 in (first, second):
+        pair, exponent = mean if isinstance(mean, Scaled) else (mean, torch.zeros_like(mean.hi, dtype=torch.int64))
+        squares = m2.values if isinstance(m2, Scaled) else m2
+        size = torch.maximum(pair.hi.abs(), (squares / divisor(count)).sqrt())
+        sizes.append((exponent_of(size) + exponent).masked_fill(size == 0, -FARTHEST))
+        parts.append((count, pair, squares, exponent))
+    unit = torch.maximum(*sizes).clamp(-FARTHEST, FARTHEST)
+    unit = unit.masked_fill(unit.abs() <= FAR, 0)
+    total, mean, m2 = merge(
+        *(
+            Moments(
+                count,
+                Pair(*(scaled(part, exponent - unit) for part in pair)),
+                scaled(squares, 2 * (exponent - unit)),
+            )
+            for count, pair, squares, exponent in parts
+        )
+    )
+    return Moments(total, *in_units(*mean, m2, unit))
+
+
+def variance(moments: Moments, correction: int) -> Variance:
     """Return m2 / (count - correction), and 0 where weights add up to less."""
     _, _, m2 = moments
+    if isinstance(m2, Scaled):
+        return Scaled(variance(moments._replace(m2=m2.values), correction), m2.exponent)
     excess = moments.count - correction
     if not isinstance(excess, torch.Tensor):
         return m2 / excess
@@ -107,14 +247,18 @@ def variance(moments: Moments, correction: int) -> torch.Tensor:
     return (m2 / excess.masked_fill(is_missing, 1)).masked_fill(is_missing, 0)
 
 
-def lerp(start: torch.Tensor, end: Mean, weight: float | torch.Tensor) -> torch.Tensor:
+def lerp(start: torch.Tensor, end: Mean | Variance, weight: float | torch.Tensor) -> torch.Tensor:
     """Return (1 - weight) * start + weight * end, computed in float64 and rounded once to the dtype of start.
 
     Statistics are no function of x to autograd: through them, each batch would hold on to the graphs of all before.
     """
     start = start.detach()
+    end, exponent = end if isinstance(end, Scaled) else (end, 0)
     end = end.hi.detach() + end.lo.detach() if isinstance(end, Pair) else end.detach()
-    moved = ((1 - weight) * start.to(WIDE) + weight * end).to(start.dtype)
+    share = weight * end
+    if not isinstance(exponent, int):
+        share = scaled(share, exponent)
+    moved = ((1 - weight) * start.to(WIDE) + share).to(start.dtype)
     # A batch that does not count leaves no trace, even of values that are not finite.
     if isinstance(weight, torch.Tensor):
         return torch.where(weight == 0, start, moved)

@@ -48,8 +48,8 @@ _launch = interpreter.GridExecutor.__call__
 
 
 def _alone(self, *args, **kwargs):
-    """Launch a kernel while no other thread does, which is all that the interpreter can bear."""
-    with _lock:
+    """Launch a kernel while no other thread does, as the interpreter has to, and warn of nothing, as a GPU."""
+    with _lock, np.errstate(all="ignore"):
         return _launch(self, *args, **kwargs)
 
 

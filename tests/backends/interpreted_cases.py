@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from interpreted import cuda
-from torch_samples import draw_weights, relative_error, sample
+from torch_samples import POWERS, assert_size_changes_nothing, draw_weights, relative_error, sample
 
 import mbn
 from mbn_torch import autograd, kernels, tiles, triton_kernels
+from mbn_torch.vectors import scaled, separate
 
 BOUNDS = {torch.float16: 6e-4, torch.bfloat16: 5e-3, torch.float32: 1.2e-7, torch.float64: 1e-14}
 """Of outputs and gradients of x, relative to the largest: a rounding, where two results fall on two sides."""
@@ -51,11 +52,12 @@ def results(verbs, x, dy, weights, *, eps=1e-5):
     sums = verbs.grad_sums(dy, x, moments.mean, var, eps, weights)
     dx = verbs.grad_input(dy, x, moments.mean, var, weight, eps, sums, count, weights)
     constant = verbs.grad_input(dy, x, bias, weight.abs(), weight, eps, None, None, weights)
-    hi, lo = moments.mean
+    hi, lo, m2, unit = separate(moments.mean, moments.m2)
+    unit = 0 if unit is None else unit
     return {
         "count": torch.as_tensor(count, dtype=torch.float64),
-        "mean": hi + lo,
-        "m2": moments.m2,
+        "mean": scaled(hi + lo, unit),
+        "m2": scaled(m2, 2 * unit),
         "y": y,
         "evaluated": evaluated,
         "sum of dy": sums[0],
@@ -133,6 +135,21 @@ def test_programs_that_share_more_tiles_than_there_are(monkeypatch):
     tiles._tiling.cache_clear()
 
 
+@pytest.mark.parametrize(("dtype", "power"), POWERS)
+def test_no_values_are_too_large_or_too_small(dtype, power):
+    assert_size_changes_nothing(dtype, power)
+
+
+def test_statistics_in_float64_of_narrower_values():
+    x = sample(200, 4)
+    x[0] = 1e6
+    bn, wide = (mbn.BatchNorm1d(4, dtype="float64", momentum=1.0, backend="torch") for _ in range(2))
+    bn(x)
+    wide(x.double())
+    assert relative_error(bn.running_mean, wide.running_mean) < 8e-16
+    assert relative_error(bn.running_var, wide.running_var) < 8e-16
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_squares_neither_overflow_nor_vanish(scale):
     x = (torch.randn((64, 3), generator=torch.Generator().manual_seed(0)).clamp(-1, 1) * scale).requires_grad_()
@@ -194,20 +211,26 @@ def test_all_that_is_needed(monkeypatch):
 PLANTED = {  # None of them writes where it must not, which would end the process.
     "places beyond the last": ("mask = is_value[:, :, None] &", "mask = (is_value | True)[:, :, None] &"),
     "no shift": (
-        "other=first[None, None, :]).to(tl.float64) - start[None, None, :]",
-        "other=first[None, None, :]).to(tl.float64)",
+        "d = values - start[None, None, :]",
+        "d = values",
     ),
     "another shift in the end": ("hi = tl.load(x + channel * x_channel", "hi = tl.load(x + channel // 2 * x_channel"),
     "no value for those that are not there": ("other=first[None, None, :]", "other=0"),
     "tiles of one program twice": ("range(tl.program_id(1), tiles,", "range(0, tiles,"),
     "partial sums twice": ("first + tl.arange(0, PROGRAMS)", "first + tl.arange(0, PROGRAMS) // 2"),
     "partial sums left out": ("for first in range(0, programs", "for first in range(PROGRAMS, programs"),
+    "the power of two before the mean": ("values.to(COMPUTE) * before", "values.to(COMPUTE)"),
+    "the power of two before deviations": ("d = values * before - center", "d = values - center"),
+    "the power of two after gradients": ("gradients *= after", "gradients *= 1"),
+    "units": ("values * factor[None, None, :] - start[None, None, :]", "values - start[None, None, :]"),
+    "the square of a unit": ("_lerp(running_var, unbiased, 2 * unit", "_lerp(running_var, unbiased, unit"),
+    "the largest of a few": ("largest = tl.maximum(largest, more)", "largest = largest"),
     "values of weight 0 in sums": ("d = tl.where((w > 0)[:, :, None], d, 0.0)", "d = d"),
     "values of weight 0 in sums of gradients": ("gradients = tl.where(keep, gradients, 0.0)", "gradients = gradients"),
     "values of weight 0 in outputs": ("values = tl.where(keep[:, None], values, 0.0)", "values = values"),
     "values of weight 0 in gradients": ("gradients = tl.where(w > 0, gradients, 0.0)", "gradients = gradients"),
     "weights once": ("squares += tl.sum(once * d, 0)", "squares += tl.sum(d * d, 0)"),
-    "the rest of the mean, in outputs": ("(center.to(tl.float64) - mean) - rest) * scale", "center * 0.0) * scale"),
+    "the rest of the mean, in outputs": ("((center - mean) - rest) * number", "(center * 0.0) * number"),
     "the mean of dy": ("(gradients - mean_dy) - projection", "gradients - projection"),
 }
 
@@ -226,6 +249,8 @@ def _everything():
             dy = _within_more(sample(*shape, dtype=dtype, seed=1))
             assert_agreement(x, dy)
             assert_agreement(x, dy, draw_weights("real", shape, dtype))
+    for dtype, power in ((torch.float32, 100), (torch.float64, -600), (torch.float64, 600)):
+        assert_size_changes_nothing(dtype, power)
 
 
 def test_nothing_planted():

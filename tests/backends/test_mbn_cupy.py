@@ -129,6 +129,69 @@ def test_gradient(cupy, shape, dtype, is_weighted):
     assert not dx.get()[hidden].any()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "power"),
+    [
+        *(("float32", power) for power in (-148, -110, 60, 100, 124)),
+        *(("bfloat16", power) for power in (-110, 60, 100, 120)),
+        *(("float64", power) for power in (-1070, -600, -300, 300, 600, 1020)),
+    ],
+)
+def test_no_values_are_too_large_or_too_small(cupy, dtype, power):
+    ones = np.random.default_rng(5).integers(-8, 9, (40, 6)).astype("float64")
+    ones[:, 2] = ones[0, 2]
+    dy = _sample(40, 6, dtype=dtype).astype("float64")
+    bound = {"bfloat16": 8e-3, "float32": 3e-7, "float64": 1e-14}[dtype]
+    expected, statistics, gradients = _of_size(cupy, ones, dy, dtype, 0, 0)
+    for weight_power in (0, power // 2, power):
+        y, actual, (dx, dweight, _) = _of_size(cupy, ones, dy, dtype, power, weight_power)
+        for own, other, times in zip(actual, statistics, (power, 2 * power), strict=True):
+            with np.errstate(over="ignore"):
+                rounded = np.ldexp(other.astype("float64"), times).astype(own.dtype)
+            least = 2 * float(np.finfo(own.dtype).smallest_subnormal)
+            assert own.tolist() == pytest.approx(rounded.tolist(), rel=min(bound, 3e-7), abs=least)
+        if weight_power == 0:
+            np.testing.assert_allclose(y, expected, rtol=bound, atol=bound)
+        if weight_power == power:
+            largest = abs(gradients[0]).max(0)
+            assert (abs(dx - gradients[0]).max(0) <= max(bound, 1e-12) * largest).all()
+        np.testing.assert_allclose(dweight, gradients[1], rtol=3e-7 if dtype != "float64" else 1e-12, atol=1e-12)
+
+
+def _of_size(cupy, ones, dy, dtype, power, weight_power):
+    """Return output, new statistics and gradients of a batch times a power of two."""
+    layer_dtype = "float64" if dtype == "float64" else "float32"
+    bn = mbn.BatchNorm1d(6, eps=0, momentum=1.0, dtype=layer_dtype, backend="cupy")
+    bn.weight = np.ldexp(np.array([1.0, -2, 1, 1, 3, -1]), weight_power)
+    y, pullback = bn.vjp(cupy.asarray(np.ldexp(ones, power).astype(dtype)))
+    gradients = pullback(cupy.asarray(dy.astype(dtype)))
+    statistics = bn.running_mean, bn.running_var
+    return y.get().astype("float64"), [s.get() for s in statistics], [g.get().astype("float64") for g in gradients]
+
+
+def test_statistics_in_float64_of_narrower_values(cupy):
+    x = _sample(200, 4)
+    x[0] = 1e6
+    bn, wide = (mbn.BatchNorm1d(4, dtype="float64", momentum=1.0, backend="cupy") for _ in range(2))
+    bn(cupy.asarray(x))
+    wide(cupy.asarray(x.astype("float64")))
+    np.testing.assert_allclose(bn.running_mean.get(), wide.running_mean.get(), rtol=4e-16)
+    np.testing.assert_allclose(bn.running_var.get(), wide.running_var.get(), rtol=8e-16)
+
+
+def test_merged_statistics_may_be_of_any_size(cupy):
+    for power in (-1060, -600, 600, 1015):
+        x = np.ldexp(np.random.default_rng(5).integers(-8, 9, (60, 3)).astype("float64"), power)
+        ordinary = np.ldexp(x, -power)
+        bn = mbn.BatchNorm1d(3, dtype="float64", backend="cupy")
+        bn.fit([cupy.asarray(x[:20]), cupy.asarray(x[20:30]), cupy.asarray(x[30:])], progress=False)
+        mean = np.ldexp(ordinary.mean(0), power)
+        np.testing.assert_allclose(bn.running_mean.get(), mean, rtol=1e-14, atol=1e-323)
+        with np.errstate(over="ignore"):
+            var = np.ldexp(ordinary.var(0, ddof=1), 2 * power)
+        np.testing.assert_allclose(bn.running_var.get(), var, rtol=1e-14)
+
+
 def test_life_cycle(cupy):
     bn = mbn.BatchNorm1d(3, momentum=None, backend="cupy")
     y = bn(_sample(8, 3))

@@ -1,7 +1,17 @@
 """The kernels in Torch's operations, for tensors that no other kernels take: on all of them, so without a GPU."""
 
+from fractions import Fraction
+
 import pytest
-from torch_samples import KINDS, by_definition, draw_weights, relative_error, sample
+from torch_samples import (
+    KINDS,
+    POWERS,
+    assert_size_changes_nothing,
+    by_definition,
+    draw_weights,
+    relative_error,
+    sample,
+)
 
 import mbn
 
@@ -107,3 +117,20 @@ def test_outputs_are_written_where_they_are_wanted(training, kind):
     out = torch.full((50, 2, 3), torch.nan).mT
     assert mbn.functional.batch_norm(*arguments, sample_weight=weights, out=out).output is out
     assert torch.equal(out, expected.output)
+
+
+@pytest.mark.parametrize(("dtype", "power"), POWERS)
+def test_no_values_are_too_large_or_too_small(dtype, power):
+    assert_size_changes_nothing(dtype, power)
+
+
+def test_one_value_that_dwarfs_the_others():
+    x = torch.ones((145, 69, 18), dtype=torch.float64)
+    x[0, :, 0] = 3.22e6
+    bn = mbn.BatchNorm1d(69, dtype="float64", momentum=1.0, backend="torch")
+    bn(x)
+    n = 145 * 18
+    mean = 1 + (Fraction(3.22e6) - 1) / n
+    var = (Fraction(3.22e6) - 1) ** 2 / n
+    assert relative_error(bn.running_mean, torch.full((69,), float(mean), dtype=torch.float64)) < 4e-16
+    assert relative_error(bn.running_var, torch.full((69,), float(var), dtype=torch.float64)) < 4e-16

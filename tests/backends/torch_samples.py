@@ -100,3 +100,44 @@ COPIES = {
     "torch.save": _saved,
 }
 """Ways to copy a layer or module, by name."""
+
+
+POWERS = [
+    *((torch.float32, power) for power in (-148, -110, 60, 100, 124)),
+    *((torch.float64, power) for power in (-1070, -600, -300, 300, 600, 1020)),
+]
+"""By dtype, powers of two of which small multiples have no more than subnormal, or very large, squares or inverses."""
+
+
+def assert_size_changes_nothing(dtype, power):
+    """Check that a batch times a power of two gives the same but for that power."""
+    generator = torch.Generator().manual_seed(5)
+    ones = torch.randint(-8, 9, (40, 3), generator=generator).to(dtype)
+    ones[:, 2] = ones[0, 2]
+    dy = sample(40, 3, dtype=dtype)
+    bound, gradient_bound = (1e-14, 1e-12) if dtype == torch.float64 else (3e-7, 3e-6)
+    expected, statistics, expected_gradients = _of_size(ones, dy, 0, 0)
+    for weight_power in (0, power // 2, power):
+        y, actual, gradients = _of_size(ones, dy, power, weight_power)
+        for own, other, times in zip(actual, statistics, (power, 2 * power), strict=True):
+            rounded = _times(other.double(), times).to(dtype)
+            least = 2 * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+            assert own.tolist() == pytest.approx(rounded.tolist(), rel=bound, abs=least)
+        if weight_power == 0:
+            assert relative_error(y, expected) < bound
+        if weight_power == power:
+            assert relative_error(gradients[0], expected_gradients[0]) < gradient_bound
+        assert relative_error(gradients[1], expected_gradients[1]) < gradient_bound
+
+
+def _of_size(ones, dy, power, weight_power):
+    bn = mbn.BatchNorm1d(3, eps=0, momentum=1.0, dtype=str(ones.dtype)[6:], backend="torch")
+    bn.weight = _times(torch.tensor([1.0, -2.0, 1.0], dtype=ones.dtype), weight_power)
+    x = _times(ones, power).requires_grad_()
+    y = bn(x)
+    return y.detach(), bn.state[:2], torch.autograd.grad(y, [x, *bn.parameters()], dy)
+
+
+def _times(values, power):
+    half = power // 2
+    return values.detach() * 2.0**half * 2.0 ** (power - half)

@@ -1,5 +1,18 @@
 // Gradients: a pass over x and dy that sums up, and one that writes dx.
 
+// Where deviations of a channel are from, and of float64 the power of two that they are multiplied by.
+struct Origin {
+    double center, before;
+
+    __device__ static Origin of(const Known& known, Index channel, double eps) {
+        const double center = known.mean_of(channel) + known.rest_of(channel);
+        if constexpr (!IS_WIDE) return {center, 1};
+        const int unit = known.unit_of(channel);
+        const int before = exponent_before<double>(known.invstd_of(channel, eps), center, unit);
+        return {scalbn(center, unit + before), power(before)};
+    }
+};
+
 // The sums of dy and of dy times a deviation.
 struct Sums {
     double dy, product;
@@ -12,7 +25,7 @@ struct Sums {
 
 // Add the next items of a thread to the sums of its channels.
 template <int N>
-__device__ __forceinline__ void add_items(Sums (&mine)[CHANNELS], const double (&centers)[CHANNELS], Walk& walk,
+__device__ __forceinline__ void add_items(Sums (&mine)[CHANNELS], const Origin (&origins)[CHANNELS], Walk& walk,
                                           Values& x, Values& dy, Counts& weights) {
     Item xs[N], dys[N];
     Weights own[N];
@@ -35,7 +48,9 @@ __device__ __forceinline__ void add_items(Sums (&mine)[CHANNELS], const double (
                 if (!own[i].counts(place)) continue;
                 const double gradient = dys[i].at(channel, place);
                 mine[channel].dy += gradient;
-                mine[channel].product += gradient * (xs[i].at(channel, place) - centers[channel]);
+                double value = xs[i].at(channel, place);
+                if constexpr (IS_WIDE) value *= origins[channel].before;
+                mine[channel].product += gradient * (value - origins[channel].center);
             }
         }
     }
@@ -48,23 +63,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
               const VALUE* __restrict__ dy, Index dy_row, Index dy_channel, Index dy_place,
               const STATISTIC* __restrict__ weights, Index weights_row, Index weights_place,
               const double* __restrict__ mean, const double* __restrict__ rest, const double* __restrict__ var,
-              const STATISTIC* __restrict__ running_mean, const STATISTIC* __restrict__ running_var,
-              Sums* __restrict__ results) {
+              const int* __restrict__ exponent, const STATISTIC* __restrict__ running_mean,
+              const STATISTIC* __restrict__ running_var, double eps, Sums* __restrict__ results) {
     const Thread at(place_lanes, channel_lanes);
     Walk walk(at, rows, channels, places, share);
     Values values(walk, at.channel, x, x_row, x_channel, x_place);
     Values gradients(walk, at.channel, dy, dy_row, dy_channel, dy_place);
     Counts counts(walk, 0, weights, weights_row, 0, weights_place);
-    const Known known = {mean, rest, var, running_mean, running_var};
-    double centers[CHANNELS] = {};
+    const Known known = {mean, rest, var, exponent, running_mean, running_var};
+    Origin origins[CHANNELS] = {};
     if (walk.left > 0) {
-        for (int i = 0; i < CHANNELS; ++i) {
-            centers[i] = known.mean_of(at.channel + i) + known.rest_of(at.channel + i);
-        }
+        for (int i = 0; i < CHANNELS; ++i) origins[i] = Origin::of(known, at.channel + i, eps);
     }
     Sums mine[CHANNELS] = {};
-    while (walk.left >= UNROLLED) add_items<UNROLLED>(mine, centers, walk, values, gradients, counts);
-    while (walk.left > 0) add_items<1>(mine, centers, walk, values, gradients, counts);
+    while (walk.left >= UNROLLED) add_items<UNROLLED>(mine, origins, walk, values, gradients, counts);
+    while (walk.left > 0) add_items<1>(mine, origins, walk, values, gradients, counts);
     merge_lanes(mine, at);
     store_result(mine, at, channels, results);
 }
@@ -73,22 +86,52 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     merge_sums(Index channel_lanes, Index blocks, Index channels, const Sums* __restrict__ results,
                const double* __restrict__ mean, const double* __restrict__ rest, const double* __restrict__ var,
-               const STATISTIC* __restrict__ running_mean, const STATISTIC* __restrict__ running_var, double eps,
-               double* __restrict__ sum_dy, double* __restrict__ sum_dy_xhat) {
+               const int* __restrict__ exponent, const STATISTIC* __restrict__ running_mean,
+               const STATISTIC* __restrict__ running_var, double eps, double* __restrict__ sum_dy,
+               double* __restrict__ sum_dy_xhat) {
     const Thread at(1, channel_lanes);
     const Index channel = static_cast<Index>(blockIdx.x) * at.columns + at.column;
     const Sums all = merge_blocks(results, blocks, channel, channels, at);
     if (at.lane > 0 || channel >= channels) return;
-    const Known known = {mean, rest, var, running_mean, running_var};
+    const Known known = {mean, rest, var, exponent, running_mean, running_var};
     const double hi = known.mean_of(channel), lo = known.rest_of(channel);
     const double left = (hi - (hi + lo)) + lo;  // of the mean
+    const Scale invstd = known.invstd_of(channel, eps);
+    const int unit = known.unit_of(channel), before = IS_WIDE ? exponent_before<double>(invstd, hi + lo, unit) : 0;
     sum_dy[channel] = all.dy;
-    sum_dy_xhat[channel] = (all.product - left * all.dy) * known.invstd_of(channel, eps);
+    sum_dy_xhat[channel] = (all.product - scalbn(left, unit + before) * all.dy) * invstd.over<double>(before);
 }
 
-// dx = scale * (dy - w * average - w * ((x - center) * slope + left))
+// What gradients are computed in has a range to spare.
+constexpr bool IS_ROOMY = sizeof(Gradient) > sizeof(float) && !IS_WIDE;
+
+// dx = after * scale * (dy - w * average - w * ((x * before - center) * slope + left)), where before and after are
+// powers of two, nearly always 1.
 struct Back {
-    Gradient scale, average, center, slope, left;
+    Gradient after, scale, average, before, center, slope, left;
+
+    // Without sums, mean and variance are constants; n is what they are divided by.
+    __device__ static Back of(const Known& known, Index channel, const STATISTIC* weight, double eps,
+                              const double* sum_dy, const double* sum_dy_xhat, double n) {
+        const Scale invstd = known.invstd_of(channel, eps);
+        const Scale scale = weight ? invstd.times(weight[channel]) : invstd;
+        const int size = scale.size(), most = IS_ROOMY ? FARTHEST : Range<Gradient>::FAR;
+        const int after = clamped(size - clamped(size, -most, most), Range<Gradient>::BOTTOM, Range<Gradient>::TOP - 1);
+        Back back = {};
+        back.after = static_cast<Gradient>(power(after));
+        back.scale = scale.over<Gradient>(after);
+        if (!sum_dy) return back;
+        const double hi = known.mean_of(channel), lo = known.rest_of(channel);
+        const Gradient center = static_cast<Gradient>(hi + lo);
+        const int unit = known.unit_of(channel), before = exponent_before<Gradient>(invstd, center, unit);
+        const double slope = sum_dy_xhat[channel] / n * invstd.over<double>(before);
+        back.average = static_cast<Gradient>(sum_dy[channel] / n);
+        back.before = static_cast<Gradient>(power(before));
+        back.center = static_cast<Gradient>(scalbn(static_cast<double>(center), unit + before));
+        back.slope = static_cast<Gradient>(slope);
+        back.left = static_cast<Gradient>(scalbn((center - hi) - lo, unit + before) * slope);
+        return back;
+    }
 };
 
 // Write the gradients of the next items of a thread.
@@ -121,9 +164,11 @@ __device__ __forceinline__ void grad_items(const Back (&backs)[CHANNELS], bool i
                     const Gradient w = own[i].at(place);
                     // A large mean of dy goes first: what is left keeps its digits.
                     gradient -= w * back.average;
-                    gradient -= w * ((xs[i].at(channel, place) - back.center) * back.slope + back.left);
+                    gradient -= w * ((xs[i].at(channel, place) * back.before - back.center) * back.slope + back.left);
                 }
-                narrow(own[i].counts(place) ? gradient * back.scale : 0, result.values[channel * PLACES + place]);
+                gradient *= back.scale;
+                if constexpr (!IS_ROOMY) gradient *= back.after;
+                narrow(own[i].counts(place) ? gradient : 0, result.values[channel * PLACES + place]);
             }
         }
         dx.store(result);
@@ -131,7 +176,6 @@ __device__ __forceinline__ void grad_items(const Back (&backs)[CHANNELS], bool i
     }
 }
 
-// Without sums, mean and variance are constants.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     grad_input(Index place_lanes, Index channel_lanes, Index share, Index rows, Index channels, Index places,
                const VALUE* __restrict__ x, Index x_row, Index x_channel, Index x_place,
@@ -139,29 +183,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                VALUE* __restrict__ dx, Index dx_row, Index dx_channel, Index dx_place,
                const STATISTIC* __restrict__ weights, Index weights_row, Index weights_place,
                const double* __restrict__ mean, const double* __restrict__ rest, const double* __restrict__ var,
-               const STATISTIC* __restrict__ running_mean, const STATISTIC* __restrict__ running_var,
-               const STATISTIC* __restrict__ weight, double eps, const double* __restrict__ sum_dy,
+               const int* __restrict__ exponent, const STATISTIC* __restrict__ running_mean,
+               const STATISTIC* __restrict__ running_var, const STATISTIC* __restrict__ weight, double eps,
+               const double* __restrict__ sum_dy,
                const double* __restrict__ sum_dy_xhat, double count, const double* __restrict__ weighted_count) {
     const Thread at(place_lanes, channel_lanes);
     __shared__ Back backs[CHANNEL_LANES * CHANNELS];
-    const Known known = {mean, rest, var, running_mean, running_var};
+    const Known known = {mean, rest, var, exponent, running_mean, running_var};
+    double n = weighted_count ? *weighted_count : count;
+    if (n == 0) n = 1;  // the sums are 0 too
     for (int i = threadIdx.x; i < at.columns * CHANNELS; i += blockDim.x) {
         const Index channel = static_cast<Index>(blockIdx.x) * at.columns * CHANNELS + i;
-        if (channel >= channels) continue;
-        const double invstd = known.invstd_of(channel, eps);
-        const double scale = weight ? invstd * weight[channel] : invstd;
-        double average = 0, slope = 0, left = 0;
-        const double hi = known.mean_of(channel), lo = known.rest_of(channel);
-        const Gradient center = static_cast<Gradient>(hi + lo);
-        if (sum_dy) {
-            double n = weighted_count ? *weighted_count : count;
-            if (n == 0) n = 1;  // the sums are 0 too
-            average = sum_dy[channel] / n;
-            slope = sum_dy_xhat[channel] / n * invstd;
-            left = ((center - hi) - lo) * slope;
-        }
-        backs[i] = {static_cast<Gradient>(scale), static_cast<Gradient>(average), center, static_cast<Gradient>(slope),
-                    static_cast<Gradient>(left)};
+        if (channel < channels) backs[i] = Back::of(known, channel, weight, eps, sum_dy, sum_dy_xhat, n);
     }
     __syncthreads();
     Walk walk(at, rows, channels, places, share);

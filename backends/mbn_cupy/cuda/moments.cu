@@ -1,7 +1,27 @@
 // Count, mean and m2 of channels, and the step of the running statistics: one pass over x, and what is left of it.
 
+// Statistics in float64 of float64, or of what a layer in float64 has to know as well.
+constexpr bool IS_EXACT = IS_WIDE || sizeof(STATISTIC) == sizeof(double);
+
+// Of float64, the exponent of the unit that mean and rest are in; m2 is in its square.
+template <bool>
+struct Unit {
+    static constexpr int exponent = 0;
+    __device__ void set(int) {}
+};
+template <>
+struct Unit<true> {
+    int exponent;
+    __device__ void set(int next) { exponent = next; }
+};
+
+// Return the exponent of a unit in which sizes of an exponent are ordinary.
+__device__ __forceinline__ int unit_of(int size) {
+    return size > Range<double>::FAR || size < -Range<double>::FAR ? size : 0;
+}
+
 // Count, mean (as mean + rest) and sum of squared deviations of some values.
-struct Moments {
+struct Moments : Unit<IS_WIDE> {
     double count, mean, rest, m2;
 
     __device__ __forceinline__ double share_of(double more) const { return more / (count + more); }
@@ -14,19 +34,48 @@ struct Moments {
             *this = other;
             return;
         }
+        if constexpr (IS_WIDE) {
+            if (exponent != 0 || other.exponent != 0 || is_far(other.mean - mean)) {
+                const int one = size(), another = other.size();
+                const int common = unit_of(one > another ? one : another);
+                Moments theirs = other;
+                theirs.set_exponent(common);
+                set_exponent(common);
+                add(theirs, share);
+                return;
+            }
+        }
+        add(other, share);
+    }
+    __device__ __forceinline__ void merge(const Moments& other) { merge(other, share_of(other.count)); }
+
+    __device__ __forceinline__ void add(const Moments& other, double share) {
         const double difference = (other.mean - mean) + (other.rest - rest);
         m2 += other.m2 + difference * difference * (count * share);
         set_mean(mean, rest + difference * share);
         count += other.count;
     }
-    __device__ __forceinline__ void merge(const Moments& other) { merge(other, share_of(other.count)); }
 
-    // Set the mean to a sum, and the rest to what rounding takes off it. Of narrower values float64 holds all there is.
+    // The exponent of the largest value, about; where it is not far from 1, units are 1.
+    __device__ int size() const {
+        const double spread = sqrt(m2 / count), largest = fabs(mean) > spread ? fabs(mean) : spread;
+        return largest == 0 ? -FARTHEST : clamped(exponent_of(largest) + exponent, -FARTHEST, FARTHEST);
+    }
+    __device__ void set_exponent(int next) {
+        const int change = exponent - next;
+        mean = scalbn(mean, change);
+        rest = scalbn(rest, change);
+        m2 = scalbn(m2, 2 * change);
+        set(next);
+    }
+
+    // Set the mean to a sum, and the rest to what rounding takes off it. Of narrower values float64 holds all that
+    // statistics in float32 need.
     // Source: Knuth, The Art of Computer Programming, volume 2, section 4.2.2, theorem B.
     __device__ __forceinline__ void set_mean(double a, double b) {
         mean = a + b;
         const double b_part = mean - a, a_part = mean - b_part;
-        rest = IS_WIDE ? (a - a_part) + (b - b_part) : 0;
+        rest = IS_EXACT ? (a - a_part) + (b - b_part) : 0;
     }
 };
 
@@ -48,19 +97,30 @@ struct Run {
     // float64 has to spare for narrower values, but wide ones are gone through again, around their mean.
     // Source: Chan, Golub and LeVeque, Algorithms for Computing the Sample Variance, 1983, equation 1.7.
     __device__ __forceinline__ Moments moments(int channel, double count) const {
-        double center = 0;  // the first value that counts
+        double center = 0, before = 1;  // the first value that counts
 #pragma unroll
         for (int i = N * PLACES - 1; i >= 0; --i) {
             if (counts(i)) center = at(channel, i);
         }
         double total, squares;
-        sum_around(center, channel, total, squares);
+        Moments result = {};
         if constexpr (IS_WIDE) {
+            const double largest = sum_around(center, before, channel, total, squares);
+            if (is_far(largest)) {
+                const int size = largest > Range<double>::MOST ? FARTHEST : exponent_of(largest);
+                result.set(clamped(size, -FARTHEST, FARTHEST));
+                before = power(-result.exponent);
+                center *= before;
+                sum_around(center, before, channel, total, squares);
+            }
             center += total / count;
-            sum_around(center, channel, total, squares);
+        }
+        sum_around(center, before, channel, total, squares);
+        if constexpr (IS_EXACT && !IS_WIDE) {
+            center += total / count;
+            sum_around(center, before, channel, total, squares);
         }
         const double error = total / count;
-        Moments result;
         result.count = count;
         result.m2 = squares - total * error;
         result.set_mean(center, error);
@@ -68,16 +128,23 @@ struct Run {
     }
 
    private:
-    __device__ __forceinline__ void sum_around(double center, int channel, double& total, double& squares) const {
+    // Return the largest deviation, too, times before.
+    __device__ __forceinline__ double sum_around(double center, double before, int channel, double& total,
+                                                 double& squares) const {
+        double largest = 0;
         total = squares = 0;
 #pragma unroll
         for (int i = 0; i < N * PLACES; ++i) {
             if (!counts(i)) continue;
-            const double deviation = at(channel, i) - center;
+            double value = at(channel, i);
+            if constexpr (IS_WIDE) value *= before;
+            const double deviation = value - center;
+            if constexpr (IS_WIDE) largest = fmax(largest, fabs(deviation));
             const double once = weights[i / PLACES].at(i % PLACES) * deviation;
             total += once;
             squares += once * deviation;
         }
+        return largest;
     }
 
     __device__ __forceinline__ bool counts(int i) const { return weights[i / PLACES].counts(i % PLACES); }
@@ -124,7 +191,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     merge_moments(Index channel_lanes, Index blocks, Index channels, const Moments* __restrict__ results,
                   double* __restrict__ count, double* __restrict__ mean, double* __restrict__ rest,
-                  double* __restrict__ m2) {
+                  double* __restrict__ m2, int* __restrict__ exponent) {
     const Thread at(1, channel_lanes);
     const Index channel = static_cast<Index>(blockIdx.x) * at.columns + at.column;
     const Moments all = merge_blocks(results, blocks, channel, channels, at);
@@ -133,6 +200,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     mean[channel] = all.mean;
     rest[channel] = all.rest;
     m2[channel] = all.m2;
+    if (exponent) exponent[channel] = all.exponent;
 }
 
 __device__ __forceinline__ double variance(const Moments& moments, double correction) {
@@ -140,9 +208,10 @@ __device__ __forceinline__ double variance(const Moments& moments, double correc
     return left > 0 ? moments.m2 / left : 0;
 }
 
-// Return the start moved towards the end by a share of the way; all of it where the share is 0, whatever the end is.
-__device__ __forceinline__ STATISTIC lerp(STATISTIC start, double end, double share) {
-    return share == 0 ? start : static_cast<STATISTIC>((1 - share) * start + share * end);
+// Return the start moved towards the end, in units of 2**exponent, by a share of the way; all of it where the share is
+// 0, whatever the end is.
+__device__ __forceinline__ STATISTIC lerp(STATISTIC start, double end, int exponent, double share) {
+    return share == 0 ? start : static_cast<STATISTIC>((1 - share) * start + scalbn(share * end, exponent));
 }
 
 // A count of batches after one more: at the largest integer it stays.
@@ -153,8 +222,8 @@ __device__ Index counted(Index batches) { return batches == 0x7fffffffffffffffLL
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     merge_batch(Index channel_lanes, Index blocks, Index channels, const Moments* __restrict__ results,
                 double* __restrict__ count, double* __restrict__ mean, double* __restrict__ rest,
-                double* __restrict__ var, double correction, double momentum, Index cumulative,
-                const Index* __restrict__ batches, Index* __restrict__ new_batches,
+                double* __restrict__ var, int* __restrict__ exponent, double correction, double momentum,
+                Index cumulative, const Index* __restrict__ batches, Index* __restrict__ new_batches,
                 const STATISTIC* __restrict__ running_mean, STATISTIC* __restrict__ new_mean,
                 const STATISTIC* __restrict__ running_var, STATISTIC* __restrict__ new_var) {
     const Thread at(1, channel_lanes);
@@ -164,12 +233,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     mean[channel] = all.mean;
     rest[channel] = all.rest;
     var[channel] = variance(all, 0);
+    if (exponent) exponent[channel] = all.exponent;
     if (count && channel == 0) *count = all.count;
     if (batches && channel == 0) *new_batches = counted(*batches);
     if (running_mean) {
         double step = cumulative ? 1 / static_cast<double>(counted(*batches)) : momentum;
         if (WEIGHTED && all.count <= correction) step = 0;
-        new_mean[channel] = lerp(running_mean[channel], all.mean + all.rest, step);
-        new_var[channel] = lerp(running_var[channel], variance(all, correction), step);
+        new_mean[channel] = lerp(running_mean[channel], all.mean + all.rest, all.exponent, step);
+        new_var[channel] = lerp(running_var[channel], variance(all, correction), 2 * all.exponent, step);
     }
 }

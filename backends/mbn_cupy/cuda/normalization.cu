@@ -1,9 +1,25 @@
 // Normalisation: one pass over x, which writes y.
 
-// y = (x - center) * scale + shift. The center is all of the mean that fits its dtype, so x - center is exact where x
-// is near the mean; the rest of the mean goes into the shift.
+// y = (x * before - center) * scale + shift. The center is all of the mean that fits its dtype, so the difference is
+// exact where x is near the mean; the rest of the mean goes into the shift. Before is a power of two, nearly always 1.
 struct Line {
-    Output center, scale, shift;
+    Output before, center, scale, shift;
+
+    __device__ static Line of(const Known& known, Index channel, const STATISTIC* weight, const STATISTIC* bias,
+                              double eps) {
+        Scale scale = known.invstd_of(channel, eps);
+        if (weight) scale = scale.times(weight[channel]);
+        const int unit = known.unit_of(channel);
+        const double hi = known.mean_of(channel), lo = known.rest_of(channel);
+        const Output center = static_cast<Output>(clamped(hi + lo, Range<Output>::MOST));
+        const double own = bias ? static_cast<double>(bias[channel]) : 0;
+        if (scale.number == 0) return {0, 0, 0, static_cast<Output>(own)};
+        const double shift = scalbn((center - hi - lo) * scale.number, scale.exponent + unit) + own;
+        const int before = exponent_before<Output>(scale, center, unit);
+        const double origin = scalbn(static_cast<double>(center), unit + before);
+        return {static_cast<Output>(power(before)), static_cast<Output>(origin),
+                scale.over<Output>(before), static_cast<Output>(shift)};
+    }
 };
 
 // Normalise the next items of a thread.
@@ -29,7 +45,8 @@ __device__ __forceinline__ void normalize_items(const Line (&lines)[CHANNELS], W
 #pragma unroll
             for (int place = 0; place < PLACES; ++place) {
                 const Line& line = lines[channel];
-                const Output value = (items[i].at(channel, place) - line.center) * line.scale + line.shift;
+                const Output deviation = items[i].at(channel, place) * line.before - line.center;
+                const Output value = deviation * line.scale + line.shift;
                 narrow(own[i].counts(place) ? value : 0, result.values[channel * PLACES + place]);
             }
         }
@@ -43,20 +60,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
               const VALUE* x, Index x_row, Index x_channel, Index x_place,  // y may be x: nothing is restricted
               VALUE* y, Index y_row, Index y_channel, Index y_place,
               const STATISTIC* weights, Index weights_row, Index weights_place, const double* mean, const double* rest,
-              const double* var, const STATISTIC* running_mean, const STATISTIC* running_var, const STATISTIC* weight,
-              const STATISTIC* bias, double eps) {
+              const double* var, const int* exponent, const STATISTIC* running_mean, const STATISTIC* running_var,
+              const STATISTIC* weight, const STATISTIC* bias, double eps) {
     const Thread at(place_lanes, channel_lanes);
     __shared__ Line lines[CHANNEL_LANES * CHANNELS];
-    const Known known = {mean, rest, var, running_mean, running_var};
+    const Known known = {mean, rest, var, exponent, running_mean, running_var};
     for (int i = threadIdx.x; i < at.columns * CHANNELS; i += blockDim.x) {
         const Index channel = static_cast<Index>(blockIdx.x) * at.columns * CHANNELS + i;
-        if (channel >= channels) continue;
-        double scale = known.invstd_of(channel, eps);
-        if (weight) scale *= weight[channel];
-        const double hi = known.mean_of(channel), lo = known.rest_of(channel);
-        const Output center = static_cast<Output>(hi + lo);
-        const double shift = (center - hi - lo) * scale + (bias ? static_cast<double>(bias[channel]) : 0);
-        lines[i] = {center, static_cast<Output>(scale), static_cast<Output>(shift)};
+        if (channel < channels) lines[i] = Line::of(known, channel, weight, bias, eps);
     }
     __syncthreads();
     Walk walk(at, rows, channels, places, share);

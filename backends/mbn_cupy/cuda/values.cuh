@@ -34,6 +34,38 @@ struct Precision<float64> {
 using Output = typename Precision<VALUE>::Output;
 using Gradient = typename Precision<VALUE>::Gradient;
 
+// Powers of two. Numbers have them beside them where they might leave the range of their dtype.
+
+template <typename T>
+struct Range {
+    static constexpr int TOP = 128, BOTTOM = -149, FAR = 100;
+    static constexpr double MOST = 3.4028234663852886e38;
+};
+template <>
+struct Range<double> {
+    static constexpr int TOP = 1024, BOTTOM = -1074, FAR = 400;  // squares of what is not FAR are well within
+    static constexpr double MOST = 1.7976931348623157e308;
+};
+constexpr int FARTHEST = 1000;  // of an exponent whose power of two has an inverse
+
+__device__ __forceinline__ int clamped(int number, int least, int most) {
+    return number < least ? least : number > most ? most : number;
+}
+__device__ __forceinline__ double clamped(double number, double most) {  // NaN stays
+    return number < -most ? -most : number > most ? most : number;
+}
+__device__ __forceinline__ double power(int exponent) { return scalbn(1.0, exponent); }
+// The exponent of a number, and 0 of those that have none.
+__device__ __forceinline__ int exponent_of(double number) {
+    const double size = fabs(number);
+    return size > 0 && size <= Range<double>::MOST ? ilogb(number) : 0;
+}
+// Whether squares of a deviation may leave the range of float64.
+__device__ __forceinline__ bool is_far(double deviation) {
+    const double size = fabs(deviation);
+    return !(size == 0 || (size >= 3.8725919148493183e-121 && size <= 2.5822498780869086e120));  // 2**-400 and 2**400
+}
+
 // From values to numbers, and back with one rounding.
 
 __device__ __forceinline__ double widen(float64 value) { return value; }

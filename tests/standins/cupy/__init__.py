@@ -83,6 +83,26 @@ def where(condition, x, y):
     return call(np.where, condition, x, y)
 
 
+def sqrt(x):
+    return call(np.sqrt, x)
+
+
+def maximum(x, y):
+    return call(np.maximum, x, y)
+
+
+def minimum(x, y):
+    return call(np.minimum, x, y)
+
+
+def frexp(x):
+    return tuple(call(lambda values, part=part: np.frexp(values)[part], x) for part in (0, 1))
+
+
+def ldexp(x, exponent):
+    return call(np.ldexp, x, exponent)
+
+
 def may_share_memory(a, b):
     return np.may_share_memory(a._host, b._host)
 

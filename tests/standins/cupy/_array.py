@@ -125,6 +125,7 @@ for _name, _ufunc in {
 }.items():
     setattr(ndarray, f"__{_name}__", _operator(_ufunc))
 ndarray.__neg__ = lambda self: call(np.negative, self)
+ndarray.__abs__ = lambda self: call(np.abs, self)
 
 
 def unwritten(shape, dtype, strides=None):
