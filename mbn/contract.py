@@ -179,7 +179,7 @@ class Backend(ABC):
 
     @abstractmethod
     def asarray(self, x: Any, dtype: str | None = None, device: Any = None) -> Array:
-        """Bring an own array or host data (a NumPy array, nested lists) to this framework.
+        """Bring an own array or host data (a NumPy array, nested lists, a number) to this framework.
 
         It may share memory with ``x``. ``"int64"`` may become int32 where the framework has no 64-bit integers.
 

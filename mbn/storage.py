@@ -171,9 +171,9 @@ class Storage:
         """Set the weight to 1 and the bias to 0, and reset the running statistics."""
         parameters = {}
         if self.affine:
-            parameters["weight"] = self._own("weight", np.ones(self._channels()))
+            parameters["weight"] = self._constant([1.0] * self._channels())
         if self.affine and self._has_bias:
-            parameters["bias"] = self._own("bias", np.zeros(self._channels()))
+            parameters["bias"] = self._constant([0.0] * self._channels())
         self._store({**parameters, **self._initial_statistics()})
 
     def reset_running_stats(self) -> None:
@@ -184,10 +184,14 @@ class Storage:
         if not self.track_running_stats:
             return {}
         return {
-            "running_mean": self._own("running_mean", np.zeros(self._channels())),
-            "running_var": self._own("running_var", np.ones(self._channels())),
-            "num_batches_tracked": self._own("num_batches_tracked", 0),
+            "running_mean": self._constant([0.0] * self._channels()),
+            "running_var": self._constant([1.0] * self._channels()),
+            "num_batches_tracked": self._constant(0, "int64"),
         }
+
+    def _constant(self, values: Any, dtype: str | None = None) -> Array:
+        """Return a new array of lists and numbers, which a compiler that follows the call knows, as it does not NumPy's."""
+        return self._backend.asarray(values, dtype or self._settings.dtype, self._device if self._is_bound else None)
 
     def state_dict(self, *, backend: str | Backend | None = None) -> OrderedDict[str, Array]:
         """Return copies of the parameters and statistics under torch's keys, in torch's order and with its version.
@@ -332,7 +336,7 @@ class Storage:
 
     def _store(self, entries: Mapping[str, Array]) -> None:
         """Hold these arrays in the places of others, all of them or, if that fails, none."""
-        if entries.keys().isdisjoint(Params._fields):
+        if not any(name in entries for name in Params._fields):
             state = self._state._replace(**entries)
             self._state = self._backend.write(self._state, state) if self._is_shared else state
         else:

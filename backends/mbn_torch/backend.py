@@ -67,7 +67,9 @@ class TorchBackend(Backend):
     def asarray(self, x: Any, dtype: str | None = None, device: Any = None) -> torch.Tensor:
         if device is not None:
             device = _device(device, self.capabilities.devices)
-        if not isinstance(x, torch.Tensor):
+        if isinstance(x, list | int | float) and dtype is not None:  # which Dynamo follows, unlike arrays of NumPy
+            x = torch.as_tensor(x, dtype=_dtype(dtype), device=device or torch.get_default_device())
+        elif not isinstance(x, torch.Tensor):
             # Unlike Tensor.to, as_tensor knows of torch.set_default_device.
             x = torch.as_tensor(_from_numpy(np.asarray(x)), device=device or torch.get_default_device())
         if x.is_meta and device is not None and device.type != "meta":

@@ -108,6 +108,25 @@ def test_compiled_layer(momentum, form):
         assert count_graphs() == 1
 
 
+def test_statistics_are_reset_in_compiled_code():
+    bn = mbn.BatchNorm1d(3, backend="torch")
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def step(x):
+        y = bn(x)
+        bn.reset_running_stats()
+        return y
+
+    x = torch.randn(5, 3)
+    for _ in range(2):
+        torch.testing.assert_close(step(x), mbn.BatchNorm1d(3, backend="torch")(x))
+        torch.testing.assert_close(bn.running_mean, torch.zeros(3))
+        torch.testing.assert_close(bn.running_var, torch.ones(3))
+        assert bn.num_batches_tracked == 0
+    bn(x)
+    assert bn.num_batches_tracked == 1
+
+
 def test_compiled_training_ends_where_the_eager_one_does():
     states = []
     for compiled in (False, True):
