@@ -190,7 +190,7 @@ class Storage:
         }
 
     def _constant(self, values: Any, dtype: str | None = None) -> Array:
-        """Return a new array of lists and numbers, which a compiler that follows the call knows, as it does not NumPy's."""
+        """Return lists or a number as a new array. torch.compile follows those, and no arrays of NumPy."""
         return self._backend.asarray(values, dtype or self._settings.dtype, self._device if self._is_bound else None)
 
     def state_dict(self, *, backend: str | Backend | None = None) -> OrderedDict[str, Array]:
