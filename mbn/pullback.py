@@ -69,10 +69,9 @@ class Pullback:
             )
             dx = transposed(dx) if swap else dx
         weight, bias = self._params
-        # The sums may be wider than the parameters that they belong to, and go beyond their range.
-        with np.errstate(over="ignore"):
-            return (
-                dx,
-                None if weight is None else backend.asarray(dweight, settings.dtype),
-                None if bias is None else backend.asarray(dbias, settings.dtype),
-            )
+        # The sums may be wider than the parameters that they belong to.
+        return (
+            dx,
+            None if weight is None else backend.asarray(dweight, settings.dtype),
+            None if bias is None else backend.asarray(dbias, settings.dtype),
+        )

@@ -222,7 +222,11 @@ class HostBackend(Backend):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if self.whole.takes(x, weights, dy) and _has_room(x, residuals.mean, weight):
             return self.whole.pullback(dy, x, weight, residuals, eps)
-        return super().pullback(dy, x, weight, residuals, eps, weights)
+        dx, *sums = super().pullback(dy, x, weight, residuals, eps, weights)
+        if weight is not None:
+            with np.errstate(over="ignore"):  # beyond its range they are infinite
+                sums = [total.astype(weight.dtype, copy=False) for total in sums]
+        return dx, *sums
 
 
 def _has_room(x: np.ndarray, mean: vectors.Mean, weight: np.ndarray | None = None) -> bool:

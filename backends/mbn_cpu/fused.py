@@ -80,7 +80,9 @@ def pullback(
     arrays = form.flat(dy), form.flat(x), form.flat(dx)
     sizes = form.last, c, length, form.lanes
     vectors = _vector(weight), readable(hi), readable(lo), readable(var)
-    sum_dy, sum_dy_xhat = loops.pull_back(*arrays, *sizes, *vectors, count or 0, eps)
+    sums = np.empty((2, c), np.float64 if weight is None else np.float32)
+    loops.pull_back(*arrays, *sizes, *vectors, count or 0, eps, sums)
+    sum_dy, sum_dy_xhat = sums
     return dx, sum_dy_xhat, sum_dy
 
 

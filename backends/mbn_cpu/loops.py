@@ -161,8 +161,8 @@ def train(x, y, last, c, length, lanes, weight, bias, running, share, eps, corre
 
 
 @compiled
-def pull_back(dy, x, dx, last, c, length, lanes, weight, hi, lo, var, count, eps):
-    """Write the gradient of x; return those of bias and weight, (2, C).
+def pull_back(dy, x, dx, last, c, length, lanes, weight, hi, lo, var, count, eps, result):
+    """Write the gradient of x, and those of bias and weight to ``result``, (2, C).
 
     ``lo`` is empty where the mean has no rest, and ``count`` is 0 where mean and variance are constants.
     """
@@ -180,7 +180,7 @@ def pull_back(dy, x, dx, last, c, length, lanes, weight, hi, lo, var, count, eps
     if not count:
         center = no_weights
     input_gradient(dy, x, no_weights, dx, last, c, length, center, slope, average, scale)
-    return sums
+    result[:] = sums
 
 
 @compiled

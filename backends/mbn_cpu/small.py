@@ -107,6 +107,8 @@ def pullback(
     scale = invstd if weight is None else invstd * weight
     dx = np.empty_like(x)
     np.multiply(gradient, _column(scale, x), out=dx, casting="unsafe")
+    if weight is not None:  # beyond its range they are infinite
+        sum_dy_xhat, sum_dy = sum_dy_xhat.astype(weight.dtype), sum_dy.astype(weight.dtype)
     return dx, sum_dy_xhat, sum_dy
 
 
