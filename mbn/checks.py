@@ -20,13 +20,13 @@ _INPUT_DTYPES = {
 }
 """By dtype of the statistics: what x may be without losing precision."""
 
+_DIGITS = 40
+"""How many of an integer's fit a message."""
+
 SHAPELESS = "x has no shape: it is nested, say. Make one array of it: x.to_padded_tensor(0.0), with lengths=."
 
 _PLACE_DTYPES = {
-    "mask": (
-        ("bool",),
-        "bool, True where there is a value: mask != 0 makes one of an array, np.asarray(mask) != 0 of a list",
-    ),
+    "mask": (("bool",), "bool, True where there is a value"),
     "lengths": (("int", "uint"), "made of integers"),
     "sample_weight": (("int", "uint", "float", "bfloat"), "made of real numbers"),
 }
@@ -274,7 +274,12 @@ def masks(backend: Backend) -> None:
 
 def wrong_place_kind(name: str, kind: str) -> str:
     """Return what to say of a mask, lengths or sample weights of a wrong dtype or type."""
-    return f"{name} is {kind}; it has to be {_PLACE_DTYPES[name][1]}."
+    hint = ""
+    if name == "mask" and kind.startswith("str"):
+        hint = ": compare the strings, np.asarray(mask) == 'yes' say"
+    elif name == "mask" and kind.startswith(("int", "uint", "float", "bfloat")):
+        hint = ": mask != 0 makes one of an array, np.asarray(mask) != 0 of a list"
+    return f"{name} {held(kind)}; it has to be {_PLACE_DTYPES[name][1]}{hint}."
 
 
 def place_values(name: str, values: Array, places: tuple[int, ...]) -> None:
@@ -292,10 +297,14 @@ def place_values(name: str, values: Array, places: tuple[int, ...]) -> None:
         raise ValueError(message)
 
 
-def out_of_range(name: str, values: np.ndarray, limit: float) -> NoReturn:
-    """Refuse lengths or sample weights by the first that is not at least 0 and below ``limit``."""
-    wrong = values[~((values >= 0) & (values < limit))].flat[0]
-    needed = "at least 0 and finite" if math.isinf(limit) else f"from 0 to {limit - 1}, the length of x"
+def out_of_range(name: str, given: np.ndarray, values: np.ndarray, limit: float) -> NoReturn:
+    """Refuse lengths or sample weights by the first that is not at least 0 and below ``limit``, in their new dtype."""
+    wrong = given[~((values >= 0) & (values < limit))].flat[0]
+    needed = (
+        f"at least 0 and finite in {dtype_name(values.dtype)}"
+        if math.isinf(limit)
+        else f"from 0 to {limit - 1}, the length of x"
+    )
     message = f"{name} has a value of {wrong}; it has to be {needed}."
     raise ValueError(message)
 
@@ -309,6 +318,20 @@ def gradient(dy: Array, shape: tuple[int, ...], dtype: str) -> None:
     if given != dtype:
         message = f"dy is {given}; it is the gradient of the output and has its dtype: convert it to {dtype}."
         raise TypeError(message)
+
+
+def held(kind: str) -> str:
+    """Return what to say of an array of a wrong dtype."""
+    for start, what in (("str", "strings"), ("bytes", "bytes"), ("object", "Python objects, None say")):
+        if kind.lower().startswith(start):
+            return f"holds {what}"
+    return f"is {kind}"
+
+
+def short(number: int) -> str:
+    """Return an integer as text, or about how large it is."""
+    exponent = int(abs(number).bit_length() * math.log10(2))
+    return str(number) if exponent < _DIGITS else f"{'-' * (number < 0)}10**{exponent}"
 
 
 def _wrong_channels(shape: tuple[int, ...], settings: Settings) -> str:
@@ -327,7 +350,8 @@ def _wrong_dtype(name: str, given: str, dtype: str, backend: Backend) -> str:
             f"{name} is float64 and the statistics are float32, which would lose its precision. Convert {name} to "
             "float32, or make the layer dtype='float64' (bn.to(dtype='float64') for one that exists)."
         )
-    return f"{name} is {given}; {backend.name} takes {', '.join(usable)}. Convert {name}, to float32 say."
+    hint = "" if given.lower().startswith(("str", "bytes")) else f" Convert {name}, to float32 say."
+    return f"{name} {held(given)}; {backend.name} takes {', '.join(usable)}.{hint}"
 
 
 def _index(value: Any) -> int | None:

@@ -16,6 +16,7 @@ from mbn.state import Params, State
 
 _HOST_MEMORY = frozenset({1, 3, 11})
 """DLPack's numbers for memory that the host can address: kDLCPU, kDLCUDAHost and kDLROCMHost."""
+_LARGEST = float(np.finfo(np.float64).max)
 
 
 def asarray(x: Any, dtype: Any = None, *, backend: str | Backend | None = None, device: Any = None) -> Array:
@@ -76,7 +77,8 @@ def received(backend: Backend, name: str, x: Any, dtype: str, device: Any) -> Ar
     if isinstance(x, registry.PYTHON_DATA):
         x = from_python(name, x)
         if x.dtype.kind in "fiu":
-            x = x.astype(dtype)
+            with np.errstate(over="ignore"):  # beyond float32 it is inf, as in an array
+                x = x.astype(dtype)
     if is_own(backend, name, x, device):
         return x
     if dtype_name(x.dtype) not in backend.capabilities.dtypes:
@@ -89,16 +91,39 @@ def native(x: Any) -> Any:
     return x.astype(x.dtype.newbyteorder("=")) if isinstance(x, np.ndarray) and not x.dtype.isnative else x
 
 
-def from_python(name: str, values: Any) -> np.ndarray:
-    """Return lists and scalars as an array, and what is one as it is."""
+def from_python(name: str, values: Any, integers: str = "") -> np.ndarray:
+    """Return lists and scalars as an array, and what is one as it is.
+
+    ``integers`` says which there may be, where there may be nothing else.
+
+    Raises:
+        ValueError: they make no array, or hold an integer beyond all floats; or beyond int64, given ``integers``.
+    """
     try:
-        return np.asarray(values)
+        array = np.asarray(values)
+        if array is values or array.dtype.kind not in ("Of" if integers else "O"):
+            return array
+        given = np.asarray(values, object)  # of integers beyond int64, NumPy makes floats or objects
     except (ValueError, TypeError, RuntimeError) as error:
         message = (
             f"{name} is a {type(values).__name__} that NumPy makes no array of, since its parts differ in length, say "
             f"({error}). Pad what is shorter, and give lengths= or mask=."
         )
         raise ValueError(message) from error
+    numbers = given.ravel().tolist()
+    if integers and all(type(number) is int for number in numbers):
+        beyond = [checks.short(number) for number in numbers if not -(2**63) <= number < 2**63]
+        if beyond:
+            message = f"{name} has a value of {beyond[0]}, beyond int64; it has to be {integers}."
+            raise ValueError(message)
+    if array.dtype.kind == "O" and all(isinstance(number, int | float) for number in numbers):
+        try:
+            return array.astype(np.float64)
+        except OverflowError as error:
+            beyond = [checks.short(number) for number in numbers if abs(number) > _LARGEST]
+            message = f"{name} has a value of {beyond[0]}, beyond all floats, which end at {_LARGEST:.3g}."
+            raise ValueError(message) from error
+    return array
 
 
 def received_vectors(
@@ -179,19 +204,21 @@ def owned(
     # An own array stays what it is, traced perhaps; another one crosses as a copy that nobody else holds.
     owner = registry.owner_of(value)
     if registry.is_host_data(value):
-        array = from_python(name, value)
+        array = from_python(name, value, "at least 0 and at most 9223372036854775807" * (dtype == "int64"))
     else:
         array = owner.copy(value)
         array = array if owner is backend else _handed_over(array, owner, backend)
     given, is_count = dtype_name(array.dtype), dtype == "int64"
     if not given.startswith(("int", "uint") if is_count else ("int", "uint", "float", "bfloat")):
-        message = f"{name} is made of {'integers' if is_count else 'real numbers'}, not {given}."
+        holds = checks.held(given).removeprefix("is ").removeprefix("holds ")
+        message = f"{name} is made of {'integers' if is_count else 'real numbers'}, not {holds}."
         raise TypeError(message)
     is_filling = fill and tuple(array.shape) == ()
     if tuple(array.shape) != shape and not is_filling:
         message = f"{name} has shape {tuple(array.shape)}; this layer needs {shape}."
         raise ValueError(message)
-    own: Array = backend.asarray(array.astype(dtype) if isinstance(array, np.ndarray) else array, dtype, device)
+    with np.errstate(over="ignore"):  # as in torch, beyond float32 it is inf
+        own: Array = backend.asarray(array.astype(dtype) if isinstance(array, np.ndarray) else array, dtype, device)
     if is_count:
         limit = np.iinfo(dtype_name(own.dtype)).max  # that of int32, where there is no int64
         if registry.owner_of(array).within(array, 0, limit) is False and int(array) != limit:

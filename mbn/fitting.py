@@ -5,6 +5,7 @@ They must not depend on how the data set is cut into batches, and no more than o
 
 import math
 from collections.abc import Generator, Iterable, Iterator, Mapping
+from numbers import Number
 from operator import length_hint
 from typing import Any
 
@@ -131,6 +132,12 @@ def _input(batch: Any) -> Any:
             f"{type(batch).__name__} of {few(batch)}: give the input alone, (batch[key] for batch in batches)."
         )
         raise TypeError(message)
+    if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Number):
+        message = (
+            f"x has shape ({len(batch)},): a list is taken for batches, each (N, C) or (N, C, L). For a data set of "
+            "rows give one array: bn.fit(np.asarray(rows))."
+        )
+        raise ValueError(message)
     is_several = isinstance(batch, tuple | list) and len(batch) > 0 and hasattr(batch[0], "shape")
     return batch[0] if is_several and len(batch[0].shape) > 1 else batch
 

@@ -323,10 +323,13 @@ class BatchNorm1d(Storage):
         arrays never change, the module begins with the layer's. Arguments and modes are each one's own.
 
         Raises:
-            TypeError: the layer's framework has no modules.
+            TypeError: the layer's framework has no modules, or the layer has no backend yet.
             ImportError: it has, but in a package that is not installed.
         """
-        self._channels()
+        channels = self._channels()
+        if not self._is_bound:
+            message = f"the layer has no backend yet, and so no modules: BatchNorm1d({channels}, backend='torch')."
+            raise TypeError(message)
         own = copy.copy(self)  # which stays where it is when this layer moves
         own._is_shared = True
         module = self._backend.module(own, partial(_adopt, (own, self)))

@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
+import numpy as np
+
 from mbn import checks, registry
 from mbn.contract import Array, Backend
 from mbn.convert import from_python, is_own
@@ -49,16 +51,23 @@ class Masking(NamedTuple):
             if isinstance(values, str | bytes | Mapping):
                 raise TypeError(checks.wrong_place_kind(name, type(values).__name__))
             if isinstance(values, registry.PYTHON_DATA):
-                values = from_python(name, values)
+                values = from_python(
+                    name, values, f"from 0 to {limit - 1}, the length of x" if dtype == "int64" else ""
+                )
             own = is_own(backend, name, values, device)
             checks.place_values(name, values, places)
             owner = backend if own else registry.owner_of(values)
             # As they are given: an integer beyond int64 is none in it, and a float may be infinite in another dtype.
-            given, values = values, owner.asarray(values, dtype)
+            given = values
+            if isinstance(values, np.ndarray) and dtype == "float32":
+                with np.errstate(over="ignore"):  # beyond float32 it is refused below
+                    values = owner.asarray(values, dtype)
+            else:  # which Torch compiles
+                values = owner.asarray(values, dtype)
             seen = given if name == "lengths" else values
             # Host data is looked at on the host, where nothing has to wait for a device.
             if name != "mask" and owner.within(seen, 0, limit) is False:
-                checks.out_of_range(name, owner.to_numpy(seen), limit)
+                checks.out_of_range(name, owner.to_numpy(given), owner.to_numpy(seen), limit)
             return values if own else backend.asarray(values, device=device)
 
         return backend.weights(

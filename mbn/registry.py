@@ -209,6 +209,9 @@ def is_host_data(x: object) -> bool:
 def _find_owner(x: object) -> Backend:
     if isinstance(x, PYTHON_DATA):
         return get_backend(_HOST)
+    if x is None or isinstance(x, str | bytes):
+        message = f"{'None' if x is None else f'a {type(x).__name__}'} is no array: give an array of numbers."
+        raise TypeError(message)
     kind = type(x)
     broken: BackendUnavailableError | None = None
     # Only an array that nobody knows is worth the import of strangers' plug-ins: they come last.
@@ -240,13 +243,16 @@ def _find_owner(x: object) -> Backend:
 def _way_in(x: object) -> str:
     """Return what to give in the place of what is no array of any backend."""
     if isinstance(x, np.ma.MaskedArray):
-        return "give its data, x.filled(0), and by mask= where a value is (True where there is one, (N,) or (N, L))"
+        return (
+            "give its data, x.filled(0), and by mask= where a value is. NumPy's own mask has the opposite sense, True "
+            "where there is none, and x's shape; mask= has True where there is a value, and is (N,) or (N, L)"
+        )
     if isinstance(x, Mapping):
         return "give one of its values, x[key]"
     for method in ("to_numpy", "to_dense", "toarray", "todense"):  # of data frames, and of sparse arrays
         if hasattr(x, method):
             return f"give x.{method}()"
-    return "convert it to an array" if x is None or isinstance(x, str | bytes) else "convert it, np.asarray(x) say"
+    return "convert it, np.asarray(x) say"
 
 
 def _candidates() -> list[str]:

@@ -47,6 +47,10 @@ class Fixed(Generic[T]):
         message = f"{self._name} of a layer can't be set. {self._instead}."
         raise AttributeError(message)
 
+    def __delete__(self, layer: object) -> None:
+        message = f"{self._name} of a layer can't be deleted."
+        raise AttributeError(message)
+
 
 if TYPE_CHECKING:
     of_class = classmethod
@@ -94,6 +98,13 @@ class _Entry:
             )
             raise TypeError(message)
         layer._store({self._name: layer._taken(self._name, value, fill=True)})
+
+    def __delete__(self, layer: "Storage") -> None:
+        message = (
+            f"{self._name} of a layer can't be deleted: what a layer has is said when it is made, by affine, bias and "
+            "track_running_stats."
+        )
+        raise AttributeError(message)
 
 
 class Storage:

@@ -300,8 +300,8 @@ class Named(dict[str, Any]):
         ([{"x": X, "y": X}], TypeError, r"not a dict of x, y.*batch\[key\]"),
         ([Named(x=X)], TypeError, "not a Named of x"),
         ([[[1.0] * 4, [1.0]]], ValueError, "ragged|makes no array"),
-        ([[1.0] * 4, [2.0] * 4], ValueError, r"x has shape \(4,\)"),
-        ([None], TypeError, "NoneType"),
+        ([[1.0] * 4, [2.0] * 4], ValueError, r"x has shape \(4,\): a list.*one array"),
+        ([None], TypeError, "None is no array"),
     ],
 )
 def test_what_is_no_data_set(batches: Any, error: type[Exception], words: str) -> None:

@@ -1,6 +1,7 @@
 """Errors: every misuse is refused by one clear, typed error, and leaves everything as it was."""
 
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -55,7 +56,10 @@ INPUTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "booleans": (lambda: np.ones((5, 4), bool), TypeError, "bool"),
     "complex": (lambda: np.ones((5, 4), complex), TypeError, "complex128"),
     "objects": (lambda: np.full((5, 4), None), TypeError, "object"),
-    "strings": (lambda: np.full((5, 4), "1"), TypeError, "str"),
+    "strings": (lambda: np.full((5, 4), "1"), TypeError, "x holds strings"),
+    "nested strings": (lambda: [["1"] * 4] * 5, TypeError, "x holds strings"),
+    "integers beyond all floats": (lambda: [[10**400] * 4] * 5, ValueError, r"x has .* 10\*\*400, beyond all floats"),
+    "text": (lambda: "hello", TypeError, "a str is no array: give an array"),
     "float64": (lambda: X.astype(float), TypeError, "float64"),
     "nested booleans": (lambda: [[True] * 4] * 5, TypeError, "bool"),
     "ragged list": (
@@ -67,9 +71,9 @@ INPUTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "data frame": (Frame, TypeError, r"Frame.*x\.to_numpy\(\)"),
     "sparse matrix": (Sparse, TypeError, r"Sparse.*x\.toarray\(\)"),
     "a kind of list": (lambda: Nested([1.0, 2.0]), ValueError, r"shape \(2,\)"),
-    "masked array": (lambda: np.ma.masked_array(X), TypeError, "MaskedArray.*mask="),
+    "masked array": (lambda: np.ma.masked_array(X), TypeError, "MaskedArray.*mask=.*opposite sense"),
     "unknown array": (Stranger, TypeError, "Stranger"),
-    "None": (lambda: None, TypeError, "NoneType"),
+    "None": (lambda: None, TypeError, "None is no array: give an array"),
 }
 
 
@@ -166,6 +170,11 @@ def test_changed_argument(target: Target, name: str, value: float) -> None:
         ("running_var", np.array([1, np.nan, -1e-30, 1]), ValueError, r"running_var is -1\.0*\d*e-30 in channel 2"),
         ("running_var", -np.inf, ValueError, "running_var is -inf in channel 0"),
         ("num_batches_tracked", 2**63, ValueError, "at most"),
+        ("num_batches_tracked", 2**64, ValueError, "18446744073709551616, beyond int64"),
+        ("weight", 10**400, ValueError, r"weight has .* 10\*\*400, beyond all floats"),
+        ("bias", [0, 0, 0, -(10**400)], ValueError, r"bias has .* -10\*\*400, beyond all floats"),
+        ("running_mean", "abc", TypeError, "a str is no array: give an array"),
+        ("running_mean", ["abc"] * 4, TypeError, "running_mean is made of real numbers, not strings"),
         ("num_batches_tracked", np.array(2**64 - 1, np.uint64), ValueError, "at most"),
         ("num_batches_tracked", 1.5, TypeError, "integers"),
         ("num_batches_tracked", -1, ValueError, "at least 0"),
@@ -177,6 +186,29 @@ def test_assignment(target: Target, name: str, value: Any, error: type[Exception
     before = target.snapshot(bn)
     assert_refused(error, words, lambda: setattr(bn, name, value))
     assert_same(before, target.snapshot(bn))
+
+
+@pytest.mark.parametrize("value", [1e300, np.full(4, -1e300), [2**1000] * 4])
+def test_values_beyond_the_dtype_are_infinite(target: Target, value: Any) -> None:
+    bn = target.layer(4)
+    with warnings.catch_warnings(action="error"):
+        bn.running_mean = value
+        bn.load_state_dict({**bn.state_dict(), "weight": np.broadcast_to(np.asarray(value, float), 4)})
+    for array in (bn.running_mean, bn.weight):
+        np.testing.assert_array_equal(target.numpy(array), np.full(4, np.sign(np.asarray(value, float)) * np.inf))
+
+
+def test_sample_weight_beyond_the_dtype(target: Target) -> None:
+    target.require("masks")
+    with warnings.catch_warnings(action="error"):
+        call = partial(target.layer(4), target.array(X), sample_weight=[1e300] * 5)
+        assert_refused(ValueError, r"sample_weight.* 1e\+300.*finite in float32", call)
+
+
+def test_entries_are_not_deleted(target: Target) -> None:
+    bn = target.layer(4)
+    for name in ("weight", "running_var", "num_features"):
+        assert_refused(AttributeError, f"{name} of a layer can't be deleted", partial(delattr, bn, name))
 
 
 def test_assignment_to_what_a_layer_does_not_have(target: Target) -> None:
@@ -331,7 +363,8 @@ PLACES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "mask of too many rows": ({"mask": np.ones(6, bool)}, ValueError, r"mask has shape \(6,\).*\(5,\)"),
     "mask of columns": ({"mask": np.ones(3, bool)}, ValueError, r"mask has shape \(3,\).*\(5,\)"),
     "mask that is one": ({"mask": True}, ValueError, r"mask has shape \(\)"),
-    "mask of strings": ({"mask": np.full(5, "yes")}, TypeError, "mask is str"),
+    "mask of strings": ({"mask": np.full(5, "yes")}, TypeError, r"mask holds strings.*np\.asarray\(mask\) == 'yes'"),
+    "mask of None": ({"mask": [None, True, True, True, True]}, TypeError, "mask holds Python objects.*be bool"),
     "mask of an unknown kind": ({"mask": Stranger()}, TypeError, "Stranger"),
     "fractional lengths": ({"lengths": np.ones(5)}, TypeError, "lengths is float64.*integers"),
     "boolean lengths": ({"lengths": np.ones(5, bool)}, TypeError, "lengths is bool.*integers"),
@@ -346,20 +379,24 @@ PLACES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "lengths.* 18446744073709551615.*0 to 3",
     ),
-    "mask as text": ({"mask": "yes"}, TypeError, "mask is str; it has to be bool"),
+    "mask as text": ({"mask": "yes"}, TypeError, "mask holds strings; it has to be bool.*compare"),
+    "lengths of a list beyond int64": ({"lengths": [3, 2**64, 2, 1, 0]}, ValueError, "lengths.* 184.*int64.*0 to 3"),
+    "lengths NumPy makes floats of": ({"lengths": [3, 2**63, 2, 1, 0]}, ValueError, "lengths.* 922.*int64.*0 to 3"),
+    "lengths beyond all floats": ({"lengths": [3, 10**9999, 2, 1, 0]}, ValueError, r"10\*\*9999, beyond int64"),
     "mask of a list of integers": ({"mask": [1, 1, 0, 1, 1]}, TypeError, r"mask is int64.*np\.asarray\(mask\) != 0"),
     "ragged mask": ({"mask": [[True], [True, False]]}, ValueError, "mask is a list that NumPy makes no array of"),
     "lengths below 0": ({"lengths": np.array([3, -1, 2, 0, 1])}, ValueError, "lengths.* -1.*0 to 3"),
     "too few lengths": ({"lengths": np.array([3, 3])}, ValueError, r"lengths has shape \(2,\).*\(5,\)"),
     "lengths of places": ({"lengths": np.ones((5, 3), int)}, ValueError, r"lengths has shape \(5, 3\).*\(5,\)"),
-    "lengths of None": ({"lengths": [3, None, 2, 1, 0]}, TypeError, "lengths is object"),
+    "lengths of None": ({"lengths": [3, None, 2, 1, 0]}, TypeError, "lengths holds Python objects"),
     "negative weight": ({"sample_weight": -ONES}, ValueError, r"sample_weight.* -1\.0.*at least 0"),
     "weight of NaN": ({"sample_weight": ONES * np.nan}, ValueError, "sample_weight.* nan.*finite"),
     "infinite weight": ({"sample_weight": ONES * np.inf}, ValueError, "sample_weight.* inf.*finite"),
     "negative whole weight": ({"sample_weight": np.array([1, 2, -3, 0, 0])}, ValueError, "sample_weight.* -3"),
     "boolean weights": ({"sample_weight": BOOLEANS}, TypeError, "sample_weight is bool.*real numbers"),
     "complex weights": ({"sample_weight": ONES * 1j}, TypeError, "sample_weight is complex.*real numbers"),
-    "weights as text": ({"sample_weight": ["1"] * 5}, TypeError, "sample_weight is str.*real numbers"),
+    "weights as text": ({"sample_weight": ["1"] * 5}, TypeError, "sample_weight holds strings.*real numbers"),
+    "weights beyond all floats": ({"sample_weight": [10**400] * 5}, ValueError, "sample_weight.*beyond all floats"),
     "weights of channels": ({"sample_weight": np.ones(4)}, ValueError, r"sample_weight has shape \(4,\).*\(5,\)"),
     "one weight": ({"sample_weight": 1.0}, ValueError, r"sample_weight has shape \(\)"),
     "the second of two": ({"mask": BOOLEANS, "lengths": np.full(5, 9)}, ValueError, "lengths.* 9.*0 to 3"),
@@ -472,7 +509,7 @@ GRADIENTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "integers": (lambda: X.astype(int), TypeError, "dy is int64.*float32"),
     "booleans": (lambda: X > 0, TypeError, "dy is bool"),
     "strings": (lambda: X.astype(str), TypeError, "dy is str"),
-    "None": (lambda: None, TypeError, "NoneType"),
+    "None": (lambda: None, TypeError, "None is no array"),
     "unknown array": (Stranger, TypeError, "Stranger"),
 }
 

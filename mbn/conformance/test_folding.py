@@ -135,7 +135,7 @@ REFUSED: dict[str, tuple[Any, Any, type[Exception], str]] = {
     "an integer bias": (WEIGHT, BIAS.astype(int), TypeError, "bias is int64"),
     "float64": (WEIGHT.astype(float), BIAS, TypeError, "weight is float64"),
     "a bias in float64": (WEIGHT, BIAS.astype(float), TypeError, "bias is float64"),
-    "nothing": (None, BIAS, TypeError, "NoneType"),
+    "nothing": (None, BIAS, TypeError, "None is no array"),
 }
 
 
