@@ -1,5 +1,6 @@
 """JAX's verbs. Every verb is one compiled call and can be traced; so is the whole, which a training step calls."""
 
+import copy
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, partial
@@ -15,6 +16,7 @@ from jax.tree_util import GetAttrKey
 from mbn.contract import Backend, Capabilities, Moments, Residuals, dtype_name
 from mbn.state import Params, State
 from mbn_jax import batch, kernels
+from mbn_jax.channels import is_known
 from mbn_jax.pairs import Pair, Statistic, number, widest_dtype
 
 _ALIGNMENT = 16
@@ -86,7 +88,8 @@ class JaxBackend(Backend):
 
     def moments(self, x: jax.Array, weights: jax.Array | None = None) -> Moments:
         moments = Moments(*kernels.moments(x, kernels.against(weights, x)))
-        return moments if weights is not None else moments._replace(count=x.size // x.shape[1])
+        n = x.size // x.shape[1]
+        return moments._replace(count=n) if weights is None and is_known(n) else moments
 
     def merge(self, first: Moments, second: Moments) -> Moments:
         merged = Moments(*kernels.merge(*map(_argument, first), *map(_argument, second)))
@@ -204,11 +207,16 @@ class JaxBackend(Backend):
         return _pullback(dy, x, weight, residuals, _argument(eps), weights)
 
     def register(self, layer_type: type, flatten: Callable[[Any], Any], unflatten: Callable[[Any, Any], Any]) -> None:
+        def flatten_here(layer: Any) -> tuple[Any, Any]:
+            # A layer that waits for its first input to choose would be another tree after it.
+            is_open = layer.backend is None and layer.num_features is not None
+            return flatten(copy.copy(layer).to(backend=self.name) if is_open else layer)
+
         def flatten_with_keys(layer: Any) -> tuple[Any, Any]:
-            (params, state), rest = flatten(layer)
+            (params, state), rest = flatten_here(layer)
             return ((GetAttrKey("params"), params), (GetAttrKey("state"), state)), rest
 
-        jax.tree_util.register_pytree_with_keys(layer_type, flatten_with_keys, unflatten, flatten)
+        jax.tree_util.register_pytree_with_keys(layer_type, flatten_with_keys, unflatten, flatten_here)
 
     def stores(self, before: State, after: State) -> bool:
         traced = [leaf for leaf in after if isinstance(leaf, jax.core.Tracer)]

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from mbn_jax.pairs import two_sum
+
 RUN = 16
 """Values that are added one after the other: few enough for XLA to unroll, and so to vectorise over the channels."""
 
@@ -37,6 +39,8 @@ def once(vector: jax.Array) -> jax.Array:
 
 def channel_sums(*terms: jax.Array, run: int = RUN) -> list[jax.Array]:
     """Return the sums of terms, float64 and (n, C) each, over the first axis: a tree of runs of so many values."""
+    if not is_known(terms[0].shape[0]):
+        return careful_sums(terms, (0,))
     rests = []
     while (n := terms[0].shape[0]) > 2 * RUN:
         whole = n - n % run
@@ -44,6 +48,27 @@ def channel_sums(*terms: jax.Array, run: int = RUN) -> list[jax.Array]:
             rests.append(sums([term[whole:] for term in terms], 0))
         terms = sums([term[:whole].reshape(n // run, run, -1) for term in terms], 1)
     return [sum(parts[1:], parts[0]) for parts in zip(sums(terms, 0), *rests, strict=True)]
+
+
+def is_known(size: int) -> bool:
+    """Tell whether a size is a number. In what is exported for any size of some axes it is a symbol."""
+    return isinstance(size, int)
+
+
+def careful_sums(terms: Sequence[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:
+    """Return the sums of float64 arrays of one shape over axes of any size: carried in pairs, for want of a tree."""
+
+    def add(totals: Sequence[jax.Array], values: Sequence[jax.Array]) -> list[jax.Array]:
+        pairs = [two_sum(*both) for both in zip(totals[:count], values[:count], strict=True)]
+        rests = [
+            pair.lo + (rest + other) for pair, rest, other in zip(pairs, totals[count:], values[count:], strict=True)
+        ]
+        return [*(pair.hi for pair in pairs), *rests]
+
+    count = len(terms)
+    parts = lax.reduce([*terms, *map(jnp.zeros_like, terms)], [np.zeros((), np.float64)] * 2 * count, add, axes)
+    # Where a sum is no number, the rest is none either.
+    return [jnp.where(jnp.isfinite(hi), hi + rest, hi) for hi, rest in zip(parts[:count], parts[count:], strict=True)]
 
 
 def sums(terms: Sequence[jax.Array], axis: int) -> list[jax.Array]:

@@ -15,8 +15,8 @@ import numpy as np
 from jax import lax
 
 from mbn_jax import runs
-from mbn_jax.channels import RUN, channel_sums, column, once
-from mbn_jax.forms import GPU, HOST, Form
+from mbn_jax.channels import RUN, column, is_known, once
+from mbn_jax.forms import GPU, HOST, Form, is_spread
 from mbn_jax.linear import Shape, channel_sum, spread
 from mbn_jax.maps import Map
 from mbn_jax.pairs import (
@@ -81,10 +81,11 @@ def against(weights: jax.Array | None, x: jax.Array) -> jax.Array | None:
 def _moments(x: jax.Array, weights: jax.Array | None) -> list[jax.Array]:
     compute = compute_dtype(x)
     n = _divisor(x, weights, HOST)
-    form = HOST if x.size <= LARGE else HOST._replace(sums=partial(channel_sums, run=2 * RUN))
+    form = HOST if is_known(x.size) and x.size <= LARGE else HOST._replace(sums=partial(HOST.sums, run=2 * RUN))
     mean, m2, squares = _around(wide(_first(x, weights, form)), x, weights, n, form)
     # The first of n values is far from the mean by no more than the square root of n - 1 standard deviations.
-    if compute == np.float64 or weights is not None or x.size // x.shape[1] > FAR:
+    n_known = x.size // x.shape[1]
+    if compute == np.float64 or weights is not None or not is_known(n_known) or n_known > FAR:
         is_far = jnp.any(squares > (1 if compute == np.float64 else FAR) * m2)
         again = partial(_around, x=x, weights=weights, n=n, form=form)
         mean, m2, _ = lax.cond(is_far, lambda: again(once(mean.hi)), lambda: (mean, m2, squares))
@@ -95,9 +96,10 @@ def _moments_on_gpu(x: jax.Array, weights: jax.Array | None) -> list[jax.Array]:
     """Do the same without a question, which the host would have to answer: take twice what one time may not do for."""
     compute = compute_dtype(x)
     n = _divisor(x, weights, GPU)
-    center = _first_few(x) if weights is None else wide(_first(x, weights, GPU))
+    may_be_far = weights is not None or not is_known(x.size)
+    center = wide(_first(x, weights, GPU)) if may_be_far else _first_few(x)
     mean, m2, _ = _around(center, x, weights, n, GPU)
-    if compute == np.float64 or weights is not None:
+    if compute == np.float64 or may_be_far:
         mean, m2, _ = _around(once(mean.hi), x, weights, n, GPU)
     return [*as_pair(mean, compute), *as_pair(m2, compute)]
 
@@ -374,8 +376,16 @@ def count(x: jax.Array, weights: jax.Array | None) -> Pair:
     """Return the sum of the weights of a channel."""
     compute = compute_dtype(x)
     if weights is None:
-        return as_pair(float(x.size // x.shape[1]), compute)
+        n = x.size // x.shape[1]
+        return as_pair(float(n), compute) if is_known(n) else Pair(*_SIZE(lax.stop_gradient(x)))
     return as_pair(Pair(*_TOTAL_WEIGHT(weights)), compute)
+
+
+def _size(x: jax.Array) -> list[jax.Array]:
+    return [*as_pair(jnp.asarray(x.size // x.shape[1]).astype(np.float64), compute_dtype(x))]
+
+
+_SIZE = Map("size", _size)
 
 
 def _total_weight(form: Form, weights: jax.Array) -> list[jax.Array]:
@@ -392,10 +402,13 @@ def _left(count: Pair, correction: int) -> Pair:
 
 def _first(x: jax.Array, weights: jax.Array | None, form: Form) -> jax.Array:
     """Return the first value of each channel that has a weight, or 0 where none has."""
-    x = form.view(x)
     if weights is None:
         return x[(0, slice(None), *(0,) * (x.ndim - 2))]
-    place = jnp.min(jnp.where(weights == 0, weights.size, jnp.arange(weights.size).reshape(weights.shape)))
+    places = jnp.arange(weights.size).reshape(weights.shape)
+    place = jnp.min(jnp.where(weights == 0, weights.size, places))
+    if is_spread() or not is_known(x.size):  # each device looks among its own
+        return jnp.sum(jnp.where(places == place, x, 0), axis=(0, *range(2, x.ndim)))
+    x = form.view(x)
     index = jnp.unravel_index(jnp.minimum(place, weights.size - 1), form.view(weights).shape)
     first = lax.dynamic_slice(x, index, (1, x.shape[1], *(1,) * (x.ndim - 2))).reshape(-1)
     return jnp.where(place < weights.size, first, 0)

@@ -4,6 +4,7 @@ They must compute in float64 where they have to, though JAX has no 64-bit number
 user's: a primitive is lowered with them, whatever else is. And they must compose with vmap, as often as it is applied.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -11,10 +12,13 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
+
+from mbn_jax.forms import over
 
 try:
     from jax import enable_x64
@@ -90,12 +94,15 @@ class Map:
         return [result_type(operands, levels, result.shape, result.dtype) for result in results]
 
     def _lower(self, function: Callable[..., Any], context: Any, *operands: Any, **parameters: Any) -> Any:
-        with usual_rules():
+        sizes = [jax.core.ShapedArray((), jax.dtypes.canonicalize_dtype(np.int64)) for _ in context.dim_var_values]
+        with usual_rules(), over(_devices(context.module_context.axis_context)):
             apply = partial(self._apply, function)
             # Where its operands lie is for XLA to see, though axes of devices are explicit to whoever calls it.
             context = context.replace(
                 avals_in=[jax.core.ShapedArray(kind.shape, kind.dtype) for kind in context.avals_in]
             )
+            if sizes:
+                context = _with_wide_sizes(context, sizes)
             return mlir.lower_fun(apply, multiple_results=True)(context, *operands, **parameters)
 
     def _batch(
@@ -113,6 +120,27 @@ class Map:
 @partial(jax.jit, static_argnums=0, static_argnames=("tree", "levels", "shape", "correction"))
 def _compiled(primitive: Primitive, *operands: Any, **parameters: Any) -> list[jax.Array]:
     return primitive.bind(*operands, **parameters)
+
+
+def _devices(context: Any) -> int:
+    """Return over how many devices XLA spreads what is lowered in a context: not those of a ``shard_map``."""
+    if hasattr(context, "num_devices"):
+        return context.num_devices or 1
+    if hasattr(context, "manual_axes"):
+        return math.prod(size for axis, size in context.mesh.shape.items() if axis not in context.manual_axes)
+    return 1
+
+
+def _with_wide_sizes(context: Any, kinds: list[Any]) -> Any:
+    """Return a context whose sizes of axes, symbols in an export, are 64-bit numbers as everything is there.
+
+    What JAX has lowered for others has 32-bit ones among its arguments, and is not to be taken for the same.
+    """
+    convert = mlir.lower_fun(lambda *sizes: [size.astype(np.int64) for size in sizes], multiple_results=True)
+    sizes = convert(context.replace(avals_in=kinds), *context.dim_var_values)
+    module = context.module_context
+    caches = {name: {} for name in ("lowering_cache", "cached_primitive_lowerings") if hasattr(module, name)}
+    return context.replace(dim_var_values=tuple(sizes), module_context=module.replace(**caches))
 
 
 def varying_alike(operands: Sequence[Any]) -> list[Any]:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from mbn_jax.channels import sums
+from mbn_jax.channels import careful_sums, is_known, sums
 
 RUN = 31
 """Values that are reduced at a time: from 32 on XLA has another way."""
@@ -18,6 +18,8 @@ RUN = 31
 def channel_sums(*terms: jax.Array) -> list[jax.Array]:
     """Return the sums over all axes but the channels' of terms of one shape, float64 and (N, C) or (N, C, L)."""
     sizes = {axis: size for axis, size in enumerate(terms[0].shape) if axis != 1}
+    if not all(map(is_known, sizes.values())):
+        return careful_sums(terms, tuple(sizes))
     # Where the first axis has no whole run the other one comes first, to leave less for the next level.
     for axis in sorted(sizes, reverse=sizes[0] < min(RUN, sizes.get(2, 0))):
         while terms[0].shape[axis] > 1:

@@ -1,5 +1,7 @@
 """Tests of JAX with two devices, which test_mbn_jax_devices.py runs in a process that has them."""
 
+import math
+import re
 from functools import partial
 
 import numpy as np
@@ -120,9 +122,9 @@ def test_a_layer_with_a_device_refuses_what_is_spread_over_more(name):
 SPECS = {"batch": ("data",), "channels": (None, "data"), "batch, (N, C, L)": ("data",), "length": (None, None, "data")}
 
 
-def steps(params, x, mask, *, training):
+def steps(params, x, places, *, training):
     def total(params, x):
-        y, state = OF_FOUR.apply(params, new_state(4), x, training=training, mask=mask)
+        y, state = OF_FOUR.apply(params, new_state(4), x, training=training, **places)
         return jnp.sum(y**3), state
 
     def slope(x):
@@ -140,15 +142,71 @@ def test_explicit_axes_of_devices(name, has_mask, training):
     mask = np.arange(x[:, 0].size).reshape(x[:, 0].shape) % 3 > 0 if has_mask else None
     params = Params(jnp.asarray([1.0, 2, 3, 4]), jnp.ones(4))
     function = jax.jit(partial(steps, training=training))
-    expected = function(params, jnp.asarray(x), mask)
+    expected = function(params, jnp.asarray(x), {"mask": mask})
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
     here = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
     layer, twin = mbn.BatchNorm1d(4, backend="jax").train(training), mbn.BatchNorm1d(4, backend="jax").train(training)
     assert_same(layer(here, mask=mask), twin(x, mask=mask), 1e-6)
     assert_same(layer.state, twin.state, 1e-6)
     with jax.set_mesh(mesh):
-        actual = function(params, here, mask)
+        actual = function(params, here, {"mask": mask})
     ((_, _), (_, slope)), _ = actual
     assert jax.typeof(slope).sharding.spec == jax.typeof(here).sharding.spec
+    assert_same(actual[0], expected[0], 2e-4)
+    np.testing.assert_allclose(actual[1], expected[1], rtol=1e-3, atol=1e-3 * np.max(np.abs(expected[1])))
+
+
+MOVED = r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+"""A type, and by what operation devices exchange it, in a compiled program."""
+
+LYING = {
+    "batch": ((64, 4), ("data",)),
+    "batch, short L": ((256, 4, 3), ("data",)),
+    "batch, long L": ((64, 4, 256), ("data",)),
+    "length": ((64, 4, 256), (None, None, "data")),
+    "channels": ((64, 4, 8), (None, "data")),
+}
+
+
+@pytest.mark.parametrize(
+    ("lying", "places"),
+    [
+        ("batch", "none"),
+        ("batch", "mask"),
+        ("batch, short L", "none"),
+        ("batch, short L", "sample_weight"),
+        ("batch, long L", "mask"),
+        ("length", "none"),
+        ("length", "mask"),
+        ("length", "lengths"),
+        ("channels", "mask"),
+    ],
+)
+def test_devices_exchange_no_more_than_vectors_of_channels(lying, places):
+    (n, c, *length), spec = LYING[lying]
+    rng = np.random.default_rng(0)
+    x = (1000 + rng.standard_normal((n, c, *length))).astype(np.float32)
+    given = {
+        "none": {},
+        "mask": {"mask": rng.random((n, *length)) > 0.3},
+        "lengths": {"lengths": rng.integers(0, 1 + sum(length), n)},
+        "sample_weight": {"sample_weight": rng.random(n).astype(np.float32)},
+    }[places]
+    params = Params(jnp.asarray([1.0, 2, 3, 4]), jnp.ones(4))
+    function = jax.jit(partial(steps, training=True))
+    given = {name: jnp.asarray(value) for name, value in given.items()}
+    expected = function(params, jnp.asarray(x), given)
+    if places == "mask":  # one that lies as x does
+        given["mask"] = sharded(given["mask"], spec[0], *spec[2:])
+    here = sharded(x, *spec)
+    compiled = function.lower(params, here, given).compile()
+    moved = [
+        (operation, shape, math.prod(int(size) for size in shape.split(",") if size))
+        for kinds, operation in re.findall(MOVED, compiled.as_text())
+        for shape in re.findall(r"\w+\[([\d,]*)\]", kinds)
+    ]
+    assert moved
+    assert not [each for each in moved if each[-1] > 8 * c]
+    actual = compiled(params, here, given)
     assert_same(actual[0], expected[0], 2e-4)
     np.testing.assert_allclose(actual[1], expected[1], rtol=1e-3, atol=1e-3 * np.max(np.abs(expected[1])))

@@ -105,6 +105,27 @@ def test_those_that_are_not_bound_are_told_how_to_be(rng, pass_through, backend)
     assert bn.num_batches_tracked == 2
 
 
+PASSED_THROUGH = {
+    "jit": lambda bn, x: jax.jit(train_step)(bn, x)[0],
+    "scan": lambda bn, x: jax.lax.scan(train_step, bn, x[None])[0],
+    "fori_loop": lambda bn, x: jax.lax.fori_loop(0, 1, lambda _, bn: train_step(bn, x)[0], bn),
+    "while_loop": lambda bn, x: jax.lax.while_loop(
+        lambda bn: bn.num_batches_tracked < 1, lambda bn: train_step(bn, x)[0], bn
+    ),
+    "cond": lambda bn, x: jax.lax.cond(True, lambda bn: train_step(bn, x)[0], lambda bn: bn, bn),  # noqa: FBT003
+}
+
+
+@pytest.mark.parametrize("name", PASSED_THROUGH)
+def test_a_layer_that_is_not_bound_passes_through_as_one_that_is(rng, name):
+    twin, x = new_layer(), batches(rng)
+    bn = PASSED_THROUGH[name](open_layer := mbn.BatchNorm1d(3), x)
+    twin(x)
+    assert (bn.backend, bn.num_batches_tracked) == ("jax", 1)
+    assert open_layer.backend is None
+    assert_same(bn.state, twin.state, 1e-6)
+
+
 def test_a_whole_layer_can_be_differentiated_by(rng):
     def loss(bn, x):
         return jnp.sum(bn(x) ** 3), bn

@@ -1,0 +1,69 @@
+"""JAX's export of programs for any size of a batch, or of sequences."""
+
+import math
+
+import numpy as np
+import pytest
+from jax_samples import assert_same, jax, jnp, new_state
+
+import mbn
+from mbn.state import Params
+from mbn_jax.channels import careful_sums
+from mbn_jax.maps import usual_rules
+
+export = pytest.importorskip("jax.export")
+
+LAYER = mbn.BatchNorm1d(4, backend="jax")
+
+
+def step(params, x, places, *, training):
+    def total(params, x):
+        y, state = LAYER.apply(params, new_state(4), x, training=training, **places)
+        return jnp.sum(y**3), (y, state)
+
+    return jax.value_and_grad(total, (0, 1), has_aux=True)(params, x)
+
+
+def places(rng, name, shape):
+    n, _, *length = shape
+    return {
+        "none": {},
+        "mask": {"mask": np.arange(n * math.prod(length)).reshape(n, *length) % 3 > 0},
+        "lengths": {"lengths": 1 + rng.integers(0, sum(length) or 1, n)},
+    }[name]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "name", "training", "platforms"),
+    [
+        ("b, 4", "none", True, ["cpu", "cuda"]),
+        ("b, 4", "mask", False, ["cpu"]),
+        ("b, 4, l", "none", False, ["cpu"]),
+        ("b, 4, l", "lengths", True, ["cpu", "cuda"]),
+    ],
+)
+def test_one_program_for_any_size(rng, sizes, name, training, platforms):
+    function = jax.jit(lambda params, x, places: step(params, x, places, training=training))
+    params = Params(jnp.asarray([1.0, 2, 3, 4]), jnp.ones(4))
+    shape = export.symbolic_shape(sizes)
+    given = {
+        key: jax.ShapeDtypeStruct((shape[0], *shape[2:])[: value.ndim], jnp.asarray(value).dtype)
+        for key, value in places(rng, name, (2, 4, 2)[: len(shape)]).items()
+    }
+    program = export.export(function, platforms=platforms)(params, jax.ShapeDtypeStruct(shape, np.float32), given)
+    for n, length in ((2, 5), (300, 7)):
+        x = (1000 + rng.standard_normal((n, 4, length)[: len(shape)])).astype(np.float32)
+        given = jax.tree.map(jnp.asarray, places(rng, name, x.shape))
+        actual, expected = (call(params, jnp.asarray(x), given) for call in (program.call, function))
+        for one, other in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+            assert_same(one, other, 2e-6 * max(1.0, float(np.max(np.abs(other)))))
+
+
+def test_sums_of_any_size_are_made_in_pairs(rng):
+    terms = rng.standard_normal((5000, 3)) * np.exp(5 * rng.standard_normal((5000, 3)))
+    terms[-1] -= terms.sum(0)  # leaves a sum of no more than rounding errors
+    with usual_rules():
+        (actual,) = jax.jit(lambda terms: careful_sums([terms], (0,)))(terms)
+        (infinite,) = careful_sums([jnp.asarray([[1.0], [np.inf]])], (0,))
+    np.testing.assert_allclose(actual, [math.fsum(channel) for channel in terms.T], rtol=1e-12)
+    assert infinite.tolist() == [np.inf]
