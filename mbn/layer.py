@@ -207,8 +207,8 @@ class BatchNorm1d(Storage):
         training, num_features, settings = checks.flag("training", training), self._channels(), self._settings
         backend = self._backend if self._is_bound else registry.owner_of(x)
         device = self._device if self._is_bound else None
-        if params.weight is not self._params.weight or state.running_mean is not self._state.running_mean:
-            dtype, device = place_of(backend, params, state, settings.dtype, device)
+        dtype, device = place_of(backend, params, state, settings.dtype, device)
+        if dtype != settings.dtype:
             settings = settings._replace(dtype=dtype)
         x = received(backend, "x", x, settings.dtype, device)
         params, state = received_vectors(backend, params, state, num_features, settings.dtype, device)

@@ -39,9 +39,10 @@ class TorchBackend(Backend):
     version = str(torch.__version__)
 
     def __init__(self) -> None:
-        for dtype in vars(torch).values():
-            if isinstance(dtype, torch.dtype):
-                dtype_name(dtype)  # Dynamo can look up names, but not find them
+        for dtype in (*vars(torch).values(), *map(np.dtype, ("float32", "float64", "int64"))):
+            if isinstance(dtype, torch.dtype | np.dtype):
+                # Dynamo can look up names, but not find them; and it compiles anew where there are more.
+                dtype_name(dtype)
 
     @cached_property
     def capabilities(self) -> Capabilities:
@@ -122,17 +123,16 @@ class TorchBackend(Backend):
 
     def merge(self, first: Moments, second: Moments) -> Moments:
         statistics = first.mean, first.m2, second.mean, second.m2
-        is_on_host = any(map(host.is_scaled, statistics)) or _verbs(*statistics) is host
-        return (host if is_on_host else vectors).merge(first, second)
+        return (host if _verbs(*statistics) is host else vectors).merge(first, second)
 
-    def variance(self, moments: Moments, correction: int) -> torch.Tensor:
-        return (host if host.is_scaled(moments.m2) else vectors).variance(moments, correction)
+    def variance(self, moments: Moments, correction: int) -> vectors.Variance:
+        return vectors.variance(moments, correction)
 
     def normalize(
         self,
         x: torch.Tensor,
         mean: vectors.Mean,
-        var: torch.Tensor,
+        var: vectors.Variance,
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
         eps: float,
@@ -141,8 +141,10 @@ class TorchBackend(Backend):
     ) -> torch.Tensor:
         return _verbs(x, mean, var, weight, bias).normalize(x, mean, var, weight, bias, eps, weights, out)
 
-    def lerp(self, start: torch.Tensor, end: vectors.Mean, weight: float | torch.Tensor) -> torch.Tensor:
-        return (host if host.is_scaled(end) else vectors).lerp(start, end, weight)
+    def lerp(
+        self, start: torch.Tensor, end: vectors.Mean | vectors.Variance, weight: float | torch.Tensor
+    ) -> torch.Tensor:
+        return vectors.lerp(start, end, weight)
 
     def step(
         self, momentum: float | None, num_batches_tracked: torch.Tensor | None, count: Any, correction: int
@@ -154,7 +156,7 @@ class TorchBackend(Backend):
         dy: torch.Tensor,
         x: torch.Tensor,
         mean: vectors.Mean,
-        var: torch.Tensor,
+        var: vectors.Variance,
         eps: float,
         weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,7 +167,7 @@ class TorchBackend(Backend):
         dy: torch.Tensor,
         x: torch.Tensor,
         mean: vectors.Mean,
-        var: torch.Tensor,
+        var: vectors.Variance,
         weight: torch.Tensor | None,
         eps: float,
         sums: tuple[torch.Tensor, torch.Tensor] | None,
@@ -183,7 +185,7 @@ class TorchBackend(Backend):
         self, x: torch.Tensor, params: Params, state: State, **settings: Any
     ) -> tuple[torch.Tensor, State, Residuals]:
         y, state, residuals = self._run(x, params, state, **settings)
-        return y, state, residuals if host.is_scaled(residuals.var) else host.tensors(residuals)
+        return y, state, host.tensors(residuals)
 
     def _run(
         self,

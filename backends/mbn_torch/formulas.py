@@ -10,39 +10,52 @@ from typing import Any
 import torch
 
 from mbn.contract import Moments
+from mbn_torch.tracing import is_scripted
 from mbn_torch.vectors import (
+    FAR,
     WIDE,
     Mean,
-    Pair,
     Scaled,
     Variance,
     as_pair,
     divisor,
+    exponent_of,
     heaviest,
+    in_units,
     invstd,
     lifted,
     lifted_weights,
+    power,
     scaled,
+    separate,
     spread,
+    units_of,
+    weighed,
 )
 
 
 def moments(x: torch.Tensor, weights: torch.Tensor | None = None) -> Moments:
     """Return count, mean (a Pair) and m2 (float64) of each channel of x, (N, C) or (N, C, L).
 
-    The sums are taken around one of the values, which is a constant since the result does not depend on it.
+    The sums are taken around the mean as it comes out of sums around one of the values, in units in which no channel is
+    out of range. Both are constants, since the result does not depend on them.
     """
     x = lifted(x)
     shift = heaviest(x, weights)
-    d = _counted(x, shift, weights) - shift[:, None]
-    if weights is None:
-        count = x.shape[0] * x.shape[2]
-        lo = d.sum((0, 2)) / count
-        return Moments(count, Pair(shift, lo), (d - lo[:, None]).square().sum((0, 2)))
-    weights = _constant(weights)
-    count = weights.sum()
-    lo = (weights * d).sum((0, 2)) / divisor(count)
-    return Moments(count, Pair(shift, lo), (weights * (d - lo[:, None]).square()).sum((0, 2)))
+    values = _counted(x, shift, weights)
+    constants = values.detach()
+    unit, factor = None, 1
+    if not is_scripted():  # there, nobody sees the bits of a number
+        unit = units_of(torch.maximum(constants.amax((0, 2)), -constants.amin((0, 2))))
+        factor, shift = power(-unit)[:, None], scaled(shift, -unit)
+    weights = None if weights is None else _constant(weights)
+    count = x.shape[0] * x.shape[2] if weights is None else weights.sum()
+    n = divisor(count)
+    center = shift + _total(constants * factor - shift[:, None], weights) / n
+    d = values * factor - center[:, None]
+    total, squares = _total(d, weights), _total(d.square(), weights)
+    lo = total / n
+    return Moments(count, *in_units(center, lo, squares - total * lo, unit))
 
 
 def normalize(
@@ -75,7 +88,7 @@ def grad_sums(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the sums of dy and of dy * xhat for each channel, in float64."""
     dy = _counted(lifted(dy), None, weights)
-    return dy.sum((0, 2)), (dy * _xhat(x, mean, var, eps, weights)).sum((0, 2))
+    return _total(dy, None), _total(dy * _xhat(x, mean, var, eps, weights), None)
 
 
 def grad_input(
@@ -97,22 +110,32 @@ def grad_input(
         if weights is not None:
             mean_dy, projection = _constant(weights) * mean_dy, _constant(weights) * projection
         dx = dx - mean_dy - projection
-    scale = scaled(*spread(var.values, mean.exponent, eps)) if isinstance(mean, Scaled) else invstd(var, eps)
-    if weight is not None:
-        scale = scale * weight
-    return _like(x, dx * scale[:, None], weights)
+    _, _, var, unit = separate(mean, var)
+    if unit is None:
+        scale = invstd(var, eps) if weight is None else invstd(var, eps) * weight
+        return _like(x, dx * scale[:, None], weights)
+    number, exponent = weighed(*spread(var, unit, eps), weight)
+    size = exponent + exponent_of(number)
+    half = size - size.clamp(-FAR, FAR)  # of two factors, since one may be out of range
+    return _like(x, dx * scaled(number, exponent - half)[:, None] * power(half)[:, None], weights)
 
 
 def _xhat(x: torch.Tensor, mean: Mean, var: Variance, eps: float, weights: torch.Tensor | None) -> torch.Tensor:
     """Return (x - mean) / sqrt(var + eps) as (N, C, L) in float64."""
-    if isinstance(mean, Scaled):  # by the kernels
+    if isinstance(mean, Scaled):
         (hi, lo), unit = mean
-        d = scaled(_counted(lifted(x), scaled(hi, unit), weights), -unit[:, None]) - hi[:, None] - lo[:, None]
+        d = _counted(lifted(x), scaled(hi, unit), weights) * power(-unit)[:, None] - hi[:, None] - lo[:, None]
         number, exponent = spread(var.values, unit, eps)
         return d * scaled(number, exponent + unit)[:, None]
     hi, lo = as_pair(mean)
     d = _counted(lifted(x), hi, weights) - hi[:, None] - lo[:, None]
     return d * invstd(var, eps)[:, None]
+
+
+def _total(values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """Return the sum of values for each channel, by one axis at a time: at once Torch adds up one row after another."""
+    values = values if weights is None else weights * values
+    return (values[:, :, 0] if values.shape[2] == 1 else values.sum(2)).sum(0)
 
 
 def _counted(x: torch.Tensor, other: torch.Tensor | None, weights: torch.Tensor | None) -> torch.Tensor:

@@ -17,12 +17,16 @@ from mbn.state import Params, State
 from mbn_cpu import pages, threads, vectors
 from mbn_cpu.fastest import host
 from mbn_torch import ops
-from mbn_torch.vectors import Mean, Pair, Scaled
+from mbn_torch.vectors import Mean, Pair, Scaled, Variance
 
 _has_versions = hasattr(torch._C, "_to_dlpack_versioned")  # noqa: SLF001 - Torch 2.9 and later
 
 
 _HALVES = torch.float16, torch.bfloat16
+_FORMS = Pair, Scaled
+_FORMS_IN_ARRAYS = vectors.Pair, vectors.Scaled
+"""The same two."""
+_KEPT = int, torch.Tensor, *_FORMS
 
 
 class _Shared:
@@ -42,47 +46,26 @@ class _Shared:
 
 
 def tensors(residuals: Residuals) -> Residuals:
-    """Return residuals as tensors, whatever they are; of those that are scaled, what float64 can hold."""
-    mean, var, count = residuals
-    if isinstance(var, Scaled):
-        return residuals
-    mean = vectors.as_pair(mean) if isinstance(mean, vectors.Scaled) else mean
-    mean = Pair(*map(_tensor, mean)) if isinstance(mean, tuple) else _tensor(mean)
-    var = np.ldexp(*var) if isinstance(var, vectors.Scaled) else var
-    return Residuals(mean, _tensor(var), count if isinstance(count, int | None) else _tensor(count))
+    """Return residuals as tensors, whatever they are."""
+    return Residuals(*map(_tensor, residuals))
 
 
 def moments(x: torch.Tensor, weights: torch.Tensor | None = None) -> Moments:
     """Return count, mean (a Pair) and m2 (float64) of each channel of x, (N, C) or (N, C, L)."""
     with _limited():
-        return _moments(host().moments(_array(_wide(x)), _array(weights)))
+        return Moments(*map(_tensor, host().moments(_array(_wide(x)), _array(weights))))
 
 
 def merge(first: Moments, second: Moments) -> Moments:
     """Return the statistics of two batches together."""
-    return _moments(vectors.merge(*(Moments(*map(_array, moments)) for moments in (first, second))))
-
-
-def variance(moments: Moments, correction: int) -> Any:
-    """Return m2 / (count - correction), and 0 where weights add up to less."""
-    return _tensor(vectors.variance(Moments(*map(_array, moments)), correction))
-
-
-def lerp(start: torch.Tensor, end: vectors.Scaled, weight: float | torch.Tensor) -> torch.Tensor:
-    """Return (1 - weight) * start + weight * end, computed in float64 and rounded once to the dtype of start."""
-    with np.errstate(all="ignore"):
-        return _tensor(vectors.lerp(_array(start.detach()), end, float(weight)))
-
-
-def is_scaled(value: Any) -> bool:
-    """Tell whether a statistic has the form of those whose range float64 has not: in arrays, which only these read."""
-    return isinstance(value, vectors.Scaled)
+    merged = vectors.merge(*(Moments(*map(_array, moments)) for moments in (first, second)))
+    return Moments(*map(_tensor, merged))
 
 
 def normalize(
     x: torch.Tensor,
     mean: Mean,
-    var: torch.Tensor,
+    var: Variance,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     eps: float,
@@ -99,7 +82,7 @@ def normalize(
 
 
 def grad_sums(
-    dy: torch.Tensor, x: torch.Tensor, mean: Mean, var: torch.Tensor, eps: float, weights: torch.Tensor | None = None
+    dy: torch.Tensor, x: torch.Tensor, mean: Mean, var: Variance, eps: float, weights: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the sums of dy and of dy * xhat for each channel, in float64."""
     with _limited():
@@ -111,7 +94,7 @@ def grad_input(
     dy: torch.Tensor,
     x: torch.Tensor,
     mean: Mean,
-    var: torch.Tensor,
+    var: Variance,
     weight: torch.Tensor | None,
     eps: float,
     sums: tuple[torch.Tensor, torch.Tensor] | None,
@@ -207,23 +190,17 @@ def _run(
         return fastest.batch_norm_residuals(values, params, state, **settings, weights=_array(weights), out=out)[1:]
 
 
-def _moments(moments: Moments) -> Moments:
-    """Return statistics in arrays as tensors, unless they are scaled."""
-    count, mean, m2 = moments
-    if is_scaled(m2):
-        return moments
-    return Moments(count if isinstance(count, int) else _tensor(count), Pair(*map(_tensor, mean)), _tensor(m2))
-
-
 def _limited() -> AbstractContextManager[None]:
     return threads.limited(torch.get_num_threads())
 
 
 def _array(value: Any) -> Any:
-    """Return a tensor, or both of a pair, as arrays; anything else is one, or no array at all."""
+    """Return a tensor, or all that a statistic consists of, as arrays; anything else is one, or no array at all."""
     if isinstance(value, torch.Tensor):
         return np.from_dlpack(_Shared(value))
-    return vectors.Pair(*map(_array, value)) if isinstance(value, Pair) else value
+    if isinstance(value, _FORMS):
+        return _FORMS_IN_ARRAYS[_FORMS.index(type(value))](*map(_array, value))
+    return value
 
 
 def _writable(tensor: torch.Tensor) -> np.ndarray:
@@ -233,9 +210,11 @@ def _writable(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _tensor(value: Any) -> Any:
-    """Return an array as a tensor; anything else is one, scaled, or None."""
-    if value is None or isinstance(value, torch.Tensor | vectors.Scaled):
+    """Return an array, or all that a statistic consists of, as tensors; anything else is one, a count, or None."""
+    if value is None or isinstance(value, _KEPT):
         return value
+    if isinstance(value, _FORMS_IN_ARRAYS):
+        return _FORMS[_FORMS_IN_ARRAYS.index(type(value))](*map(_tensor, value))
     return torch.from_numpy(np.asarray(value))
 
 

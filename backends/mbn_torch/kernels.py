@@ -14,7 +14,6 @@ import torch
 from mbn.contract import Moments
 from mbn_torch.vectors import (
     FAR,
-    FARTHEST,
     WIDE,
     Mean,
     Pair,
@@ -33,6 +32,7 @@ from mbn_torch.vectors import (
     scaled,
     separate,
     spread,
+    units_of,
     weighed,
 )
 
@@ -208,8 +208,7 @@ def _units(x: torch.Tensor, shift: torch.Tensor, weights: torch.Tensor | None) -
         d = _wide(block).sub_(shift[:, None])
         _clear(d, mask)
         largest = torch.maximum(largest, d.abs_().amax((0, 2)))
-    exponent = exponent_of(largest).clamp(max=FARTHEST)
-    return exponent.masked_fill((largest == 0) | (exponent.abs() <= FAR), 0)
+    return units_of(largest)
 
 
 def _shifted_sums(

@@ -45,12 +45,10 @@ def as_pair(mean: Pair | torch.Tensor) -> Pair:
 
 
 def parts(statistic: Mean | Variance | None) -> tuple[torch.Tensor | None, ...]:
-    """Return the tensors that a mean or variance consists of: none, where it is scaled in arrays, as the host's are."""
+    """Return the tensors that a mean or variance consists of."""
     if isinstance(statistic, Scaled):
         return *parts(statistic.values), statistic.exponent
-    if isinstance(statistic, tuple):
-        return statistic if isinstance(statistic, Pair) else ()
-    return (statistic,)
+    return statistic if isinstance(statistic, Pair) else (statistic,)
 
 
 def separate(mean: Mean, var: Variance) -> tuple[torch.Tensor | None, ...]:
@@ -66,7 +64,10 @@ def in_units(
 ) -> tuple[Mean, Variance]:
     """Return what ``separate`` makes these of; m2 is a variance here."""
     mean = Pair(hi, lo)
-    return (mean, var) if exponent is None else (Scaled(mean, exponent), Scaled(var, 2 * exponent))
+    if exponent is None:
+        return mean, var
+    exponent = exponent.to(torch.int32)  # which NumPy takes for an exponent everywhere
+    return Scaled(mean, exponent), Scaled(var, 2 * exponent)
 
 
 class Line(NamedTuple):
@@ -153,8 +154,15 @@ def exponent_before(
 
 
 def exponent_of(values: torch.Tensor) -> torch.Tensor:
-    """Return the exponents of numbers in float64, or the least that has an inverse."""
-    return (((values.detach().view(torch.int64) >> 52) & 0x7FF) - 1023).clamp(-FARTHEST, 1023)
+    """Return the exponents of numbers in float64, or the least that has an inverse; 0 of 0."""
+    values = values.detach()
+    return (((values.view(torch.int64) >> 52) & 0x7FF) - 1023).clamp(-FARTHEST, 1023).masked_fill(values == 0, 0)
+
+
+def units_of(largest: torch.Tensor) -> torch.Tensor:
+    """Return the exponents of units in which values up to these are not out of range: nearly always 0."""
+    exponent = exponent_of(largest).clamp(max=FARTHEST)
+    return exponent.masked_fill(exponent.abs() <= FAR, 0)
 
 
 def power(exponent: torch.Tensor) -> torch.Tensor:

@@ -307,3 +307,17 @@ def test_recorded_parameters_refuse_an_output():
 def test_numpy_shares_what_torch_has():
     x = sample(4, 3)
     assert np.shares_memory(host._array(x), x.numpy())
+
+
+def test_statistics_in_units_may_come_from_other_kernels():
+    x, dy = 1e200 * sample(20, 3, dtype=torch.float64), sample(20, 3, dtype=torch.float64, seed=1)
+    results = []
+    for verbs in (import_module("mbn_torch.kernels"), host):
+        moments = verbs.moments(x)
+        residuals = mbn.contract.Residuals(moments.mean, backend.variance(moments, 0), moments.count)
+        dx, dweight, _ = backend.pullback(dy, x, None, residuals, 1e-5)
+        merged = backend.merge(moments, host.moments(3 * x))
+        mean = backend.lerp(torch.zeros(3, dtype=x.dtype), merged.mean, 1.0)
+        results.append((1e200 * dx, dweight, mean))
+    for actual, expected in zip(*results, strict=True):
+        assert relative_error(actual, expected) < 1e-12

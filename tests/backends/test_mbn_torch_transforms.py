@@ -1,5 +1,6 @@
 """Torch's transforms: vectorised, by torch.func, and compiled."""
 
+from fractions import Fraction
 from functools import partial
 
 import pytest
@@ -203,3 +204,68 @@ def test_open_layers_begin_outside_of_what_is_compiled(make):
         torch.testing.assert_close(call(sample(8, 3, seed=seed)), twin(sample(8, 3, seed=seed)) * 2)
     torch.testing.assert_close(dict(bn.state_dict()), dict(twin.state_dict()))
     assert count_graphs() == 1
+
+
+def _vjp(function, x, direction):
+    y, pullback = torch.func.vjp(function, x)
+    return y, pullback(direction)[0]
+
+
+def _compiled(function, x, direction):
+    leaf = x.requires_grad_()
+    y = compile_fully(function)(leaf)
+    return y.detach(), torch.autograd.grad(y, leaf, direction)[0]
+
+
+def _twice(function, x, direction):
+    leaf = x.requires_grad_()
+    y = function(leaf)
+    (gradient,) = torch.autograd.grad(y, leaf, direction, create_graph=True)
+    return y.detach(), torch.autograd.grad(gradient, leaf, direction)[0]
+
+
+def _vectorised(function, x, direction):
+    return (values[0] for values in torch.vmap(partial(_vjp, function))(x[None], direction[None]))
+
+
+WAYS = {
+    "torch.func.vjp": (_vjp, 1),
+    "torch.func.jvp": (lambda function, x, direction: torch.func.jvp(function, (x,), (direction,)), 1),
+    "torch.compile": (_compiled, 1),
+    "torch.vmap": (_vectorised, 1),
+    "twice": (_twice, 2),
+}
+"""Ways to an output and a derivative, and the order of that."""
+
+
+@pytest.mark.parametrize("kind", [None, "mask"])
+@pytest.mark.parametrize("power", [-900, -520, 520, 900])
+@pytest.mark.parametrize("way", WAYS)
+def test_no_values_are_too_large_or_too_small(way, power, kind):
+    call, order = WAYS[way]
+    ones = torch.randint(-8, 9, (40, 3), generator=torch.Generator().manual_seed(5)).double()
+    ones[:, 2] = ones[0, 2]
+    weights = draw_weights(kind, ones.shape, ones.dtype)
+
+    def results(power):
+        weight = torch.tensor([1.0, -2.0, 1.0], dtype=ones.dtype) * 2.0**power
+        function = partial(output_of, weight=weight, bias=0 * weight, weights=weights, eps=0)
+        y, derivative = call(function, ones * 2.0**power, sample(40, 3, dtype=ones.dtype))
+        return y * 2.0**-power, derivative * 2.0 ** (power * (order - 1))
+
+    for actual, expected in zip(results(power), results(0), strict=True):
+        assert expected.any()
+        assert relative_error(actual, expected) < 1e-12
+
+
+@pytest.mark.parametrize("kind", [None, "mask"])
+def test_one_value_that_dwarfs_the_others_under_a_transform(kind):
+    x = torch.ones((145, 4, 18), dtype=torch.float64)
+    x[0, :, 0] = 3.22e6
+    weights = None if kind is None else torch.ones((145, 18), dtype=torch.float64)
+    bn = mbn.BatchNorm1d(4, dtype="float64", momentum=1.0, backend="torch")
+    apply = torch.vmap(lambda x: bn.apply(bn.params, bn.state, x, training=True, sample_weight=weights)[1][:2])
+    n = 145 * 18
+    mean, var = 1 + (Fraction(3.22e6) - 1) / n, (Fraction(3.22e6) - 1) ** 2 / n
+    for actual, expected in zip(apply(x[None]), (mean, var), strict=True):
+        assert relative_error(actual[0], torch.full((4,), float(expected), dtype=torch.float64)) < 2e-15
