@@ -5,8 +5,9 @@ A checkpoint may come from anywhere, so nothing in it is ever run; and of one th
 
 import json
 import re
+import textwrap
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
@@ -14,19 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from mbn import checks
+from mbn import checks, files
 from mbn.contract import dtype_name
-from mbn.state import Params, State, few
+from mbn.state import Params, State, batch_norms, few, groups, prefixes
 
 _NAMES = (*Params._fields, *State._fields)
 _SETTINGS = ("eps", "momentum", "axis", "correction", "track_running_stats")
 """What a checkpoint does not tell of a layer."""
-_DEEPEST = 4
-"""How many dictionaries may be in each other."""
 
 
-def under(entries: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], int | None]:
-    """Return the entries that begin with a prefix, without it, and of which version they are, None if they do not say.
+def under(entries: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], int | None, str]:
+    """Return the entries that begin with a prefix, without it; their version, None if they do not say; and the prefix.
 
     Raises:
         TypeError: the prefix is no string.
@@ -35,9 +34,8 @@ def under(entries: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], int 
     if not isinstance(prefix, str):
         message = f"prefix is what comes before 'weight' in the names of entries, a str, not {type(prefix).__name__}."
         raise TypeError(message)
-    groups = dict(_groups(entries))
     found = {}
-    for path, group in groups.items():
+    for path, group in groups(entries):
         for tried in dict.fromkeys([prefix, prefix + "." * (prefix != "" and prefix[-1] != ".")]):
             rest = tried[len(path) :] if path and tried.startswith(path) else tried
             if any(rest + name in group for name in _NAMES):
@@ -50,15 +48,17 @@ def under(entries: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], int 
         )
         raise ValueError(message)
     if not found:
-        raise ValueError(_not_found(groups, prefix))
+        raise ValueError(_not_found(entries, prefix))
     ((group, start),) = found.values()
     version = getattr(group, "_metadata", {}).get(start.rstrip("."), {}).get("version")
     chosen = {key[len(start) :]: group[key] for key in group if isinstance(key, str) and key.startswith(start)}
-    return chosen, version
+    return chosen, version, start
 
 
-def read(path: str | PathLike[str], prefix: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the entries of a layer in a file, and the arguments of the layer.
+def read(
+    path: str | PathLike[str], prefix: str, settings: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Return the entries of a layer in a file, the arguments of the layer, and what messages put before an entry.
 
     Raises:
         OSError, ImportError, ValueError, TypeError: see :meth:`mbn.BatchNorm1d.from_checkpoint`.
@@ -70,18 +70,20 @@ def read(path: str | PathLike[str], prefix: str, settings: Mapping[str, Any]) ->
     path = Path(path)
     with path.open("rb") as file:
         start = file.read(9)
-    is_torch = start[:2] == b"PK" or (start[:1] == b"\x80" and start[8:] != b"{")
     try:
-        entries, _ = under((_torch_entries if is_torch else _safetensors_entries)(path, start), prefix)
+        model = (_torch_entries if files.is_of_torch(start) else _safetensors_entries)(path, start)
+        entries, _, full = under(model, prefix)
         taken = {key: value() if callable(value) else value for key, value in entries.items() if key in _NAMES}
-        return taken, {**settings, **_arguments(entries, taken, settings)}
+        return taken, {**settings, **_arguments(entries, taken, settings, model)}, f"{path}: {full}"
     except ValueError as error:
         message = f"{path}: {error}"
         raise ValueError(message) from error
 
 
-def _arguments(entries: Mapping[str, Any], taken: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a layer with these entries."""
+def _arguments(
+    entries: Mapping[str, Any], taken: Mapping[str, Any], settings: Mapping[str, Any], model: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments of a layer with these entries of a model."""
     tracked = checks.flag("track_running_stats", settings.get("track_running_stats", True))
     needed = ["running_mean", "running_var"] * tracked + ["weight"] * ("bias" in taken or not tracked)
     missing = [name for name in needed if name not in taken]
@@ -90,6 +92,7 @@ def _arguments(entries: Mapping[str, Any], taken: Mapping[str, Any], settings: M
         problems = [f"they lack {few(missing)}"] * bool(missing) + [f"they have {few(unexpected)}"] * bool(unexpected)
         hint = " Without running statistics: track_running_stats=False." * (missing == ["running_mean", "running_var"])
         message = f"the entries with this prefix are not those of one batch norm: {' and '.join(problems)}.{hint}"
+        message += batch_norms(model)
         raise ValueError(message)
     name, first = next((name, taken[name]) for name in ("running_mean", "weight") if name in taken)
     if len(first.shape) != 1:
@@ -117,7 +120,18 @@ def _torch_entries(path: Path, _: bytes) -> Mapping[str, Any]:
     except OSError:
         raise
     except Exception as error:  # whatever damage and strange objects make of it
-        message = f"torch cannot load it by weights_only=True, which takes tensors and no objects: {error}"
+        text = str(error) or type(error).__name__
+        if found := re.search(r"GLOBAL (\S+)", text):
+            message = (
+                f"torch cannot load it by weights_only=True, which takes tensors and no objects, and it has "
+                f"{found[1]} or is damaged. Of a model save the entries alone: torch.save(model.state_dict(), path)."
+            )
+        else:
+            found = re.search(r"WeightsUnpickler error: (.*)", text)
+            message = (
+                "it is damaged, or torch cannot load it by weights_only=True, which takes tensors and no objects "
+                f"({textwrap.shorten(found[1] if found else text, 120)})."
+            )
         raise ValueError(message) from error
     if not isinstance(entries, Mapping):
         message = f"it holds a {type(entries).__name__}, and no state_dict."
@@ -134,10 +148,14 @@ def _safetensors_entries(path: Path, start: bytes) -> dict[str, Callable[[], np.
         raise ValueError(message)
     try:
         with safe_open(path, framework="np") as file:
+            is_layer = files.KEY in (file.metadata() or {})
             names = list(file.keys())
     except SafetensorError as error:
         message = f"it is damaged, or neither safetensors nor of torch.save ({error})."
         raise ValueError(message) from error
+    if is_layer:
+        message = "it is a layer of BatchNorm1d.save, with its eps and momentum: mbn.BatchNorm1d.load(path)."
+        raise ValueError(message)
 
     def entry(name: str) -> np.ndarray:
         with safe_open(path, framework="np") as file:
@@ -155,24 +173,18 @@ def _safetensors_entries(path: Path, start: bytes) -> dict[str, Callable[[], np.
     return {name: lambda name=name: entry(name) for name in names}  # type: ignore[misc]
 
 
-def _groups(entries: Mapping[Any, Any], path: str = "", depth: int = 0) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    """Iterate over a dictionary and those in it, each with the names that lead to it."""
-    yield path, entries
-    for key, value in entries.items():
-        if isinstance(value, Mapping) and depth < _DEEPEST:
-            yield from _groups(value, f"{path}{key}.", depth + 1)
-
-
-def _not_found(groups: Mapping[str, Mapping[Any, Any]], prefix: str) -> str:
+def _not_found(entries: Mapping[Any, Any], prefix: str) -> str:
     """Return what to say where no entries begin with a prefix: which prefixes there are, the nearest ones first."""
-    keys = [str(key) for group in groups.values() for key, value in group.items() if not isinstance(value, Mapping)]
-    known = dict.fromkeys(key[: -len("running_mean")] for key in keys if key.endswith("running_mean"))
-    message = f"no entries begin with {prefix!r}."
+    known = prefixes(entries)
+    message = f"no entries begin with {prefix!r}." if prefix else "there are no entries of a layer alone."
     if not known:
+        keys = [key for _, group in groups(entries) for key, value in group.items() if not isinstance(value, Mapping)]
         return f"{message} There are no running statistics in it, but {few(keys) or 'nothing'}."
+    if not prefix:
+        message += " Of a whole model, prefix= says which entries are the layer's."
     bare = prefix.rstrip(".")
     same_end = [name for name in known if re.search(rf"(^|\.){re.escape(bare)}\.?$", name)] if bare else []
     nearest = dict.fromkeys([*same_end, *get_close_matches(prefix, list(known), n=3, cutoff=0.5)])
     if nearest:
         message += f" Did you mean {few((repr(name) for name in nearest), 3)}?"
-    return f"{message} Batch norms in it: {few(map(repr, known))}."
+    return message + batch_norms(entries)

@@ -51,6 +51,14 @@ _DTYPES = {"float32": "F32", "float64": "F64", "int64": "I64"}
 """Their names in safetensors."""
 
 
+_CHECKPOINT = "mbn.BatchNorm1d.from_checkpoint(path, prefix)."
+
+
+def is_of_torch(start: bytes) -> bool:
+    """Tell by its first 9 bytes whether a file is one of ``torch.save``."""
+    return start[:2] == b"PK" or (start[:1] == b"\x80" and start[8:] != b"{")
+
+
 def write(path: str | PathLike[str], portable: Portable) -> None:
     """Write a file in one step, as all others see it.
 
@@ -83,12 +91,14 @@ def read(path: str | PathLike[str]) -> Portable:
     from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - as above
 
     path = Path(path)
-    path.open("rb").close()  # Python's own errors name the file
+    with path.open("rb") as raw:  # Python's own errors name the file
+        start = raw.read(9)
     try:
         with safe_open(path, framework="np") as file:
             return _checked(file)
     except SafetensorError as error:
-        message = f"{path} holds no layer: it is damaged or no safetensors file ({error})."
+        hint = f" If it is of torch.save: {_CHECKPOINT}" if is_of_torch(start) else ""
+        message = f"{path} holds no layer: it is damaged or no safetensors file ({error}).{hint}"
         raise ValueError(message) from error
     except ValueError as error:
         message = f"{path} holds no layer that can be loaded: {error}"
@@ -121,10 +131,7 @@ def _checked(file: Any) -> Portable:
 def _described(text: str | None) -> dict[str, Any]:
     """Return what a layer is besides its arrays."""
     if text is None:
-        message = (
-            "it is not from BatchNorm1d.save. If it has the keys of a state_dict: "
-            "bn.load_state_dict(safetensors.numpy.load_file(path))."
-        )
+        message = f"it is not from BatchNorm1d.save. Of a checkpoint: {_CHECKPOINT}"
         raise ValueError(message)
     try:
         described = json.loads(text)

@@ -394,16 +394,16 @@ class BatchNorm1d(Storage):
         Raises:
             OSError: the file cannot be read.
             ImportError: it is of ``torch.save``, and torch is not installed.
-            ValueError: it is damaged, or holds objects that are no tensors; no entries begin with the prefix, or they
-                are not those of a batch norm.
+            ValueError: it is damaged, of :meth:`save`, or holds objects that are no tensors; no entries begin with the
+                prefix, or they are not those of a batch norm.
             TypeError: an argument that the checkpoint tells, or that a layer does not have.
             BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
         """
         from mbn import checkpoints  # noqa: PLC0415 - as above
 
-        entries, arguments = checkpoints.read(path, prefix, settings)
+        entries, arguments, label = checkpoints.read(path, prefix, settings)
         layer = cls(**arguments, backend=backend, device=device)
-        layer.load_state_dict(entries)
+        layer._load(entries, label, model=entries)
         return layer
 
     def __repr__(self) -> str:

@@ -11,14 +11,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from operator import is_
+from os import PathLike
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar, overload
 
 import numpy as np
 
 from mbn import checks, registry
 from mbn.contract import Array, Backend, dtype_name
-from mbn.convert import asarray, owned, received
-from mbn.state import IncompatibleKeys, Params, Settings, State, compare_keys, to_dict, versioned
+from mbn.convert import asarray, owned, received, to_numpy
+from mbn.state import IncompatibleKeys, Params, Settings, State, batch_norms, compare_keys, to_dict, versioned
 
 _introduced: set[tuple[type, str]] = set()
 """The classes of layers, and the names of the backends that know of them."""
@@ -69,6 +70,14 @@ def _refuse(name: str, *_: Any, **__: Any) -> NoReturn:
         "exists: bn.load_state_dict(mbn.BatchNorm1d.load(path).state_dict())."
     )
     raise TypeError(message)
+
+
+def _counted(key: str, value: Any) -> Any:
+    """Return an entry; of a count that has become floating with the rest of a model, the integer, if it is whole."""
+    if key != "num_batches_tracked" or not dtype_name(getattr(value, "dtype", "int64")).startswith(("float", "bfloat")):
+        return value
+    number = np.asarray(to_numpy(value)).astype(float)
+    return int(number) if number.shape == () and number.item().is_integer() else value
 
 
 class _Entry:
@@ -245,22 +254,47 @@ class Storage:
         """
         if not isinstance(state_dict, Mapping):
             message = f"state_dict is a mapping from names to arrays, not {type(state_dict).__name__}."
+            if isinstance(state_dict, str | PathLike):
+                message += (
+                    " From a file: mbn.BatchNorm1d.from_checkpoint(path, prefix), or .load(path) of one of save()."
+                )
+            elif hasattr(state_dict, "state_dict"):
+                message += " Give what its state_dict() returns."
             raise TypeError(message)
-        strict, entries, version = checks.flag("strict", strict), state_dict, None
+        strict, entries, version, start = checks.flag("strict", strict), state_dict, None, ""
         if prefix:
             from mbn import checkpoints  # noqa: PLC0415 - for whole models
 
-            entries, version = checkpoints.under(state_dict, prefix)
+            entries, version, start = checkpoints.under(state_dict, prefix)
+        return self._load(entries, start, model=state_dict, strict=strict, version=version)
+
+    def _load(
+        self,
+        entries: Mapping[str, Any],
+        prefix: str,
+        *,
+        model: Mapping[str, Any],
+        strict: bool = True,
+        version: int | None = None,
+    ) -> IncompatibleKeys:
+        """Take over copies of entries, which messages name by a prefix and as part of a model."""
         trial = copy.copy(self)
         if trial.num_features is None:
             shapes = [np.shape(entries[key]) for key in ("weight", "running_mean") if key in entries]
             if not shapes or len(shapes[0]) != 1:
                 message = "num_features is to come from this state_dict, but it has no weight or running_mean of (C,)."
-                raise ValueError(message)
+                raise ValueError(message + batch_norms(model))
             trial._learn_features(shapes[0][0])
         expected = to_dict(trial.params, trial.state)
-        incompatible = compare_keys(expected, entries, strict=strict, version=version)
-        self._become(trial, {key: trial._taken(key, entries[key]) for key in expected if key in entries})
+        incompatible = compare_keys(expected, entries, strict=strict, version=version, model=model, prefix=prefix)
+        try:
+            taken = {key: trial._taken(key, _counted(key, entries[key])) for key in expected if key in entries}
+        except (TypeError, ValueError) as error:
+            if not prefix or type(error) not in (TypeError, ValueError):
+                raise
+            message = f"{prefix}{error}"  # which begins with the name of the entry
+            raise type(error)(message) from error
+        self._become(trial, taken)
         return incompatible
 
     def to(self, device: Any = None, dtype: Any = None, *, backend: str | Backend | None = None) -> Self:

@@ -86,7 +86,7 @@ def test_a_wrong_prefix_is_answered_with_the_nearest(path: Path) -> None:
 
 
 def test_entries_of_other_layers_are_refused(path: Path) -> None:
-    with pytest.raises(ValueError, match="lack running_mean, running_var.*track_running_stats=False"):
+    with pytest.raises(ValueError, match="lack running_mean, .*track_running_stats=False.*Batch norms in it: '"):
         mbn.BatchNorm1d.from_checkpoint(path, "module.blocks.3.fc.")
     with pytest.raises(ValueError, match=r"weight has shape \(5, 3\)"):
         mbn.BatchNorm1d.from_checkpoint(path, "module.blocks.3.fc.", track_running_stats=False)
@@ -110,9 +110,65 @@ def test_a_state_dict_of_a_module_tells_its_version() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
     entries = model.state_dict()
     del entries["1.num_batches_tracked"]
-    with pytest.raises(ValueError, match="missing num_batches_tracked"):
+    with pytest.raises(ValueError, match=r"missing 1\.num_batches_tracked"):
         mbn.BatchNorm1d(4).load_state_dict(entries, prefix="1.")
     mbn.BatchNorm1d(4).load_state_dict(dict(entries), prefix="1.")
+
+
+def test_a_whole_model_without_a_prefix(path: Path) -> None:
+    words = "Of a whole model, prefix= says which entries.*Batch norms in it: '"
+    with pytest.raises(ValueError, match=f"there are no entries of a layer alone.*{words}"):
+        mbn.BatchNorm1d.from_checkpoint(path)
+    with pytest.raises(ValueError, match=words):
+        mbn.BatchNorm1d(4).load_state_dict(model_entries())
+    with pytest.raises(ValueError, match="no weight or running_mean.*Batch norms in it: '"):
+        mbn.BatchNorm1d(None).load_state_dict(model_entries())
+    with pytest.raises(ValueError, match="missing module.blocks.3.fc.bias.*Batch norms in it: '"):
+        mbn.BatchNorm1d(4).load_state_dict(model_entries(), prefix="module.blocks.3.fc")
+    with pytest.raises(ValueError, match=r"from_checkpoint\(path, prefix\)"):
+        mbn.BatchNorm1d.load(path)
+    for given, words in (
+        ("m.pt", "From a file: mbn.BatchNorm1d.from_checkpoint"),
+        (torch.nn.Linear(1, 1), "state_dict"),
+    ):
+        with pytest.raises(TypeError, match=rf"not (str|Linear)\. .*{words}"):
+            mbn.BatchNorm1d(4).load_state_dict(given)  # type: ignore[arg-type]
+
+
+def test_a_layer_of_ours_is_no_checkpoint(tmp_path: Path) -> None:
+    mbn.BatchNorm1d(4, eps=0.5).save(tmp_path / "bn.safetensors")
+    with pytest.raises(
+        ValueError, match=r"bn.safetensors: it is a layer of BatchNorm1d.save, .*BatchNorm1d\.load\(path"
+    ):
+        mbn.BatchNorm1d.from_checkpoint(tmp_path / "bn.safetensors")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_a_count_that_is_floating(dtype: str, tmp_path: Path) -> None:
+    entries = {f"bn.{key}": value.to(getattr(torch, dtype)) for key, value in tensors(layer_entries(4, 7)).items()}
+    torch.save(entries, tmp_path / "m.pt")
+    loaded = mbn.BatchNorm1d(4, backend="torch", dtype="float64")
+    loaded.load_state_dict(entries, prefix="bn")
+    for bn in (loaded, mbn.BatchNorm1d.from_checkpoint(tmp_path / "m.pt", "bn")):
+        assert int(bn.num_batches_tracked) == 7
+        assert mbn.contract.dtype_name(bn.num_batches_tracked.dtype) == "int64"
+    for wrong in (1.5, float("inf"), float("nan")):
+        entries["bn.num_batches_tracked"].fill_(wrong)
+        torch.save(entries, tmp_path / "m.pt")
+        with pytest.raises(TypeError, match=f"m.pt: bn.num_batches_tracked is made of integers, not {dtype}"):
+            mbn.BatchNorm1d.from_checkpoint(tmp_path / "m.pt", "bn")
+
+
+def test_errors_name_the_entry_and_the_file(tmp_path: Path) -> None:
+    entries = tensors({f"bn.{key}": value for key, value in layer_entries(4, 7).items()})
+    entries["bn.bias"] = entries["bn.bias"][:2]
+    torch.save(entries, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match=r"m\.pt: bn\.bias has shape \(2,\)"):
+        mbn.BatchNorm1d.from_checkpoint(tmp_path / "m.pt", "bn")
+    with pytest.raises(ValueError, match=r"^bn\.bias has shape \(2,\)"):
+        mbn.BatchNorm1d(4).load_state_dict(entries, prefix="bn")
+    with pytest.raises(ValueError, match=r"unexpected bn\.weight, bn\.bias\."):
+        mbn.BatchNorm1d(4, affine=False).load_state_dict(entries, prefix="bn")
 
 
 def test_one_prefix_in_two_dictionaries() -> None:
@@ -167,8 +223,11 @@ def test_nothing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path)
     for is_zip in (True, False):
         torch.save({"bn.weight": Attack()}, "model.pt", _use_new_zipfile_serialization=is_zip)
-        with pytest.raises(ValueError, match=r"model.pt: torch cannot load it by weights_only=True"):
+        with pytest.raises(
+            ValueError, match=r"model.pt: torch cannot load it .* and it has \S+ or is damaged"
+        ) as caught:
             mbn.BatchNorm1d.from_checkpoint("model.pt", "bn")
+        assert "\n" not in str(caught.value)
     assert not Path("attacked").exists()
 
 
@@ -180,6 +239,16 @@ def test_damaged_files(content: bytes, tmp_path: Path) -> None:
         mbn.BatchNorm1d.from_checkpoint(path, "bn")
     with pytest.raises(FileNotFoundError):
         mbn.BatchNorm1d.from_checkpoint(tmp_path / "nothing", "bn")
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_files_of_torch_that_end_too_early(tmp_path: Path, *, is_zip: bool) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(tensors(layer_entries(4, 1)), path, _use_new_zipfile_serialization=is_zip)
+    path.write_bytes(path.read_bytes()[:600])
+    with pytest.raises(ValueError, match=f"{path}: .*damaged") as caught:
+        mbn.BatchNorm1d.from_checkpoint(path)
+    assert len(str(caught.value)) - len(str(path)) < 300
 
 
 def test_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
