@@ -81,9 +81,10 @@ def layer_dtype(dtype: str) -> str:
 
 def widened(x: Array, params: Params, state: State) -> bool:
     """Tell whether a layer is float64 and x is not: its statistics are to be as exact as those of float64 are."""
-    vector = state.running_mean if state.running_mean is not None else params.weight
-    vector = vector if vector is not None else params.bias
-    return vector is not None and dtype_name(vector.dtype) == "float64" != dtype_name(x.dtype)
+    for vector in (state.running_mean, *params):
+        if vector is not None:
+            return vector.dtype != x.dtype and dtype_name(vector.dtype) == "float64" != dtype_name(x.dtype)
+    return False
 
 
 class Capabilities(NamedTuple):

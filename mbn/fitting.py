@@ -90,7 +90,8 @@ class Slices:
         self._array, shape = array, tuple(array.shape)
         checks.rank(shape, settings.axis)
         row = math.prod(shape[1:]) * getattr(array.dtype, "itemsize", 8) if hasattr(array, "dtype") else 0
-        is_framework = not isinstance(array, np.ndarray) and hasattr(array, "__dlpack__")
+        self._is_read = not hasattr(array, "__dlpack__")  # from a file, say; there is no other array of it yet
+        is_framework = not isinstance(array, np.ndarray) and not self._is_read
         self._step = shape[0] or 1 if is_framework else max(_SLICE // max(row, 1), 1)
         self._starts = range(0, shape[0] or 1, self._step)
 
@@ -98,8 +99,9 @@ class Slices:
         return len(self._starts)
 
     def __iter__(self) -> Iterator[Any]:
-        whole = len(self) == 1
-        return (self._array if whole else self._array[start : start + self._step] for start in self._starts)
+        if len(self) == 1 and not self._is_read:
+            return iter((self._array,))
+        return (self._array[start : start + self._step] for start in self._starts)
 
 
 def inputs(batches: Iterable[Any], *, progress: bool) -> Generator[Any]:

@@ -224,7 +224,8 @@ class BatchNorm1d(Storage):
         x = received(backend, "x", x, settings.dtype, self._device)
         training = self._uses_batch(before, self._training)
         result, after = run(backend, x, self._params, before, settings, training=training, masking=masking)
-        if after is not before and backend.stores(before, after):
+        # A load or a move may have come in between: then what that has stored stays.
+        if after is not before and backend.stores(before, after) and self._state is before:
             self._state = backend.write(before, after) if self._is_shared else after
         return result
 
@@ -418,14 +419,16 @@ class BatchNorm1d(Storage):
 
     def _pack(self) -> Portable:
         """Return all that the layer is, but for where it is."""
-        layer = copy.copy(self)  # as it is at one moment, whatever other threads do to it
+        with self._backend.writing():  # as it is at one moment, whatever other threads do to it
+            layer = copy.copy(self)
+            entries = layer.state_dict()
         arguments = {
             **layer._settings._asdict(),
             "affine": layer.affine,
             "track_running_stats": layer.track_running_stats,
             "bias": layer._has_bias,
         }
-        entries = {key: layer._backend.to_numpy(value) for key, value in layer.state_dict().items()}
+        entries = {key: layer._backend.to_numpy(value) for key, value in entries.items()}
         return Portable(arguments, entries, training=layer.training, frozen=layer._frozen)
 
     @classmethod

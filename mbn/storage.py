@@ -313,22 +313,23 @@ class Storage:
         elif isinstance(device, Backend) or (isinstance(device, str) and device in registry.list_backends()):
             message = f"to() takes a device or dtype by position, and a backend by name: bn.to(backend={device!r})."
             raise TypeError(message)
-        trial = copy.copy(self)
-        if dtype is not None:
-            trial._settings = self._settings._replace(dtype=checks.statistics_dtype(dtype))
         target = self._backend if backend is None else registry.get_backend(backend)
         if device is None and target is self._backend:
             device = self._device
         elif device is None and self._is_bound:
             device = self._device_on(target)
-        if self._is_bound or backend is not None:
-            trial._bind(target, device)
-        else:
-            trial._device = device
-            trial._own_all()
-        arrays, before = (*trial._params, *trial._state), (*self._params, *self._state)
-        trial._is_shared = self._is_shared and all(map(is_, arrays, before))
-        self._become(trial)
+        settings = self._settings if dtype is None else self._settings._replace(dtype=checks.statistics_dtype(dtype))
+        with self._backend.writing():  # so that all arrays are of one moment
+            trial = copy.copy(self)
+            trial._settings = settings
+            if self._is_bound or backend is not None:
+                trial._bind(target, device)
+            else:
+                trial._device = device
+                trial._own_all()
+            arrays, before = (*trial._params, *trial._state), (*self._params, *self._state)
+            trial._is_shared = self._is_shared and all(map(is_, arrays, before))
+            self._become(trial)
         return self
 
     def _device_on(self, target: Backend) -> Any:

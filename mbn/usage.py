@@ -96,6 +96,7 @@ def check_memory(shape: tuple[int, ...], dtype: np.dtype) -> None:
         return
     needed, there = dtype.itemsize * math.prod(shape), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there:
+        needed = min(needed, 10**300)  # no float is much larger
         message = f"shape {shape} takes {needed:.2g} bytes in {dtype}, and this machine has {there:.2g}."
         raise UsageError(message)
 

@@ -194,6 +194,7 @@ def test_plot(tmp_path):
         (("--input", "/nowhere/x.npy"), "cannot be read: No such file or directory"),
         (("--shape", "9999999999999,3"), "takes 2.4e+14 bytes in float64, and this machine has"),
         (("--shape", f"{9 * 10**40},3"), "and this machine has"),
+        (("--shape", f"{10**400},3"), "and this machine has"),
         (("--json", "/nowhere/x.json"), "/nowhere/x.json cannot be written: No such file or directory."),
         (("--json", "/"), "/ cannot be written: Is a directory."),
         (("--json", f"{__file__}/x.json"), "cannot be written: Not a directory."),

@@ -261,11 +261,12 @@ class Rows:
 
 
 @pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
-def test_a_data_set_is_walked_in_slices(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mbn.fitting._SLICE", 3 * X[0].nbytes + 1)
+@pytest.mark.parametrize("longest", [3, len(X)])
+def test_a_data_set_is_walked_in_slices(longest: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mbn.fitting._SLICE", longest * X[0].nbytes + 1)
     rows = Rows(X)
     bn = mbn.BatchNorm1d(4, backend=backend).fit(rows, progress=False)
-    assert rows.longest == 3
+    assert rows.longest == longest
     np.testing.assert_array_equal(mbn.to_numpy(bn.running_mean), X.astype(float).mean(0).astype(np.float32))
     np.testing.assert_array_equal(mbn.to_numpy(bn.running_var), X.astype(float).var(0, ddof=1).astype(np.float32))
     assert int(bn.num_batches_tracked) == 1

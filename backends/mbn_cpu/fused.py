@@ -22,7 +22,11 @@ def takes(x: np.ndarray, weights: np.ndarray | None, *others: np.ndarray) -> boo
     if weights is not None or x.size > _SIZE or x.dtype != np.float32:
         return False
     is_one_piece = x.flags.c_contiguous or (x.ndim == 3 and x.swapaxes(1, 2).flags.c_contiguous)  # noqa: PLR2004
-    return is_one_piece and x.flags.aligned and all(other.strides == x.strides for other in others)
+    return (
+        is_one_piece
+        and x.flags.aligned
+        and all(other.strides == x.strides and other.dtype == x.dtype for other in others)
+    )
 
 
 def train(

@@ -9,7 +9,7 @@ from mbn.contract import overlaps_itself
 from mbn_torch.tracing import is_recorded, is_traced
 
 
-def conflict(out: torch.Tensor, x: torch.Tensor) -> str | None:
+def conflict(out: torch.Tensor, x: torch.Tensor) -> str | None:  # noqa: PLR0911 - a reason each
     """Say why the output of x cannot be written to ``out``, in the words that follow its name; None if it can.
 
     Both have the same shape, dtype and device. Of what a trace stands for the framework that runs it has to know.
@@ -22,6 +22,8 @@ def conflict(out: torch.Tensor, x: torch.Tensor) -> str | None:
         return "is not recorded by autograd, and x requires grad: call it under torch.no_grad()"
     if out.is_inference() and not torch.is_inference_mode_enabled():
         return "was made under torch.inference_mode() and can be written to only there"
+    if out.is_neg() or out.is_conj() or out._is_zerotensor():  # noqa: SLF001 - there is no public way to ask
+        return "is a view that changes what it shows of its memory (of conj().imag, say): give a plain one"
     if not out.is_contiguous() and overlaps_itself(tuple(out.shape), out.stride(), 1):
         return "overlaps itself: some of its values share memory"
     # Writing to x itself is safe: each value is read before the one in its place is written.

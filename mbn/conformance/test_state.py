@@ -331,7 +331,8 @@ def test_a_reader_sees_no_mixture(target: Target) -> None:
     def read() -> set[tuple[float, ...]]:
         seen = set()
         while not done.is_set():
-            seen.add(tuple(float(value.reshape(-1)[0]) for value in target.snapshot(bn).values()))
+            for held in (target.snapshot(bn), bn._pack().entries):  # noqa: SLF001 - what files are made of
+                seen.add(tuple(float(value.reshape(-1)[0]) for value in held.values()))
         return seen
 
     interval = sys.getswitchinterval()
@@ -346,6 +347,19 @@ def test_a_reader_sees_no_mixture(target: Target) -> None:
     finally:
         done.set()
         sys.setswitchinterval(interval)
+
+
+def test_a_load_during_a_step_stays(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    bn, other = target.layer(4), configured(target.layer(4), seed=10)
+    stores = type(target.backend).stores
+
+    def load_first(*arguments: Any) -> bool:
+        bn.load_state_dict(other.state_dict())  # as another thread might
+        return stores(*arguments)
+
+    monkeypatch.setattr(type(target.backend), "stores", load_first)
+    bn(target.array(np.random.default_rng(1).standard_normal((8, 4)).astype(np.float32)))
+    assert_same(target.snapshot(other), target.snapshot(bn))
 
 
 @pytest.mark.parametrize("num_features", [None, 4])

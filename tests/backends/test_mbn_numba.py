@@ -240,3 +240,18 @@ def test_halves_are_rounded_to_the_nearest_and_ties_to_even():
     np.testing.assert_array_equal(rounded.view(np.float16), expected)
     numbers = ~np.isnan(expected)
     np.testing.assert_array_equal(rounded[numbers], expected.view(np.uint16)[numbers])
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+@pytest.mark.parametrize("shape", [(3, 2), (700, 300)])
+@pytest.mark.parametrize("training", [True, False])
+def test_out_in_the_other_order_of_bytes(backend: str, shape: tuple[int, ...], *, training: bool) -> None:
+    x = np.random.default_rng(5).standard_normal(shape).astype(np.float32)
+    vectors = np.zeros(shape[1], np.float32), np.ones(shape[1], np.float32)
+    for dtype in (np.float32, np.float64):
+        out = np.empty(shape, np.dtype(dtype).newbyteorder())
+        arrays = [array.astype(dtype) for array in (x, *vectors)]
+        result = mbn.functional.batch_norm(*arrays, training=training, out=out, backend=backend)
+        assert result.output is out
+        expected = mbn.functional.batch_norm(*arrays, training=training, backend=backend)
+        np.testing.assert_array_equal(out, expected.output)
