@@ -83,7 +83,8 @@ def widened(x: Array, params: Params, state: State) -> bool:
     """Tell whether a layer is float64 and x is not: its statistics are to be as exact as those of float64 are."""
     for vector in (state.running_mean, *params):
         if vector is not None:
-            return vector.dtype != x.dtype and dtype_name(vector.dtype) == "float64" != dtype_name(x.dtype)
+            is_other: bool = vector.dtype != x.dtype
+            return is_other and dtype_name(vector.dtype) == "float64" != dtype_name(x.dtype)
     return False
 
 
