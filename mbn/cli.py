@@ -89,7 +89,7 @@ def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     _add_backend_option(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--shape", type=_shape, metavar="N,C[,L]", help="compare on seeded random data of this shape")
-    source.add_argument("--input", type=Path, metavar="FILE", help="compare on the array(s) of a .npy or .npz file")
+    source.add_argument("--input", type=_file, metavar="FILE", help="compare on the array(s) of a .npy or .npz file")
     parser.add_argument(
         "--dtype", choices=DTYPES, metavar="DTYPE", help=f"{', '.join(DTYPES)} (default: the file's, or float32)"
     )
@@ -128,7 +128,7 @@ def _add_backend_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_files(parser: argparse.ArgumentParser, picture: str) -> None:
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured as JSON")
+    parser.add_argument("--json", type=_file, metavar="FILE", help="write everything that was measured as JSON")
     parser.add_argument("--plot", type=_png, metavar="FILE.png", help=f"{picture} (needs mbn[plot])")
 
 
@@ -148,8 +148,8 @@ def _add_conform(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("name", metavar="NAME", help="the backend, or NAME:DEVICE")
     parser.add_argument("--device", metavar="DEVICE", help="where its arrays are, as in NAME:DEVICE: cuda, cuda:1")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
-    parser.add_argument("--junit-xml", type=Path, metavar="FILE", help="write the results as JUnit XML")
+    parser.add_argument("--json", type=_file, metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--junit-xml", type=_file, metavar="FILE", help="write the results as JUnit XML")
     parser.set_defaults(run=_conform)
 
 
@@ -161,11 +161,14 @@ def _backends(_: argparse.Namespace) -> int:
 
 
 def _conform(options: argparse.Namespace) -> int:
+    (spec,) = usage.backends([usage.on_device(options.name, options.device)])
     missing = [module for module in ("pytest", "hypothesis", "ml_dtypes") if importlib.util.find_spec(module) is None]
     if missing:
-        message = f"the suite needs {' and '.join(missing)}, not installed here: pip install {' '.join(missing)}."
+        message = (
+            f"the suite needs {' and '.join(missing)}, not installed here: pip install {' '.join(missing)}, or "
+            "'.[conformance]' where mbn's sources are."
+        )
         raise UsageError(message)
-    (spec,) = usage.backends([usage.on_device(options.name, options.device)])
     usage.check_files(options.json, options.junit_xml)
     from mbn.conformance import runner  # noqa: PLC0415 - which needs these
     from mbn.conformance.target import Target  # noqa: PLC0415 - as above
@@ -203,6 +206,13 @@ def _shape(text: str) -> tuple[int, ...]:
     if len(shape) not in (2, 3) or min(shape) < 1:
         raise argparse.ArgumentTypeError(message)
     return shape
+
+
+def _file(text: str) -> Path:
+    if not text:
+        message = "'' is no file: it needs a name"
+        raise argparse.ArgumentTypeError(message)
+    return Path(text)
 
 
 def _png(text: str) -> Path:

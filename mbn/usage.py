@@ -71,7 +71,10 @@ def check_files(*outputs: Path | None, given: Path | None = None) -> None:
             raise UsageError(_unwritable(path, error)) from error
     for one, other in combinations([*([given] if given else []), *paths], 2):
         if os.path.realpath(one) == os.path.realpath(other) or _is_same(one, other):
-            message = f"{other} is {one}, and would be written over it: name another file."
+            if one is given:
+                message = f"the output {other} would overwrite the input {one}: name another file."
+            else:
+                message = f"{other} is {one}, and would be written over it: name another file."
             raise UsageError(message)
 
 

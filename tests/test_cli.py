@@ -287,6 +287,7 @@ FILES = {
     "lzma.npz": with_flags(zipped("x.npy", X), method=zipfile.ZIP_LZMA),
     "cut.npz": zipped("x.npy", X)[:-30],
     "empty.npy": b"",
+    "text.py": b"import numpy\n",
 }
 
 
@@ -295,6 +296,7 @@ def test_input_that_is_none_is_one_line(tmp_path, capsys, name):
     (tmp_path / name).write_bytes(FILES[name])
     line = refused(capsys, "compare", "--backends", "numpy", "--input", str(tmp_path / name))
     assert line.startswith(f"mbn compare: {tmp_path / name} is no ")
+    assert "pickle" not in line
 
 
 @pytest.fixture
@@ -317,7 +319,7 @@ def test_the_input_is_never_written_over(x, capsys, option, how):
         link.hardlink_to(x)
     output = {"path": x, "other path": x.parent / ".." / x.parent.name / x.name}.get(how, link)
     line = refused(capsys, "compare", "--backends", "numpy", "--input", str(x), option, str(output))
-    assert "would be written over" in line
+    assert f"the output {output} would overwrite the input {x}" in line
     assert x.read_bytes() == before
 
 
@@ -438,7 +440,19 @@ def test_conform_on_two_devices_is_refused(capsys):
 
 def test_conform_without_its_extra(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    assert "pip install pytest hypothesis ml_dtypes" in refused(capsys, "conform", "numpy")
+    line = refused(capsys, "conform", "numpy")
+    assert "pip install pytest hypothesis ml_dtypes, or '.[conformance]'" in line
+    assert "there is no backend 'numpi'" in refused(capsys, "conform", "numpi")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("compare", "--json"), ("compare", "--input"), ("conform", "numpy", "--json"), ("conform", "x", "--junit-xml")],
+)
+def test_a_file_without_a_name(capsys, command):
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, ""])
+    assert f"argument {command[-1]}: '' is no file" in capsys.readouterr().err
 
 
 def test_version(capsys):

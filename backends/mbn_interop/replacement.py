@@ -74,6 +74,10 @@ def _modules(model: Any, kinds: Any) -> Iterator[tuple[str, Any]]:
     """Iterate over the modules of some kinds in a model, each once, with a name for messages."""
     if not isinstance(model, torch.nn.Module):
         message = f"replace_batchnorm takes a torch.nn.Module, not {type(model).__name__}."
+        if hasattr(model, "as_module"):
+            message = (
+                "replace_batchnorm takes a torch.nn.Module, not mbn.BatchNorm1d: as_module() makes one of a layer."
+            )
         raise TypeError(message)
     return (
         (name or type(module).__name__, module) for name, module in model.named_modules() if isinstance(module, kinds)

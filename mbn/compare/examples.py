@@ -114,7 +114,8 @@ def _load(path: Path) -> dict[str, np.ndarray]:
         message = f"{path} cannot be read: {error.strerror or error}."
         raise UsageError(message) from error
     except Exception as error:  # a file can have Python's parser, zlib or the memory raise anything
-        message = f"{path} is no .npy or .npz file of numbers that fit into memory ({_first_line(error)})."
+        why = "" if "pickle" in str(error) else f" ({_first_line(error)})"  # what NumPy takes all other files for
+        message = f"{path} is no .npy or .npz file of numbers that fit into memory{why}."
         raise UsageError(message) from error
     for name, x in arrays.items():
         if not isinstance(x, np.ndarray):

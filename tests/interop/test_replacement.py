@@ -206,6 +206,8 @@ def test_what_is_refused_changes_nothing():
 @pytest.mark.parametrize("model", [mbn.BatchNorm1d(3), None, [torch.nn.BatchNorm1d(3)]])
 @pytest.mark.parametrize("back", [False, True])
 def test_what_is_no_module_is_refused(model, back):
+    with pytest.raises(TypeError, match=r"not mbn\.BatchNorm1d: as_module\(\)"):
+        mbn.replace_batchnorm(mbn.BatchNorm1d(4, backend="torch"))
     with pytest.raises(TypeError, match="replace_batchnorm takes a torch.nn.Module, not "):
         mbn.replace_batchnorm(model, back=back)
 
