@@ -421,14 +421,14 @@ class BatchNorm1d(Storage):
         """Return all that the layer is, but for where it is."""
         with self._backend.writing():  # as it is at one moment, whatever other threads do to it
             layer = copy.copy(self)
-            entries = layer.state_dict()
+            held = layer.state_dict()
         arguments = {
             **layer._settings._asdict(),
             "affine": layer.affine,
             "track_running_stats": layer.track_running_stats,
             "bias": layer._has_bias,
         }
-        entries = {key: layer._backend.to_numpy(value) for key, value in entries.items()}
+        entries = {key: layer._backend.to_numpy(value) for key, value in held.items()}
         return Portable(arguments, entries, training=layer.training, frozen=layer._frozen)
 
     @classmethod
