@@ -27,6 +27,8 @@ from mbn_jax.pairs import (
     divide,
     multiply,
     negative,
+    power_of_two,
+    subnormal,
     two_sum,
     where,
     wide,
@@ -38,6 +40,11 @@ FAR = 1 << 20
 """How many times its variance a channel's mean square may be, around what deviations are taken from.
 
 So much precision is lost, and float64 has it to spare for values that are narrower.
+"""
+
+MODERATE = 2.0**64
+"""What the largest weight is made no larger than, and no smaller than its inverse: a correction is next to nothing, or
+all, beside a sum of such weights.
 """
 
 LARGE = 1 << 24
@@ -65,12 +72,27 @@ def combine_weights(
         allowed &= full(mask)
     if lengths is not None:
         allowed &= jnp.arange(shape[1], dtype=lengths.dtype)[None] < lengths[:, None]
-    weights = jnp.where(allowed, jnp.ones((), dtype) if sample_weight is None else full(sample_weight).astype(dtype), 0)
+    counted = jnp.ones((), dtype) if sample_weight is None else full(_in_range(sample_weight.astype(dtype)))
+    weights = jnp.where(allowed, counted, 0)
     if lengths is not None:
         weights = jnp.where(full((lengths >= 0) & (lengths <= shape[1])), weights, jnp.nan)
     if sample_weight is not None:
         weights = jnp.where(full((sample_weight >= 0) & (sample_weight < jnp.inf)), weights, jnp.nan)
     return weights
+
+
+def _in_range(weights: jax.Array) -> jax.Array:
+    """Return weights times a power of two, 1 for ordinary ones, so that sums of them are in range and all are normal.
+
+    What comes of weights goes by their ratios, and by their sum only where it is near a correction. XLA may take
+    subnormal numbers for 0, so they are read as integers; what is left of them beside the largest weight is a weight.
+    """
+    tiny = float(jnp.finfo(weights.dtype).tiny)
+    is_subnormal, part = subnormal(weights)
+    unit = power_of_two(jnp.max(jnp.where(jnp.isfinite(weights), weights, 0), initial=0), weights.dtype)
+    factor = jnp.clip(unit, 1 / MODERATE, MODERATE) / unit
+    moved = jnp.where(is_subnormal, part * (tiny * factor), weights * factor)
+    return jnp.where((is_subnormal | (weights > 0)) & (moved < tiny), tiny, moved)
 
 
 def against(weights: jax.Array | None, x: jax.Array) -> jax.Array | None:

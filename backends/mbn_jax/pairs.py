@@ -45,6 +45,30 @@ def number(value: float) -> Pair:
     return Pair(hi, np.asarray(value - float(hi), hi.dtype))
 
 
+def limits(dtype: np.dtype) -> tuple[float, float]:
+    """Return the least and the largest unit of a dtype, whose inverses it has as well."""
+    largest = float(2 ** (jnp.finfo(dtype).maxexp - 2))
+    return 1 / largest, largest
+
+
+def subnormal(value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return where a value of at least 0 is subnormal, and it in units of the least normal number there.
+
+    As integers tell it: XLA may take such numbers for 0.
+    """
+    info = jnp.finfo(value.dtype)
+    bits = lax.bitcast_convert_type(value, f"uint{info.bits}") & ((1 << (info.bits - 1)) - 1)
+    # Behind a barrier, or XLA would multiply this factor by the next first.
+    part = lax.optimization_barrier(bits.astype(value.dtype) * 2.0**-info.nmant)
+    return (bits > 0) & (bits < 1 << info.nmant), part
+
+
+def power_of_two(value: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Return a power of two next to a positive value that has such an inverse in ``dtype``; the least one for 0."""
+    rounded = lax.reduce_precision(value, jnp.finfo(value.dtype).nexp, 0)
+    return lax.stop_gradient(jnp.clip(rounded, *limits(dtype)))
+
+
 def as_pair(value: Statistic | float, dtype: np.dtype) -> Pair:
     """Return a value as a pair of ``dtype``, keeping of a wider one what two numbers can hold."""
     if isinstance(value, Pair):
