@@ -111,6 +111,8 @@ class Capabilities(NamedTuple):
     """The framework compiles Python as it stands, a layer that changes its state included: ``compile``."""
     modules: bool = False
     """The framework has modules, and a layer can be one: ``module``."""
+    any_size: bool = False
+    """Values, parameters and statistics may have any size: one beyond all others, or squares that no dtype holds."""
     out: bool = False
     """Outputs can be written to an array of the caller's: the verbs take it."""
 

@@ -32,6 +32,7 @@ class HostBackend(Backend):
         mutable=True,
         strided=True,
         masks=True,
+        any_size=True,
         out=True,
     )
 

@@ -17,7 +17,7 @@ from mbn.contract import Backend, Capabilities, Moments, Residuals, dtype_name
 from mbn.state import Params, State
 from mbn_jax import batch, kernels
 from mbn_jax.channels import is_known
-from mbn_jax.pairs import Pair, Statistic, number, widest_dtype
+from mbn_jax.pairs import Pair, Square, Statistic, number, squared, widest_dtype
 
 _ALIGNMENT = 16
 """What compiled code asks of its arguments on a GPU, in bytes. On the CPU JAX copies what does not comply."""
@@ -97,7 +97,7 @@ class JaxBackend(Backend):
             return merged._replace(count=first.count + second.count)
         return merged
 
-    def variance(self, moments: Moments, correction: int) -> Pair:
+    def variance(self, moments: Moments, correction: int) -> Square:
         return kernels.variance(moments.m2, _argument(moments.count), correction)
 
     def normalize(
@@ -107,10 +107,10 @@ class JaxBackend(Backend):
         var: Statistic,
         weight: jax.Array | None,
         bias: jax.Array | None,
-        eps: float | Pair,
+        eps: float | Square,
         weights: jax.Array | None = None,
     ) -> jax.Array:
-        return kernels.normalize(x, mean, var, weight, bias, _argument(eps), kernels.against(weights, x))
+        return kernels.normalize(x, mean, var, weight, bias, _squared(eps), kernels.against(weights, x))
 
     def lerp(self, start: jax.Array, end: Statistic, weight: float | Pair | jax.Array) -> jax.Array:
         return kernels.lerp(start, end, _argument(weight))
@@ -127,10 +127,10 @@ class JaxBackend(Backend):
         x: jax.Array,
         mean: Statistic,
         var: Statistic,
-        eps: float | Pair,
+        eps: float | Square,
         weights: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        return kernels.grad_sums(dy, x, mean, var, _argument(eps), kernels.against(weights, x))
+        return kernels.grad_sums(dy, x, mean, var, _squared(eps), kernels.against(weights, x))
 
     def grad_input(
         self,
@@ -139,13 +139,13 @@ class JaxBackend(Backend):
         mean: Statistic,
         var: Statistic,
         weight: jax.Array | None,
-        eps: float | Pair,
+        eps: float | Square,
         sums: tuple[jax.Array, jax.Array] | None,
         count: int | Pair | None,
         weights: jax.Array | None = None,
     ) -> jax.Array:
         weights = kernels.against(weights, x)
-        return kernels.grad_input(dy, x, mean, var, weight, _argument(eps), sums, _argument(count), weights)
+        return kernels.grad_input(dy, x, mean, var, weight, _squared(eps), sums, _argument(count), weights)
 
     def batch_norm(
         self,
@@ -165,7 +165,7 @@ class JaxBackend(Backend):
             state,
             training=training,
             momentum=_argument(momentum),
-            eps=_argument(eps),
+            eps=_squared(eps),
             correction=correction,
             weights=weights,
         )
@@ -189,7 +189,7 @@ class JaxBackend(Backend):
             state,
             training=training,
             momentum=_argument(momentum),
-            eps=_argument(eps),
+            eps=_squared(eps),
             correction=correction,
             weights=weights,
         )
@@ -204,7 +204,8 @@ class JaxBackend(Backend):
         eps: float,
         weights: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return _pullback(dy, x, weight, residuals, _argument(eps), weights)
+        residuals = residuals._replace(count=_argument(residuals.count))
+        return _pullback(dy, x, weight, residuals, _squared(eps), weights)
 
     def register(self, layer_type: type, flatten: Callable[[Any], Any], unflatten: Callable[[Any, Any], Any]) -> None:
         def flatten_here(layer: Any) -> tuple[Any, Any]:
@@ -265,7 +266,7 @@ class _Whole(JaxBackend):
         var: Statistic,
         weight: jax.Array | None,
         bias: jax.Array | None,
-        eps: Pair,
+        eps: Square,
         weights: jax.Array | None = None,
     ) -> jax.Array:
         if not isinstance(mean, Pair):
@@ -275,8 +276,26 @@ class _Whole(JaxBackend):
 
 _OPTIONS = ("training", "correction")
 _WHOLE = _Whole()
-_batch_norm = jax.jit(partial(Backend.batch_norm, _WHOLE), static_argnames=_OPTIONS)
-_batch_norm_residuals = jax.jit(partial(Backend.batch_norm_residuals, _WHOLE), static_argnames=_OPTIONS)
+
+
+@partial(jax.jit, static_argnames=_OPTIONS)
+def _batch_norm(x: jax.Array, params: Params, state: State, **settings: Any) -> tuple[jax.Array, State]:
+    y, state, _ = _batch_norm_residuals(x, params, state, **settings)
+    return y, state
+
+
+@partial(jax.jit, static_argnames=_OPTIONS)
+def _batch_norm_residuals(
+    x: jax.Array, params: Params, state: State, **settings: Any
+) -> tuple[jax.Array, State, Residuals]:
+    computed = _as_wide(x, *params, *state[:2])
+    y, state, residuals = Backend.batch_norm_residuals(_WHOLE, computed, params, state, **settings)
+    return y.astype(x.dtype), state, residuals
+
+
+def _as_wide(x: jax.Array, *vectors: jax.Array | None) -> jax.Array:
+    """Return x in float64 if one of a layer's vectors is: what comes of it has to be as exact as they are."""
+    return x.astype(np.float64) if any(v is not None and v.dtype == np.float64 for v in vectors) else x
 
 
 @jax.jit
@@ -285,15 +304,17 @@ def _pullback(
     x: jax.Array,
     weight: jax.Array | None,
     residuals: Residuals,
-    eps: Pair,
+    eps: Square,
     weights: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     mean, var, count = residuals
+    dtype, held = x.dtype, mean.hi if isinstance(mean, Pair) else mean
+    dy, x = _as_wide(dy, held), _as_wide(x, held)
     if count is None:
         dx, dweight, dbias = Backend.pullback(_WHOLE, dy, x, weight, residuals, eps, weights)
     else:
         dx, dweight, dbias = batch.pullback(dy, batch.batch(x, mean, var, eps, kernels.against(weights, x)), weight)
-    return dx, *(vector.astype(widest_dtype()) for vector in (dweight, dbias))
+    return dx.astype(dtype), *(vector.astype(widest_dtype()) for vector in (dweight, dbias))
 
 
 _WOULD_LEAK = """\
@@ -327,6 +348,11 @@ def _traces(leaf: Any) -> list[Any]:
 def _argument(value: Any) -> Any:
     """Return what stands for a Python number among the arguments of compiled code; anything else as it is."""
     return number(value) if isinstance(value, int | float) else value
+
+
+def _squared(eps: Any) -> Square:
+    """Return what stands for an eps in the same way."""
+    return squared(eps) if isinstance(eps, int | float) else eps
 
 
 @cache

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from mbn_jax import kernels
 from mbn_jax.channels import column, once
 from mbn_jax.forms import GPU, HOST, Form
 from mbn_jax.linear import Arrays, LinearMap, Shape, are_transposes, channel_sum, spread
-from mbn_jax.pairs import Pair, wide
+from mbn_jax.pairs import Pair, Scaled, Square, wide
 
 
 class Batch(NamedTuple):
@@ -30,15 +31,15 @@ class Batch(NamedTuple):
     x: jax.Array
     weights: jax.Array | None
     mean: Pair
-    invstd: Pair
+    invstd: Scaled
     count: Pair
 
 
-def batch(x: jax.Array, mean: Pair, var: Pair, eps: Pair, weights: jax.Array | None) -> Batch:
+def batch(x: jax.Array, mean: Pair, var: Square, eps: Square, weights: jax.Array | None) -> Batch:
     """Return values with their own statistics."""
     mean, var = lax.stop_gradient((mean, var))
     count = kernels.divisor(kernels.count(x, weights))
-    return Batch(x, weights, mean, kernels.invstd(var, eps, kernels.compute_dtype(x)), count)
+    return Batch(x, weights, mean, kernels.invstd(var, eps, mean.hi.dtype), count)
 
 
 @jax.custom_jvp
@@ -77,7 +78,7 @@ def _standardize_jvp(primals: tuple[Batch], tangents: tuple[Batch]) -> tuple[jax
 @jax.custom_jvp
 def _scale(batch: Batch) -> jax.Array:
     """Return s."""
-    return batch.invstd.hi
+    return kernels.plain(batch.invstd)
 
 
 @_scale.defjvp
@@ -117,10 +118,11 @@ def _vector(batch: Batch, value: jax.Array | None, default: float) -> jax.Array:
 
 def _push(form: Form, arrays: Arrays, residuals: tuple[Batch, jax.Array], shape: Shape) -> list[jax.Array]:  # noqa: ARG001
     (v, *parameters), (batch, weight) = arrays, residuals
-    mean, slope = _shares(_sums(form, v, batch, batch.weights), batch)
+    rest, *sums = _sums(form, v, batch, batch.weights)
     dweight, dbias = map(wide, parameters)
-    unexplained = wide(v) - _line(mean, slope, batch)
-    change = unexplained * _placed(wide(batch.invstd) * wide(weight), batch) + _line(dbias, dweight, batch)
+    unexplained = wide(v) - _line(*(_share(total, batch) for total in sums), rest, batch)
+    first, second = (wide(_placed(factor, batch)) for factor in kernels.factors(batch.invstd, weight))
+    change = unexplained * first * second + _line(dbias, dweight, rest, batch)
     return [kernels.unmasked(change, batch.weights).astype(v.dtype)]
 
 
@@ -145,13 +147,21 @@ def _push_derivative(
 
 def _pull(form: Form, arrays: Arrays, residuals: tuple[Batch, jax.Array], shape: Shape) -> list[jax.Array]:  # noqa: ARG001
     (dy,), (batch, weight) = arrays, residuals
-    dbias, dweight = sums = _sums(form, dy, batch, None)
-    explained = _line(*_shares(sums, batch), batch)
-    if batch.weights is not None:
-        explained *= wide(batch.weights)
-    scale = _placed((wide(batch.invstd) * wide(weight)).astype(dy.dtype), batch)
-    dx = kernels.unmasked((wide(dy) - explained).astype(dy.dtype) * scale, batch.weights)
-    return [dx, dweight.astype(dy.dtype), dbias.astype(dy.dtype)]
+    rest, dbias, dweight = _sums(form, dy, batch, None)
+    line = once(_share(dbias, batch)), once(_share(dweight, batch)), rest
+    first, second = map(once, kernels.factors(batch.invstd, weight))
+
+    def dx(first: jax.Array | None = None) -> jax.Array:
+        explained = _line(*line, batch)
+        if batch.weights is not None:
+            explained *= wide(batch.weights)
+        change = wide(dy) - explained
+        if first is not None:
+            change *= wide(column(first, dy.ndim))
+        return kernels.unmasked(change.astype(dy.dtype) * column(second, dy.ndim), batch.weights)
+
+    change = form.either(jnp.all(first == 1), dx, partial(dx, first))
+    return [change, dweight.astype(dy.dtype), dbias.astype(dy.dtype)]
 
 
 def _pull_derivative(
@@ -175,28 +185,45 @@ def _pull_derivative(
 
 
 def _sums(form: Form, v: jax.Array, batch: Batch, factor: jax.Array | None) -> list[jax.Array]:
-    """Return the sums of v and of xhat * v for each channel, in float64; of each value times a factor, if any."""
+    """Return the sums of v and of xhat * v for each channel, in float64; of each value times a factor, if any.
+
+    Before them comes what is left of the mean beside its first part, as exact as sums are: where v is nearly constant
+    it counts for more than it weighs.
+    """
     view, weights = form.view, form.view(batch.weights)
-    mean, rest = batch.mean
-    deviation = kernels.unmasked(wide(view(batch.x)) - wide(form.place(once(mean), v.ndim)), weights)
+    unit, invstd = _units(batch)
+    x, center = wide(view(batch.x)), wide(form.place(once(batch.mean.hi), v.ndim))
+    deviation = x - center if unit is None else kernels.difference(x, center, form.place(once(unit), v.ndim))
+    deviation = kernels.unmasked(deviation, weights)
     v = kernels.unmasked(wide(view(v)), weights)
     if factor is not None:
         v *= view(factor)
-    total, product = form.sums(v, v * deviation)
-    return [total, (product - wide(rest) * total) * wide(batch.invstd)]
+    drift, total, product = form.sums(deviation if weights is None else deviation * weights, v, v * deviation)
+    rest = _share(drift, batch)
+    return [rest, total, (product - rest * total) * invstd]
 
 
-def _shares(sums: list[jax.Array], batch: Batch) -> list[jax.Array]:
-    """Return sums divided by the count."""
-    return [total / wide(batch.count) for total in sums]
+def _units(batch: Batch) -> tuple[jax.Array | None, jax.Array]:
+    """Return what to multiply deviations by before they meet another number, if anything, and then for xhat.
+
+    Products of float64 may leave its range, those of float32 in float64 do not.
+    """
+    invstd, unit = wide(batch.invstd.pair), wide(batch.invstd.unit)
+    return (unit, invstd) if batch.mean.hi.dtype == np.float64 else (None, invstd * unit)
 
 
-def _line(constant: jax.Array, slope: jax.Array, batch: Batch) -> jax.Array:
+def _share(total: jax.Array, batch: Batch) -> jax.Array:
+    """Return a sum divided by the count."""
+    return total / wide(batch.count)
+
+
+def _line(constant: jax.Array, slope: jax.Array, rest: jax.Array, batch: Batch) -> jax.Array:
     """Return constant + slope * xhat in float64: where it is nearly all of a v, their difference has digits left."""
-    mean, rest = batch.mean
-    slope *= wide(batch.invstd)
-    deviation = wide(batch.x) - wide(_placed(mean, batch))
-    return deviation * _placed(slope, batch) + _placed(constant - wide(rest) * slope, batch)
+    unit, invstd = _units(batch)
+    x, center = wide(batch.x), wide(_placed(batch.mean.hi, batch))
+    deviation = x - center if unit is None else kernels.difference(x, center, _placed(unit, batch))
+    slope *= invstd
+    return deviation * _placed(slope, batch) + _placed(constant - rest * slope, batch)
 
 
 def _placed(vector: jax.Array, batch: Batch) -> jax.Array:

@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 
 from mbn_jax import channels, runs
 
@@ -42,9 +43,16 @@ class Form(NamedTuple):
     """From a (C,) vector to what broadcasts against a view of an x of so many axes."""
     sums: Callable[..., list[jax.Array]]
     """From views, float64, to their sums, (C,) each."""
+    either: Callable[[jax.Array, Callable[[], jax.Array], Callable[[], jax.Array]], jax.Array]
+    """From a condition, and what is computed where it holds, and what is right anyway, to one of both."""
 
 
-def _form(view: Callable[[Any], Any], place: Callable[[jax.Array, int], jax.Array], sums: Callable[..., Any]) -> Form:
+def _form(
+    view: Callable[[Any], Any],
+    place: Callable[[jax.Array, int], jax.Array],
+    sums: Callable[..., Any],
+    either: Callable[..., jax.Array],
+) -> Form:
     """Return a form from how it is with one block."""
 
     def view_of_blocks(x: jax.Array | None) -> jax.Array | None:
@@ -56,7 +64,7 @@ def _form(view: Callable[[Any], Any], place: Callable[[jax.Array, int], jax.Arra
         parts = jax.vmap(jax.vmap(lambda *block: sums(*block, **options)))(*terms)
         return channels.sums([part.reshape(-1, part.shape[-1]) for part in parts], 0)
 
-    return Form(view_of_blocks, place, sums_of_blocks)
+    return Form(view_of_blocks, place, sums_of_blocks, either)
 
 
 def _blocks(x: jax.Array) -> jax.Array:
@@ -69,5 +77,5 @@ def _blocks(x: jax.Array) -> jax.Array:
     return x.transpose(0, 3, 1, 2, 4)
 
 
-HOST = _form(channels.rows, lambda vector, ndim: vector, channels.channel_sums)  # noqa: ARG005
-GPU = _form(lambda x: x, channels.column, runs.channel_sums)
+HOST = _form(channels.rows, lambda vector, ndim: vector, channels.channel_sums, lax.cond)  # noqa: ARG005
+GPU = _form(lambda x: x, channels.column, runs.channel_sums, lambda condition, special, general: general())  # noqa: ARG005

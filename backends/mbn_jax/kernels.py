@@ -8,6 +8,7 @@ derivative: not even as NaN * 0.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +22,18 @@ from mbn_jax.linear import Shape, channel_sum, spread
 from mbn_jax.maps import Map
 from mbn_jax.pairs import (
     Pair,
+    Scaled,
+    Square,
     Statistic,
     add,
     as_pair,
+    as_square,
     divide,
     multiply,
     negative,
     power_of_two,
     subnormal,
+    times,
     two_sum,
     where,
     wide,
@@ -41,6 +46,9 @@ FAR = 1 << 20
 
 So much precision is lost, and float64 has it to spare for values that are narrower.
 """
+
+SMALL = 2.0**-900
+"""Sums of squares that are smaller, or larger than its inverse, may have lost digits to the range of float64."""
 
 MODERATE = 2.0**64
 """What the largest weight is made no larger than, and no smaller than its inverse: a correction is next to nothing, or
@@ -104,14 +112,19 @@ def _moments(x: jax.Array, weights: jax.Array | None) -> list[jax.Array]:
     compute = compute_dtype(x)
     n = _divisor(x, weights, HOST)
     form = HOST if is_known(x.size) and x.size <= LARGE else HOST._replace(sums=partial(HOST.sums, run=2 * RUN))
-    mean, m2, squares = _around(wide(_first(x, weights, form)), x, weights, n, form)
+    first = wide(_first(x, weights, form))
+    mean, m2, squares = _around(first, x, weights, n, form)
+    unit = jnp.ones_like(m2)
     # The first of n values is far from the mean by no more than the square root of n - 1 standard deviations.
     n_known = x.size // x.shape[1]
     if compute == np.float64 or weights is not None or not is_known(n_known) or n_known > FAR:
         is_far = jnp.any(squares > (1 if compute == np.float64 else FAR) * m2)
         again = partial(_around, x=x, weights=weights, n=n, form=form)
         mean, m2, _ = lax.cond(is_far, lambda: again(once(mean.hi)), lambda: (mean, m2, squares))
-    return [*as_pair(mean, compute), *as_pair(m2, compute)]
+    if compute == np.float64:
+        scaled = partial(_scaled, first, x, weights, n, form)
+        mean, m2, unit = lax.cond(_leaves_range(squares, first, x, weights, n, form), scaled, lambda: (mean, m2, unit))
+    return _as_moments(mean, m2 / n, unit, compute)
 
 
 def _moments_on_gpu(x: jax.Array, weights: jax.Array | None) -> list[jax.Array]:
@@ -120,10 +133,58 @@ def _moments_on_gpu(x: jax.Array, weights: jax.Array | None) -> list[jax.Array]:
     n = _divisor(x, weights, GPU)
     may_be_far = weights is not None or not is_known(x.size)
     center = wide(_first(x, weights, GPU)) if may_be_far else _first_few(x)
-    mean, m2, _ = _around(center, x, weights, n, GPU)
-    if compute == np.float64 or may_be_far:
-        mean, m2, _ = _around(once(mean.hi), x, weights, n, GPU)
-    return [*as_pair(mean, compute), *as_pair(m2, compute)]
+    if compute == np.float64:
+        mean, m2, unit = _scaled(center, x, weights, n, GPU)
+    else:
+        mean, m2, _ = _around(center, x, weights, n, GPU)
+        if may_be_far:
+            mean, m2, _ = _around(once(mean.hi), x, weights, n, GPU)
+        unit = jnp.ones_like(m2)
+    return _as_moments(mean, m2 / n, unit, compute)
+
+
+def _as_moments(mean: Pair, var: jax.Array, unit: jax.Array, dtype: np.dtype) -> list[jax.Array]:
+    """Return a mean, and a variance in units of its own size, as pairs of a dtype."""
+    own = power_of_two(jnp.sqrt(var) * unit, dtype)
+    ratio = unit / own
+    return [*as_pair(mean, dtype), *as_pair(var * ratio * ratio, dtype), own.astype(dtype)]
+
+
+def _leaves_range(
+    squares: jax.Array, first: jax.Array, x: jax.Array, weights: jax.Array | None, n: int | jax.Array, form: Form
+) -> jax.Array:
+    """Tell whether squares of float64 have left its range; where they are 0 a look at the values tells."""
+    are_small = squares < SMALL
+    is_small = lax.cond(
+        jnp.any(are_small),
+        lambda: jnp.any(are_small & (_located(first, x, weights, n, form)[1] > 0)),
+        lambda: jnp.any(are_small),
+    )
+    return is_small | ~jnp.all(squares < 1 / SMALL)
+
+
+def _scaled(
+    center: jax.Array, x: jax.Array, weights: jax.Array | None, n: int | jax.Array, form: Form
+) -> tuple[Pair, jax.Array, jax.Array]:
+    """Return the mean, and m2 in units of about the mean deviation, with the unit."""
+    mean, size = _located(center, x, weights, n, form)
+    unit = power_of_two(size, np.dtype(np.float64))
+    mean, m2, _ = _around(once(mean.hi), x, weights, n, form, once(unit))
+    return mean, m2, unit
+
+
+def _located(
+    center: jax.Array, x: jax.Array, weights: jax.Array | None, n: int | jax.Array, form: Form
+) -> tuple[Pair, jax.Array]:
+    """Return the mean and about the mean size of the deviations from a center, without a sum beyond float64."""
+    weights = form.view(weights)
+    size = x.size // x.shape[1]
+    share = 0.25 * 0.5 ** (size.bit_length() if is_known(size) else 64)
+    part = unmasked(wide(form.view(x)) * share - form.place(center * share, x.ndim), weights)
+    total, size = form.sums(part if weights is None else part * (weights / n), jnp.abs(part))
+    if weights is None:
+        total /= n
+    return times(two_sum(center * share, total), 1 / share), size
 
 
 def _first_few(x: jax.Array) -> jax.Array:
@@ -142,15 +203,27 @@ def _first_few(x: jax.Array) -> jax.Array:
 
 
 def _around(
-    center: jax.Array, x: jax.Array, weights: jax.Array | None, n: int | jax.Array, form: Form
+    center: jax.Array,
+    x: jax.Array,
+    weights: jax.Array | None,
+    n: int | jax.Array,
+    form: Form,
+    unit: jax.Array | None = None,
 ) -> tuple[Pair, jax.Array, jax.Array]:
-    """Return the mean, m2 and the sum of squares that m2 is left of, from the deviations from a center."""
-    weights = form.view(weights)
-    deviation = unmasked(wide(form.view(x)) - form.place(center, x.ndim), weights)
+    """Return the mean, m2 and the sum of squares that m2 is left of, from the deviations from a center.
+
+    Both of the latter are in units of ``unit**2``, a power of two each.
+    """
+    weights, center_of_each = form.view(weights), form.place(center, x.ndim)
+    deviation = wide(form.view(x)) - center_of_each
+    if unit is not None:
+        deviation = difference(wide(form.view(x)), center_of_each, form.place(1 / unit, x.ndim))
+    deviation = unmasked(deviation, weights)
     term = deviation if weights is None else deviation * weights
     total, squares = form.sums(term, term * deviation)
     step = total / n
-    return two_sum(center, step), jnp.maximum(squares - total * step, 0), squares
+    mean = two_sum(center, step if unit is None else step * unit)
+    return mean, jnp.maximum(squares - total * step, 0), squares
 
 
 def _divisor(x: jax.Array, weights: jax.Array | None, form: Form) -> int | jax.Array:
@@ -166,20 +239,22 @@ _MOMENTS = Map("batch_norm_moments", _moments, _moments_on_gpu)
 
 @jax.custom_jvp
 @jax.jit
-def moments(x: jax.Array, weights: jax.Array | None) -> tuple[Pair, Pair, Pair]:
+def moments(x: jax.Array, weights: jax.Array | None) -> tuple[Pair, Pair, Square]:
     """Return the sum of the weights, and mean and m2 of each channel of x, (N, C) or (N, C, L).
+
+    m2 comes divided by the sum of the weights.
 
     They come from the differences to the first value, so that they are exact for a constant channel; and from those to
     the mean where a first value is far from it.
     """
-    mean, rest, m2, m2_rest = _MOMENTS(x, weights)
-    return count(x, weights), Pair(mean, rest), Pair(m2, m2_rest)
+    mean, rest, m2, m2_rest, unit = _MOMENTS(x, weights)
+    return count(x, weights), Pair(mean, rest), Square(Pair(m2, m2_rest), unit)
 
 
 @moments.defjvp
 def _moments_jvp(
     primals: tuple[jax.Array, jax.Array | None], tangents: tuple[jax.Array, jax.Array | None]
-) -> tuple[tuple[Pair, ...], ...]:
+) -> tuple[tuple[Any, ...], ...]:
     """Differentiate the definitions, not the sums."""
     (x, weights), (dx, _) = primals, tangents
     total_weight, mean, m2 = moments(x, weights)
@@ -187,53 +262,51 @@ def _moments_jvp(
     dx = unmasked(dx.astype(deviation.dtype), weights)
     if weights is not None:
         dx *= weights.astype(dx.dtype)
-    dmean = channel_sum(dx) / divisor(total_weight).hi
-    dm2 = 2 * channel_sum(deviation * dx)
+    n = divisor(total_weight).hi
+    dmean = channel_sum(dx) / n
+    dm2 = 2 * channel_sum(deviation / spread(m2.unit, x.shape) * dx) / n / m2.unit
     zeros = jax.tree.map(jnp.zeros_like, (total_weight, mean, m2))
-    return (total_weight, mean, m2), (zeros[0], Pair(dmean, zeros[1].lo), Pair(dm2, zeros[2].lo))
+    changes = zeros[0], zeros[1]._replace(hi=dmean), zeros[2]._replace(pair=Pair(dm2, zeros[2].pair.lo))
+    return (total_weight, mean, m2), changes
 
 
 @jax.jit
 def merge(
-    count: Pair, mean: Pair, m2: Pair, other_count: Pair, other_mean: Pair, other_m2: Pair
-) -> tuple[Pair, Pair, Pair]:
+    count: Pair, mean: Pair, m2: Square, other_count: Pair, other_mean: Pair, other_m2: Square
+) -> tuple[Pair, Pair, Square]:
     """Return count, mean and m2 of two batches together.
 
     Source: Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances, 1979,
     equations 2.1.
     """
     dtype = wider(mean.hi.dtype, other_mean.hi.dtype)
-    count, mean, m2 = (as_pair(pair, dtype) for pair in (count, mean, m2))
-    other_count, other_mean, other_m2 = (as_pair(pair, dtype) for pair in (other_count, other_mean, other_m2))
-    total = add(count, other_count)
+    counts = [as_pair(each, dtype) for each in (count, other_count)]
+    total = add(*counts)
+    share, other_share = (divide(each, where(total.hi == 0, 1, total)) for each in counts)
+    mean, other_mean = as_pair(mean, dtype), as_pair(other_mean, dtype)
     difference = add(other_mean, negative(mean))
-    step = multiply(difference, divide(other_count, divisor(total)))
-    cross = multiply(multiply(difference, step), count)
-    return total, add(mean, step), add(add(m2, other_m2), cross)
+    m2, other_m2 = as_square(m2, dtype), as_square(other_m2, dtype)
+    size = power_of_two(jnp.abs(difference.hi), dtype)
+    size = jnp.maximum(jnp.maximum(m2.unit, other_m2.unit), size)
+    apart = times(difference, 1 / size)
+    within = [
+        multiply(part, times(times(each.pair, each.unit / size), each.unit / size))
+        for part, each in ((share, m2), (other_share, other_m2))
+    ]
+    cross = multiply(multiply(apart, apart), multiply(share, other_share))
+    mean = add(mean, multiply(difference, other_share))
+    return total, mean, Square(add(add(*within), cross), size)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
 @partial(jax.jit, static_argnames=("correction",))
-def variance(m2: Pair, count: Pair, correction: int) -> Pair:
+def variance(m2: Square, count: Pair, correction: int) -> Square:
     """Return m2 / (count - correction), and 0 where count is no more than correction."""
-    return Pair(*_VARIANCE(m2, count, correction=correction))
-
-
-@variance.defjvp
-def _variance_jvp(correction: int, primals: tuple[Pair, Pair], tangents: tuple[Pair, Pair]) -> tuple[Pair, Pair]:
-    """Differentiate by m2: a count is a constant."""
-    (m2, count), (change, _) = primals, tangents
-    left = lax.stop_gradient(_left(as_pair(count, m2.hi.dtype), correction).hi)
-    slope = jnp.where(left <= 0, 0, change.hi / jnp.where(left <= 0, 1, left))
-    return variance(m2, count, correction), Pair(slope, jnp.zeros_like(slope))
-
-
-def _variance(m2: Pair, count: Pair, correction: int) -> list[jax.Array]:
-    left = wide(count) - correction
-    return [*as_pair(jnp.where(left <= 0, 0, wide(m2) / jnp.where(left <= 0, 1, left)), m2.hi.dtype)]
-
-
-_VARIANCE = Map("variance", _variance)
+    if correction == 0:
+        return m2
+    n = lax.stop_gradient(as_pair(count, m2.unit.dtype))
+    left = _left(n, correction)
+    scale = divide(n, where(left.hi <= 0, 1, left))
+    return Square(where(left.hi <= 0, 0, multiply(m2.pair, scale)), m2.unit)
 
 
 @jax.jit
@@ -243,18 +316,18 @@ def normalize(
     var: Statistic,
     weight: jax.Array | None,
     bias: jax.Array | None,
-    eps: Pair,
+    eps: Square,
     weights: jax.Array | None,
 ) -> jax.Array:
     """Return (x - mean) / sqrt(var + eps) * weight + bias in x's dtype."""
-    compute = compute_dtype(x)
+    compute = compute_dtype(x, mean)
     return affine(x, as_pair(mean, compute), invstd(var, eps, compute), weight, bias, weights).astype(x.dtype)
 
 
 def affine(
     x: jax.Array,
     mean: Pair,
-    invstd: Pair,
+    invstd: Scaled,
     weight: jax.Array | None,
     bias: jax.Array | None,
     weights: jax.Array | None,
@@ -265,13 +338,53 @@ def affine(
     near the mean, and the rest of the mean goes into the shift.
     """
     compute = mean.hi.dtype
-    scale = invstd if weight is None else multiply(invstd, as_pair(weight, compute))
-    factor = once(scale.hi)
-    shift = -mean.lo * factor
+    first, second = factors(invstd, weight)
+    shift = -mean.lo * first * second
     if bias is not None:
         shift += bias.astype(compute)
-    rounded, factor, shift = (spread(vector, x.shape) for vector in (once(mean.hi), factor, once(shift)))
-    return unmasked((_filled(x, rounded, weights) - rounded) * factor + shift, weights)
+    return _affine(x, *(once(vector) for vector in (mean.hi, first, second, shift)), weights)
+
+
+@jax.custom_jvp
+def _affine(*operands: Any) -> jax.Array:
+    """Return (x - center) * first * second + shift, and 0 where the weight of a value is."""
+    return _AFFINE(*operands)[0]
+
+
+def _affinely(
+    form: Form,
+    x: jax.Array,
+    center: jax.Array,
+    first: jax.Array,
+    second: jax.Array,
+    shift: jax.Array,
+    weights: jax.Array | None,
+) -> list[jax.Array]:
+    are_ones = jnp.all(first == 1)
+    center, first, second, shift = (column(vector, x.ndim) for vector in (center, first, second, shift))
+
+    def ordinary() -> jax.Array:
+        return unmasked((_filled(x, center, weights) - center) * second + shift, weights)
+
+    def scaled() -> jax.Array:
+        return unmasked(difference(_filled(x, center, weights), center, first) * second + shift, weights)
+
+    return [form.either(are_ones, ordinary, scaled)]
+
+
+_AFFINE = Map("affine", partial(_affinely, HOST), partial(_affinely, GPU))
+
+
+@_affine.defjvp
+def _affine_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+    x, center, first, second, _, weights = primals
+    dx, dcenter, _, dsecond, dshift, _ = tangents
+    first, second, dcenter, dsecond, dshift = (
+        spread(vector, x.shape) for vector in (first, second, dcenter, dsecond, dshift)
+    )
+    difference = _filled(x, spread(center, x.shape), weights) - spread(center, x.shape)
+    change = (dx.astype(second.dtype) - dcenter) * first * second + difference * first * dsecond + dshift
+    return _affine(*primals), unmasked(change, weights)
 
 
 @jax.jit
@@ -282,8 +395,12 @@ def lerp(start: jax.Array, end: Statistic, weight: Pair | jax.Array) -> jax.Arra
 
 
 def _lerp(start: jax.Array, end: Statistic, weight: Pair | jax.Array) -> list[jax.Array]:
-    old, new, step = (wide(value) for value in (start, end, weight))
-    moved = (1 - step) * old + step * new
+    old, step = wide(start), wide(weight)
+    if isinstance(end, Square):
+        unit = wide(end.unit)
+        moved = (1 - step) * old + step * wide(end.pair) * unit * unit
+    else:
+        moved = (1 - step) * old + step * wide(end)
     return [jnp.where(step == 0, old, moved).astype(start.dtype)]  # whatever the end is, NaN included
 
 
@@ -304,10 +421,10 @@ def step(weight: Pair | jax.Array, count: Pair, correction: int) -> Pair:
 
 @jax.jit
 def grad_sums(
-    dy: jax.Array, x: jax.Array, mean: Statistic, var: Statistic, eps: Pair, weights: jax.Array | None
+    dy: jax.Array, x: jax.Array, mean: Statistic, var: Statistic, eps: Square, weights: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """Return the sums of dy and dy * xhat for each channel."""
-    compute = compute_dtype(x)
+    compute = compute_dtype(x, mean)
     xhat = affine(x, as_pair(mean, compute), invstd(var, eps, compute), None, None, weights)
     dy = unmasked(dy.astype(compute), weights)
     return channel_sum(dy), channel_sum(dy * xhat)
@@ -320,21 +437,20 @@ def grad_input(
     mean: Statistic,
     var: Statistic,
     weight: jax.Array | None,
-    eps: Pair,
+    eps: Square,
     sums: tuple[Statistic, Statistic] | None,
     count: Pair | None,
     weights: jax.Array | None,
 ) -> jax.Array:
     """Return the gradient of x in its dtype."""
-    compute = compute_dtype(x)
+    compute = compute_dtype(x, mean)
     mean, scale = as_pair(mean, compute), invstd(var, eps, compute)
     change = unmasked(dy.astype(compute), weights)
     if sums is not None:
         means = [divide(as_pair(total, compute), divisor(as_pair(count, compute))) for total in sums]
         change = residual(change, affine(x, mean, scale, None, None, weights), *means, weights)
-    if weight is not None:
-        scale = multiply(scale, as_pair(weight, compute))
-    return unmasked(change * spread(once(scale.hi), x.shape), weights).astype(x.dtype)
+    first, second = (spread(once(factor), x.shape) for factor in factors(scale, weight))
+    return unmasked(change * first * second, weights).astype(x.dtype)
 
 
 def residual(v: jax.Array, xhat: jax.Array, mean: Pair, slope: Pair, weights: jax.Array | None) -> jax.Array:
@@ -357,9 +473,18 @@ def unmasked(values: jax.Array, weights: jax.Array | None) -> jax.Array:
     return values if weights is None else jnp.where(weights > 0, values, weights.astype(values.dtype))
 
 
-def compute_dtype(x: jax.Array) -> jnp.dtype:
-    """Return the dtype to compute in: float16 and bfloat16 are computed in float32."""
-    return wider(x.dtype, jnp.float32)
+def difference(x: jax.Array, center: jax.Array, factor: jax.Array) -> jax.Array:
+    """Return (x - center) * factor, a power of two, with nothing on the way too large, or so small that it may be 0."""
+    before = jnp.where(jnp.abs(center) < 1, factor, jnp.minimum(factor, 1))
+    return (x * before - center * before) * (factor / before)
+
+
+def compute_dtype(x: jax.Array, mean: Statistic | None = None) -> jnp.dtype:
+    """Return the dtype to compute in: that of a mean if it is wider, and float32 for float16 and bfloat16."""
+    compute = wider(x.dtype, jnp.float32)
+    if mean is None:
+        return compute
+    return wider(compute, (mean.hi if isinstance(mean, Pair) else mean).dtype)
 
 
 def divisor(count: Pair) -> Pair:
@@ -367,40 +492,91 @@ def divisor(count: Pair) -> Pair:
     return where(count.hi == 0, 1, count)
 
 
-def invstd(var: Statistic, eps: Pair, dtype: jnp.dtype) -> Pair:
-    """Return 1 / sqrt(var + eps), and 0 where that is 0, as a pair of ``dtype``."""
-    return _invstd(add(as_pair(var, dtype), as_pair(eps, dtype)))
+def plain(value: Scaled) -> jax.Array:
+    """Return a value in one number, as far as its dtype goes."""
+    return value.pair.hi * value.unit
+
+
+def invstd(var: Statistic, eps: Square, dtype: jnp.dtype) -> Scaled:
+    """Return 1 / sqrt(var + eps), and 0 where that is 0, in numbers of ``dtype``."""
+    return _invstd(as_square(var, dtype), as_square(eps, dtype))
 
 
 @jax.custom_jvp
-def _invstd(spread: Pair) -> Pair:
-    return Pair(*_INVSTD(spread))
+def _invstd(var: Square, eps: Square) -> Scaled:
+    root, rest, unit = _INVSTD(var, eps)
+    return Scaled(Pair(root, rest), unit)
 
 
-def _inverse_root(spread: Pair) -> list[jax.Array]:
-    square = wide(spread)
+def _inverse_root(var: Square, eps: Square) -> list[jax.Array]:
+    terms = [(wide(term.pair), wide(term.unit)) for term in (var, eps)]
+    unit = jnp.maximum(*(jnp.where(value == 0, 0, unit) for value, unit in terms))
+    unit = jnp.where(unit == 0, 1, unit)
+    square = sum(value * (own / unit) * (own / unit) for value, own in terms)
     root = 1 / jnp.sqrt(jnp.where(square == 0, 1, square))
-    return [*as_pair(jnp.where(square == 0, 0, root), spread.hi.dtype)]
+    return [*as_pair(jnp.where(square == 0, 0, root), var.unit.dtype), (1 / unit).astype(var.unit.dtype)]
 
 
 _INVSTD = Map("invstd", _inverse_root)
 
 
 @_invstd.defjvp
-def _invstd_jvp(primals: tuple[Pair], tangents: tuple[Pair]) -> tuple[Pair, Pair]:
+def _invstd_jvp(primals: tuple[Square, Square], tangents: tuple[Square, Square]) -> tuple[Scaled, Scaled]:
     result = _invstd(*primals)
-    (change,) = tangents
-    slope = -(change.hi + change.lo) / 2 * result.hi**3
-    return result, Pair(slope, jnp.zeros_like(slope))
+    change = sum(
+        (tangent.pair.hi + tangent.pair.lo) * (primal.unit * result.unit) * (primal.unit * result.unit)
+        for primal, tangent in zip(primals, tangents, strict=True)
+    )
+    slope = -change / 2 * result.pair.hi**3
+    return result, Scaled(Pair(slope, jnp.zeros_like(slope)), jnp.zeros_like(slope))
+
+
+@jax.custom_jvp
+def factors(invstd: Scaled, weight: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Return invstd * weight as two factors, of which the first is 1 where the second is of an ordinary size.
+
+    Otherwise it is a power of two about as large as the second: one after the other they take a value to its product
+    with no number on the way that is beyond the range of both.
+    """
+    first, second = _FACTORS(invstd, weight)
+    return first, second
+
+
+def _factors(invstd: Scaled, weight: jax.Array | None) -> list[jax.Array]:
+    dtype = invstd.unit.dtype
+    parts = [wide(invstd.pair), wide(invstd.unit), *([] if weight is None else [wide(weight)])]
+    halves = [power_of_two(jnp.sqrt(jnp.abs(part)), np.dtype(np.float64)) for part in parts]
+    half = halves[0] * halves[1] * (1 if weight is None else halves[2])
+    is_ordinary = (jnp.abs(jnp.log2(half)) < jnp.finfo(dtype).maxexp / 4) | ~jnp.isfinite(half) | (parts[-1] == 0)
+    first = jnp.where(is_ordinary, 1, power_of_two(half, dtype))
+    second = half / first
+    for part, own in zip(parts, halves, strict=True):
+        second *= part / own
+    return [first.astype(dtype), second.astype(dtype)]
+
+
+_FACTORS = Map("factors", _factors)
+
+
+@factors.defjvp
+def _factors_jvp(
+    primals: tuple[Scaled, jax.Array | None], tangents: tuple[Scaled, Any]
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    (invstd, weight), (change, dweight) = primals, tangents
+    first, second = factors(invstd, weight)
+    unit = invstd.unit / lax.stop_gradient(first)
+    slope = change.pair.hi * unit
+    if weight is not None:
+        slope = slope * weight.astype(slope.dtype) + invstd.pair.hi * unit * dweight.astype(slope.dtype)
+    return (first, second), (jnp.zeros_like(first), slope)
 
 
 def count(x: jax.Array, weights: jax.Array | None) -> Pair:
     """Return the sum of the weights of a channel."""
-    compute = compute_dtype(x)
     if weights is None:
         n = x.size // x.shape[1]
-        return as_pair(float(n), compute) if is_known(n) else Pair(*_SIZE(lax.stop_gradient(x)))
-    return as_pair(Pair(*_TOTAL_WEIGHT(weights)), compute)
+        return as_pair(float(n), compute_dtype(x)) if is_known(n) else Pair(*_SIZE(lax.stop_gradient(x)))
+    return Pair(*_TOTAL_WEIGHT(weights))
 
 
 def _size(x: jax.Array) -> list[jax.Array]:
@@ -412,13 +588,14 @@ _SIZE = Map("size", _size)
 
 def _total_weight(form: Form, weights: jax.Array) -> list[jax.Array]:
     (total,) = form.sums(wide(form.view(weights)))
-    return [*as_pair(total[0], weights.dtype)]
+    return list(as_pair(total[0], weights.dtype))
 
 
 _TOTAL_WEIGHT = Map("total_weight", partial(_total_weight, HOST), partial(_total_weight, GPU))
 
 
 def _left(count: Pair, correction: int) -> Pair:
+    """Return what is left of a count without the correction."""
     return add(count, as_pair(float(-correction), count.hi.dtype))
 
 

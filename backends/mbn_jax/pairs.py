@@ -8,6 +8,7 @@ counts is exact.
 Everything can be traced, and differentiates as the real numbers that it stands for: a rounding error is a constant.
 """
 
+import math
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -23,7 +24,21 @@ class Pair(NamedTuple):
     lo: jax.Array
 
 
-Statistic: TypeAlias = Pair | jax.Array
+class Scaled(NamedTuple):
+    """A pair in units of a power of two, for what the dtype's range is too short for: ``pair * unit``."""
+
+    pair: Pair
+    unit: jax.Array
+
+
+class Square(NamedTuple):
+    """The same for a variance: ``pair * unit**2``."""
+
+    pair: Pair
+    unit: jax.Array
+
+
+Statistic: TypeAlias = Pair | Square | jax.Array
 
 
 def widest_dtype() -> np.dtype:
@@ -45,10 +60,37 @@ def number(value: float) -> Pair:
     return Pair(hi, np.asarray(value - float(hi), hi.dtype))
 
 
+def squared(value: float) -> Square:
+    """Return a Python number, at least 0, in the same way as a square."""
+    lowest, highest = limits(widest_dtype())
+    unit = min(max(math.ldexp(1.0, math.frexp(value)[1] // 2), lowest), highest)
+    return Square(number(value / unit / unit), np.asarray(unit, widest_dtype()))
+
+
 def limits(dtype: np.dtype) -> tuple[float, float]:
     """Return the least and the largest unit of a dtype, whose inverses it has as well."""
     largest = float(2 ** (jnp.finfo(dtype).maxexp - 2))
     return 1 / largest, largest
+
+
+def as_square(value: Statistic, dtype: np.dtype) -> Square:
+    """Return a variance as a square of ``dtype``."""
+    if not isinstance(value, Square):
+        if isinstance(value, Pair):
+            return Square(as_pair(value, dtype), jnp.ones_like(value.hi, dtype))
+        is_subnormal, part = subnormal(value)
+        unit = jnp.where(is_subnormal, float(jnp.finfo(value.dtype).tiny) ** 0.5, jnp.ones_like(value))
+        return as_square(Square(as_pair(jnp.where(is_subnormal, part, value), value.dtype), unit), dtype)
+    if value.unit.dtype == dtype:
+        return value
+    unit = jnp.clip(value.unit, *limits(dtype)) if value.unit.dtype.itemsize > dtype.itemsize else value.unit
+    ratio = value.unit.astype(unit.dtype) / unit
+    return Square(as_pair(times(times(value.pair, ratio), ratio), dtype), unit.astype(dtype))
+
+
+def times(a: Pair, power: jax.Array) -> Pair:
+    """Return a pair times a power of two."""
+    return Pair(a.hi * power, a.lo * power)
 
 
 def subnormal(value: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -69,7 +111,7 @@ def power_of_two(value: jax.Array, dtype: np.dtype) -> jax.Array:
     return lax.stop_gradient(jnp.clip(rounded, *limits(dtype)))
 
 
-def as_pair(value: Statistic | float, dtype: np.dtype) -> Pair:
+def as_pair(value: Pair | jax.Array | float, dtype: np.dtype) -> Pair:
     """Return a value as a pair of ``dtype``, keeping of a wider one what two numbers can hold."""
     if isinstance(value, Pair):
         hi, rest = as_pair(value.hi, dtype)
@@ -77,6 +119,9 @@ def as_pair(value: Statistic | float, dtype: np.dtype) -> Pair:
     if isinstance(value, float):
         # Behind a barrier it is no constant to XLA, which takes (x + 1) - 1 for x.
         return as_pair(Pair(*lax.optimization_barrier(number(value))), dtype)
+    if jnp.issubdtype(value.dtype, jnp.integer):  # a count that a compiled function returned
+        hi = value.astype(dtype)
+        return Pair(hi, (value - hi.astype(value.dtype)).astype(dtype))
     value = value.astype(wider(value.dtype, dtype))
     if value.dtype == dtype:
         return Pair(value, jnp.zeros_like(value))
@@ -85,7 +130,7 @@ def as_pair(value: Statistic | float, dtype: np.dtype) -> Pair:
     return Pair(hi.astype(dtype), (value - hi).astype(dtype))
 
 
-def wide(value: Statistic) -> jax.Array:
+def wide(value: Pair | jax.Array) -> jax.Array:
     """Return a value in float64, where that is there; more than it holds of a pair of float32 it never was."""
     if isinstance(value, Pair):
         return wide(value.hi) + wide(value.lo)

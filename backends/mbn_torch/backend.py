@@ -53,6 +53,7 @@ class TorchBackend(Backend):
             mutable=True,
             strided=True,
             masks=True,
+            any_size=True,
             autograd=True,
             vmap=True,
             compile=True,

@@ -124,6 +124,7 @@ def test_training_on_values_of_any_size(
     target: Target, shape: tuple[int, ...], dtype: str, size: float, *, masked: bool
 ) -> None:
     target.require_dtype(dtype)
+    target.require("any_size")
     target.require_numbers_of(size, dtype)
     x = strategies.of_any_size(shape, dtype, size)
     bn = target.layer(3, eps=0.0, momentum=1.0, dtype=layer_dtype(dtype))
@@ -144,6 +145,7 @@ def test_training_on_values_of_any_size(
 @pytest.mark.parametrize(("dtype", "size"), SIZES)
 def test_any_eps_and_weight(target: Target, dtype: str, size: float, eps: float) -> None:
     target.require_dtype(dtype)
+    target.require("any_size")
     target.require_numbers_of(size, dtype)
     x = strategies.of_any_size((40, 3), dtype, size)
     bn = target.layer(3, eps=eps, dtype=layer_dtype(dtype))
@@ -165,6 +167,7 @@ STATISTICS = {
     ("dtype", "wide"), [*((dtype, layer_dtype(dtype)) for dtype in strategies.EXTREMES), ("float32", "float64")]
 )
 def test_evaluation_with_statistics_of_any_size(target: Target, shape: tuple[int, ...], dtype: str, wide: str) -> None:
+    target.require("any_size")
     target.require_dtype(dtype)
     target.require_dtype(wide)
     means, variances = (np.array(vector) for vector in zip(*STATISTICS[wide], strict=True))

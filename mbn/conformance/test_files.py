@@ -91,7 +91,7 @@ def test_large_counts_are_kept_or_refused(target: Target, tmp_path: Path) -> Non
         loaded = mbn.BatchNorm1d.load(tmp_path / "bn", backend=target.backend, device=target.device)
         assert int(loaded.num_batches_tracked) == 2**40
         return
-    with pytest.raises(ValueError, match="num_batches_tracked counts batches and is at least 0 and below"):
+    with pytest.raises(ValueError, match="num_batches_tracked counts batches and is at least 0 and at most"):
         mbn.BatchNorm1d.load(tmp_path / "bn", backend=target.backend, device=target.device)
 
 

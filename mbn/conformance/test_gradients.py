@@ -178,6 +178,7 @@ def test_accuracy(target: Target, data: st.DataObject) -> None:
 @pytest.mark.parametrize(("dtype", "size"), [(d, s) for d, sizes in strategies.EXTREMES.items() for s in sizes])
 def test_values_of_any_size(target: Target, dtype: str, size: float, *, training: bool, masked: bool) -> None:
     target.require_dtype(dtype)
+    target.require("any_size")
     target.require_numbers_of(size, dtype)
     x, dy = strategies.of_any_size((6, 3, 4), dtype, size), DY.astype(dtype)
     bn = target.layer(3, eps=0.0, dtype=layer_dtype(dtype)).train(training)
@@ -206,6 +207,7 @@ def test_values_of_any_size(target: Target, dtype: str, size: float, *, training
 
 @pytest.mark.parametrize("size", [1e-300, 1e-160, 1e160, 1e300])
 def test_gradients_of_any_size(target: Target, size: float) -> None:
+    target.require("any_size")
     target.require_dtype("float64")
     bn = target.layer(3, dtype="float64")
     before = target.snapshot(bn)

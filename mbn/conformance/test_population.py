@@ -117,6 +117,7 @@ def test_hard_values(target: Target, kind: str, sizes: list[int], dtype: str) ->
 @pytest.mark.parametrize(("dtype", "size"), [(d, s) for d, sizes in strategies.EXTREMES.items() for s in sizes])
 def test_values_of_any_size(target: Target, dtype: str, size: float, sizes: list[int]) -> None:
     target.require_dtype(dtype)
+    target.require("any_size")
     target.require_numbers_of(size, dtype)
     x = strategies.of_any_size((8, 3), dtype, size)
     bn = target.layer(3, dtype=layer_dtype(dtype)).fit(map(target.array, cut(x, sizes)), progress=False)

@@ -19,6 +19,7 @@ class Toy(Backend):
         mutable=True,
         strided=True,
         masks=True,
+        any_size=True,
         vmap=True,
         jit=True,
         compile=True,

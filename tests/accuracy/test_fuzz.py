@@ -1,0 +1,45 @@
+"""A little of the fuzz, on the backends on the CPU that take values of any size; ``fuzz.py`` itself runs more of it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import fuzz
+import numpy as np
+import pytest
+
+import mbn
+
+
+@pytest.mark.parametrize(
+    "backend",
+    ["numpy", "numba", "torch"],
+)
+def test_no_case_violates_the_bounds(backend: str) -> None:
+    command = [sys.executable, Path(__file__).with_name("fuzz.py"), backend, "--cases", "400"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.splitlines()[-1] == f"{backend}: 400 cases, 0 with violations"
+
+
+def test_a_seed_always_gives_the_same_case() -> None:
+    first, again = (fuzz.drawn(7, ["float16", "float32"]) for _ in range(2))
+    assert str(first) == str(again)
+    np.testing.assert_array_equal(first.x, again.x)
+
+
+@pytest.mark.parametrize(("name", "factor"), [("normalize", 1 + 1e-6), ("grad_input", 1 + 1e-5)])
+def test_small_errors_are_violations(monkeypatch: pytest.MonkeyPatch, name: str, factor: float) -> None:
+    backend = mbn.get_backend("numpy")
+    for verb in ("batch_norm_residuals", "pullback"):  # composed, so that each verb is met
+        monkeypatch.setattr(type(backend), verb, getattr(mbn.contract.Backend, verb))
+    right = getattr(type(backend), name)
+
+    def wrong(*arguments: object, **options: object) -> np.ndarray:
+        result = right(*arguments, **options)
+        return (result.astype(np.float64) * factor).astype(result.dtype)
+
+    seeds = range(30)
+    assert not any(fuzz.violations(backend, fuzz.drawn(seed, ["float32"])) for seed in seeds)
+    monkeypatch.setattr(type(backend), name, wrong)
+    assert any(fuzz.violations(backend, fuzz.drawn(seed, ["float32"])) for seed in seeds)
