@@ -14,7 +14,7 @@ import numpy as np
 from mbn.contract import Moments
 from mbn_cpu import threads, tiles
 from mbn_cpu.tiles import Columns, Form, Scratch, Tile
-from mbn_cpu.vectors import WIDE, Line, Mean, Pair, Variance, as_pair, fold_rows, heaviest, invstd, is_wide
+from mbn_cpu.vectors import WIDE, Line, Mean, Pair, Variance, as_pair, fold_rows, heaviest, invstd, is_wide, units
 
 _SHARE = 4
 """Tiles that are worth a thread of their own, which takes some of the time of one to wake up."""
@@ -36,10 +36,11 @@ def moments(x: np.ndarray, weights: np.ndarray | None = None) -> Moments:
     shift = heaviest(x, weights)
     count = x.size // x.shape[1] if weights is None else fold_rows(weights.flatten().astype(WIDE))
     divisor = count or 1  # without any weight the sums are 0 as well
-    total, squares = _shifted_sums(x, shift, weights)
+    total, squares = sums = _shifted_sums(x, shift, weights)
     if is_wide(x):
         shift += total / divisor
-        total, squares = _shifted_sums(x, shift, weights)
+        parts = _shifted_sums(x, shift, weights, units(sums, divisor))
+        total, squares = parts[::2] + parts[1::2]
     mean = total / divisor
     return Moments(count, Pair(shift, mean), squares - total * mean)
 
@@ -85,7 +86,8 @@ def grad_sums(
         _clear(product, w)
         yield product
 
-    sum_dy, products = _sums(terms, x, dy, _against_x(weights))
+    add_rows = _add_as_tree if is_wide(x) else np.add.reduce
+    sum_dy, products = _sums(terms, x, dy, _against_x(weights), add_rows=add_rows)
     return sum_dy, (products - lo * sum_dy) * invstd(var, eps)
 
 
@@ -137,9 +139,14 @@ def grad_input(
     return dx
 
 
-def _shifted_sums(x: np.ndarray, shift: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
-    """Return the weighted sums of x - shift and of its squares for each channel, (2, C) in float64."""
-    columns = Columns(shift)
+def _shifted_sums(
+    x: np.ndarray, shift: np.ndarray, weights: np.ndarray | None, units: Sequence[np.ndarray] = ()
+) -> np.ndarray:
+    """Return the weighted sums of x - shift and of its squares for each channel, (2, C) in float64.
+
+    With units of both, (4, C): each sum in two parts, of multiples that add up exactly and of what is left.
+    """
+    columns = Columns(shift, *units)
     is_mask = weights is None or bool(np.all((weights == 0) | (weights == 1)))
 
     def terms(scratch: Scratch, tile: Tile, x: np.ndarray, w: np.ndarray | None) -> Iterator[np.ndarray]:
@@ -156,19 +163,31 @@ def _shifted_sums(x: np.ndarray, shift: np.ndarray, weights: np.ndarray | None) 
             d *= w
             yield d
 
-    return _sums(terms, x, _against_x(weights))
+    def parts(scratch: Scratch, tile: Tile, x: np.ndarray, w: np.ndarray | None) -> Iterator[np.ndarray]:
+        few, part, (_, *units) = *(scratch.empty(x.shape, WIDE) for _ in range(2)), columns.of(tile, x.shape)
+        for values, unit in zip(terms(scratch, tile, x, w), units, strict=True):
+            rows = values if len(values) == 1 else _add_halves(_add_halves(values, few), few)
+            multiples = np.add(rows, unit, out=part[: len(rows)])
+            multiples -= unit
+            yield multiples
+            yield np.subtract(rows, multiples, out=multiples)
+
+    return _sums(parts if len(units) else terms, x, _against_x(weights), num=2 + len(units))
 
 
-def _sums(terms: Callable[..., Iterator[np.ndarray]], *arrays: np.ndarray | None) -> np.ndarray:
-    """Return the sums of two terms for each channel of arrays in the shape of the first, (2, C) in float64.
+def _sums(
+    terms: Callable[..., Iterator[np.ndarray]],
+    *arrays: np.ndarray | None,
+    num: int = 2,
+    add_rows: Callable[[np.ndarray], np.ndarray] = np.add.reduce,
+) -> np.ndarray:
+    """Return the sums of ``num`` terms for each channel of arrays in the shape of the first, (num, C) in float64.
 
-    ``terms`` yields those of a tile; one may be used up for the next.
+    ``terms`` yields those of a tile; one may be used up for the next. One after another is the fastest way to add up
+    rows, and enough where sums have parts or float64 is more than is asked for.
     """
     rows = _rows(tiles.for_sums(arrays[0]), *arrays)
-    partial = np.empty((len(rows), 2, arrays[0].shape[1]))
-
-    # One after another is the fastest way to add up rows, and enough for all but float64, whose last digit counts.
-    add_rows = _add_as_tree if is_wide(arrays[0]) else np.add.reduce
+    partial = np.empty((len(rows), num, arrays[0].shape[1]))
 
     def add(scratch: Scratch, totals: np.ndarray, tile: Tile, *own: np.ndarray | None) -> None:
         for total, values in zip(totals, terms(scratch, tile, *own), strict=True):
@@ -176,6 +195,14 @@ def _sums(terms: Callable[..., Iterator[np.ndarray]], *arrays: np.ndarray | None
 
     _run(add, [(totals, *place) for totals, row in zip(partial, rows, strict=True) for place in row])
     return fold_rows(partial)
+
+
+def _add_halves(rows: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """Write the sums of the rows of the first half and those of the second; return them. ``out`` may be ``rows``."""
+    n, half = len(rows), (len(rows) + 1) // 2
+    np.add(rows[: n - half], rows[half:], out=out[: n - half])
+    out[n - half : half] = rows[n - half : half]
+    return out[:half]
 
 
 def _add_as_tree(values: np.ndarray) -> np.ndarray:

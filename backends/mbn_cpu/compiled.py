@@ -25,6 +25,7 @@ from mbn_cpu.vectors import (
     heaviest,
     invstd,
     is_wide,
+    units,
 )
 
 _CHUNK = 1 << 18
@@ -38,7 +39,7 @@ _LANES = 32
 _ROW = 256
 """Values that the lanes of shorter ones have at least, where there are so many."""
 _PRECISION = 8
-"""By how much chunks are smaller, and lanes more, in float64: few values are added up before those of a lane are."""
+"""By how much chunks are smaller in float64, and lanes more where sums have no parts: few values make one up."""
 _NOTHING = np.empty(0)
 
 
@@ -62,10 +63,9 @@ class Form(NamedTuple):
     """Whether N and L have changed places."""
 
     @classmethod
-    def of(cls, x: np.ndarray) -> "Form":
+    def of(cls, x: np.ndarray, finer: int = 1) -> "Form":
         """Return the form that follows the memory of x, as far as the order of sums allows."""
         n, c, length = shape = x.shape if x.ndim == 3 else (*x.shape, 1)  # noqa: PLR2004
-        finer = _PRECISION if is_wide(x) else 1
         is_long, together = length > 2 * finer * _LANES, max(1, min(n, finer * _ROW // (c * length)))
         lanes = finer * _LANES if is_long else length * together
         is_last = length == 1 or (not x.flags.c_contiguous and x.swapaxes(1, 2).flags.c_contiguous)
@@ -138,10 +138,11 @@ def moments(x: np.ndarray, weights: np.ndarray | None = None) -> Moments:
         shift = heaviest(x, weights)
         count = x.size // x.shape[1] if weights is None else fold_rows(weights.flatten().astype(WIDE))
         divisor = count or 1  # without any weight the sums are 0 as well
-        total, squares = _sums(loops.shifted_sums, shift, weights, x)
+        total, squares = sums = _sums(loops.shifted_sums, (shift,), weights, x)
         if is_wide(x):
             shift += total / divisor
-            total, squares = _sums(loops.shifted_sums, shift, weights, x)
+            parts = _sums(loops.parted_sums, (shift, units(sums, divisor)), weights, x)
+            total, squares = parts[::2] + parts[1::2]
         mean = total / divisor
         return Moments(count, Pair(shift, mean), squares - total * mean)
 
@@ -165,7 +166,7 @@ def grad_sums(
     """Return the sums of dy and of dy * (x - mean) / sqrt(var + eps) for each channel, in float64."""
     with np.errstate(all="ignore"):
         hi, lo = as_pair(mean)
-        sum_dy, products = _sums(loops.gradient_sums, hi, weights, x, dy)
+        sum_dy, products = _sums(loops.gradient_sums, (hi,), weights, x, dy)
         return sum_dy, (products - lo * sum_dy) * invstd(var, eps)
 
 
@@ -204,19 +205,25 @@ def grad_input(
 
 
 def _sums(
-    loop: Callable[..., None], shift: np.ndarray, weights: np.ndarray | None, x: np.ndarray, *others: np.ndarray
+    loop: Callable[..., None],
+    vectors: tuple[np.ndarray, ...],
+    weights: np.ndarray | None,
+    x: np.ndarray,
+    *others: np.ndarray,
 ) -> np.ndarray:
-    """Return both sums that a loop makes of arrays in the shape of x, (2, C)."""
-    form, compute = Form.of(x), compute_dtype(x)
-    chunks = form.chunks(_CHUNK // _PRECISION if compute == WIDE else _CHUNK)
-    partial = np.empty((len(chunks), 2, form.shape[1]))
+    """Return the sums that a loop makes of arrays in the shape of x, (2, C), or (4, C) in parts."""
+    compute = compute_dtype(x)
+    finer = _PRECISION if compute == WIDE else 1
+    form = Form.of(x, finer if loop is loops.gradient_sums else 1)
+    chunks = form.chunks(_CHUNK // finer)
+    partial = np.empty((len(chunks), 4 if loop is loops.parted_sums else 2, form.shape[1]))
 
     def add(i: int) -> None:
         chunk = chunks[i]
         with Scratch.taken() as scratch:
             pieces = [_piece(scratch, form.part(array, chunk), compute) for array in (*others, x)]
             sizes = form.sizes(chunk)
-            loop(*pieces, form.weights(weights, chunk), form.last, *sizes, form.lanes, shift, partial[i])
+            loop(*pieces, form.weights(weights, chunk), form.last, *sizes, form.lanes, *vectors, partial[i])
 
     threads.run(add, len(chunks), at_least=_SHARE)
     return fold_rows(partial)

@@ -21,6 +21,8 @@ _LEAST = float(np.finfo(np.float32).smallest_normal)
 """The least number with all digits of float32."""
 _FAR = 2.0**102
 """No number of float32 is so far from one below this that the difference overflows."""
+_FEW = 4
+"""Rows that are added up before their sums are taken apart."""
 
 
 @loop
@@ -40,6 +42,54 @@ def shifted_sums(x, w, last, c, length, lanes, shift, sums):
         _add_planes(x, c, length, lanes, shift, total, squares)
     _collapse(total, lanes, inner, sums[0])
     _collapse(squares, lanes, inner, sums[1])
+
+
+@loop
+def parted_sums(x, w, last, c, length, lanes, shift, units, sums):
+    """Write the sums of ``shifted_sums`` in parts, (4, C): of each, multiples that add up exactly, and the rest.
+
+    ``mbn_cpu.vectors.units`` makes the units, (2, C), that tell them apart. However many values come after one beside
+    which they are small, no more than a few of them are added to it.
+    """
+    width, inner = lanes * c, 1 if last else min(lanes, length)
+    few, parts, center = np.zeros((2, width)), np.zeros((4, width)), _spread(shift, width, inner)
+    total, squares = few
+    of_total, of_squares = _spread(units[0], width, inner), _spread(units[1], width, inner)
+    if last or lanes >= length:
+        sample = length * c if lanes < length else x.size
+        for first in range(0, x.size, sample):
+            for b in range(first, first + sample, _FEW * width):
+                rows = x[b : first + sample][: _FEW * width]
+                if w.size:
+                    _add_weighted_rows(rows, w[b // c :], last, c, length, width, rows.size, center, total, squares)
+                else:
+                    _add_rows(rows, width, rows.size, center, total, squares)
+                _take_apart(total[: rows.size], of_total, parts[0], parts[1])
+                _take_apart(squares[: rows.size], of_squares, parts[2], parts[3])
+    else:
+        for row in range(x.size // length):
+            channel, place = row % c, row // c * length
+            lane = channel * lanes
+            for start in range(0, length, _FEW * lanes):
+                values, k = x[row * length :][start:length][: _FEW * lanes], shift[channel:]
+                if w.size:
+                    _add_weighted_planes(values, w[place + start :], 1, values.size, lanes, k, total, squares)
+                else:
+                    _add_planes(values, 1, values.size, lanes, k, total, squares)
+                _take_apart(total[:lanes], of_total[lane:], parts[0][lane:], parts[1][lane:])
+                _take_apart(squares[:lanes], of_squares[lane:], parts[2][lane:], parts[3][lane:])
+    for i in range(4):
+        _collapse(parts[i], lanes, inner, sums[i])
+
+
+@loop
+def _take_apart(sums, units, multiples, rests):
+    """Add sums in two parts to others, and begin them anew."""
+    for k in range(sums.size):
+        multiple = (sums[k] + units[k]) - units[k]
+        multiples[k] += multiple
+        rests[k] += sums[k] - multiple
+        sums[k] = 0
 
 
 @loop

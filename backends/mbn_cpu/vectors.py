@@ -193,6 +193,20 @@ def fold_rows(d: np.ndarray) -> np.ndarray:
     return d[0]
 
 
+def units(sums: np.ndarray, count: float | np.ndarray) -> np.ndarray:
+    """Return powers of two that take the terms of two sums apart: those of x - mean and of its squares, (2, C).
+
+    What is left of a term, or of a sum of them, after a unit has been added to it and taken off is a multiple of the
+    unit's last digit; and no sum of such multiples is as large as the unit, so they add up without a rounding. ``sums``
+    are those around any of the values. Where they are 0 or not finite, nothing has to be taken apart.
+
+    Source: Rump, Ogita and Oishi, Accurate Floating-Point Summation Part I, 2008, section 3.
+    """
+    total, squares = sums
+    m2 = squares - total * (total / count)
+    return np.ldexp(1.0, exponent_of(np.array((np.sqrt(count) * np.sqrt(m2), m2))) + 2)
+
+
 def invstd(var: Variance, eps: float) -> np.ndarray:
     """Return 1 / sqrt(var + eps) in float64, and 0 where that has no value."""
     if isinstance(var, Scaled):

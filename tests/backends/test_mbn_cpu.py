@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import mbn
-from mbn.conformance import oracle, ulp
+from mbn.conformance import oracle, strategies, ulp
 from mbn_cpu import threads
 
 BACKENDS = ["numpy", "numba"]
@@ -42,6 +42,32 @@ def step(backend, x, dy, **masking):
     bn = mbn.BatchNorm1d(x.shape[1], dtype="float64" if x.dtype == np.float64 else None, backend=backend)
     y, pullback = bn.vjp(x, **masking)
     return y, *pullback(dy), bn.running_mean, bn.running_var, bn.eval()(x)
+
+
+@pytest.mark.parametrize("name", [*BACKENDS, "torch"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kind", [None, "real weights"])
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [
+        *(((9000, 3), 1), ((64, 900), 1), ((145, 7, 18), 1), ((145, 7, 18), -1)),
+        *(((40, 3, 600), 1), ((40, 3, 600), -1), ((2, 3, 20_000), 1)),
+    ],
+)
+def test_statistics_with_one_value_that_dwarfs_the_rest(name, dtype, kind, shape, axis):
+    counts, arguments = np.ones((shape[0], *shape[2:])), {}
+    if kind is not None:
+        arguments, counts = strategies.maskings(counts.shape)[kind]
+    n, *place = np.argwhere(counts)[0]
+    x = np.ones(shape)
+    x[n, :, *place] = np.resize([3.22e6, 12147.75, 1e10, 188.2, 4.2e8, 1129002.5, 1e6], shape[1])
+    x = x.astype(dtype)
+    bn = mbn.BatchNorm1d(shape[1], dtype="float64", momentum=1.0, axis=axis, backend=name)
+    zeros, ones = np.zeros(shape[1]), np.ones(shape[1])
+    exact = oracle.train(x, zeros, ones, momentum=1.0, eps=1e-5, weights=counts)
+    bn(np.ascontiguousarray(np.moveaxis(x, 1, axis)), **arguments)
+    for statistic, truth in ((bn.running_mean, exact.running_mean), (bn.running_var, exact.running_var)):
+        assert ulp.error(np.asarray(statistic), truth, "float64") <= ulp.STATISTICS_BOUNDS["float64"]
 
 
 def assert_same_bits(given, expected):
