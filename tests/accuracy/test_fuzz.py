@@ -39,7 +39,10 @@ def test_small_errors_are_violations(monkeypatch: pytest.MonkeyPatch, name: str,
         result = right(*arguments, **options)
         return (result.astype(np.float64) * factor).astype(result.dtype)
 
-    seeds = range(30)
-    assert not any(fuzz.violations(backend, fuzz.drawn(seed, ["float32"])) for seed in seeds)
+    def count() -> int:
+        with np.errstate(all="ignore"):
+            return sum(bool(fuzz.violations(backend, fuzz.drawn(seed, ["float32"]))) for seed in range(30))
+
+    assert count() == 0
     monkeypatch.setattr(type(backend), name, wrong)
-    assert any(fuzz.violations(backend, fuzz.drawn(seed, ["float32"])) for seed in seeds)
+    assert count() > 0
