@@ -34,7 +34,6 @@ class CupyBackend(Backend):
             mutable=True,
             strided=True,
             masks=True,
-            any_size=True,
             out=True,
         )
 

@@ -198,6 +198,7 @@ def test_sample_weights_of_any_size(target: Target, sizes: list[float]) -> None:
 
 @pytest.mark.parametrize("sizes", [[1e308] * 3, [1e-308] * 3, [1e308, 1e-308, 1.0], [5e-324, 1e-320, 2e-323]])
 def test_sample_weights_of_any_size_in_float64(target: Target, sizes: list[float]) -> None:
+    target.require("any_size")
     target.require("masks")
     target.require_dtype("float64")
     x, weights = np.array([[0.5, 1e3], [1.7, 1e-3], [-3, 2e3]]), np.array(sizes)
