@@ -21,7 +21,7 @@ from mbn.state import Params, State, batch_norms, few, groups, prefixes
 
 _NAMES = (*Params._fields, *State._fields)
 _SETTINGS = ("eps", "momentum", "axis", "correction", "track_running_stats")
-"""What a checkpoint does not tell of a layer."""
+"""The arguments of a layer that a checkpoint does not tell."""
 
 
 def under(entries: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], int | None, str]:
@@ -32,7 +32,7 @@ def under(entries: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], int 
         ValueError: there are none, or there are in several dictionaries.
     """
     if not isinstance(prefix, str):
-        message = f"prefix is what comes before 'weight' in the names of entries, a str, not {type(prefix).__name__}."
+        message = f"prefix is a str, the part of the names of entries before 'weight', not {type(prefix).__name__}."
         raise TypeError(message)
     found = {}
     for path, group in groups(entries):

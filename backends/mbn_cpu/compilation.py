@@ -20,7 +20,7 @@ logger = logging.getLogger("mbn.numba")
 _modules: set[str] = set()
 """Those whose functions are reported on."""
 _warned: list[Exception] = []
-"""What the cache has failed with, if that has been said."""
+"""The error of the cache that the warning has named, if there was one."""
 
 
 def compiled(function: Callable[..., object], **options: object) -> Callable[..., object]:

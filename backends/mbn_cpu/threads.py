@@ -72,7 +72,7 @@ def run(task: Callable[[int], object], count: int, at_least: int = 1) -> None:
 
 
 def _help(work: Callable[[], None], helper: Future[None]) -> None:
-    """Work, unless the caller has taken it back, and leave what comes of it in the future."""
+    """Work, unless the caller has taken it back, and leave the result or the error in the future."""
     if helper.set_running_or_notify_cancel():
         try:
             work()

@@ -26,7 +26,7 @@ class Scaled(NamedTuple):
     values: "Pair | np.ndarray"
     """A mean as a pair, or a variance."""
     exponent: np.ndarray
-    """Of each channel, an integer; 0 where values are what they are."""
+    """The exponent of each channel, an integer; 0 where values are not scaled."""
 
 
 Mean: TypeAlias = Pair | Scaled | np.ndarray

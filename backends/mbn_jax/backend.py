@@ -294,7 +294,7 @@ def _batch_norm_residuals(
 
 
 def _as_wide(x: jax.Array, *vectors: jax.Array | None) -> jax.Array:
-    """Return x in float64 if one of a layer's vectors is: what comes of it has to be as exact as they are."""
+    """Return x in float64 if one of a layer's vectors is: the results have to be as exact as the vectors are."""
     return x.astype(np.float64) if any(v is not None and v.dtype == np.float64 for v in vectors) else x
 
 
@@ -351,7 +351,7 @@ def _argument(value: Any) -> Any:
 
 
 def _squared(eps: Any) -> Square:
-    """Return what stands for an eps in the same way."""
+    """Return an eps as an argument of compiled code, in the same way."""
     return squared(eps) if isinstance(eps, int | float) else eps
 
 

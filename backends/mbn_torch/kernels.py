@@ -174,7 +174,7 @@ def grad_input(
 
 
 class _Origin(NamedTuple):
-    """What deviations of channels are taken from, and what becomes of them; all of it is in float64."""
+    """The center that deviations of channels are taken from, and their factors, all in float64."""
 
     center: torch.Tensor
     rest: torch.Tensor
@@ -182,7 +182,7 @@ class _Origin(NamedTuple):
     before: torch.Tensor | None
     """Of float64, powers of two that values are multiplied by first; center and rest have been."""
     invstd: torch.Tensor
-    """What makes deviations from the center normalised ones."""
+    """The factor that normalises deviations from the center."""
     scale: tuple[torch.Tensor, torch.Tensor | int]
     """The same of those of values themselves, as a number and an exponent."""
 
