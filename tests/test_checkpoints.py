@@ -102,7 +102,7 @@ def test_a_state_dict_of_a_model(kind: str) -> None:
         assert_is(bn, layer_entries(4, 7))
     with pytest.raises(ValueError, match="no entries begin with 'encoder.bn1'.*Did you mean"):
         mbn.BatchNorm1d(4).load_state_dict(given, prefix="encoder.bn1")
-    with pytest.raises(TypeError, match="prefix is .*a str, not int"):
+    with pytest.raises(TypeError, match="prefix is a str, .*not int"):
         mbn.BatchNorm1d(4).load_state_dict(given, prefix=3)  # type: ignore[arg-type]
 
 

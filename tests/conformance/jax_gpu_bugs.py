@@ -50,7 +50,7 @@ def channels_mixed_up() -> None:
 BUGS = {
     "dropped": Bug(planted(last_run_dropped), "test_long_channels"),
     "cancelled": Bug(planted(deviations_from_nothing), "test_float32_with_a_large_mean"),
-    "mixed up": Bug(planted(channels_mixed_up), "test_pullback_with_masks"),
+    "mixed up": Bug(planted(channels_mixed_up), "test_first_values_masked"),
 }
 
 
