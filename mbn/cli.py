@@ -14,6 +14,7 @@ from mbn import usage
 from mbn.bench import command as bench
 from mbn.bench.workloads import MODES, PULLBACK
 from mbn.compare import command as compare
+from mbn.console import checked_output
 from mbn.registry import BackendNotFoundError, BackendUnavailableError
 from mbn.usage import DTYPES, UsageError
 
@@ -50,19 +51,32 @@ goes to pytest: `mbn conform numpy -x -k float16`.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    if rest and options.command != "conform":
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    options.pytest_args = rest
+    parser, command = _parser(), ""
     try:
-        return int(options.run(options))
+        with checked_output():
+            options, rest = parser.parse_known_args(_joined(sys.argv[1:] if arguments is None else arguments))
+            command = f" {options.command}"
+            if rest and options.command != "conform":
+                parser.error(f"unrecognized arguments: {' '.join(rest)}")
+            options.pytest_args = rest
+            return int(options.run(options))
     except (UsageError, BackendNotFoundError) as error:
         message = str(error)
     except MemoryError as error:
         message = f"there is too little memory: {error}"
-    print(f"mbn {options.command}: {' '.join(message.splitlines())}", file=sys.stderr)
+    print(f"mbn{command}: {' '.join(message.splitlines())}", file=sys.stderr)
     return 2
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """Return arguments with ``--shape -1,3`` as one of them, or argparse takes -1,3 for an option that it has not."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and joined[-1] == "--shape" and argument[:1] == "-" and argument[1:2].isdigit():
+            joined[-1] = f"--shape={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -113,7 +127,9 @@ def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--modes", type=_modes, metavar="A,B", help=f"{', '.join(MODES)} (default: all), {PULLBACK}")
     parser.add_argument("--masked", action="store_true", help="mask every third place")
     _add_backend_option(parser)
-    parser.add_argument("--device", metavar="DEVICE", help="measure on this device alone: cuda, cuda:1, cpu")
+    parser.add_argument(
+        "--device", type=_device, metavar="DEVICE", help="measure on this device alone: cuda, cuda:1, cpu"
+    )
     _add_files(parser, "draw the times")
     parser.set_defaults(run=bench.run)
 
@@ -147,7 +163,9 @@ def _add_conform(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", metavar="NAME", help="the backend, or NAME:DEVICE")
-    parser.add_argument("--device", metavar="DEVICE", help="where its arrays are, as in NAME:DEVICE: cuda, cuda:1")
+    parser.add_argument(
+        "--device", type=_device, metavar="DEVICE", help="where its arrays are, as in NAME:DEVICE: cuda, cuda:1"
+    )
     parser.add_argument("--json", type=_file, metavar="FILE", help="write the results as JSON")
     parser.add_argument("--junit-xml", type=_file, metavar="FILE", help="write the results as JUnit XML")
     parser.set_defaults(run=_conform)
@@ -169,7 +187,7 @@ def _conform(options: argparse.Namespace) -> int:
             "'.[conformance]' where mbn's sources are."
         )
         raise UsageError(message)
-    usage.check_files(options.json, options.junit_xml)
+    usage.check_files({"--json": options.json, "--junit-xml": options.junit_xml})
     from mbn.conformance import runner  # noqa: PLC0415 - which needs these
     from mbn.conformance.target import Target  # noqa: PLC0415 - as above
 
@@ -189,6 +207,13 @@ def _names(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def _device(text: str) -> str:
+    if not text:
+        message = "'' is no device: it needs a name, cpu say"
+        raise argparse.ArgumentTypeError(message)
+    return text
+
+
 def _modes(text: str) -> list[str]:
     modes = text.split(",")
     if not set(modes) <= {*MODES, PULLBACK}:
@@ -198,7 +223,7 @@ def _modes(text: str) -> list[str]:
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    message = f"{text!r} is no shape N,C or N,C,L, such as 256,32"
+    message = f"{text!r} is no shape N,C or N,C,L of sizes of at least 1, such as 256,32"
     try:
         shape = tuple(int(size) for size in text.split(","))
     except ValueError as error:

@@ -1,16 +1,67 @@
 """How commands print: tables of plain text that fit a terminal of 80 columns."""
 
+import os
 import re
+import sys
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout, suppress
+from typing import Any, TextIO, cast
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from mbn.isolation import NotRun
+from mbn.usage import UsageError
 
 _REASON_LENGTH = 300
+
+
+class _Output:
+    """Standard output, which says in one line that it cannot be written to."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> Any:
+        """Write a text."""
+        return self._try(self._stream.write, text)
+
+    def flush(self) -> None:
+        """Write all that has been kept back."""
+        self._try(self._stream.flush)
+
+    def _try(self, step: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return step(*arguments)
+        except OSError as error:
+            with suppress(OSError):  # so that Python, when it ends, can write what is kept back
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            message = f"standard output cannot be written: {error.strerror or error}."
+            raise UsageError(message) from error
+
+
+@contextmanager
+def checked_output() -> Iterator[None]:
+    """Return a context where it is a UsageError that standard output cannot be written to: a full disk, a closed pipe.
+
+    Whoever prints there, argparse, rich or pytest, nothing is kept back at the end.
+    """
+    if sys.stdout is None:  # where the process began without one
+        yield
+        return
+    output = _Output(sys.stdout)
+    with redirect_stdout(cast(TextIO, output)):
+        try:
+            yield
+        except SystemExit:  # of argparse, after a text of help
+            output.flush()
+            raise
+        output.flush()
 
 
 def console(*, stderr: bool = False) -> Console:

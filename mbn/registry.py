@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from mbn.contract import Backend
+from mbn.threads import check_environment
 
 ENTRY_POINTS = "mbn.backends"
 ENVIRONMENT_VARIABLE = "MBN_BACKEND"
@@ -122,6 +123,7 @@ def get_backend(backend: str | Backend | None = None) -> Backend:
         BackendNotFoundError: nothing of this name is known.
         BackendUnavailableError: it is known, but not installed, not usable here, or broken.
         TypeError: ``backend`` is neither name, Backend nor None.
+        ValueError: the environment variable ``MBN_NUM_THREADS`` is no number of threads.
     """
     if backend is None:
         return chosen_backend() or get_backend(_HOST)
@@ -265,6 +267,7 @@ def _load(name: str) -> Backend:
     known = _BUILT_IN.get(name) or _registered.get(name) or _entry_points().get(name)
     if known is None:
         raise BackendNotFoundError(_not_found(name))
+    check_environment()  # long before a call is large enough for more than one thread
     make = _usable(name, known, lambda: _import(known.target) if isinstance(known.target, str) else known.target)
     with _locks.setdefault(name, threading.RLock()):
         if name in _loaded:

@@ -27,6 +27,16 @@ def get_num_threads() -> int:
     return _num_threads
 
 
+def check_environment() -> None:
+    """Check the environment variable, unless it does not count. Nothing is settled yet: it may still change.
+
+    Raises:
+        ValueError: it is no whole number of at least 1.
+    """
+    if _num_threads is None:
+        _from_environment()
+
+
 def set_num_threads(num_threads: int | None) -> None:
     """Say how many threads one call of a NumPy, Numba or, on the CPU, Torch layer may use, the caller's included.
 

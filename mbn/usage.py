@@ -8,13 +8,14 @@ import math
 import os
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
 from mbn import files
+from mbn.isolation import NotRun
 from mbn.registry import get_backend, known_backends
 
 _ROOM = 2**20
@@ -31,13 +32,39 @@ def backends(specs: list[str] | None) -> list[str]:
 
     Raises:
         BackendNotFoundError: one has an unknown name.
+        UsageError: one has an empty device.
     """
     known = known_backends()
     for spec in specs or ():
-        name = spec.partition(":")[0]
+        name, colon, device = spec.partition(":")
         if name not in known:
             get_backend(name)  # which says so, and what the name may have been meant to be
+        if colon and not device:
+            message = (
+                f"{spec!r} names no device: {name} alone is on its default device, and {name}:cpu, say, on another."
+            )
+            raise UsageError(message)
     return specs or list(known)
+
+
+def check_runnable(specs: list[str], refusal: Callable[[str], NotRun | None]) -> None:
+    """Refuse backends of which none can run here, before there is any work for them.
+
+    Args:
+        specs: the backends, each ``NAME`` or ``NAME:DEVICE``.
+        refusal: tells why one cannot run, or None. They are asked until one can.
+
+    Raises:
+        UsageError: none can.
+    """
+    reasons: dict[str, list[str]] = {}
+    for spec in specs:
+        refused = refusal(spec)
+        if refused is None:
+            return
+        reasons.setdefault(refused.why, []).append(spec)
+    message = " ".join(["no backend can run.", *(f"{', '.join(who)}: {why}" for why, who in reasons.items())])
+    raise UsageError(message)
 
 
 def on_device(spec: str, device: str | None) -> str:
@@ -53,28 +80,29 @@ def on_device(spec: str, device: str | None) -> str:
     return f"{name}:{device}" if device else spec
 
 
-def check_files(*outputs: Path | None, given: Path | None = None) -> None:
+def check_files(outputs: Mapping[str, Path | None], given: Path | None = None) -> None:
     """Refuse files that could not be written in the end, and two that are one.
 
     Args:
-        outputs: the files to be written; None is none.
+        outputs: by option, the files to be written; None is none.
         given: the file that is read.
 
     Raises:
         UsageError: one cannot be written, or would be written over another.
     """
-    paths = [path for path in outputs if path]
-    for path in paths:
+    paths = {option: path for option, path in outputs.items() if path}
+    for option, path in paths.items():
         try:
             _check_file(path)
         except (OSError, ValueError) as error:
-            raise UsageError(_unwritable(path, error)) from error
-    for one, other in combinations([*([given] if given else []), *paths], 2):
+            message = f"{option}: {_unwritable(path, error)}"
+            raise UsageError(message) from error
+    for (first, one), (second, other) in combinations([*([("", given)] if given else []), *paths.items()], 2):
         if os.path.realpath(one) == os.path.realpath(other) or _is_same(one, other):
             if one is given:
-                message = f"the output {other} would overwrite the input {one}: name another file."
+                message = f"{second}: the output {other} would overwrite the input {one}: name another file."
             else:
-                message = f"{other} is {one}, and would be written over it: name another file."
+                message = f"{second}: {other} is {one}, of {first}, and would be written over it: name another file."
             raise UsageError(message)
 
 

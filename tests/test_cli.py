@@ -16,7 +16,7 @@ import pytest
 import mbn
 from mbn import files, registry
 from mbn.cli import main
-from mbn.compare import process, worker
+from mbn.compare import command, process, worker
 from mbn.conformance import runner
 from mbn_numpy.backend import NumpyBackend
 
@@ -50,6 +50,7 @@ def plug_ins(monkeypatch):
         monkeypatch.setitem(registry._registered, backend.name, registry.Known(backend, "a test"))
     monkeypatch.setitem(registry._registered, "nowhere", registry.Known("mbn_nowhere:Backend", "a test"))
     monkeypatch.setattr(process, "run", worker.outcomes)
+    monkeypatch.setattr(process, "refusal", worker.refusal)
 
 
 def compare(tmp_path, *arguments):
@@ -166,11 +167,21 @@ def test_a_broken_backend_does_not_pass_for_agreement(tmp_path):
 
 
 @pytest.mark.usefixtures("plug_ins")
-def test_nothing_to_run_gives_exit_code_2(tmp_path):
+def test_nothing_to_run_gives_exit_code_2(tmp_path, monkeypatch):
     picture = tmp_path / "p.png"
-    code, record = compare(tmp_path, "--backends", "nowhere", "--shape", "4,3", "--plot", str(picture))
+    only = NumpyBackend().capabilities._replace(dtypes=frozenset({"float64"}))
+    monkeypatch.setattr(Planted, "capabilities", only)
+    code, record = compare(tmp_path, "--backends", "planted", "--shape", "4,3", "--plot", str(picture))
     assert (code, record["verdict"]["exit_code"]) == (2, 2)
     assert not picture.exists()
+
+
+@pytest.mark.usefixtures("plug_ins")
+def test_no_backend_to_run_is_found_before_the_work(capsys, monkeypatch):
+    monkeypatch.setattr(command, "reference", None)
+    line = refused(capsys, "compare", "--backends", "nowhere,numpy:cuda,numpy:cuda", "--shape", "4,3")
+    assert "no backend can run. nowhere: backend 'nowhere' (a test) is broken: ModuleNotFoundError" in line
+    assert line.endswith("numpy:cuda: NumPy's only device is 'cpu', not 'cuda'.")
 
 
 def test_plot(tmp_path):
@@ -187,6 +198,12 @@ def test_plot(tmp_path):
         (("--backends", "numpy,,jax"), "no list of backends"),
         (("--shape", "4"), "no shape N,C or N,C,L"),
         (("--shape", "4,-1"), "no shape N,C or N,C,L"),
+        (("--shape", "-1,3"), "'-1,3' is no shape N,C or N,C,L of sizes of at least 1"),
+        (("--backends", "numpy:"), "'numpy:' names no device: numpy alone"),
+        (
+            ("--backends", "numpy:cuda,numpy:cuda:1"),
+            "numpy:cuda: NumPy's only device is 'cpu', not 'cuda'. numpy:cuda:1",
+        ),
         (("--shape", "a,b"), "no shape N,C or N,C,L"),
         (("--shape", "1,3"), "more than one value per channel"),
         (("--shape", "4,3", "--input", "x.npy"), "not allowed with"),
@@ -195,11 +212,11 @@ def test_plot(tmp_path):
         (("--shape", "9999999999999,3"), "takes 2.4e+14 bytes in float64, and this machine has"),
         (("--shape", f"{9 * 10**40},3"), "and this machine has"),
         (("--shape", f"{10**400},3"), "and this machine has"),
-        (("--json", "/nowhere/x.json"), "/nowhere/x.json cannot be written: No such file or directory."),
+        (("--json", "/nowhere/x.json"), "--json: /nowhere/x.json cannot be written: No such file or directory."),
         (("--json", "/"), "/ cannot be written: Is a directory."),
         (("--json", f"{__file__}/x.json"), "cannot be written: Not a directory."),
         (("--json", f"{300 * 'x'}.json"), "cannot be written: File name too long."),
-        (("--plot", f"{__file__}/x.png"), "cannot be written: Not a directory."),
+        (("--plot", f"{__file__}/x.png"), f"--plot: {__file__}/x.png cannot be written: Not a directory."),
         (("--plot", "x.svg"), "the picture is a PNG"),
         (("--nonsense",), "unrecognized arguments"),
     ],
@@ -215,7 +232,12 @@ def test_bad_usage_is_one_line(capsys, arguments, message):
         (("bench", "--shape", "9,3", "--json", f"{__file__}/x.json"), "Not a directory"),
         (("bench", "--shape", "9,3", "--plot", "/nowhere/x.png"), "No such file or directory"),
         (("conform", "numpy", "--json", "/nowhere/x.json"), "No such file or directory"),
-        (("conform", "numpy", "--junit-xml", f"{__file__}/x.xml"), "Not a directory"),
+        (("conform", "numpy", "--junit-xml", f"{__file__}/x.xml"), f"--junit-xml: {__file__}/x.xml cannot be written"),
+        (("conform", "numpy:"), "'numpy:' names no device"),
+        (("conform", "numpy", "--device", ""), "argument --device: '' is no device"),
+        (("bench", "--shape", "9,3", "--device", ""), "argument --device: '' is no device"),
+        (("bench", "--shape", "9,3", "--backends", "numpy:"), "'numpy:' names no device"),
+        (("bench", "--shape", "-9,3"), "'-9,3' is no shape"),
         (("conform", "numpi"), "there is no backend 'numpi'. Did you mean 'numpy'?"),
         (("conform", "numpy:cuda"), "NumPy's only device is 'cpu', not 'cuda'."),
     ],
@@ -347,7 +369,7 @@ def test_a_disk_that_is_full_is_found_before_the_work(tmp_path, capsys, monkeypa
         line = refused(capsys, "compare", "--backends", "numpy", "--shape", "4,3", "--json", str(path))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert line == f"mbn compare: {path} cannot be written: File too large."
+    assert line == f"mbn compare: --json: {path} cannot be written: File too large."
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -379,6 +401,43 @@ def test_a_disk_that_fills_up_during_the_work_costs_no_result(tmp_path, capsys, 
         assert json.loads(file.read_text())["verdict"]["agreement"]
     else:
         assert "Nor can a temporary file: No such file or directory." in err
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("where", ["full", "closed"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("compare", "--backends", "numpy", "--shape", "4,3", "--json", "out.json"),
+        ("backends",),
+        ("conform", "numpy", "-k", "test_errors and test_unknown"),
+        ("bench", "--help"),
+        ("--version",),
+    ],
+    ids=" ".join,
+)
+def test_output_that_nobody_takes_is_one_line(tmp_path, command, where, unbuffered):
+    reading, writing = os.pipe()
+    os.close(reading)
+    if where == "full":
+        os.close(writing)
+        writing = os.open("/dev/full", os.O_WRONLY)
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered, "MBN_BACKEND": ""}
+    run = subprocess.run(  # noqa: S603 - our own command
+        [sys.executable, "-m", "mbn", *command],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=environment,
+    )
+    os.close(writing)
+    why = {"full": "No space left on device", "closed": "Broken pipe"}[where]
+    name = "mbn" if command[-1].startswith("--") else f"mbn {command[0]}"
+    assert (run.returncode, run.stderr) == (2, f"{name}: standard output cannot be written: {why}.\n")
+    if "--json" in command:
+        assert json.loads((tmp_path / "out.json").read_text())["verdict"]["agreement"]
 
 
 def test_results_can_go_to_what_is_no_file(capsys):

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 import mbn
-from mbn import threads
+from mbn import registry, threads
 
 
 @pytest.fixture(autouse=True)
@@ -54,8 +54,8 @@ def test_wrong_number_is_refused_and_changes_nothing(number, error, words):
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "two", "1.5", "False"])
-def test_wrong_environment_is_refused_where_it_counts(text):
-    program = "import mbn, numpy as np\nbn = mbn.BatchNorm1d(3)\nbn(np.ones((1 << 20, 3), 'float32'))"
+def test_wrong_environment_is_refused_with_the_first_backend(text):
+    program = "import mbn\nmbn.BatchNorm1d(3)"
     environment = os.environ | {"MBN_NUM_THREADS": text}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)  # noqa: S603
     assert run.returncode == 1
@@ -63,3 +63,20 @@ def test_wrong_environment_is_refused_where_it_counts(text):
     assert last_line == (
         f"ValueError: the environment variable MBN_NUM_THREADS is a number of threads, at least 1, not {text!r}."
     )
+
+
+def test_the_environment_is_not_settled_before_it_counts(monkeypatch):
+    monkeypatch.setenv("MBN_NUM_THREADS", "2")
+    monkeypatch.setattr(registry, "_loaded", {})
+    mbn.get_backend("numpy")
+    monkeypatch.setenv("MBN_NUM_THREADS", "3")
+    assert mbn.get_num_threads() == 3
+
+
+def test_a_number_that_was_set_makes_up_for_a_wrong_environment(monkeypatch):
+    monkeypatch.setenv("MBN_NUM_THREADS", "x")
+    monkeypatch.setattr(registry, "_loaded", {})
+    with pytest.raises(ValueError, match="MBN_NUM_THREADS"):
+        mbn.get_backend("numpy")
+    mbn.set_num_threads(1)
+    assert mbn.get_backend("numpy").name == "numpy"

@@ -27,14 +27,15 @@ def run(options: argparse.Namespace) -> int:
         BackendNotFoundError: a backend has an unknown name.
     """
     backends = usage.backends(options.backends)
-    usage.check_files(options.json, options.plot)
+    usage.check_files({"--json": options.json, "--plot": options.plot})
     usage.check_plot(options.plot)
     workload = _workload(options)
     modes = tuple(mode for mode in (*MODES, PULLBACK) if mode in (options.modes or MODES))
     if options.device:
         backends = _on_device(options.device, backends)
+    else:
+        usage.check_runnable(backends, measurement.refusal)
     result = _measure(workload, measurement.subjects(backends, options.device), modes)
-    report.show(console(), result)
     outputs = {}
     if options.json:
         outputs[options.json] = record.to_json(result).encode()
@@ -44,7 +45,10 @@ def run(options: argparse.Namespace) -> int:
         picture = io.BytesIO()
         plot.save(result, picture)
         outputs[options.plot] = picture.getvalue()
-    usage.write(outputs)
+    try:
+        report.show(console(), result)
+    finally:  # that nobody reads is no reason to lose it
+        usage.write(outputs)
     if not any(spec in result.timed for spec in backends):
         return _NOTHING_RAN
     return _FAILED if any(isinstance(s, NotRun) and s.broken for s in result.subjects.values()) else _MEASURED

@@ -82,16 +82,18 @@ def subjects(backends: Sequence[str], device: str | None = None) -> list[str]:
 
 
 def placed(specs: Sequence[str]) -> list[str]:
-    """Return those of the backends, each ``NAME:DEVICE``, that have the device.
+    """Return those of the backends, each ``NAME:DEVICE``, that have the device."""
+    return [spec for spec in specs if refusal(spec) is None]
 
-    Each is asked in a process of its own, which alone has to start its framework.
+
+def refusal(spec: str) -> NotRun | None:
+    """Return why a backend, ``NAME`` or ``NAME:DEVICE``, cannot run here; None if it can.
+
+    It is asked in a process of its own, which alone has to start its framework.
     """
-
-    def is_there(spec: str) -> bool:
-        with Process("mbn.bench.worker") as process:
-            return process.ask(Placement(spec)) is None
-
-    return [spec for spec in specs if is_there(spec)]
+    with Process("mbn.bench.worker") as process:
+        refused: NotRun | None = process.ask(Placement(spec))
+        return refused
 
 
 def measure(

@@ -148,10 +148,10 @@ def subject(spec: str, workload: Workload) -> Subject:
 
 
 def place(spec: str) -> NotRun | None:
-    """Return why a backend, ``NAME:DEVICE``, can't have arrays on that device; None where it can."""
+    """Return why a backend, ``NAME`` or ``NAME:DEVICE``, can't have arrays there; None where it can."""
     name, _, device = spec.partition(":")
     try:
-        mbn.get_backend(name).asarray(np.zeros((1, 1), np.float32), device=device)
+        mbn.get_backend(name).asarray(np.zeros((1, 1), np.float32), device=device or None)
     except (mbn.BackendUnavailableError, ValueError) as error:
         return NotRun(str(error), broken=False)
     return None

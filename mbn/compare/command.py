@@ -23,11 +23,12 @@ def run(options: argparse.Namespace) -> int:
         BackendNotFoundError: a backend has an unknown name.
     """
     backends = usage.backends(options.backends)
-    usage.check_files(options.json, options.plot, given=options.input)
+    usage.check_files({"--json": options.json, "--plot": options.plot}, given=options.input)
     usage.check_plot(options.plot)
-    comparisons = _compare(_examples(options), backends)
+    chosen = _examples(options)
+    usage.check_runnable(backends, process.refusal)
+    comparisons = _compare(chosen, backends)
     result = verdict(comparisons)
-    report.show(console(), comparisons, result)
     outputs = {}
     if options.json:
         outputs[options.json] = record.to_json(comparisons, result).encode()
@@ -37,7 +38,10 @@ def run(options: argparse.Namespace) -> int:
         picture = io.BytesIO()
         plot.save(comparisons, picture)
         outputs[options.plot] = picture.getvalue()
-    usage.write(outputs)
+    try:
+        report.show(console(), comparisons, result)
+    finally:  # that nobody reads is no reason to lose it
+        usage.write(outputs)
     return result.exit_code
 
 

@@ -20,15 +20,23 @@ _CALLS = range(5, 1000)
 
 def outcomes(spec: str, jobs: list[Job]) -> list[Outcome]:
     """Return what a backend, ``NAME`` or ``NAME:DEVICE``, makes of each job; nothing it raises gets out."""
+    refused = refusal(spec)
+    if refused is not None:
+        return [refused] * len(jobs)
+    name, _, device = spec.partition(":")
+    return [_outcome(get_backend(name), device or None, job) for job in jobs]
+
+
+def refusal(spec: str) -> NotRun | None:
+    """Return why a backend cannot have an array here; None if it can."""
     name, _, device = spec.partition(":")
     try:
-        backend = get_backend(name)
-        backend.asarray(np.zeros(1, np.float32), device=device or None)
+        get_backend(name).asarray(np.zeros(1, np.float32), device=device or None)
     except (BackendUnavailableError, ValueError) as error:
-        return [NotRun(str(error), broken=False)] * len(jobs)
+        return NotRun(str(error), broken=False)
     except Exception as error:  # noqa: BLE001 - whatever a framework raises, the user is told
-        return [broken(error)] * len(jobs)
-    return [_outcome(backend, device or None, job) for job in jobs]
+        return broken(error)
+    return None
 
 
 def _outcome(backend: Backend, device: str | None, job: Job) -> Outcome:
@@ -87,4 +95,4 @@ def _median(call: Callable[[], None]) -> float:
 
 
 if __name__ == "__main__":
-    serve(lambda question: outcomes(*question))
+    serve(lambda question: refusal(question) if isinstance(question, str) else outcomes(*question))

@@ -46,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
         message = f"the conformance suite needs --backend NAME; known backends: {', '.join(mbn.list_backends())}"
         raise pytest.UsageError(message)
     try:
-        usage.check_files(config.getoption("--conformance-json"))
+        usage.check_files({"--conformance-json": config.getoption("--conformance-json")})
         targets = {name: Target.parse(name) for name in names}
     except (usage.UsageError, mbn.BackendUnavailableError, ValueError) as error:
         raise pytest.UsageError(str(error)) from error

@@ -130,8 +130,10 @@ def test_who_fails_gives_exit_code_1(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.usefixtures("quick")
-def test_no_backend_to_run_gives_exit_code_2(tmp_path):
-    assert bench(tmp_path, "--backends", "numpy:cuda", "--shape", "4,3")[0] == 2
+def test_no_backend_to_run_is_found_before_the_work(capsys, monkeypatch):
+    monkeypatch.setattr(measurement, "measure", None)
+    line = refused(capsys, "--backends", "numpy:cuda", "--shape", "4,3")
+    assert line == "mbn bench: no backend can run. numpy:cuda: NumPy's only device is 'cpu', not 'cuda'."
 
 
 @pytest.mark.usefixtures("quick")
