@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from mbn.contract import Array, Backend, dtype_name
-from mbn.state import Settings, State
+from mbn.state import Params, Settings, State
 
 _INPUT_DTYPES = {
     "float32": frozenset({"float16", "bfloat16", "float32"}),
@@ -22,6 +22,10 @@ _INPUT_DTYPES = {
 
 _DIGITS = 40
 """How many of an integer's fit a message."""
+_MOST_FEATURES = 2**60 - 1
+"""How many float64 an address space has room for."""
+_MOST_DEVICES = 2**31
+_INT64 = range(-(2**63), 2**63)
 
 SHAPELESS = "x has no shape: it is nested, say. Make one array of it: x.to_padded_tensor(0.0), with lengths=."
 
@@ -39,12 +43,28 @@ def num_features(value: Any) -> int | None:
         return None
     count = _index(value)
     if count is None:
-        message = f"num_features is an int or None (taken from the first input), not {value!r}."
+        message = f"num_features is an int or None (taken from the first input), not {shown(value)}."
         raise TypeError(message)
-    if count <= 0:
-        message = f"num_features is the number of channels C of the input, at least 1, not {count}."
+    if not 0 < count <= _MOST_FEATURES:
+        limit = "at least 1" if count <= 0 else f"at most {_MOST_FEATURES}"
+        message = f"num_features is the number of channels C of the input, {limit}, not {short(count)}."
         raise ValueError(message)
     return count
+
+
+def too_many_features(num_features: int | None) -> str:
+    """Return what to say where there is no memory for so many channels."""
+    return (
+        f"num_features is {num_features}, the number of channels C of the input; there is no memory here for the "
+        "parameters and statistics of so many."
+    )
+
+
+def device_index(value: Any) -> None:
+    """Check a device that is given as a number, which Torch and CuPy take for the index of a GPU."""
+    if isinstance(value, int) and abs(value) >= _MOST_DEVICES:
+        message = f"a device is given by its name, 'cpu' or 'cuda:1' say, or the index of a GPU, not by {short(value)}."
+        raise ValueError(message)
 
 
 def eps(value: Any) -> float:
@@ -71,7 +91,7 @@ def axis(value: Any) -> int:
     """Return the channel axis, 1 or -1."""
     index = _index(value)
     if index not in (1, -1):
-        message = f"axis is 1 for (N, C) and (N, C, L) or -1 for (N, C) and (N, L, C), not {value!r}."
+        message = f"axis is 1 for (N, C) and (N, C, L) or -1 for (N, C) and (N, L, C), not {shown(value)}."
         raise ValueError(message)
     return index
 
@@ -80,7 +100,7 @@ def correction(value: Any) -> int:
     """Return what is subtracted from the number of values for running_var: 1 (unbiased) or 0 (biased)."""
     index = _index(value)
     if index not in (0, 1):
-        message = f"correction is 1 for the unbiased running_var (torch's) or 0 for the biased one, not {value!r}."
+        message = f"correction is 1 for the unbiased running_var (torch's) or 0 for the biased one, not {shown(value)}."
         raise ValueError(message)
     return index
 
@@ -88,7 +108,7 @@ def correction(value: Any) -> int:
 def flag(name: str, value: Any, error: type[Exception] = TypeError) -> bool:
     """Return True or False, Python's or NumPy's: of anything else, which of them it means is a guess."""
     if not isinstance(value, bool | np.bool_):
-        message = f"{name} is True or False, not {value!r}."
+        message = f"{name} is True or False, not {shown(value)}."
         raise error(message)
     return bool(value)
 
@@ -97,7 +117,7 @@ def statistics_dtype(value: Any) -> str:
     """Return the name of the dtype of parameters and statistics: float32 (also for None) or float64."""
     try:
         name = "float32" if value is None else dtype_name(value)
-    except TypeError:  # nothing that could be the key of a dictionary
+    except (TypeError, ValueError):  # nothing that could be the key of a dictionary, or be shown
         name = type(value).__name__
     if name not in _INPUT_DTYPES:
         message = (
@@ -119,6 +139,29 @@ def is_dtype(value: Any) -> bool:
     except TypeError:  # nothing that could be the key of a dictionary
         return False
     return name.startswith(("float", "bfloat", "int", "uint", "complex", "bool"))
+
+
+def layer(function: str, value: Any, kind: type) -> None:
+    """Check that a function about layers gets one."""
+    if not isinstance(value, kind):
+        package, name = type(value).__module__.partition(".")[0], type(value).__name__
+        given = name if package == "builtins" else f"a {name} of {package}"
+        message = f"{function} takes a mbn.BatchNorm1d, not {given}."
+        if isinstance(getattr(value, "layer", None), kind):
+            message += " Of a module from as_module(), give its layer: module.layer."
+        else:
+            message += " mbn.from_torch, from_flax, from_keras and from_onnx make one of another package's layer."
+        raise TypeError(message)
+
+
+def no_attribute(name: str, kind: type) -> str:
+    """Return what to say where an attribute is set that no layer of this class has."""
+    from difflib import get_close_matches  # noqa: PLC0415 - needed for this message alone
+
+    known = [other for other in dir(kind) if other[0] != "_" and not callable(getattr(kind, other))]
+    close = get_close_matches(name.lower(), known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"a layer has no attribute {name!r} to set.{hint} It has {', '.join(known)}; a subclass may have more."
 
 
 def tracked(track_running_stats: bool, method: str) -> None:  # noqa: FBT001 - as it is named
@@ -172,6 +215,7 @@ def out(backend: Backend, array: Any, x: Array) -> None:
     if not backend.owns(array):
         message = f"out is {type(array).__name__}; it has to be an array of {backend.name}, as the output is."
         raise TypeError(message)
+    readable(backend, "out", array)
     given, needed = dtype_name(array.dtype), dtype_name(x.dtype)
     if given != needed:
         message = f"out is {given}; the output has the dtype of x, {needed}."
@@ -202,6 +246,8 @@ def linear(backend: Backend, weight: Array, bias: Array, num_features: int | Non
     for name, given in (("weight", dtype_name(weight.dtype)), ("bias", dtype_name(bias.dtype))):
         if given not in _INPUT_DTYPES[dtype] or given not in backend.capabilities.dtypes:
             raise TypeError(_wrong_dtype(name, given, dtype, backend))
+    readable(backend, "weight", weight)
+    readable(backend, "bias", bias)
 
 
 def device(name: str, given: Any, needed: Any, spread: tuple[str, ...] = ()) -> None:
@@ -260,6 +306,21 @@ def count(value: Any) -> None:
     if not kind.startswith("int") or shape != ():
         message = f"num_batches_tracked is an integer scalar, not {kind} of shape {shape}."
         raise TypeError(message)
+    if isinstance(value, int) and value not in _INT64:
+        message = f"num_batches_tracked is {short(value)}, beyond int64; it is at most {_INT64[-1]}."
+        raise ValueError(message)
+
+
+def parts(params: Any, state: Any) -> tuple[Params, State]:
+    """Return parameters and statistics as those of a layer, which ``apply`` also takes as plain tuples."""
+    for name, value, kind in (("params", params, Params), ("state", state, State)):
+        if not isinstance(value, tuple | list) or len(value) != len(kind._fields):
+            given = f"{type(value).__name__}{f' of {len(value)}' if isinstance(value, tuple | list) else ''}"
+            message = (
+                f"{name} is a tuple of {', '.join(kind._fields)}, as bn.{name} is, each an array or None, not {given}."
+            )
+            raise TypeError(message)
+    return Params(*params), State(*state)
 
 
 def masks(backend: Backend) -> None:
@@ -280,6 +341,13 @@ def wrong_place_kind(name: str, kind: str) -> str:
     elif name == "mask" and kind.startswith(("int", "uint", "float", "bfloat")):
         hint = ": mask != 0 makes one of an array, np.asarray(mask) != 0 of a list"
     return f"{name} {held(kind)}; it has to be {_PLACE_DTYPES[name][1]}{hint}."
+
+
+def readable(backend: Backend, name: str, array: Array) -> None:
+    """Check that a backend can read an array of its own: a sparse one does not have all its values in memory."""
+    flaw = backend.flaw(name, array)
+    if flaw is not None:
+        raise TypeError(flaw)
 
 
 def place_values(name: str, values: Array, places: tuple[int, ...]) -> None:
@@ -309,8 +377,8 @@ def out_of_range(name: str, given: np.ndarray, values: np.ndarray, limit: float)
     raise ValueError(message)
 
 
-def gradient(dy: Array, shape: tuple[int, ...], dtype: str) -> None:
-    """Check that what a pullback is given could be the gradient of its output."""
+def gradient(backend: Backend, dy: Array, shape: tuple[int, ...], dtype: str) -> None:
+    """Check that what a pullback is given, an array of ``backend``, could be the gradient of its output."""
     given = dtype_name(dy.dtype)
     if tuple(dy.shape) != shape:
         message = f"dy has shape {tuple(dy.shape)}; it is the gradient of the output and has its shape, {shape}."
@@ -318,6 +386,7 @@ def gradient(dy: Array, shape: tuple[int, ...], dtype: str) -> None:
     if given != dtype:
         message = f"dy is {given}; it is the gradient of the output and has its dtype: convert it to {dtype}."
         raise TypeError(message)
+    readable(backend, "dy", dy)
 
 
 def held(kind: str) -> str:
@@ -326,6 +395,16 @@ def held(kind: str) -> str:
         if kind.lower().startswith(start):
             return f"holds {what}"
     return f"is {kind}"
+
+
+def shown(value: Any) -> str:
+    """Return a wrong argument as text."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return short(value)
+    try:
+        return repr(value)
+    except ValueError:  # of an integer in it, which has more digits than Python writes
+        return type(value).__name__
 
 
 def short(number: int) -> str:
@@ -364,7 +443,7 @@ def _index(value: Any) -> int | None:
 
 def _real(name: str, value: Any, *, or_none: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        message = f"{name} is a real number{' or None' if or_none else ''}, not {value!r}."
+        message = f"{name} is a real number{' or None' if or_none else ''}, not {shown(value)}."
         raise TypeError(message)
     try:
         return float(value)

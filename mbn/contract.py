@@ -223,6 +223,14 @@ class Backend(ABC):
     def copy(self, x: Array) -> Array:
         """Return a copy that changes with nothing else; of a parameter, one that nobody trains."""
 
+    def flaw(self, name: str, x: Array) -> str | None:  # noqa: ARG002 - the signature for whoever has such arrays
+        """Say why the verbs cannot read ``x``, an own array that is called ``name``; None if they can.
+
+        This is not asked of the x that is normalised, nor of parameters and statistics in a call, where it would cost
+        too much: there the verbs themselves raise a TypeError.
+        """
+        return None
+
     def conflict(self, out: Array, x: Array) -> str | None:  # noqa: ARG002 - the signature for whoever declares it
         """Say why the output of ``x`` cannot be written to ``out``, in the words that follow its name; None if it can.
 

@@ -38,6 +38,7 @@ def asarray(x: Any, dtype: Any = None, *, backend: str | Backend | None = None, 
         TypeError: nobody knows such an array, or the backend has no such dtype.
         ValueError: the backend has no such device.
     """
+    checks.device_index(device)
     owner = registry.owner_of(x)
     target = registry.get_backend(backend) if backend is not None else registry.chosen_backend() or owner
     host_or_own = x if target is owner else native(x) if registry.is_host_data(x) else _handed_over(x, owner, target)
@@ -206,6 +207,7 @@ def owned(
     if registry.is_host_data(value):
         array = from_python(name, value, "at least 0 and at most 9223372036854775807" * (dtype == "int64"))
     else:
+        checks.readable(owner, name, value)
         array = owner.copy(value)
         array = array if owner is backend else _handed_over(array, owner, backend)
     given, is_count = dtype_name(array.dtype), dtype == "int64"

@@ -11,6 +11,7 @@ import numpy as np
 from mbn import checks, registry
 from mbn.contract import Array, dtype_name, transposed
 from mbn.convert import received
+from mbn.storage import Storage
 
 if TYPE_CHECKING:
     from mbn.layer import BatchNorm1d
@@ -41,6 +42,7 @@ def fold_linear(weight: Any, bias: Any, bn: "BatchNorm1d") -> tuple[Array, Array
     Source: Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference,
     2018 (arXiv:1712.05877), section 3.2.
     """
+    checks.layer("fold_linear", bn, Storage)
     checks.tracked(bn.track_running_stats, "fold_linear")
     dtype = dtype_name(bn.running_mean.dtype)
     backend, device = (bn._backend, bn._device) if bn._is_bound else (registry.owner_of(weight), None)

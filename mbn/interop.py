@@ -41,7 +41,7 @@ def to_torch(bn: BatchNorm1d) -> Any:
     Raises:
         ImportError: torch is not installed.
     """
-    return _foreign(_converter("torch").write(bn._pack()))
+    return _foreign(_converter("torch").write(_packed("to_torch", bn)))
 
 
 def from_flax(
@@ -80,7 +80,7 @@ def to_flax(bn: BatchNorm1d, *, linen: bool = False) -> Any:
         ImportError: flax is not installed.
         ValueError: it has no such layer: one without running statistics; or JAX has no float64 here.
     """
-    return _foreign(_converter("flax").write(bn._pack(), linen=checks.flag("linen", linen)))
+    return _foreign(_converter("flax").write(_packed("to_flax", bn), linen=checks.flag("linen", linen)))
 
 
 def from_keras(layer: Any, *, backend: str | Backend | None = None, device: Any = None) -> BatchNorm1d:
@@ -115,7 +115,7 @@ def to_keras(bn: BatchNorm1d, *, ndim: int = 2) -> Any:
         ImportError: keras is not installed.
         ValueError: it has no such layer: one without running statistics; or Keras's backend has no float64 here.
     """
-    return _foreign(_converter("keras").write(bn._pack(), ndim))
+    return _foreign(_converter("keras").write(_packed("to_keras", bn), ndim))
 
 
 def from_onnx(
@@ -162,7 +162,7 @@ def to_onnx(bn: BatchNorm1d, model: Any = None, node: str | None = None) -> Any:
         TypeError, ValueError: there is no such node, or it has another number of channels; or ONNX has no such layer:
             one without running statistics, or with an ``eps`` or ``momentum`` beyond float32.
     """
-    return _foreign(_converter("onnx").write(bn._pack(), model, node))
+    return _foreign(_converter("onnx").write(_packed("to_onnx", bn), model, node))
 
 
 def replace_batchnorm(model: Any, *, back: bool = False) -> Any:
@@ -213,6 +213,17 @@ def _layer(read: tuple[Portable, list[str]], backend: str | Backend | None, devi
     layer = BatchNorm1d._unpack(portable, backend, device)
     _warn(notes)
     return layer
+
+
+def _packed(function: str, bn: Any) -> Portable:
+    """Return all that a layer is.
+
+    Raises:
+        TypeError: it is none.
+    """
+    checks.layer(function, bn, BatchNorm1d)
+    packed: Portable = bn._pack()
+    return packed
 
 
 def _module(portable: Portable, backend: str) -> Any:

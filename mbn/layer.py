@@ -86,6 +86,7 @@ class BatchNorm1d(Storage):
         self._track_running_stats = checks.flag("track_running_stats", track_running_stats)
         self._training = True
         self._has_bias = checks.flag("bias", bias)
+        checks.device_index(device)
         self._frozen = False
         self._is_shared = False
         self._params = Params(None, None)
@@ -98,7 +99,17 @@ class BatchNorm1d(Storage):
         else:  # until the first input chooses, the state is NumPy's
             self._is_bound, self._backend, self._device = False, registry.get_backend(), device
         if self.num_features is not None:
-            self.reset_parameters()
+            try:
+                self.reset_parameters()
+            except MemoryError as error:
+                raise MemoryError(checks.too_many_features(self.num_features)) from error
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute that layers have: by any other name nobody would read it. Subclasses may have their own."""
+        kind = type(self)
+        if kind is BatchNorm1d and name[:1] != "_" and not hasattr(kind, name):
+            raise AttributeError(checks.no_attribute(name, kind))
+        object.__setattr__(self, name, value)
 
     @property
     def eps(self) -> float:
@@ -197,7 +208,8 @@ class BatchNorm1d(Storage):
         """Do what a call does, as a pure function: from given parameters and state to the output and the new state.
 
         Args:
-            params, state: as :attr:`params` and :attr:`state`. Their dtype and device count, not the layer's own.
+            params, state: as :attr:`params` and :attr:`state`, or plain tuples. Their dtype and device count, not the
+                layer's own.
             x, mask, lengths, sample_weight: as in a call.
             training: by which statistics, in place of the layer's mode. A frozen layer stays frozen.
 
@@ -205,6 +217,8 @@ class BatchNorm1d(Storage):
             TypeError, ValueError: as in a call, and for parameters or statistics of a wrong shape or dtype.
         """
         training, num_features, settings = checks.flag("training", training), self._channels(), self._settings
+        if type(params) is not Params or type(state) is not State:
+            params, state = checks.parts(params, state)
         backend = self._backend if self._is_bound else registry.owner_of(x)
         device = self._device if self._is_bound else None
         dtype, device = place_of(backend, params, state, settings.dtype, device)
@@ -226,7 +240,8 @@ class BatchNorm1d(Storage):
         result, after = run(backend, x, self._params, before, settings, training=training, masking=masking)
         # A load or a move may have come in between: then what that has stored stays.
         if after is not before and backend.stores(before, after) and self._state is before:
-            self._state = backend.write(before, after) if self._is_shared else after
+            state = backend.write(before, after) if self._is_shared else after
+            object.__setattr__(self, "_state", state)  # in every call, where that of the class costs
         return result
 
     def _uses_batch(self, state: State, training: bool) -> bool:  # noqa: FBT001 - in every call, where keywords cost

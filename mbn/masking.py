@@ -55,8 +55,9 @@ class Masking(NamedTuple):
                     name, values, f"from 0 to {limit - 1}, the length of x" if dtype == "int64" else ""
                 )
             own = is_own(backend, name, values, device)
-            checks.place_values(name, values, places)
             owner = backend if own else registry.owner_of(values)
+            checks.readable(owner, name, values)
+            checks.place_values(name, values, places)
             # As they are given: an integer beyond int64 is none in it, and a float may be infinite in another dtype.
             given = values
             if isinstance(values, np.ndarray) and dtype == "float32":

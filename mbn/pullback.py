@@ -54,7 +54,7 @@ class Pullback:
         backend, x, settings = self._backend, self._x, self._settings
         shape, dtype, device = tuple(x.shape), dtype_name(x.dtype), backend.device(x)
         dy = received(backend, "dy", dy, dtype, device)
-        checks.gradient(dy, shape, dtype)
+        checks.gradient(backend, dy, shape, dtype)
         if self._residuals is None:
             dx, dweight, dbias = dy, *(backend.asarray(np.zeros(shape[settings.axis]), settings.dtype, device),) * 2
         else:

@@ -308,6 +308,7 @@ class Storage:
             BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
             TypeError, ValueError: the backend has no such dtype or device. The layer is unchanged.
         """
+        checks.device_index(device)
         if dtype is None and checks.is_dtype(device):
             device, dtype = None, device
         elif isinstance(device, Backend) or (isinstance(device, str) and device in registry.list_backends()):

@@ -43,6 +43,12 @@ def test_arrays_of_another_framework_are_refused() -> None:
         mbn.fold_linear(weight.numpy(), bias, bn)
 
 
+@pytest.mark.parametrize("given", [None, torch.nn.BatchNorm1d(3)], ids=["None", "torch's"])
+def test_what_is_no_layer_is_refused(given) -> None:
+    with pytest.raises(TypeError, match=r"fold_linear takes a mbn.BatchNorm1d, not .*mbn.from_torch"):
+        mbn.fold_linear(np.ones((3, 2), np.float32), None, given)
+
+
 def test_folded_arrays_can_be_differentiated() -> None:
     bn = mbn.BatchNorm1d(4, backend="torch")
     scale, _ = bn.fold()

@@ -282,6 +282,41 @@ def test_sparse_tensors_are_refused(kind: str) -> None:
     assert bn.num_batches_tracked == 0
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("kind", ["to_sparse", "to_sparse_csr", "to_sparse_csc", "to_mkldnn"])
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("mask", lambda bn, x, sparse: bn(x, mask=sparse(x > 0))),
+        ("lengths", lambda bn, x, sparse: bn(x, lengths=sparse(x.to(torch.int64)))),
+        ("sample_weight", lambda bn, x, sparse: bn.vjp(x, sample_weight=sparse(x))),
+        ("dy", lambda bn, x, sparse: bn.vjp(x)[1](sparse(x))),
+        ("weight", lambda bn, x, sparse: setattr(bn, "weight", sparse(x))),
+        ("running_var", lambda bn, x, sparse: bn.load_state_dict({**bn.state_dict(), "running_var": sparse(x)})),
+        ("out", lambda bn, x, sparse: mbn.functional.batch_norm(x, training=True, out=sparse(x))),  # noqa: ARG005
+        ("weight", lambda bn, x, sparse: mbn.fold_linear(sparse(x[:4]), None, bn)),
+    ],
+)
+def test_sparse_tensors_are_refused_wherever_one_may_stand(kind: str, name: str, call: Any) -> None:
+    x = torch.from_numpy(X)
+    if kind == "to_mkldnn" and name in ("mask", "lengths"):
+        pytest.skip("Torch declares no such dtype for them")
+    bn = mbn.BatchNorm1d(4, backend="torch").eval()
+    with pytest.raises(TypeError, match=rf"{name} is a tensor of layout torch\..*Give {name}.to_dense\(\)"):
+        call(bn, x, lambda dense: getattr(dense, kind)())
+    assert bn.running_var.tolist() == bn.weight.tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("training", [True, False])
+def test_sparse_vectors_are_refused_in_functions(index: int, training: bool) -> None:  # noqa: FBT001 - as given
+    vectors = [torch.ones(4) for _ in range(4)]
+    vectors[index] = vectors[index].to_sparse()
+    name = ("running_mean", "running_var", "weight", "bias")[index]
+    with pytest.raises(TypeError, match=rf"{name} is a tensor of layout torch.sparse_coo.*{name}.to_dense\(\)"):
+        mbn.functional.batch_norm(torch.from_numpy(X), *vectors, training=training)
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_nested_tensors_are_refused() -> None:
     bn = mbn.BatchNorm1d(4, backend="torch")

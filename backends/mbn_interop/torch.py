@@ -20,8 +20,9 @@ def read(module: Any) -> tuple[Portable, list[str]]:
         message = "the module is on the meta device, where tensors have no values: give it some, to_empty() and load."
         raise ValueError(message)
     lazy = any(map(is_lazy, tensors))
-    count = None if lazy else module.num_batches_tracked
     notes, momentum = [], module.momentum
+    count, losses = _count(None if lazy else module.num_batches_tracked)
+    notes += losses
     if isinstance(module, nn.SyncBatchNorm):
         notes.append("SyncBatchNorm: the layer takes the statistics of its own batch, not of those of all processes.")
     if module.running_mean is not None and not module.track_running_stats:
@@ -34,7 +35,7 @@ def read(module: Any) -> tuple[Portable, list[str]]:
         arrays,
         _to_numpy,
         training=module.training,
-        num_batches_tracked=0 if count is None else int(count),
+        num_batches_tracked=count,
         num_features=None if lazy else tensors[0].numel() if tensors else module.num_features or None,
         eps=module.eps,
         momentum=momentum,
@@ -69,6 +70,20 @@ def write(layer: Portable) -> tuple[nn.BatchNorm1d, list[str]]:
         module.register_parameter("bias", None)  # not every version of torch has an argument for it
     module.load_state_dict({key: torch.tensor(value) for key, value in layer.entries.items()})
     return module.train(layer.training and not layer.frozen), notes
+
+
+def _count(count: Tensor | None) -> tuple[int, list[str]]:
+    """Return a count of batches, and what to say of one between two integers, as averaged models have."""
+    if count is None:
+        return 0, []
+    if count.numel() != 1 or not 0 <= count.item() < 2**63:
+        message = (
+            f"num_batches_tracked is {count.tolist()}; it counts batches: one number, at least 0 and below 2**63. "
+            "Give the module one: module.num_batches_tracked = torch.tensor(0), say."
+        )
+        raise ValueError(message)
+    number = int(count)
+    return number, [f"num_batches_tracked={count.item()}: a layer counts whole batches, {number}."] * (count != number)
 
 
 def _check(module: Any) -> None:

@@ -99,6 +99,11 @@ class TorchBackend(Backend):
     def copy(self, x: torch.Tensor) -> torch.Tensor:
         return x.detach().clone()
 
+    def flaw(self, name: str, x: torch.Tensor) -> str | None:
+        if x.layout is torch.strided:
+            return None
+        return f"{name} is a tensor of layout {x.layout}, whose values are not all in memory. Give {name}.to_dense()."
+
     def conflict(self, out: torch.Tensor, x: torch.Tensor) -> str | None:
         return overlaps.conflict(out, x)
 
@@ -119,7 +124,7 @@ class TorchBackend(Backend):
         return x.detach()
 
     def moments(self, x: torch.Tensor, weights: torch.Tensor | None = None) -> Moments:
-        _check_layout(x)
+        self._check_layouts(x=x)
         return _verbs(x).moments(x, weights)
 
     def merge(self, first: Moments, second: Moments) -> Moments:
@@ -202,7 +207,8 @@ class TorchBackend(Backend):
         followed = is_transformed() or (not settings["training"] and is_recorded(*state[:2]))
         verbs = formulas if followed else routes.chosen(x, *params, *state, weights)
         if verbs is formulas or verbs is kernels:
-            _check_layout(x)
+            mean, var, _ = state
+            self._check_layouts(x=x, weight=params.weight, bias=params.bias, running_mean=mean, running_var=var)
         if verbs is formulas:
             if is_scripted() and any(
                 value is not None and value.requires_grad and is_constant(value) for value in params
@@ -221,6 +227,12 @@ class TorchBackend(Backend):
             message = "out is written to, which autograd cannot record: call it under torch.no_grad()."
             raise RuntimeError(message)
         return autograd.BatchNorm.apply(x, *params, state, weights, settings, run)
+
+    def _check_layouts(self, **tensors: torch.Tensor | None) -> None:
+        for name, tensor in tensors.items():
+            flaw = None if tensor is None else self.flaw(name, tensor)
+            if flaw is not None:
+                raise TypeError(flaw)
 
     def pullback(
         self,
@@ -308,12 +320,6 @@ def _quietly(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _check_layout(x: torch.Tensor) -> None:
-    if x.layout is not torch.strided:
-        message = f"x is a tensor of layout {x.layout}, whose values are not all in memory. Give x.to_dense()."
-        raise TypeError(message)
-
-
 def _is_alike(value: torch.Tensor, current: torch.Tensor) -> bool:
     return (value.shape, value.dtype, value.device) == (current.shape, current.dtype, current.device)
 
@@ -342,7 +348,8 @@ def _device(device: Any, usable: tuple[str, ...]) -> torch.device:
         found = torch.device(device)
     except (RuntimeError, TypeError):
         found = None
-    if str(found) not in names:
+    # Of a text, Torch keeps the last digits of an index alone.
+    if str(found) not in names or (isinstance(device, str) and str(found) != device):
         message = f"Torch's devices here are {', '.join(usable)}, not {device!r}."
         raise ValueError(message)
     return found

@@ -1,6 +1,8 @@
 """Errors: every misuse is refused by one clear, typed error, and leaves everything as it was."""
 
+import copy
 import math
+import pickle
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -121,6 +123,13 @@ def test_refused_first_input_leaves_the_layer_open(target: Target) -> None:
         ({"num_features": 4.0}, TypeError, "int.*4.0"),
         ({"num_features": "4"}, TypeError, "int.*'4'"),
         ({"num_features": True}, TypeError, "int.*True"),
+        ({"num_features": 2**63}, ValueError, "num_features is .* at most .*, not 9223372036854775808"),
+        ({"num_features": -(10**5000)}, ValueError, r"at least 1, not -10\*\*5000"),
+        ({"axis": 10**5000}, ValueError, r"axis is 1 .*, not 10\*\*5000"),
+        ({"correction": 10**5000}, ValueError, r"correction is 1 .*, not 10\*\*5000"),
+        ({"affine": 10**5000}, TypeError, r"affine is True or False, not 10\*\*5000"),
+        ({"eps": [10**5000]}, TypeError, "eps is a real number, not list"),
+        ({"dtype": 10**5000}, TypeError, "float32 or float64, not int"),
         ({"eps": -1e-5}, ValueError, "at least 0"),
         ({"eps": math.nan}, ValueError, "nan"),
         ({"eps": math.inf}, ValueError, "inf"),
@@ -148,6 +157,49 @@ def test_refused_first_input_leaves_the_layer_open(target: Target) -> None:
 )
 def test_argument(target: Target, arguments: dict[str, Any], error: type[Exception], words: str) -> None:
     assert_refused(error, words, lambda: target.layer(**{"num_features": 4, **arguments}))
+
+
+def test_more_channels_than_there_is_memory_for(target: Target) -> None:
+    with pytest.raises(MemoryError, match="num_features is 1000000000000000, the number of channels C"):
+        target.layer(10**15)
+
+
+@pytest.mark.parametrize("device", [2**31, -(10**30), 10**5000], ids=["2**31", "-10**30", "10**5000"])
+def test_device_that_is_no_index(target: Target, device: int) -> None:
+    bn = target.layer(4)
+    for call in (
+        lambda: mbn.BatchNorm1d(4, backend=target.backend, device=device),
+        lambda: bn.to(device),
+        lambda: mbn.asarray(X, backend=target.backend, device=device),
+    ):
+        assert_refused(ValueError, "a device is given by its name.*, not by", call)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("use_bias", "bias"), ("epsilon", "eps"), ("track_stats", "track_running_stats"), ("Momentum", "momentum")],
+)
+def test_attribute_that_no_layer_has(target: Target, name: str, meant: str) -> None:
+    bn = target.layer(4)
+    for layer in (bn, copy.deepcopy(bn), pickle.loads(pickle.dumps(bn))):  # noqa: S301 - our own
+        assert_refused(AttributeError, f"{name!r} to set. Did you mean {meant!r}?", lambda: setattr(layer, name, 1.0))  # noqa: B023
+        assert not hasattr(layer, name)
+
+
+class Named(mbn.BatchNorm1d):
+    """A layer with an attribute of its own."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self.label = "first"
+        super().__init__(*arguments, **options)
+
+
+def test_a_subclass_has_attributes_of_its_own(target: Target) -> None:
+    bn = Named(4, backend=target.backend, device=target.device)
+    bn.label += ", trained"
+    bn(target.array(X))
+    unpickled = pickle.loads(pickle.dumps(bn))  # noqa: S301 - our own
+    assert copy.deepcopy(bn).label == unpickled.label == "first, trained"
 
 
 @pytest.mark.parametrize(("name", "value"), [("eps", -1.0), ("eps", math.nan), ("momentum", math.inf)])
@@ -352,6 +404,23 @@ def test_apply_checks_what_it_is_given(target: Target) -> None:
     assert_refused(TypeError, "integer scalar, not float", lambda: bn.apply(bn.params, uncounted, x, training=True))
     half = bn.params._replace(weight=np.ones(4, np.float16))
     assert_refused(TypeError, "weight is float16", lambda: bn.apply(half, bn.state, x, training=True))
+    for count in (2**63, -(10**5000)):
+        beyond = bn.state._replace(num_batches_tracked=count)
+        assert_refused(ValueError, "beyond int64; it is at most", lambda: bn.apply(bn.params, beyond, x, training=True))  # noqa: B023
+    for params, given in ((None, "NoneType"), ({"weight": 1}, "dict"), (bn.state, "State of 3"), ((), "tuple of 0")):
+        words = f"params is a tuple of weight, bias, .*not {given}"
+        assert_refused(TypeError, words, lambda: bn.apply(params, bn.state, x, training=True))  # type: ignore[arg-type] # noqa: B023
+    words = "state is a tuple of running_mean, running_var, num_batches_tracked, .*not NoneType"
+    assert_refused(TypeError, words, lambda: bn.apply(bn.params, None, x, training=True))  # type: ignore[arg-type]
+
+
+def test_apply_takes_plain_tuples(target: Target) -> None:
+    bn, x = configured(target.layer(4), seed=6), target.array(X)
+    y, state = bn.apply(bn.params, bn.state, x, training=True)
+    same, after = bn.apply(tuple(bn.params), list(bn.state), x, training=True)  # type: ignore[arg-type]
+    assert type(after) is type(state)
+    for one, other in zip((y, *state), (same, *after), strict=True):
+        np.testing.assert_array_equal(target.numpy(one), target.numpy(other))
 
 
 BOOLEANS, ONES = np.ones((5, 3), bool), np.ones((5, 3), np.float32)

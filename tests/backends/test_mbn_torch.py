@@ -110,7 +110,7 @@ def test_unknown_dtype(name):
         backend.asarray([1.0], dtype=name)
 
 
-@pytest.mark.parametrize("device", ["nonsense", f"cuda:{torch.cuda.device_count()}", 3.5])
+@pytest.mark.parametrize("device", ["nonsense", f"cuda:{torch.cuda.device_count()}", "cuda:256", 3.5])
 def test_unusable_device_names_the_usable_ones(device):
     with pytest.raises(ValueError, match="Torch's devices here are cpu"):
         mbn.BatchNorm1d(3, backend="torch", device=device)

@@ -15,6 +15,15 @@ CONVERSIONS = {
 
 
 @pytest.mark.parametrize("package", CONVERSIONS)
+@pytest.mark.parametrize("given", [None, "bn"])
+def test_what_is_no_layer_is_refused(package, given):
+    pytest.importorskip(package)
+    convert = getattr(mbn, f"to_{package}")
+    with pytest.raises(TypeError, match=f"to_{package} takes a mbn.BatchNorm1d, not {type(given).__name__}"):
+        convert(given)
+
+
+@pytest.mark.parametrize("package", CONVERSIONS)
 def test_without_a_package_the_way_to_it_is_named(package, monkeypatch):
     monkeypatch.delitem(sys.modules, f"mbn_interop.{package}", raising=False)
     monkeypatch.setitem(sys.modules, package, None)

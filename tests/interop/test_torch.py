@@ -35,6 +35,10 @@ def module(kind=torch.nn.BatchNorm1d, dtype="float32", **arguments):
     return result
 
 
+def _module_of_ours():
+    return mbn.BatchNorm1d(CHANNELS, backend="torch").as_module()
+
+
 def output(module, x):
     return module(torch.from_numpy(x)).detach().numpy()
 
@@ -241,6 +245,40 @@ class _Other(torch.nn.BatchNorm1d):
 def test_a_module_without_values_is_refused():
     with pytest.raises(ValueError, match="meta device.*to_empty"):
         mbn.from_torch(torch.nn.BatchNorm1d(3, device="meta"))
+
+
+@pytest.mark.parametrize("convert", [mbn.from_torch, mbn.replace_batchnorm])
+@pytest.mark.parametrize("count", [np.nan, np.inf, -1.0, 1e30, [0, 1, 2]])
+def test_a_count_that_is_none_is_refused(convert, count):
+    theirs = module()
+    theirs.num_batches_tracked = torch.tensor(count)
+    with pytest.raises(ValueError, match=r"num_batches_tracked is .*at least 0 and below 2\*\*63.*module\."):
+        convert(theirs)
+    assert type(theirs) is torch.nn.BatchNorm1d
+
+
+@pytest.mark.parametrize("count", [2.0, [2]])
+def test_a_count_of_another_form_is_taken(count):
+    theirs = module()
+    theirs.num_batches_tracked = torch.tensor(count)
+    assert mbn.from_torch(theirs).num_batches_tracked == 2
+
+
+def test_a_count_between_two_integers_is_said():
+    theirs = module()
+    theirs.num_batches_tracked = torch.tensor(2.5)
+    with warns("num_batches_tracked=2.5: a layer counts whole batches, 2"):
+        assert mbn.from_torch(theirs).num_batches_tracked == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [(module(), "not a BatchNorm1d of torch.*mbn.from_torch"), (_module_of_ours(), r"as_module\(\).*module.layer")],
+    ids=["torch's", "ours"],
+)
+def test_a_module_is_no_layer(given, words):
+    with pytest.raises(TypeError, match=words):
+        mbn.to_torch(given)
 
 
 def test_an_open_layer_has_nothing_to_convert():
