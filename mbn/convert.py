@@ -202,6 +202,7 @@ def owned(
         TypeError: ``value`` is no array of real numbers, or a count is no integer.
         ValueError: it has another shape, or a count is negative or too large.
     """
+    registry.check_uncompiled(f"setting {name}")
     # An own array stays what it is, traced perhaps; another one crosses as a copy that nobody else holds.
     owner = registry.owner_of(value)
     if registry.is_host_data(value):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 def fold(bn: "BatchNorm1d") -> tuple[Array, Array]:
     """Return scale and shift, (C,), with which evaluation is ``x * scale + shift``."""
+    registry.check_uncompiled("folding a layer")
     ones = np.ones((1, *bn.running_mean.shape), dtype_name(bn.running_mean.dtype))
     return _scaled(bn, ones)[0, :], _shifted(bn, np.zeros_like(ones))[0, :]
 
@@ -43,6 +44,7 @@ def fold_linear(weight: Any, bias: Any, bn: "BatchNorm1d") -> tuple[Array, Array
     2018 (arXiv:1712.05877), section 3.2.
     """
     checks.layer("fold_linear", bn, Storage)
+    registry.check_uncompiled("folding a layer")
     checks.tracked(bn.track_running_stats, "fold_linear")
     dtype = dtype_name(bn.running_mean.dtype)
     backend, device = (bn._backend, bn._device) if bn._is_bound else (registry.owner_of(weight), None)

@@ -68,6 +68,16 @@ _locks: dict[str, threading.RLock] = {}
 PYTHON_DATA = (list, tuple, int, float, complex)
 """What has no framework and no dtype."""
 _context: ContextVar[Backend | None] = ContextVar("mbn.use_backend", default=None)
+_open_contexts: list[Backend] = []
+"""What :func:`use_backend` has chosen wherever it is in force, which torch.compile can see, unlike a ContextVar."""
+_NOT_LOADED = (
+    "backend {0!r} is loaded with its first use, which torch.compile cannot follow: call mbn.get_backend({0!r}) once "
+    "before."
+)
+_UNSEEN_CONTEXT = (
+    "torch.compile does not see what mbn.use_backend has chosen: give backend= in what is compiled, or choose by "
+    "mbn.set_default_backend."
+)
 _default: Backend | None = None
 
 
@@ -137,7 +147,7 @@ def get_backend(backend: str | Backend | None = None) -> Backend:
 
 def chosen_backend() -> Backend | None:
     """Return the backend chosen by context, default or environment, in this order; None where there is no choice."""
-    chosen = _context.get() or _default
+    chosen = _chosen_in_context() or _default
     if chosen is not None:
         return chosen
     name = os.environ.get(ENVIRONMENT_VARIABLE)
@@ -164,9 +174,11 @@ def use_backend(backend: str | Backend) -> Iterator[Backend]:
         raise TypeError(message)
     chosen = get_backend(backend)
     token = _context.set(chosen)
+    _open_contexts.append(chosen)
     try:
         yield chosen
     finally:
+        _open_contexts.remove(chosen)
         _context.reset(token)
 
 
@@ -191,10 +203,29 @@ def owner_of(x: object) -> Backend:
     return _owners.get(type(x)) or _find_owner(x)
 
 
+def _chosen_in_context() -> Backend | None:
+    if not is_compiling():
+        return _context.get()
+    if _open_contexts:
+        raise RuntimeError(_UNSEEN_CONTEXT)
+    return None
+
+
 def is_compiling() -> bool:
     """Tell whether torch.compile or torch.export follows this code, and could not follow it into an import."""
     torch = sys.modules.get("torch")
     return torch is not None and torch.compiler.is_compiling()
+
+
+def check_uncompiled(what: str) -> None:
+    """Refuse what goes by way of NumPy where a compiler cannot follow it there.
+
+    Raises:
+        RuntimeError: torch.compile or torch.export follows this code.
+    """
+    if is_compiling():
+        message = f"{what} is nothing that torch.compile can follow: do it before the compiled function, or after it."
+        raise RuntimeError(message)
 
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -209,6 +240,9 @@ def is_host_data(x: object) -> bool:
 
 
 def _find_owner(x: object) -> Backend:
+    if is_compiling() and isinstance(x, sys.modules["torch"].Tensor):
+        _preload("torch")
+        return _loaded["torch"]
     if isinstance(x, PYTHON_DATA):
         return get_backend(_HOST)
     if x is None or isinstance(x, str | bytes):
@@ -242,6 +276,17 @@ def _find_owner(x: object) -> Backend:
     raise TypeError(message) from broken
 
 
+def _preload(name: str) -> bool:
+    if name not in _loaded:
+        _load(name, may_import=True)
+    return True
+
+
+# torch.compile calls this as it is, since it cannot follow an import: so torch.compiler.assume_constant_result does it,
+# which to have would be to import torch.
+_preload._dynamo_marked_constant = True  # type: ignore[attr-defined] # noqa: SLF001
+
+
 def _way_in(x: object) -> str:
     """Return what to give in the place of what is no array of any backend."""
     if isinstance(x, np.ma.MaskedArray):
@@ -263,16 +308,18 @@ def _candidates() -> list[str]:
     return built_in + list(_registered)
 
 
-def _load(name: str) -> Backend:
+def _load(name: str, *, may_import: bool = False) -> Backend:
     known = _BUILT_IN.get(name) or _registered.get(name) or _entry_points().get(name)
     if known is None:
         raise BackendNotFoundError(_not_found(name))
+    if not may_import and is_compiling():
+        raise RuntimeError(_NOT_LOADED.format(name))
     check_environment()  # long before a call is large enough for more than one thread
     make = _usable(name, known, lambda: _import(known.target) if isinstance(known.target, str) else known.target)
     with _locks.setdefault(name, threading.RLock()):
         if name in _loaded:
             return _loaded[name]
-        backend = _construct(name, known, make)
+        backend: Backend = uncompiled(_construct)(name, known, make)
         if _registered.get(name, known) is known:  # and not another that has been registered in the meantime
             _loaded[name] = backend
         return backend

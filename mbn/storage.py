@@ -278,6 +278,7 @@ class Storage:
         version: int | None = None,
     ) -> IncompatibleKeys:
         """Take over copies of entries, which messages name by a prefix and as part of a model."""
+        registry.check_uncompiled("loading a layer")
         trial = copy.copy(self)
         if trial.num_features is None:
             shapes = [np.shape(entries[key]) for key in ("weight", "running_mean") if key in entries]
@@ -308,6 +309,7 @@ class Storage:
             BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
             TypeError, ValueError: the backend has no such dtype or device. The layer is unchanged.
         """
+        registry.check_uncompiled("moving a layer")
         checks.device_index(device)
         if dtype is None and checks.is_dtype(device):
             device, dtype = None, device
@@ -350,6 +352,7 @@ class Storage:
 
     def _bind(self, backend: Backend, device: Any) -> None:
         """Settle on a backend and a device, and bring there what the layer holds."""
+        registry.check_uncompiled("making or moving a layer")
         self._backend, self._is_bound = backend, True
         # An empty array finds the device that the backend makes of this one, or its default, before anything moves.
         self._device = backend.device(backend.asarray(np.zeros(0, np.float32), device=device))

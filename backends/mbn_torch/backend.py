@@ -43,6 +43,7 @@ class TorchBackend(Backend):
             if isinstance(dtype, torch.dtype | np.dtype):
                 # Dynamo can look up names, but not find them; and it compiles anew where there are more.
                 dtype_name(dtype)
+        _ = self.capabilities  # nor can it find those, behind the lock of a cached property
 
     @cached_property
     def capabilities(self) -> Capabilities:
@@ -246,6 +247,8 @@ class TorchBackend(Backend):
         return autograd.pullback(dy, x, weight, residuals, eps, weights)
 
     def parameter(self, value: torch.Tensor, current: torch.Tensor | None) -> torch.Tensor:
+        if torch.compiler.is_compiling():  # ``write`` keeps the parameter that there is
+            return value
         with torch.inference_mode(mode=False):  # what is made within could never be trained
             return torch.nn.Parameter(value.detach().clone(), requires_grad=getattr(current, "requires_grad", True))
 

@@ -1,5 +1,7 @@
 """Torch's transforms: vectorised, by torch.func, and compiled."""
 
+import subprocess
+import sys
 from fractions import Fraction
 from functools import partial
 
@@ -269,3 +271,95 @@ def test_one_value_that_dwarfs_the_others_under_a_transform(kind):
     mean, var = 1 + (Fraction(3.22e6) - 1) / n, (Fraction(3.22e6) - 1) ** 2 / n
     for actual, expected in zip(apply(x[None]), (mean, var), strict=True):
         assert relative_error(actual[0], torch.full((4,), float(expected), dtype=torch.float64)) < 2e-15
+
+
+_FIRST = """
+import torch, mbn
+{before}
+x = torch.arange(12.0).reshape(4, 3)
+def function(x):
+    return mbn.functional.batch_norm(x, training=True{argument}).output
+y = torch.compile(function, backend="eager", fullgraph={fullgraph})(x)
+torch.testing.assert_close(y, torch.nn.functional.batch_norm(x, None, None, training=True))
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "argument", "fullgraph"),
+    [
+        ("", "", True),
+        ("", "", False),
+        ("", ", backend='torch'", False),
+        ("mbn.get_backend('torch')", "", True),
+        ("mbn.get_backend('torch')", ", backend='torch'", True),
+        ("mbn.set_default_backend('torch')", "", True),
+    ],
+)
+def test_the_first_use_of_a_function_may_be_a_compiled_one(before, argument, fullgraph):
+    program = _FIRST.format(before=before, argument=argument, fullgraph=fullgraph)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)  # noqa: S603
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_backend_that_is_loaded_by_a_compiled_function_is_told_how():
+    program = _FIRST.format(before="", argument=", backend='torch'", fullgraph=True)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)  # noqa: S603
+    assert "call mbn.get_backend('torch') once before" in run.stderr
+
+
+def _functions(x):
+    y, mean, var = mbn.functional.batch_norm(x, torch.zeros(3), torch.ones(3), training=True)
+    (z, *_), pullback = mbn.functional.batch_norm_vjp(x, mean, var, torch.ones(3))
+    return y, mean, var, z, *pullback(x)[:2]
+
+
+def test_compiled_functions_need_no_backend():
+    x = sample(6, 3)
+    torch.testing.assert_close(torch.compile(_functions, backend="eager", fullgraph=True)(x), _functions(x))
+
+
+def test_a_compiled_function_does_not_pass_over_a_context():
+    x = sample(6, 3)
+    compiled = torch.compile(_functions, backend="eager", fullgraph=True)
+    with mbn.use_backend("torch"), pytest.raises(Exception, match="does not see what mbn.use_backend has chosen"):
+        compiled(x)
+    with mbn.use_backend("numpy"), pytest.raises(TypeError, match="the backend is numpy"):
+        torch.compile(_functions, backend="eager")(x)
+    torch.testing.assert_close(compiled(x), _functions(x))
+
+
+def test_a_compiled_reset_writes_to_the_parameters():
+    bn = mbn.BatchNorm1d(3, backend="torch")
+    weight, bias = bn.weight, bn.bias
+    bn(sample(6, 3))
+    bn.weight = bn.bias = 3.0
+    torch.compile(bn.reset_parameters, backend="eager", fullgraph=True)()
+    assert (bn.weight is weight, bn.bias is bias) == (True, True)
+    initial = mbn.BatchNorm1d(3, backend="torch").state_dict()
+    torch.testing.assert_close(dict(bn.state_dict()), dict(initial), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("words", "change"),
+    [
+        ("setting weight", lambda bn: setattr(bn, "weight", 2.0)),
+        ("setting running_var", lambda bn: setattr(bn, "running_var", torch.full((3,), 2.0))),
+        ("setting num_batches_tracked", lambda bn: setattr(bn, "num_batches_tracked", 2)),
+        ("loading a layer", lambda bn: bn.load_state_dict({**bn.state_dict(), "bias": torch.full((3,), 2.0)})),
+        ("moving a layer", lambda bn: bn.to(dtype="float64")),
+        ("making or moving a layer", lambda bn: setattr(bn, "weight", mbn.BatchNorm1d(3, backend="torch").weight)),
+        ("folding a layer", lambda bn: bn.fold()),
+        ("folding a layer", lambda bn: mbn.fold_linear(torch.ones(3, 2), None, bn)),
+    ],
+)
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor"
+)  # of Torch's, where it compiles half of a function
+def test_changes_that_no_compiler_follows_are_said(words, change):
+    bn, other = (mbn.BatchNorm1d(3, backend="torch") for _ in range(2))
+    with pytest.raises(Exception, match=f"{words} is nothing that torch.compile can follow: do it before"):
+        torch.compile(change, backend="eager", fullgraph=True)(bn)
+    torch.testing.assert_close(dict(bn.state_dict()), dict(other.state_dict()), rtol=0, atol=0)
+    torch.compile(change, backend="eager")(bn)
+    change(other)
+    torch.testing.assert_close(dict(bn.state_dict()), dict(other.state_dict()), rtol=0, atol=0)
