@@ -34,6 +34,7 @@ class CupyBackend(Backend):
             mutable=True,
             strided=True,
             masks=True,
+            any_size=True,
             out=True,
         )
 

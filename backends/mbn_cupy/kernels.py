@@ -153,7 +153,8 @@ class _Call(NamedTuple):
 
     def moments(self) -> cupy.ndarray:
         """Have the kernel go through the values that finds their moments, and return those of each block."""
-        return self.sums("moments", 5 if self.variant.value == "float64" else 4)
+        fields = 6 if self.variant.value == "float64" else 5 if self.variant.statistic == "float64" else 3
+        return self.sums("moments", fields)
 
     def write(self, name: str, *arguments: Any) -> None:
         """Have a kernel go through the values that writes one for each."""

@@ -35,6 +35,9 @@ Variance: TypeAlias = Scaled | cupy.ndarray
 _FAR = 400
 """Exponents from which on squares may leave the range of float64: as in ``values.cuh``."""
 _FARTHEST = 1000
+_FAR_WEIGHT = 128
+"""The exponent of weights that are large, or negative that of small ones, beside which a correction is nothing."""
+_TINY = float(np.finfo(WIDE).smallest_subnormal)
 
 
 def weights(
@@ -48,6 +51,8 @@ def weights(
     result = cupy.ones(shape, dtype)
     if sample_weight is not None:
         result *= _row(sample_weight, len(shape))
+        if dtype == "float64":
+            result = _summable(result)
     if mask is not None:
         result *= _row(mask, len(shape))
     if lengths is not None:
@@ -126,6 +131,17 @@ def step(
     """Return momentum or 1 / num_batches_tracked, and 0 where weights add up to ``correction`` or less."""
     weight = 1 / num_batches_tracked if momentum is None else momentum
     return weight if isinstance(count, int) else weight * (count > correction).astype(WIDE)
+
+
+def _summable(weights: cupy.ndarray) -> cupy.ndarray:
+    """Return weights times a power of two, if they need one for their sums to be in range; what has one keeps one.
+
+    Means depend on nothing but their ratios, and so does a variance, corrected by 1 or not, while their sum stays far
+    above 1, or below it.
+    """
+    exponent = cupy.frexp(weights.max())[1]
+    near = cupy.ldexp(weights, cupy.maximum(cupy.minimum(exponent, _FAR_WEIGHT), -_FAR_WEIGHT) - exponent)
+    return cupy.where((weights > 0) & (near == 0), _TINY, near)
 
 
 def _row(values: cupy.ndarray, ndim: int) -> cupy.ndarray:

@@ -168,7 +168,7 @@ def _moments(
     if WIDE in {x.dtype, *(old.dtype for old in state[:2] if old is not None)}:
         shift, exponents = _rough_moments(x, shift, weights, tiles)
     channels, (_, programs) = x.shape[1], tiles.grid
-    partials = _sums(x, shift, exponents, weights, tiles, 2)
+    partials = _sums(x, shift, exponents, weights, tiles, 2 if exponents is None else 4)
     result = torch.empty((4 if weights is None else 5, channels), dtype=WIDE, device=x.device)
     number = x.numel() // channels
     before = State(*_contiguous(*state))
@@ -199,13 +199,13 @@ def _moments(
 def _rough_moments(
     x: torch.Tensor, shift: torch.Tensor | None, weights: torch.Tensor | None, tiles: Tiling
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return about the means, in units in which no channel is beyond float64, and their exponents.
+    """Return what a second pass takes to lose nothing, and the exponents of units in which no channel is too large.
 
-    Around these, statistics lose nothing in a second pass.
+    It is about the means, and two powers of two.
     """
     channels, (_, programs) = x.shape[1], tiles.grid
     partials = _sums(x, shift, None, weights, tiles, 3)
-    center = torch.empty(channels, dtype=WIDE, device=x.device)
+    center = torch.empty((3, channels), dtype=WIDE, device=x.device)
     exponents = torch.empty(channels, dtype=torch.int32, device=x.device)
     grid, shape = _finishing(programs, channels)
     triton_kernels.finish_rough_moments[grid](
@@ -232,7 +232,7 @@ def _sums(
     tiles: Tiling,
     statistics: int,
 ) -> torch.Tensor:
-    """Return partial sums of so many statistics, and with weights of these: two exact ones, or three rough ones."""
+    """Return partial sums of so many statistics, and with weights of these: two, three rough or four exact ones."""
     channels, (_, programs) = x.shape[1], tiles.grid
     partials = torch.empty((programs, statistics + (weights is not None), channels), dtype=WIDE, device=x.device)
     of_x, *of_weights = tiles.strides

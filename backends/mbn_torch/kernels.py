@@ -53,7 +53,8 @@ def moments(x: torch.Tensor, weights: torch.Tensor | None = None) -> Moments:
 
     Sums of d = x - shift and of d², with one of the values of each channel for a shift, lose at most a factor N of
     float64's precision however far the shift is from the mean. That is plenty for narrower input. float64 input is
-    summed again around its mean, which also gives the rest of the mean, in units in which no channel is out of range.
+    summed again around its mean, which also gives the rest of the mean, in units in which no channel is out of range
+    and in parts, so that one value that dwarfs the rest costs no digits.
 
     Source: Chan, Golub and LeVeque, Algorithms for Computing the Sample Variance, 1983, section 3 (shifted data).
     """
@@ -61,12 +62,14 @@ def moments(x: torch.Tensor, weights: torch.Tensor | None = None) -> Moments:
     shift = heaviest(values, weights)
     count = x.numel() // x.shape[1] if weights is None else fold(_wide(weights).flatten())
     n = divisor(count)
-    exponent = None
+    exponent = apart = None
     if x.dtype == WIDE:
-        exponent = _units(values, shift, weights)
-        shift = scaled(shift, -exponent)
+        largest = _largest(values, shift, weights)
+        exponent = units_of(largest)
+        shift, largest = scaled(shift, -exponent), scaled(largest, -exponent)
         shift = shift + _shifted_sums(values, shift, exponent, weights)[0] / n
-    total, squares = _shifted_sums(values, shift, exponent, weights)
+        apart = power(exponent_of(largest * n) + 4), power(exponent_of(largest * n * largest) + 5)
+    total, squares = _shifted_sums(values, shift, exponent, weights, apart)
     return Moments(count, *in_units(shift, total / n, squares - total * total / n, exponent))
 
 
@@ -201,22 +204,30 @@ def _origin(mean: Mean, var: Variance, eps: float, dtype: torch.dtype) -> _Origi
     return _Origin(center, rest, power(before), limited(scaled(number, exponent - before), WIDE), scale)
 
 
-def _units(x: torch.Tensor, shift: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    """Return the exponents of units in which deviations from a shift are not out of range: nearly always 0."""
+def _largest(x: torch.Tensor, shift: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """Return the largest deviation from a shift of each channel."""
     largest = torch.zeros_like(shift)
     for block, mask in _blocks(x, _mask(weights, WIDE)):
         d = _wide(block).sub_(shift[:, None])
         _clear(d, mask)
         largest = torch.maximum(largest, d.abs_().amax((0, 2)))
-    return units_of(largest)
+    return largest
 
 
 def _shifted_sums(
-    x: torch.Tensor, shift: torch.Tensor, exponent: torch.Tensor | None, weights: torch.Tensor | None
+    x: torch.Tensor,
+    shift: torch.Tensor,
+    exponent: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    apart: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the sums of x - shift and of its squares for each channel of x, (N, C, L), in float64.
 
-    If there is an exponent, both x and the shift are in units of a power of two.
+    If there is an exponent, both x and the shift are in units of a power of two. ``apart`` are powers of two that take
+    the terms of both sums apart. What is left of a term after one has been added to it and taken off is a multiple of
+    its last digit, and no sum of such multiples is as large as it is, so they add up without a rounding.
+
+    Source: Rump, Ogita and Oishi, Accurate Floating-Point Summation Part I, 2008, section 3.
     """
     shift = shift[:, None]
     factor = None if exponent is None else power(-exponent)[:, None]
@@ -225,40 +236,45 @@ def _shifted_sums(
         d = _wide(x)
         return (d if factor is None else d.mul_(factor)).sub_(shift)
 
+    def in_parts(*terms: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if apart is None:
+            return terms
+        wholes = [(term + unit[:, None]).sub_(unit[:, None]) for term, unit in zip(terms, apart, strict=True)]
+        return *wholes, *(term.sub_(whole) for term, whole in zip(terms, wholes, strict=True))
+
     if weights is None:
 
-        def terms(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def terms(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
             d = deviations(x)
-            return d, d * d
+            return in_parts(d, d * d)
 
-        return _sums(terms, x)
+        sums = _sums(terms, x)
+    else:
 
-    def weighted(x: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        d = deviations(x)
-        _clear(d, mask)
-        once = d * weights
-        return once, d.mul_(once)
+        def weighted(x: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            d = deviations(x)
+            _clear(d, mask)
+            once = d * weights
+            return in_parts(once, d.mul_(once))
 
-    return _sums(weighted, x, lifted_weights(weights).to(WIDE), _mask(weights, WIDE))
+        sums = _sums(weighted, x, lifted_weights(weights).to(WIDE), _mask(weights, WIDE))
+    return (sums[0], sums[1]) if apart is None else (sums[0] + sums[2], sums[1] + sums[3])
 
 
-def _sums(
-    terms: Callable[..., tuple[torch.Tensor, torch.Tensor]], *arrays: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sums of both terms of arrays of (N, C, L) for each channel, in float64.
+def _sums(terms: Callable[..., tuple[torch.Tensor, ...]], *arrays: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """Return the sums of all terms of arrays of (N, C, L) for each channel, in float64.
 
     ``terms`` gives those of a block, in tensors of its own.
     """
     rows = _rows(arrays[0])
     runs = [_run(terms, run, rows) for run in _split(RUN * rows, *arrays)]
-    total, squares = fold(fold(torch.stack(runs)).movedim(-1, 0))
-    return total, squares
+    return fold(fold(torch.stack(runs)).movedim(-1, 0)).unbind()
 
 
 def _run(
-    terms: Callable[..., tuple[torch.Tensor, torch.Tensor]], arrays: tuple[torch.Tensor | None, ...], rows: int
+    terms: Callable[..., tuple[torch.Tensor, ...]], arrays: tuple[torch.Tensor | None, ...], rows: int
 ) -> torch.Tensor:
-    """Return the sums of both terms over the first axis, (2, C, L), adding up blocks of so many rows."""
+    """Return the sums of all terms over the first axis, (terms, C, L), adding up blocks of so many rows."""
     blocks = _split(rows, *arrays)
     sums = terms(*next(blocks))
     for block in blocks:  # the last may be smaller

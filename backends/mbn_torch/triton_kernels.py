@@ -179,10 +179,11 @@ def moments(
 ):
     """Sum up x - shift and its square, each as often as it counts, and the weights: one row of partials per program.
 
-    ``shift`` is one value of each channel, or None for the first; with ``exponents`` any number, and both it and x are
-    in units of their powers of two. If ``ROUGH``, instead of squares there are the differences again, in a large unit,
-    and at last the largest of them: what can be known of values of any size. What a thread holds of a tile it sums up
-    first, which leaves fewer sums to keep.
+    ``shift`` is one value of each channel, or None for the first; with ``exponents`` it is what finish_rough_moments
+    says, and both its first row and x are in units of their powers of two. Then each term goes into two sums: one of
+    multiples of a power of two, which is exact, and one of what is left of them. If ``ROUGH``, instead of squares there
+    are the differences again, in a large unit, and at last the largest of them: what can be known of values of any
+    size. What a thread holds of a tile it sums up first, which leaves fewer sums to keep.
     """
     LANES: tl.constexpr = POSITIONS // UNROLLED
     rows = _extent(num_rows, _ROWS, UNIT_X, ALIGNED)
@@ -199,6 +200,10 @@ def moments(
     factor = power(-_units(exponents, channel, is_channel))
     if exponents is not None:
         start = _vector(shift, channel, is_channel)
+        apart = _vector(shift + channels, channel, is_channel)[None, None, :]
+        apart_squares = _vector(shift + 2 * channels, channel, is_channel)[None, None, :]
+        total_left = tl.zeros((LANES, CHANNELS), tl.float64)
+        squares_left = tl.zeros((LANES, CHANNELS), tl.float64)
     if ROUGH:
         factor = power(channel * 0 - _LARGE)
         largest = tl.zeros((LANES, CHANNELS), tl.float64)
@@ -223,27 +228,35 @@ def moments(
             d = tl.where(mask, values * factor[None, None, :] - start[None, None, :], 0.0)
         if ROUGH:
             far = values * factor[None, None, :] - (start * factor)[None, None, :]
-        if weights is None:
-            total += tl.sum(d, 0)
-            if ROUGH:
-                squares += tl.sum(far, 0)
-            else:
-                squares += tl.sum(d * d, 0)
-        else:
+        once = d
+        if weights is not None:
             offset = _offset(top + row, left + place, w_row, w_place, -1, 1)
             w = tl.load(weights + offset, mask=is_value, other=0).to(tl.float64)
             d = tl.where((w > 0)[:, :, None], d, 0.0)
             once = d * w[:, :, None]
-            total += tl.sum(once, 0)
             if ROUGH:
-                squares += tl.sum(tl.where((w > 0)[:, :, None], far, 0.0) * w[:, :, None], 0)
-            else:
-                squares += tl.sum(once * d, 0)
+                far = tl.where((w > 0)[:, :, None], far, 0.0) * w[:, :, None]
             count += w
+        square = once * d
+        if exponents is not None:
+            left_of_once = once
+            left_of_square = square
+            once = (once + apart) - apart
+            square = (square + apart_squares) - apart_squares
+            total_left += tl.sum(left_of_once - once, 0)
+            squares_left += tl.sum(left_of_square - square, 0)
+        total += tl.sum(once, 0)
+        if ROUGH:
+            squares += tl.sum(far, 0)
+        else:
+            squares += tl.sum(square, 0)
         if ROUGH:
             largest = tl.maximum(largest, tl.max(tl.abs(d), 0))
-    STATISTICS: tl.constexpr = (2 if weights is None else 3) + ROUGH
+    STATISTICS: tl.constexpr = (2 if weights is None else 3) + (ROUGH if exponents is None else 2)
     target = partials + tl.program_id(1) * STATISTICS * channels + channel
+    if exponents is not None:
+        tl.store(target + (STATISTICS - 2) * channels, tl.sum(total_left, 0), mask=is_channel)
+        tl.store(target + (STATISTICS - 1) * channels, tl.sum(squares_left, 0), mask=is_channel)
     if ROUGH:
         tl.store(target + (STATISTICS - 1) * channels, tl.max(largest, 0), mask=is_channel)
     if weights is not None:
@@ -276,7 +289,14 @@ def finish_rough_moments(
     PROGRAMS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Make of rough sums the exponents of units in which no channel is beyond float64, and about its mean in those."""
+    """Make of rough sums the exponents of units in which no channel is beyond float64, and three rows in those.
+
+    They are about its mean, and the powers of two that take terms apart: those of x - mean and of its squares. What is
+    left of a term after one has been added to it and taken off is a multiple of its last digit, and no sum of such
+    multiples is as large as it is.
+
+    Source: Rump, Ogita and Oishi, Accurate Floating-Point Summation Part I, 2008, section 3.
+    """
     channels = num_channels.to(tl.int64)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     is_channel = channel < channels
@@ -306,6 +326,9 @@ def finish_rough_moments(
     near = scaled(tl.sum(total, 0) / _divisor(count), -unit)
     near = tl.where(unit > 0, scaled(tl.sum(far, 0) / _divisor(count), _LARGE - unit), near)
     tl.store(center + channel, scaled(start, -unit) + near, mask=is_channel)
+    spread = scaled(spread, -unit)
+    tl.store(center + channels + channel, power(exponent_of(count * spread) + 4), mask=is_channel)
+    tl.store(center + 2 * channels + channel, power(exponent_of(count * spread * spread) + 5), mask=is_channel)
     tl.store(exponents + channel, unit, mask=is_channel)
 
 
@@ -343,14 +366,20 @@ def finish_moments(
     total = tl.zeros((PROGRAMS, CHANNELS), tl.float64)
     squares = tl.zeros((PROGRAMS, CHANNELS), tl.float64)
     counts = tl.zeros((PROGRAMS, CHANNELS), tl.float64)
-    STATISTICS: tl.constexpr = 3 if WEIGHTED else 2
+    total_left = tl.zeros((PROGRAMS, CHANNELS), tl.float64)
+    squares_left = tl.zeros((PROGRAMS, CHANNELS), tl.float64)
+    STATISTICS: tl.constexpr = (3 if WEIGHTED else 2) + (0 if exponents is None else 2)
     for first in range(0, programs, PROGRAMS):
         program = first + tl.arange(0, PROGRAMS)
         total += _partial(partials, program, channel, programs, channels, 0, STATISTICS)
         squares += _partial(partials, program, channel, programs, channels, 1, STATISTICS)
         if WEIGHTED:
             counts += _partial(partials, program, channel, programs, channels, 2, STATISTICS)
-    total = tl.sum(total, 0)
+        if exponents is not None:
+            total_left += _partial(partials, program, channel, programs, channels, STATISTICS - 2, STATISTICS)
+            squares_left += _partial(partials, program, channel, programs, channels, STATISTICS - 1, STATISTICS)
+    total = tl.sum(total, 0) + tl.sum(total_left, 0)
+    squares = tl.sum(squares, 0) + tl.sum(squares_left, 0)
     if WEIGHTED:
         count = tl.sum(counts, 0)
     else:
@@ -360,7 +389,7 @@ def finish_moments(
     else:
         hi = _vector(shift, channel, is_channel)
     lo = total / _divisor(count)
-    m2 = tl.sum(squares, 0) - total * lo
+    m2 = squares - total * lo
     var = m2 / _divisor(count)
     tl.store(result + channel, hi, mask=is_channel)
     tl.store(result + channels + channel, lo, mask=is_channel)

@@ -110,6 +110,35 @@ def test_first_value_far_from_the_rest(target: Target, dtype: str) -> None:
     assert ulp.error(target.numpy(bn.running_mean), exact.running_mean, dtype) <= ulp.STATISTICS_BOUNDS[dtype]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((64, 3), 1), ((145, 69, 18), 1), ((40, 3, 600), 1), ((40, 3, 600), -1)],
+    ids=["64", "145x18", "40x600", "40x600 in rows"],
+)
+@pytest.mark.parametrize("kind", [None, "real weights"], ids=["alone", "real weights"])
+def test_one_value_that_dwarfs_the_rest(
+    target: Target, kind: str | None, shape: tuple[int, ...], axis: int, dtype: str
+) -> None:
+    target.require_dtype("float64")
+    target.require("any_size")
+    arguments, weights = {}, np.ones((shape[0], *shape[2:]))
+    if kind is not None:
+        target.require("masks")
+        masking = strategies.maskings(weights.shape)[kind]
+        arguments, weights = target.arrays(masking.arguments), masking.weights
+    x = np.ones(shape)
+    n, *place = np.argwhere(weights)[0]
+    x[n, :, *place] = np.resize([3.22e6, 12147.75, 1e10, 188.2, 4.2e8, 1129002.5, 1e6], shape[1])
+    x = x.astype(dtype)
+    bn = target.layer(shape[1], dtype="float64", momentum=1.0, axis=axis)
+    zeros, ones = np.zeros(shape[1]), np.ones(shape[1])
+    exact = oracle.train(x, zeros, ones, momentum=1.0, eps=1e-5, weights=weights)
+    bn(target.array(x.swapaxes(1, 2) if axis == -1 else x), **arguments)
+    target.assert_statistic(bn.running_mean, exact.running_mean, "float64")
+    target.assert_statistic(bn.running_var, exact.running_var, "float64")
+
+
 SIZES = [(dtype, size) for dtype, sizes in strategies.EXTREMES.items() for size in sizes]
 SIZES_OF_SHAPES = [
     *((shape, *case) for shape in [(5, 3), (4, 3, 7)] for case in SIZES),
@@ -118,7 +147,11 @@ SIZES_OF_SHAPES = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "dtype", "size"), SIZES_OF_SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "size"),
+    SIZES_OF_SHAPES,
+    ids=[f"{'x'.join(map(str, shape))}-{dtype}-{size:g}" for shape, dtype, size in SIZES_OF_SHAPES],
+)
 @pytest.mark.parametrize("masked", [False, True])
 def test_training_on_values_of_any_size(
     target: Target, shape: tuple[int, ...], dtype: str, size: float, *, masked: bool
@@ -162,7 +195,7 @@ STATISTICS = {
 """Running means and variances, by the dtype of the layer."""
 
 
-@pytest.mark.parametrize("shape", [(5, 5), (9000, 5), (40, 5, 200)])
+@pytest.mark.parametrize("shape", [(5, 5), (9000, 5), (40, 5, 200)], ids=["5x5", "9000x5", "40x5x200"])
 @pytest.mark.parametrize(
     ("dtype", "wide"), [*((dtype, layer_dtype(dtype)) for dtype in strategies.EXTREMES), ("float32", "float64")]
 )

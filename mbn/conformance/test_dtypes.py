@@ -43,7 +43,9 @@ def test_statistics_keep_the_dtype_of_the_layer(target: Target, dtype: str) -> N
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("shape", [(200, 3), (20_000, 3), (50, 3, 9)])
+@pytest.mark.parametrize(
+    "shape", [(200, 3), (20_000, 3), (50, 3, 9), (40, 3, 600)], ids=["200", "20000", "50x9", "40x600"]
+)
 @pytest.mark.parametrize("masked", [False, True])
 def test_narrow_input_goes_into_a_wide_layer(
     target: Target, shape: tuple[int, ...], dtype: str, *, masked: bool

@@ -138,6 +138,19 @@ def test_narrow_batches_in_a_wide_layer(target: Target, dtype: str) -> None:
     target.assert_statistic(bn.running_var, truth.running_var, "float64")
 
 
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("sizes", [[1] * 300, [1, 299], [9000, 1, 500]], ids=["ones", "one first", "thousands"])
+def test_a_value_that_dwarfs_all_batches(target: Target, sizes: list[int], *, first: bool) -> None:
+    target.require_dtype("float64")
+    target.require("any_size")
+    x = np.ones((sum(sizes), 3))
+    x[0 if first else len(x) // 3] = [3.22e6, 12147.75, 1e10]
+    bn = target.layer(3, dtype="float64").fit(map(target.array, cut(x, sizes)), progress=False)
+    truth = exact(x)
+    target.assert_statistic(bn.running_mean, truth.running_mean, "float64")
+    target.assert_statistic(bn.running_var, truth.running_var, "float64")
+
+
 def test_constant_channels_are_exact(target: Target) -> None:
     x = np.broadcast_to(np.array([0.1, -1e10, 0], np.float32), (10, 3))
     bn = target.layer(3).fit(map(target.array, cut(x, [1, 2, 7])), progress=False)

@@ -142,11 +142,38 @@ BUGS = {
     "all blocks write to the first one's results": Bug(
         "cuda/merging.cuh", "results[blockIdx.y * channels + ", "results[", "test_long"
     ),
-    "the rest of the mean dropped": Bug("cuda/moments.cu", "rest = IS_EXACT ?", "rest = 0 > 1 ?", "test_accuracy"),
+    "the rest of the mean dropped": Bug("cuda/moments.cu", "return (hi - total()) + lo;", "return 0;", "test_accuracy"),
     "the rest of the mean not subtracted": Bug(
         "cuda/normalization.cu", "(center - hi - lo)", "(center - hi)", "test_accuracy"
     ),
-    "the mean of means": Bug("cuda/moments.cu", "difference * share)", "difference * 0.5)", "with_a_large_mean"),
+    "the mean of means": Bug("cuda/moments.cu", "_rn(far, share.hi)", "_rn(far, 0.5)", "with_a_large_mean"),
+    "the rest of sums dropped": Bug(
+        "cuda/moments.cu",
+        "lo += (hi - (sum - part))",
+        "lo *= (hi - (sum - part))",
+        "test_one_value_that_dwarfs_the_rest",
+    ),
+    "units of values that are not far from 1": Bug(
+        "cuda/moments.cu", "!is_far(largest)", "largest >= 0", "test_training_on_values_of_any_size"
+    ),
+    "statistics merged in units of their own": Bug(
+        "cuda/moments.cu", "exponent != other.exponent", "false", "test_training_on_values_of_any_size"
+    ),
+    "variances in units of means": Bug(
+        "cuda/moments.cu", "2 * all.exponent, step", "all.exponent, step", "test_training_on_values_of_any_size"
+    ),
+    "scales out of range": Bug(
+        "cuda/channels.cuh",
+        "clamped(size < room ? size : room, ",
+        "clamped(0 * room * size, ",
+        "test_any_eps_and_weight",
+    ),
+    "gradients out of range": Bug(
+        "cuda/gradients.cu", "value *= origins[channel].before", "value *= 1", "test_values_of_any_size and float64"
+    ),
+    "weights out of range": Bug(
+        "vectors.py", "result = _summable(result)", "pass", "test_sample_weights_of_any_size_in_float64"
+    ),
     "values without weight counted": Bug("cuda/threads.cuh", "values[place] > 0", "values[place] >= 0", "test_masks"),
     "a step without weights": Bug("cuda/moments.cu", "all.count <= correction", "all.count < 0", "test_masks"),
     "infinite where nothing varies": Bug("cuda/channels.cuh", "spread == 0 ? 0 :", "spread < 0 ? 0 :", "eps_0"),

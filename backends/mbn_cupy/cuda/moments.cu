@@ -1,9 +1,44 @@
 // Count, mean and m2 of channels, and the step of the running statistics: one pass over x, and what is left of it.
 
-// Statistics in float64 of float64, or of what a layer in float64 has to know as well.
-constexpr bool IS_EXACT = IS_WIDE || sizeof(STATISTIC) == sizeof(double);
+// Blocks that a multiprocessor has to have room for: one, where a thread keeps exact statistics of four channels.
+constexpr int BLOCKS = IS_EXACT && !IS_WIDE ? 1 : 2;
 
-// Of float64, the exponent of the unit that mean and rest are in; m2 is in its square.
+// A sum of which what rounding takes off is kept, where it has to be exact.
+template <bool>
+struct Sum {
+    double hi;
+    static constexpr double lo = 0;
+
+    __device__ __forceinline__ double total() const { return hi; }
+    __device__ __forceinline__ double rest() const { return 0; }
+    __device__ __forceinline__ void add(double value) { hi += value; }
+    __device__ __forceinline__ void add(double value, double) { add(value); }
+    __device__ __forceinline__ void scale(int exponent) { hi = scalbn(hi, exponent); }
+};
+template <>
+struct Sum<true> {
+    double hi, lo;
+
+    __device__ __forceinline__ double total() const { return hi + lo; }
+    __device__ __forceinline__ double rest() const { return (hi - total()) + lo; }
+    // Source: Knuth, The Art of Computer Programming, volume 2, section 4.2.2, theorem B.
+    __device__ __forceinline__ void add(double value) {
+        const double sum = hi + value, part = sum - hi;
+        lo += (hi - (sum - part)) + (value - part);
+        hi = sum;
+    }
+    __device__ __forceinline__ void add(double value, double rest) {
+        add(value);
+        lo += rest;
+    }
+    __device__ __forceinline__ void scale(int exponent) {
+        hi = scalbn(hi, exponent);
+        lo = scalbn(lo, exponent);
+    }
+};
+using Statistic = Sum<IS_EXACT>;
+
+// Of float64, the exponent of the unit that the mean is in; m2 is in its square.
 template <bool>
 struct Unit {
     static constexpr int exponent = 0;
@@ -15,30 +50,32 @@ struct Unit<true> {
     __device__ void set(int next) { exponent = next; }
 };
 
-// Return the exponent of a unit in which sizes of an exponent are ordinary.
-__device__ __forceinline__ int unit_of(int size) {
-    return size > Range<double>::FAR || size < -Range<double>::FAR ? size : 0;
-}
+// How much of the whole some values are.
+struct Share {
+    double hi, lo;
 
-// Count, mean (as mean + rest) and sum of squared deviations of some values.
+    __device__ Share(double more, double count)
+        : hi(more / (count + more)), lo(IS_EXACT ? fma(-hi, count + more, more) / (count + more) : 0) {}
+};
+
+// Count, mean and sum of squared deviations of some values.
 struct Moments : Unit<IS_WIDE> {
-    double count, mean, rest, m2;
-
-    __device__ __forceinline__ double share_of(double more) const { return more / (count + more); }
+    double count;
+    Statistic mean, m2;
 
     // Source: Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances, 1979,
     // equations 2.1.
-    __device__ __forceinline__ void merge(const Moments& other, double share) {
+    __device__ __forceinline__ void merge(const Moments& other, const Share& share) {
         if (other.count == 0) return;
         if (count == 0) {
             *this = other;
             return;
         }
         if constexpr (IS_WIDE) {
-            if (exponent != 0 || other.exponent != 0 || is_far(other.mean - mean)) {
-                const int one = size(), another = other.size();
-                const int common = unit_of(one > another ? one : another);
+            if (exponent != other.exponent) {
                 Moments theirs = other;
+                const bool is_larger = theirs.is_zero() || (!is_zero() && exponent > theirs.exponent);
+                const int common = is_larger ? exponent : theirs.exponent;
                 theirs.set_exponent(common);
                 set_exponent(common);
                 add(theirs, share);
@@ -47,35 +84,23 @@ struct Moments : Unit<IS_WIDE> {
         }
         add(other, share);
     }
-    __device__ __forceinline__ void merge(const Moments& other) { merge(other, share_of(other.count)); }
+    __device__ __forceinline__ void merge(const Moments& other) { merge(other, Share(other.count, count)); }
 
-    __device__ __forceinline__ void add(const Moments& other, double share) {
-        const double difference = (other.mean - mean) + (other.rest - rest);
-        m2 += other.m2 + difference * difference * (count * share);
-        set_mean(mean, rest + difference * share);
+    __device__ __forceinline__ void add(const Moments& other, const Share& share) {
+        Statistic difference = other.mean;
+        difference.add(-mean.hi, -mean.lo);
+        const double far = difference.total(), change = __dmul_rn(far, share.hi);  // rounded: the rest of it comes next
+        m2.add(other.m2.hi, other.m2.lo);
+        m2.add(far * far * (count * share.hi));
+        mean.add(change, fma(far, share.hi, -change) + (far * share.lo + difference.rest() * share.hi));
         count += other.count;
     }
 
-    // The exponent of the largest value, about; where it is not far from 1, units are 1.
-    __device__ int size() const {
-        const double spread = sqrt(m2 / count), largest = fabs(mean) > spread ? fabs(mean) : spread;
-        return largest == 0 ? -FARTHEST : clamped(exponent_of(largest) + exponent, -FARTHEST, FARTHEST);
-    }
+    __device__ bool is_zero() const { return mean.hi == 0 && m2.hi == 0; }
     __device__ void set_exponent(int next) {
-        const int change = exponent - next;
-        mean = scalbn(mean, change);
-        rest = scalbn(rest, change);
-        m2 = scalbn(m2, 2 * change);
+        mean.scale(exponent - next);
+        m2.scale(2 * (exponent - next));
         set(next);
-    }
-
-    // Set the mean to a sum, and the rest to what rounding takes off it. Of narrower values float64 holds all that
-    // statistics in float32 need.
-    // Source: Knuth, The Art of Computer Programming, volume 2, section 4.2.2, theorem B.
-    __device__ __forceinline__ void set_mean(double a, double b) {
-        mean = a + b;
-        const double b_part = mean - a, a_part = mean - b_part;
-        rest = IS_EXACT ? (a - a_part) + (b - b_part) : 0;
     }
 };
 
@@ -93,62 +118,68 @@ struct Run {
         return total;
     }
 
-    // Moments of one channel, from deviations from a value of it. If that is an outlier, it costs digits: as many as
-    // float64 has to spare for narrower values, but wide ones are gone through again, around their mean.
-    // Source: Chan, Golub and LeVeque, Algorithms for Computing the Sample Variance, 1983, equation 1.7.
-    __device__ __forceinline__ Moments moments(int channel, double count) const {
-        double center = 0, before = 1;  // the first value that counts
-#pragma unroll
-        for (int i = N * PLACES - 1; i >= 0; --i) {
-            if (counts(i)) center = at(channel, i);
-        }
-        double total, squares;
+    // Moments of one channel.
+    __device__ __forceinline__ Moments moments(int channel, double count) {
         Moments result = {};
-        if constexpr (IS_WIDE) {
-            const double largest = sum_around(center, before, channel, total, squares);
-            if (is_far(largest)) {
-                const int size = largest > Range<double>::MOST ? FARTHEST : exponent_of(largest);
-                result.set(clamped(size, -FARTHEST, FARTHEST));
-                before = power(-result.exponent);
-                center *= before;
-                sum_around(center, before, channel, total, squares);
-            }
-            center += total / count;
-        }
-        sum_around(center, before, channel, total, squares);
-        if constexpr (IS_EXACT && !IS_WIDE) {
-            center += total / count;
-            sum_around(center, before, channel, total, squares);
-        }
-        const double error = total / count;
         result.count = count;
-        result.m2 = squares - total * error;
-        result.set_mean(center, error);
+        if constexpr (!IS_EXACT) {
+            // From deviations from the first value that counts. If that is an outlier, it costs no more digits than
+            // float64 has to spare.
+            // Source: Chan, Golub and LeVeque, Algorithms for Computing the Sample Variance, 1983, equation 1.7.
+            double center = 0, total = 0, squares = 0;
+#pragma unroll
+            for (int i = N * PLACES - 1; i >= 0; --i) {
+                if (counts(i)) center = at(channel, i);
+            }
+#pragma unroll
+            for (int i = 0; i < N * PLACES; ++i) {
+                if (!counts(i)) continue;
+                const double deviation = at(channel, i) - center, once = weight(i) * deviation;
+                total += once;
+                squares += once * deviation;
+            }
+            result.mean.hi = center + total / count;
+            result.m2.hi = squares - total * (total / count);
+        } else {
+            if constexpr (IS_WIDE) result.set(to_unit(channel));
+            Statistic total = {}, squares = {};
+#pragma unroll
+            for (int i = 0; i < N * PLACES; ++i) {
+                if (!counts(i)) continue;
+                const double value = at(channel, i), once = __dmul_rn(weight(i), value);
+                total.add(once, WEIGHTED ? fma(weight(i), value, -once) : 0);
+            }
+            const double center = total.hi / count, rest = (fma(-center, count, total.hi) + total.lo) / count;
+#pragma unroll
+            for (int i = 0; i < N * PLACES; ++i) {
+                if (!counts(i)) continue;
+                const double deviation = at(channel, i) - center;
+                squares.add(weight(i) * deviation * deviation);
+            }
+            result.mean.add(center, rest);
+            result.m2.add(squares.hi, squares.lo - count * rest * rest);
+        }
         return result;
     }
 
    private:
-    // Return the largest deviation, too, times before.
-    __device__ __forceinline__ double sum_around(double center, double before, int channel, double& total,
-                                                 double& squares) const {
+    // Return the exponent of a unit in which no value of a channel is far from 1, and bring them there.
+    __device__ __forceinline__ int to_unit(int channel) {
         double largest = 0;
-        total = squares = 0;
 #pragma unroll
         for (int i = 0; i < N * PLACES; ++i) {
-            if (!counts(i)) continue;
-            double value = at(channel, i);
-            if constexpr (IS_WIDE) value *= before;
-            const double deviation = value - center;
-            if constexpr (IS_WIDE) largest = fmax(largest, fabs(deviation));
-            const double once = weights[i / PLACES].at(i % PLACES) * deviation;
-            total += once;
-            squares += once * deviation;
+            if (counts(i)) largest = fmax(largest, fabs(at(channel, i)));
         }
-        return largest;
+        if (!is_far(largest)) return 0;
+        const int exponent = clamped(exponent_of(largest), -FARTHEST, FARTHEST);
+#pragma unroll
+        for (int i = 0; i < N * PLACES; ++i) items[i / PLACES].values[channel * PLACES + i % PLACES] *= power(-exponent);
+        return exponent;
     }
 
     __device__ __forceinline__ bool counts(int i) const { return weights[i / PLACES].counts(i % PLACES); }
     __device__ __forceinline__ double at(int channel, int i) const { return items[i / PLACES].at(channel, i % PLACES); }
+    __device__ __forceinline__ double weight(int i) const { return weights[i / PLACES].at(i % PLACES); }
 };
 
 // Read the next items of a thread, and merge their moments into those of its channels.
@@ -165,13 +196,13 @@ __device__ __forceinline__ void absorb(Moments (&mine)[CHANNELS], Walk& walk, Va
     }
     const double count = run.count();
     if (count == 0) return;
-    const double share = mine[0].share_of(count);
+    const Share share(count, mine[0].count);
 #pragma unroll
     for (int i = 0; i < CHANNELS; ++i) mine[i].merge(run.moments(i, count), share);
 }
 
 // Write the moments of each block's values: `results` is blocks x channels.
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     moments(Index place_lanes, Index channel_lanes, Index share, Index rows, Index channels, Index places,
             const VALUE* __restrict__ x, Index x_row, Index x_channel, Index x_place,
             const STATISTIC* __restrict__ weights, Index weights_row, Index weights_place,
@@ -197,15 +228,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const Moments all = merge_blocks(results, blocks, channel, channels, at);
     if (at.lane > 0 || channel >= channels) return;
     if (count && channel == 0) *count = all.count;
-    mean[channel] = all.mean;
-    rest[channel] = all.rest;
-    m2[channel] = all.m2;
+    mean[channel] = all.mean.total();
+    rest[channel] = all.mean.rest();
+    m2[channel] = all.m2.total();
     if (exponent) exponent[channel] = all.exponent;
 }
 
 __device__ __forceinline__ double variance(const Moments& moments, double correction) {
     const double left = moments.count - correction;
-    return left > 0 ? moments.m2 / left : 0;
+    return left > 0 ? moments.m2.total() / left : 0;
 }
 
 // Return the start moved towards the end, in units of 2**exponent, by a share of the way; all of it where the share is
@@ -230,8 +261,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const Index channel = static_cast<Index>(blockIdx.x) * at.columns + at.column;
     const Moments all = merge_blocks(results, blocks, channel, channels, at);
     if (at.lane > 0 || channel >= channels) return;
-    mean[channel] = all.mean;
-    rest[channel] = all.rest;
+    mean[channel] = all.mean.total();
+    rest[channel] = all.mean.rest();
     var[channel] = variance(all, 0);
     if (exponent) exponent[channel] = all.exponent;
     if (count && channel == 0) *count = all.count;
@@ -239,7 +270,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (running_mean) {
         double step = cumulative ? 1 / static_cast<double>(counted(*batches)) : momentum;
         if (WEIGHTED && all.count <= correction) step = 0;
-        new_mean[channel] = lerp(running_mean[channel], all.mean + all.rest, all.exponent, step);
+        new_mean[channel] = lerp(running_mean[channel], all.mean.total(), all.exponent, step);
         new_var[channel] = lerp(running_var[channel], variance(all, correction), 2 * all.exponent, step);
     }
 }

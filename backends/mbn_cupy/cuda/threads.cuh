@@ -13,7 +13,7 @@ constexpr int CHANNEL_LANES = 32;  // at most
 constexpr int WIDTH = CHANNELS * PLACES;
 constexpr int BYTES = WIDTH * sizeof(VALUE);
 // Items that a thread holds at a time: enough to keep memory busy, and few enough for the registers.
-constexpr int RUN = WEIGHTED ? (PLACES > 4 ? 2 : 4) : BYTES > 8 ? 8 : 16;
+constexpr int RUN = WEIGHTED ? (PLACES > 4 ? 2 : 4) : BYTES > 8 || (IS_EXACT && WIDTH > 2) ? 8 : 16;
 constexpr int UNROLLED = 4;
 
 struct Thread {

@@ -14,6 +14,8 @@ struct bfloat16 {
 };
 
 constexpr bool IS_WIDE = sizeof(VALUE) == sizeof(double);
+// Statistics in float64 of float64, or of what a layer in float64 has to know as well.
+constexpr bool IS_EXACT = IS_WIDE || sizeof(STATISTIC) == sizeof(double);
 
 // What results are computed in that are rounded to VALUE next. Sums are always in float64.
 template <typename T>

@@ -43,6 +43,8 @@ void __stwb(T* place, T value) {
     *place = value;
 }
 
+inline double __dmul_rn(double a, double b) { return a * b; }
+
 inline void __syncthreads(int line = __builtin_LINE()) { cuda_on_host::wait(cuda_on_host::block_barrier, line); }
 
 inline void __syncwarp(unsigned = ~0U, int line = __builtin_LINE()) {

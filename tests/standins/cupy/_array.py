@@ -80,6 +80,9 @@ class ndarray:  # noqa: N801 - CuPy's name
     def ravel(self):
         return self._result(self._host.ravel())
 
+    def max(self):
+        return call(np.max, self)
+
     def astype(self, dtype, *, copy=True):
         if not copy and dtype == self.dtype:
             return self
@@ -112,6 +115,7 @@ for _name, _ufunc in {
     "floordiv": np.floor_divide,
     "mod": np.remainder,
     "and": np.bitwise_and,
+    "rshift": np.right_shift,
 }.items():
     setattr(ndarray, f"__{_name}__", _operator(_ufunc))
     setattr(ndarray, f"__r{_name}__", _reflected(_ufunc))
