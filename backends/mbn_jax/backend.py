@@ -17,7 +17,7 @@ from mbn.contract import Backend, Capabilities, Moments, Residuals, dtype_name
 from mbn.state import Params, State
 from mbn_jax import batch, kernels
 from mbn_jax.channels import is_known
-from mbn_jax.pairs import Pair, Square, Statistic, number, squared, widest_dtype
+from mbn_jax.pairs import Pair, Scaled, Square, Statistic, number, squared, widest_dtype
 
 _ALIGNMENT = 16
 """What compiled code asks of its arguments on a GPU, in bytes. On the CPU JAX copies what does not comply."""
@@ -269,7 +269,7 @@ class _Whole(JaxBackend):
         eps: Square,
         weights: jax.Array | None = None,
     ) -> jax.Array:
-        if not isinstance(mean, Pair):
+        if not isinstance(mean, Scaled):
             return super().normalize(x, mean, var, weight, bias, eps, weights)
         return batch.normalize(batch.batch(x, mean, var, eps, kernels.against(weights, x)), weight, bias)
 
@@ -308,7 +308,7 @@ def _pullback(
     weights: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     mean, var, count = residuals
-    dtype, held = x.dtype, mean.hi if isinstance(mean, Pair) else mean
+    dtype, held = x.dtype, mean.unit if isinstance(mean, Scaled) else mean
     dy, x = _as_wide(dy, held), _as_wide(x, held)
     if count is None:
         dx, dweight, dbias = Backend.pullback(_WHOLE, dy, x, weight, residuals, eps, weights)
@@ -364,6 +364,7 @@ def _capabilities(widest: np.dtype) -> Capabilities:
         mutable=False,
         strided=False,
         masks=True,
+        any_size=True,
         autograd=True,
         vmap=True,
         jit=True,

@@ -30,16 +30,16 @@ class Batch(NamedTuple):
 
     x: jax.Array
     weights: jax.Array | None
-    mean: Pair
+    mean: Scaled
     invstd: Scaled
     count: Pair
 
 
-def batch(x: jax.Array, mean: Pair, var: Square, eps: Square, weights: jax.Array | None) -> Batch:
+def batch(x: jax.Array, mean: Scaled, var: Square, eps: Square, weights: jax.Array | None) -> Batch:
     """Return values with their own statistics."""
     mean, var = lax.stop_gradient((mean, var))
     count = kernels.divisor(kernels.count(x, weights))
-    return Batch(x, weights, mean, kernels.invstd(var, eps, mean.hi.dtype), count)
+    return Batch(x, weights, mean, kernels.invstd(var, eps, mean.unit.dtype), count)
 
 
 @jax.custom_jvp
@@ -53,14 +53,14 @@ def normalize(batch: Batch, weight: jax.Array | None, bias: jax.Array | None) ->
 def _normalize_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
     batch, weight, _ = primals
     dbatch, dweight, dbias = tangents
-    arrays = [dbatch.x.astype(batch.mean.hi.dtype), _vector(batch, dweight, 0), _vector(batch, dbias, 0)]
+    arrays = [dbatch.x.astype(batch.mean.unit.dtype), _vector(batch, dweight, 0), _vector(batch, dbias, 0)]
     (dy,) = _pushforward(arrays, (batch, _vector(batch, weight, 1)))
     return normalize(*primals), dy.astype(batch.x.dtype)
 
 
 def pullback(dy: jax.Array, batch: Batch, weight: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the gradients of x, in its dtype, of weight and of bias."""
-    dx, dweight, dbias = _pullback([dy.astype(batch.mean.hi.dtype)], (batch, _vector(batch, weight, 1)))
+    dx, dweight, dbias = _pullback([dy.astype(batch.mean.unit.dtype)], (batch, _vector(batch, weight, 1)))
     return dx.astype(batch.x.dtype), dweight, dbias
 
 
@@ -105,11 +105,11 @@ def _weigh(v: jax.Array, batch: Batch) -> jax.Array:
 
 def _direction(v: jax.Array, batch: Batch) -> jax.Array:
     """Return a direction in the dtype computed in, without what it has where the weight of x is 0."""
-    return kernels.unmasked(v.astype(batch.mean.hi.dtype), batch.weights)
+    return kernels.unmasked(v.astype(batch.mean.unit.dtype), batch.weights)
 
 
 def _vector(batch: Batch, value: jax.Array | None, default: float) -> jax.Array:
-    dtype = batch.mean.hi.dtype
+    dtype = batch.mean.unit.dtype
     return jnp.full(batch.x.shape[1], default, dtype) if value is None else value.astype(dtype)
 
 
@@ -121,8 +121,7 @@ def _push(form: Form, arrays: Arrays, residuals: tuple[Batch, jax.Array], shape:
     rest, *sums = _sums(form, v, batch, batch.weights)
     dweight, dbias = map(wide, parameters)
     unexplained = wide(v) - _line(*(_share(total, batch) for total in sums), rest, batch)
-    first, second = (wide(_placed(factor, batch)) for factor in kernels.factors(batch.invstd, weight))
-    change = unexplained * first * second + _line(dbias, dweight, rest, batch)
+    change = _steepened(unexplained, batch, weight) + _line(dbias, dweight, rest, batch)
     return [kernels.unmasked(change, batch.weights).astype(v.dtype)]
 
 
@@ -148,20 +147,11 @@ def _push_derivative(
 def _pull(form: Form, arrays: Arrays, residuals: tuple[Batch, jax.Array], shape: Shape) -> list[jax.Array]:  # noqa: ARG001
     (dy,), (batch, weight) = arrays, residuals
     rest, dbias, dweight = _sums(form, dy, batch, None)
-    line = once(_share(dbias, batch)), once(_share(dweight, batch)), rest
-    first, second = map(once, kernels.factors(batch.invstd, weight))
-
-    def dx(first: jax.Array | None = None) -> jax.Array:
-        explained = _line(*line, batch)
-        if batch.weights is not None:
-            explained *= wide(batch.weights)
-        change = wide(dy) - explained
-        if first is not None:
-            change *= wide(column(first, dy.ndim))
-        return kernels.unmasked(change.astype(dy.dtype) * column(second, dy.ndim), batch.weights)
-
-    change = form.either(jnp.all(first == 1), dx, partial(dx, first))
-    return [change, dweight.astype(dy.dtype), dbias.astype(dy.dtype)]
+    explained = _line(_share(dbias, batch), _share(dweight, batch), rest, batch)
+    if batch.weights is not None:
+        explained *= wide(batch.weights)
+    dx = _steepened(wide(dy) - explained, batch, weight)
+    return [kernels.unmasked(dx, batch.weights).astype(dy.dtype), dweight.astype(dy.dtype), dbias.astype(dy.dtype)]
 
 
 def _pull_derivative(
@@ -192,7 +182,7 @@ def _sums(form: Form, v: jax.Array, batch: Batch, factor: jax.Array | None) -> l
     """
     view, weights = form.view, form.view(batch.weights)
     unit, invstd = _units(batch)
-    x, center = wide(view(batch.x)), wide(form.place(once(batch.mean.hi), v.ndim))
+    x, center = wide(view(batch.x)), form.place(once(_center(batch)), v.ndim)
     deviation = x - center if unit is None else kernels.difference(x, center, form.place(once(unit), v.ndim))
     deviation = kernels.unmasked(deviation, weights)
     v = kernels.unmasked(wide(view(v)), weights)
@@ -203,13 +193,18 @@ def _sums(form: Form, v: jax.Array, batch: Batch, factor: jax.Array | None) -> l
     return [rest, total, (product - rest * total) * invstd]
 
 
+def _center(batch: Batch) -> jax.Array:
+    """Return the first part of the mean, in float64."""
+    return wide(batch.mean.pair.hi) * wide(batch.mean.unit)
+
+
 def _units(batch: Batch) -> tuple[jax.Array | None, jax.Array]:
     """Return what to multiply deviations by before they meet another number, if anything, and then for xhat.
 
     Products of float64 may leave its range, those of float32 in float64 do not.
     """
     invstd, unit = wide(batch.invstd.pair), wide(batch.invstd.unit)
-    return (unit, invstd) if batch.mean.hi.dtype == np.float64 else (None, invstd * unit)
+    return (unit, invstd) if batch.mean.unit.dtype == np.float64 else (None, invstd * unit)
 
 
 def _share(total: jax.Array, batch: Batch) -> jax.Array:
@@ -220,10 +215,18 @@ def _share(total: jax.Array, batch: Batch) -> jax.Array:
 def _line(constant: jax.Array, slope: jax.Array, rest: jax.Array, batch: Batch) -> jax.Array:
     """Return constant + slope * xhat in float64: where it is nearly all of a v, their difference has digits left."""
     unit, invstd = _units(batch)
-    x, center = wide(batch.x), wide(_placed(batch.mean.hi, batch))
+    x, center = wide(batch.x), _placed(_center(batch), batch)
     deviation = x - center if unit is None else kernels.difference(x, center, _placed(unit, batch))
     slope *= invstd
     return deviation * _placed(slope, batch) + _placed(constant - rest * slope, batch)
+
+
+def _steepened(change: jax.Array, batch: Batch, weight: jax.Array) -> jax.Array:
+    """Return a change of xhat, in float64, times s * weight."""
+    first, second = (wide(factor) for factor in kernels.factors(batch.invstd, weight))
+    if batch.mean.unit.dtype == np.float64:
+        return change * _placed(first, batch) * _placed(second, batch)
+    return change * _placed(first * second, batch)
 
 
 def _placed(vector: jax.Array, batch: Batch) -> jax.Array:

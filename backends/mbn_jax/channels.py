@@ -6,6 +6,7 @@ threads, or on where the channels lie in memory.
 """
 
 from collections.abc import Sequence
+from functools import reduce
 
 import jax
 import jax.numpy as jnp
@@ -37,17 +38,22 @@ def once(vector: jax.Array) -> jax.Array:
     return vector / lax.optimization_barrier(jnp.ones_like(vector))
 
 
-def channel_sums(*terms: jax.Array, run: int = RUN) -> list[jax.Array]:
-    """Return the sums of terms, float64 and (n, C) each, over the first axis: a tree of runs of so many values."""
+def channel_sums(*terms: jax.Array, run: int = RUN, careful: bool = False) -> list[jax.Array]:
+    """Return the sums of terms, float64 and (n, C) each, over the first axis: a tree of runs of so many values.
+
+    A ``careful`` tree carries the rounding errors of its additions along: a term that dwarfs the rest costs no digits.
+    """
     if not is_known(terms[0].shape[0]):
         return careful_sums(terms, (0,))
+    add, parts = (_add_pairs, in_pairs(terms)) if careful else (_add, list(terms))
     rests = []
-    while (n := terms[0].shape[0]) > 2 * RUN:
+    while (n := parts[0].shape[0]) > 2 * RUN:
         whole = n - n % run
         if whole < n:
-            rests.append(sums([term[whole:] for term in terms], 0))
-        terms = sums([term[:whole].reshape(n // run, run, -1) for term in terms], 1)
-    return [sum(parts[1:], parts[0]) for parts in zip(sums(terms, 0), *rests, strict=True)]
+            rests.append(sums([part[whole:] for part in parts], 0, careful=careful))
+        parts = sums([part[:whole].reshape(n // run, run, -1) for part in parts], 1, careful=careful)
+    parts = reduce(add, rests, sums(parts, 0, careful=careful))
+    return of_pairs(parts) if careful else parts
 
 
 def is_known(size: int) -> bool:
@@ -57,24 +63,32 @@ def is_known(size: int) -> bool:
 
 def careful_sums(terms: Sequence[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:
     """Return the sums of float64 arrays of one shape over axes of any size: carried in pairs, for want of a tree."""
+    return of_pairs(sums(in_pairs(terms), *axes, careful=True))
 
-    def add(totals: Sequence[jax.Array], values: Sequence[jax.Array]) -> list[jax.Array]:
-        pairs = [two_sum(*both) for both in zip(totals[:count], values[:count], strict=True)]
-        rests = [
-            pair.lo + (rest + other) for pair, rest, other in zip(pairs, totals[count:], values[count:], strict=True)
-        ]
-        return [*(pair.hi for pair in pairs), *rests]
 
-    count = len(terms)
-    parts = lax.reduce([*terms, *map(jnp.zeros_like, terms)], [np.zeros((), np.float64)] * 2 * count, add, axes)
+def sums(terms: Sequence[jax.Array], *axes: int, careful: bool = False) -> list[jax.Array]:
+    """Return the sums of float64 arrays of one shape over axes, in one pass; ``careful`` ones of what is in pairs."""
+    return lax.reduce(list(terms), [np.zeros((), term.dtype) for term in terms], _add_pairs if careful else _add, axes)
+
+
+def in_pairs(terms: Sequence[jax.Array]) -> list[jax.Array]:
+    """Return terms, and after them as many rests of them, which are 0."""
+    return [*terms, *map(jnp.zeros_like, terms)]
+
+
+def of_pairs(parts: Sequence[jax.Array]) -> list[jax.Array]:
+    """Return the sums that terms and rests of them are."""
+    count = len(parts) // 2
     # Where a sum is no number, the rest is none either.
     return [jnp.where(jnp.isfinite(hi), hi + rest, hi) for hi, rest in zip(parts[:count], parts[count:], strict=True)]
 
 
-def sums(terms: Sequence[jax.Array], axis: int) -> list[jax.Array]:
-    """Return the sums of float64 arrays of one shape over an axis, in one pass."""
+def _add(totals: Sequence[jax.Array], values: Sequence[jax.Array]) -> list[jax.Array]:
+    return [total + value for total, value in zip(totals, values, strict=True)]
 
-    def add(totals: Sequence[jax.Array], values: Sequence[jax.Array]) -> list[jax.Array]:
-        return [total + value for total, value in zip(totals, values, strict=True)]
 
-    return lax.reduce(list(terms), [np.zeros((), term.dtype) for term in terms], add, (axis,))
+def _add_pairs(totals: Sequence[jax.Array], values: Sequence[jax.Array]) -> list[jax.Array]:
+    count = len(totals) // 2
+    pairs = [two_sum(*both) for both in zip(totals[:count], values[:count], strict=True)]
+    rests = [pair.lo + (rest + other) for pair, rest, other in zip(pairs, totals[count:], values[count:], strict=True)]
+    return [*(pair.hi for pair in pairs), *rests]

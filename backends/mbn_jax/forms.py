@@ -62,7 +62,7 @@ def _form(
         if not is_spread():
             return sums(*terms, **options)
         parts = jax.vmap(jax.vmap(lambda *block: sums(*block, **options)))(*terms)
-        return channels.sums([part.reshape(-1, part.shape[-1]) for part in parts], 0)
+        return channels.careful_sums([part.reshape(-1, part.shape[-1]) for part in parts], (0,))
 
     return Form(view_of_blocks, place, sums_of_blocks, either)
 

@@ -7,6 +7,7 @@ Weights come as (N, 1) or (N, 1, L), to broadcast against x. Where they are 0 no
 derivative: not even as NaN * 0.
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -21,14 +22,17 @@ from mbn_jax.forms import GPU, HOST, Form, is_spread
 from mbn_jax.linear import Shape, channel_sum, spread
 from mbn_jax.maps import Map
 from mbn_jax.pairs import (
+    NOTHING,
     Pair,
     Scaled,
     Square,
     Statistic,
     add,
     as_pair,
+    as_scaled,
     as_square,
     divide,
+    in_own_units,
     multiply,
     negative,
     power_of_two,
@@ -51,8 +55,8 @@ SMALL = 2.0**-900
 """Sums of squares that are smaller, or larger than its inverse, may have lost digits to the range of float64."""
 
 MODERATE = 2.0**64
-"""What the largest weight is made no larger than, and no smaller than its inverse: a correction is next to nothing, or
-all, beside a sum of such weights.
+"""The largest weight is made no larger, and no smaller than the inverse: a correction is next to nothing, or all,
+beside a sum of such weights.
 """
 
 LARGE = 1 << 24
@@ -119,7 +123,7 @@ def _moments(x: jax.Array, weights: jax.Array | None) -> list[jax.Array]:
     n_known = x.size // x.shape[1]
     if compute == np.float64 or weights is not None or not is_known(n_known) or n_known > FAR:
         is_far = jnp.any(squares > (1 if compute == np.float64 else FAR) * m2)
-        again = partial(_around, x=x, weights=weights, n=n, form=form)
+        again = partial(_around, x=x, weights=weights, n=n, form=form, careful=compute == np.float64)
         mean, m2, _ = lax.cond(is_far, lambda: again(once(mean.hi)), lambda: (mean, m2, squares))
     if compute == np.float64:
         scaled = partial(_scaled, first, x, weights, n, form)
@@ -144,10 +148,15 @@ def _moments_on_gpu(x: jax.Array, weights: jax.Array | None) -> list[jax.Array]:
 
 
 def _as_moments(mean: Pair, var: jax.Array, unit: jax.Array, dtype: np.dtype) -> list[jax.Array]:
-    """Return a mean, and a variance in units of its own size, as pairs of a dtype."""
-    own = power_of_two(jnp.sqrt(var) * unit, dtype)
+    """Return a mean and a variance as pairs of a dtype, each followed by the unit of its own size that it is in."""
+    mean, scale = in_own_units(Scaled(mean, jnp.ones_like(mean.hi)), dtype)
+    return [*mean, scale, *_square_in_own_units(Pair(var, jnp.zeros_like(var)), unit, dtype)]
+
+
+def _square_in_own_units(square: Pair, unit: jax.Array, dtype: np.dtype) -> list[jax.Array]:
+    own = power_of_two(jnp.maximum(jnp.sqrt(square.hi), NOTHING) * unit, dtype)
     ratio = unit / own
-    return [*as_pair(mean, dtype), *as_pair(var * ratio * ratio, dtype), own.astype(dtype)]
+    return [*as_pair(times(times(square, ratio), ratio), dtype), own.astype(dtype)]
 
 
 def _leaves_range(
@@ -169,7 +178,7 @@ def _scaled(
     """Return the mean, and m2 in units of about the mean deviation, with the unit."""
     mean, size = _located(center, x, weights, n, form)
     unit = power_of_two(size, np.dtype(np.float64))
-    mean, m2, _ = _around(once(mean.hi), x, weights, n, form, once(unit))
+    mean, m2, _ = _around(once(mean.hi), x, weights, n, form, once(unit), careful=True)
     return mean, m2, unit
 
 
@@ -209,10 +218,13 @@ def _around(
     n: int | jax.Array,
     form: Form,
     unit: jax.Array | None = None,
+    *,
+    careful: bool = False,
 ) -> tuple[Pair, jax.Array, jax.Array]:
     """Return the mean, m2 and the sum of squares that m2 is left of, from the deviations from a center.
 
-    Both of the latter are in units of ``unit**2``, a power of two each.
+    Both of the latter are in units of ``unit**2``, a power of two each. What is ``careful`` is right to float64's last
+    digits, if the center is the mean.
     """
     weights, center_of_each = form.view(weights), form.place(center, x.ndim)
     deviation = wide(form.view(x)) - center_of_each
@@ -220,7 +232,7 @@ def _around(
         deviation = difference(wide(form.view(x)), center_of_each, form.place(1 / unit, x.ndim))
     deviation = unmasked(deviation, weights)
     term = deviation if weights is None else deviation * weights
-    total, squares = form.sums(term, term * deviation)
+    total, squares = form.sums(term, term * deviation, careful=careful)
     step = total / n
     mean = two_sum(center, step if unit is None else step * unit)
     return mean, jnp.maximum(squares - total * step, 0), squares
@@ -230,7 +242,7 @@ def _divisor(x: jax.Array, weights: jax.Array | None, form: Form) -> int | jax.A
     """Return the sum of the weights of a channel as a divisor of sums, which are 0 where it is."""
     if weights is None:
         return x.size // x.shape[1]
-    (n,) = form.sums(wide(form.view(weights)))
+    (n,) = form.sums(wide(form.view(weights)), careful=weights.dtype == np.float64)
     return jnp.where(n == 0, 1, n)
 
 
@@ -239,7 +251,7 @@ _MOMENTS = Map("batch_norm_moments", _moments, _moments_on_gpu)
 
 @jax.custom_jvp
 @jax.jit
-def moments(x: jax.Array, weights: jax.Array | None) -> tuple[Pair, Pair, Square]:
+def moments(x: jax.Array, weights: jax.Array | None) -> tuple[Pair, Scaled, Square]:
     """Return the sum of the weights, and mean and m2 of each channel of x, (N, C) or (N, C, L).
 
     m2 comes divided by the sum of the weights.
@@ -247,8 +259,8 @@ def moments(x: jax.Array, weights: jax.Array | None) -> tuple[Pair, Pair, Square
     They come from the differences to the first value, so that they are exact for a constant channel; and from those to
     the mean where a first value is far from it.
     """
-    mean, rest, m2, m2_rest, unit = _MOMENTS(x, weights)
-    return count(x, weights), Pair(mean, rest), Square(Pair(m2, m2_rest), unit)
+    mean, rest, unit, m2, m2_rest, m2_unit = _MOMENTS(x, weights)
+    return count(x, weights), Scaled(Pair(mean, rest), unit), Square(Pair(m2, m2_rest), m2_unit)
 
 
 @moments.defjvp
@@ -266,36 +278,49 @@ def _moments_jvp(
     dmean = channel_sum(dx) / n
     dm2 = 2 * channel_sum(deviation / spread(m2.unit, x.shape) * dx) / n / m2.unit
     zeros = jax.tree.map(jnp.zeros_like, (total_weight, mean, m2))
-    changes = zeros[0], zeros[1]._replace(hi=dmean), zeros[2]._replace(pair=Pair(dm2, zeros[2].pair.lo))
+    dmean = Pair(dmean / mean.unit, zeros[1].pair.lo)
+    changes = zeros[0], zeros[1]._replace(pair=dmean), zeros[2]._replace(pair=Pair(dm2, zeros[2].pair.lo))
     return (total_weight, mean, m2), changes
 
 
 @jax.jit
 def merge(
-    count: Pair, mean: Pair, m2: Square, other_count: Pair, other_mean: Pair, other_m2: Square
-) -> tuple[Pair, Pair, Square]:
-    """Return count, mean and m2 of two batches together.
+    count: Pair, mean: Scaled, m2: Square, other_count: Pair, other_mean: Scaled, other_m2: Square
+) -> tuple[Pair, Scaled, Square]:
+    """Return count, mean and m2 of two batches together, constants to differentiation.
 
     Source: Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances, 1979,
     equations 2.1.
     """
-    dtype = wider(mean.hi.dtype, other_mean.hi.dtype)
-    counts = [as_pair(each, dtype) for each in (count, other_count)]
+    batches = (count, mean, m2), (other_count, other_mean, other_m2)
+    total, rest, *vectors = _MERGE(*lax.stop_gradient(batches))
+    return Pair(total, rest), Scaled(Pair(*vectors[:2]), vectors[2]), Square(Pair(*vectors[3:5]), vectors[5])
+
+
+def _merge(*batches: tuple[Pair, Scaled, Square]) -> list[jax.Array]:
+    dtype = wider(*(mean.unit.dtype for _, mean, _ in batches))
+    compute = np.dtype(np.float64)
+    counts = [as_pair(count, compute) for count, _, _ in batches]
     total = add(*counts)
-    share, other_share = (divide(each, where(total.hi == 0, 1, total)) for each in counts)
-    mean, other_mean = as_pair(mean, dtype), as_pair(other_mean, dtype)
-    difference = add(other_mean, negative(mean))
-    m2, other_m2 = as_square(m2, dtype), as_square(other_m2, dtype)
-    size = power_of_two(jnp.abs(difference.hi), dtype)
-    size = jnp.maximum(jnp.maximum(m2.unit, other_m2.unit), size)
-    apart = times(difference, 1 / size)
+    shares = [divide(count, where(total.hi == 0, 1, total)) for count in counts]
+    means = [as_scaled(mean, compute) for _, mean, _ in batches]
+    unit = jnp.maximum(*(mean.unit for mean in means))
+    mean, other_mean = (times(mean.pair, mean.unit / unit) for mean in means)
+    apart = add(other_mean, negative(mean))
+    mean = in_own_units(Scaled(add(mean, multiply(apart, shares[1])), unit), dtype)
+    squares = [as_square(m2, compute) for _, _, m2 in batches]
+    size = power_of_two(jnp.maximum(jnp.abs(apart.hi), NOTHING) * unit, compute)
+    size = jnp.maximum(jnp.maximum(*(square.unit for square in squares)), size)
     within = [
-        multiply(part, times(times(each.pair, each.unit / size), each.unit / size))
-        for part, each in ((share, m2), (other_share, other_m2))
+        multiply(share, times(times(square.pair, square.unit / size), square.unit / size))
+        for share, square in zip(shares, squares, strict=True)
     ]
-    cross = multiply(multiply(apart, apart), multiply(share, other_share))
-    mean = add(mean, multiply(difference, other_share))
-    return total, mean, Square(add(add(*within), cross), size)
+    apart = times(apart, unit / size)
+    m2 = add(add(*within), multiply(multiply(apart, apart), multiply(*shares)))
+    return [*as_pair(total, dtype), *mean.pair, mean.unit, *_square_in_own_units(m2, size, dtype)]
+
+
+_MERGE = Map("merge", _merge)
 
 
 @partial(jax.jit, static_argnames=("correction",))
@@ -321,12 +346,12 @@ def normalize(
 ) -> jax.Array:
     """Return (x - mean) / sqrt(var + eps) * weight + bias in x's dtype."""
     compute = compute_dtype(x, mean)
-    return affine(x, as_pair(mean, compute), invstd(var, eps, compute), weight, bias, weights).astype(x.dtype)
+    return affine(x, as_scaled(mean, compute), invstd(var, eps, compute), weight, bias, weights).astype(x.dtype)
 
 
 def affine(
     x: jax.Array,
-    mean: Pair,
+    mean: Scaled,
     invstd: Scaled,
     weight: jax.Array | None,
     bias: jax.Array | None,
@@ -337,12 +362,21 @@ def affine(
     Computed as (x - K) * scale + shift with K the mean rounded to the precision computed in: x - K is exact where x is
     near the mean, and the rest of the mean goes into the shift.
     """
-    compute = mean.hi.dtype
     first, second = factors(invstd, weight)
-    shift = -mean.lo * first * second
+    center, rest = _center(mean)
+    # The rest is a last digit of the mean: it may be in range where mean and result are at its two ends. Without one
+    # there is nothing to be infinite, however large mean and weight are.
+    digit = float(jnp.finfo(center.dtype).eps)
+    shift = -(rest / digit) * (jnp.where(rest == 0, 0, mean.unit) * first * (second * digit))
     if bias is not None:
-        shift += bias.astype(compute)
-    return _affine(x, *(once(vector) for vector in (mean.hi, first, second, shift)), weights)
+        shift += bias.astype(center.dtype)
+    return _affine(x, *(once(vector) for vector in (center, first, second, shift)), weights)
+
+
+def _center(mean: Scaled) -> tuple[jax.Array, jax.Array]:
+    """Return the number next to a mean, 0 where XLA takes it for that, and the rest of the mean in its units."""
+    center = mean.pair.hi * mean.unit
+    return center, (mean.pair.hi - center / mean.unit) + mean.pair.lo
 
 
 @jax.custom_jvp
@@ -396,11 +430,12 @@ def lerp(start: jax.Array, end: Statistic, weight: Pair | jax.Array) -> jax.Arra
 
 def _lerp(start: jax.Array, end: Statistic, weight: Pair | jax.Array) -> list[jax.Array]:
     old, step = wide(start), wide(weight)
-    if isinstance(end, Square):
-        unit = wide(end.unit)
-        moved = (1 - step) * old + step * wide(end.pair) * unit * unit
+    if isinstance(end, Scaled | Square):
+        units = [wide(end.unit)] * (1 if isinstance(end, Scaled) else 2)
+        new = math.prod(units, start=step * wide(end.pair))
     else:
-        moved = (1 - step) * old + step * wide(end)
+        new = step * wide(end)
+    moved = (1 - step) * old + new
     return [jnp.where(step == 0, old, moved).astype(start.dtype)]  # whatever the end is, NaN included
 
 
@@ -425,7 +460,7 @@ def grad_sums(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the sums of dy and dy * xhat for each channel."""
     compute = compute_dtype(x, mean)
-    xhat = affine(x, as_pair(mean, compute), invstd(var, eps, compute), None, None, weights)
+    xhat = affine(x, as_scaled(mean, compute), invstd(var, eps, compute), None, None, weights)
     dy = unmasked(dy.astype(compute), weights)
     return channel_sum(dy), channel_sum(dy * xhat)
 
@@ -444,7 +479,7 @@ def grad_input(
 ) -> jax.Array:
     """Return the gradient of x in its dtype."""
     compute = compute_dtype(x, mean)
-    mean, scale = as_pair(mean, compute), invstd(var, eps, compute)
+    mean, scale = as_scaled(mean, compute), invstd(var, eps, compute)
     change = unmasked(dy.astype(compute), weights)
     if sums is not None:
         means = [divide(as_pair(total, compute), divisor(as_pair(count, compute))) for total in sums]
@@ -484,7 +519,7 @@ def compute_dtype(x: jax.Array, mean: Statistic | None = None) -> jnp.dtype:
     compute = wider(x.dtype, jnp.float32)
     if mean is None:
         return compute
-    return wider(compute, (mean.hi if isinstance(mean, Pair) else mean).dtype)
+    return wider(compute, (mean.unit if isinstance(mean, Scaled) else mean).dtype)
 
 
 def divisor(count: Pair) -> Pair:
@@ -587,7 +622,7 @@ _SIZE = Map("size", _size)
 
 
 def _total_weight(form: Form, weights: jax.Array) -> list[jax.Array]:
-    (total,) = form.sums(wide(form.view(weights)))
+    (total,) = form.sums(wide(form.view(weights)), careful=weights.dtype == np.float64)
     return list(as_pair(total[0], weights.dtype))
 
 
@@ -619,7 +654,8 @@ def _filled(x: jax.Array, filler: jax.Array, weights: jax.Array | None) -> jax.A
     return x if weights is None else jnp.where(weights == 0, lax.stop_gradient(filler), x)
 
 
-def _deviation(x: jax.Array, mean: Pair, weights: jax.Array | None) -> jax.Array:
+def _deviation(x: jax.Array, mean: Scaled, weights: jax.Array | None) -> jax.Array:
     """Return x - mean, rounded once, and 0 where the weight of x is."""
-    rounded, rest = (spread(part, x.shape) for part in mean)
+    center, rest = _center(mean)
+    rounded, rest = (spread(part, x.shape) for part in (center, rest * mean.unit))
     return unmasked((_filled(x, rounded, weights) - rounded) - rest, weights)

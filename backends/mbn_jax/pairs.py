@@ -25,7 +25,7 @@ class Pair(NamedTuple):
 
 
 class Scaled(NamedTuple):
-    """A pair in units of a power of two, for what the dtype's range is too short for: ``pair * unit``."""
+    """A pair in units of a power of two, so that the low part stays within the range of the dtype: ``pair * unit``."""
 
     pair: Pair
     unit: jax.Array
@@ -38,7 +38,11 @@ class Square(NamedTuple):
     unit: jax.Array
 
 
-Statistic: TypeAlias = Pair | Square | jax.Array
+NOTHING = 2.0**-500
+"""Less than any number that is left in the unit that it was computed in, and more than the inverse of any factor."""
+
+Statistic: TypeAlias = Scaled | Square | jax.Array
+"""A mean, a variance, or either as a plain vector."""
 
 
 def widest_dtype() -> np.dtype:
@@ -73,11 +77,22 @@ def limits(dtype: np.dtype) -> tuple[float, float]:
     return 1 / largest, largest
 
 
+def as_scaled(value: Statistic, dtype: np.dtype) -> Scaled:
+    """Return a mean in units of ``dtype``; ``value`` is no ``Square``."""
+    if not isinstance(value, Scaled):
+        return Scaled(as_pair(value, dtype), jnp.ones_like(value, dtype))
+    return Scaled(as_pair(value.pair, dtype), value.unit.astype(dtype))
+
+
+def in_own_units(value: Scaled, dtype: np.dtype) -> Scaled:
+    """Return a number of float64 in units of ``dtype`` of about its own size."""
+    own = power_of_two(jnp.maximum(jnp.abs(value.pair.hi), NOTHING) * value.unit, dtype)
+    return Scaled(as_pair(times(value.pair, value.unit / own), dtype), own.astype(dtype))
+
+
 def as_square(value: Statistic, dtype: np.dtype) -> Square:
     """Return a variance as a square of ``dtype``."""
     if not isinstance(value, Square):
-        if isinstance(value, Pair):
-            return Square(as_pair(value, dtype), jnp.ones_like(value.hi, dtype))
         is_subnormal, part = subnormal(value)
         unit = jnp.where(is_subnormal, float(jnp.finfo(value.dtype).tiny) ** 0.5, jnp.ones_like(value))
         return as_square(Square(as_pair(jnp.where(is_subnormal, part, value), value.dtype), unit), dtype)

@@ -9,22 +9,24 @@ import jax
 import numpy as np
 from jax import lax
 
-from mbn_jax.channels import careful_sums, is_known, sums
+from mbn_jax.channels import careful_sums, in_pairs, is_known, of_pairs, sums
 
 RUN = 31
 """Values that are reduced at a time: from 32 on XLA has another way."""
 
 
-def channel_sums(*terms: jax.Array) -> list[jax.Array]:
+def channel_sums(*terms: jax.Array, careful: bool = False) -> list[jax.Array]:
     """Return the sums over all axes but the channels' of terms of one shape, float64 and (N, C) or (N, C, L)."""
+    parts = in_pairs(terms) if careful else list(terms)
     sizes = {axis: size for axis, size in enumerate(terms[0].shape) if axis != 1}
     if not all(map(is_known, sizes.values())):
         return careful_sums(terms, tuple(sizes))
     # Where the first axis has no whole run the other one comes first, to leave less for the next level.
     for axis in sorted(sizes, reverse=sizes[0] < min(RUN, sizes.get(2, 0))):
-        while terms[0].shape[axis] > 1:
-            terms = sums([_in_runs(term, axis) for term in terms], axis + 1)
-    return [term.reshape(-1) for term in terms]
+        while parts[0].shape[axis] > 1:
+            parts = sums([_in_runs(part, axis) for part in parts], axis + 1, careful=careful)
+    parts = [part.reshape(-1) for part in parts]
+    return of_pairs(parts) if careful else parts
 
 
 def _in_runs(x: jax.Array, axis: int) -> jax.Array:
