@@ -130,7 +130,7 @@ class JaxBackend(Backend):
         eps: float | Square,
         weights: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        return kernels.grad_sums(dy, x, mean, var, _squared(eps), kernels.against(weights, x))
+        return batch.grad_sums(dy, x, mean, var, _squared(eps), kernels.against(weights, x))
 
     def grad_input(
         self,

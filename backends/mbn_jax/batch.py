@@ -1,8 +1,8 @@
-"""Normalisation by the statistics of the batch itself, and its derivatives.
+"""Normalisation by the statistics of the batch itself, and its derivatives; and sums of gradients by any statistics.
 
-It must give the gradients that the formulas of batch normalisation give, with sums in float64, so that a large mean of
-x or dy costs nothing. So it is differentiated as a whole, mean and variance being what they are of x, and not part by
-part; and its derivatives in the same way again.
+The former must give the gradients that the formulas of batch normalisation give, with sums in float64, so that a large
+mean of x or dy costs nothing. So it is differentiated as a whole, mean and variance being what they are of x, and not
+part by part; and its derivatives in the same way again.
 
 In the following xhat = (x - mean) * s with s = 1 / sqrt(var + eps), and M(v) = sum(w * v) / n with w the weights and n
 their sum. In the direction v
@@ -22,17 +22,18 @@ from mbn_jax import kernels
 from mbn_jax.channels import column, once
 from mbn_jax.forms import GPU, HOST, Form
 from mbn_jax.linear import Arrays, LinearMap, Shape, are_transposes, channel_sum, spread
-from mbn_jax.pairs import Pair, Scaled, Square, wide
+from mbn_jax.maps import Map
+from mbn_jax.pairs import Pair, Scaled, Square, Statistic, as_scaled, wide
 
 
 class Batch(NamedTuple):
-    """Values and what follows from them: to differentiation, functions of x."""
+    """Values and what follows from them: to differentiation, functions of x; or any statistics, and no count."""
 
     x: jax.Array
     weights: jax.Array | None
     mean: Scaled
     invstd: Scaled
-    count: Pair
+    count: Pair | None
 
 
 def batch(x: jax.Array, mean: Scaled, var: Square, eps: Square, weights: jax.Array | None) -> Batch:
@@ -62,6 +63,39 @@ def pullback(dy: jax.Array, batch: Batch, weight: jax.Array | None) -> tuple[jax
     """Return the gradients of x, in its dtype, of weight and of bias."""
     dx, dweight, dbias = _pullback([dy.astype(batch.mean.unit.dtype)], (batch, _vector(batch, weight, 1)))
     return dx.astype(batch.x.dtype), dweight, dbias
+
+
+@jax.jit
+def grad_sums(
+    dy: jax.Array, x: jax.Array, mean: Statistic, var: Statistic, eps: Square, weights: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Return the sums of dy and dy * xhat for each channel, xhat by any statistics."""
+    compute = kernels.compute_dtype(x, mean)
+    given = Batch(x, weights, as_scaled(mean, compute), kernels.invstd(var, eps, compute), None)
+    return _grad_sums(dy.astype(compute), given)
+
+
+@jax.custom_jvp
+def _grad_sums(dy: jax.Array, given: Batch) -> tuple[jax.Array, jax.Array]:
+    total, product = _GRAD_SUMS(dy, given)
+    return total, product
+
+
+def _sums_in_float64(form: Form, dy: jax.Array, given: Batch) -> list[jax.Array]:
+    return [total.astype(dy.dtype) for total in _sums(form, dy, given, None)[1:]]
+
+
+_GRAD_SUMS = Map("grad_sums", partial(_sums_in_float64, HOST), partial(_sums_in_float64, GPU))
+
+
+@_grad_sums.defjvp
+def _grad_sums_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+    def by_definition(dy: jax.Array, given: Batch) -> tuple[jax.Array, jax.Array]:
+        x, weights, mean, invstd, _ = given
+        dy = kernels.unmasked(dy, weights)
+        return channel_sum(dy), channel_sum(dy * kernels.affine(x, mean, invstd, None, None, weights))
+
+    return _grad_sums(*primals), jax.jvp(by_definition, primals, tangents)[1]
 
 
 @jax.custom_jvp
@@ -188,8 +222,12 @@ def _sums(form: Form, v: jax.Array, batch: Batch, factor: jax.Array | None) -> l
     v = kernels.unmasked(wide(view(v)), weights)
     if factor is not None:
         v *= view(factor)
-    drift, total, product = form.sums(deviation if weights is None else deviation * weights, v, v * deviation)
-    rest = _share(drift, batch)
+    if batch.count is None:
+        total, product = form.sums(v, v * deviation)
+        rest = wide(batch.mean.pair.lo) * wide(batch.mean.unit) * (1 if unit is None else unit)
+    else:
+        drift, total, product = form.sums(deviation if weights is None else deviation * weights, v, v * deviation)
+        rest = _share(drift, batch)
     return [rest, total, (product - rest * total) * invstd]
 
 

@@ -367,7 +367,9 @@ def affine(
     # The rest is a last digit of the mean: it may be in range where mean and result are at its two ends. Without one
     # there is nothing to be infinite, however large mean and weight are.
     digit = float(jnp.finfo(center.dtype).eps)
-    shift = -(rest / digit) * (jnp.where(rest == 0, 0, mean.unit) * first * (second * digit))
+    large = jnp.where(rest == 0, 0, mean.unit) * first
+    early = jnp.where(large > 1, digit, 1)
+    shift = -(rest / digit) * (large * early) * (second * (digit / early))
     if bias is not None:
         shift += bias.astype(center.dtype)
     return _affine(x, *(once(vector) for vector in (center, first, second, shift)), weights)
@@ -455,17 +457,6 @@ def step(weight: Pair | jax.Array, count: Pair, correction: int) -> Pair:
 
 
 @jax.jit
-def grad_sums(
-    dy: jax.Array, x: jax.Array, mean: Statistic, var: Statistic, eps: Square, weights: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """Return the sums of dy and dy * xhat for each channel."""
-    compute = compute_dtype(x, mean)
-    xhat = affine(x, as_scaled(mean, compute), invstd(var, eps, compute), None, None, weights)
-    dy = unmasked(dy.astype(compute), weights)
-    return channel_sum(dy), channel_sum(dy * xhat)
-
-
-@jax.jit
 def grad_input(
     dy: jax.Array,
     x: jax.Array,
@@ -510,7 +501,7 @@ def unmasked(values: jax.Array, weights: jax.Array | None) -> jax.Array:
 
 def difference(x: jax.Array, center: jax.Array, factor: jax.Array) -> jax.Array:
     """Return (x - center) * factor, a power of two, with nothing on the way too large, or so small that it may be 0."""
-    before = jnp.where(jnp.abs(center) < 1, factor, jnp.minimum(factor, 1))
+    before = jnp.where((jnp.abs(center) < 1) & (jnp.abs(x) < 1), factor, jnp.minimum(factor, 1))
     return (x * before - center * before) * (factor / before)
 
 
@@ -568,10 +559,10 @@ def _invstd_jvp(primals: tuple[Square, Square], tangents: tuple[Square, Square])
 
 @jax.custom_jvp
 def factors(invstd: Scaled, weight: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Return invstd * weight as two factors, of which the first is 1 where the second is of an ordinary size.
+    """Return invstd * weight as two factors, of which the first is 1 for ordinary numbers.
 
-    Otherwise it is a power of two about as large as the second: one after the other they take a value to its product
-    with no number on the way that is beyond the range of both.
+    Otherwise it is a power of two such that neither a standard deviation times the first nor the second is near the
+    ends of the range.
     """
     first, second = _FACTORS(invstd, weight)
     return first, second
@@ -579,15 +570,14 @@ def factors(invstd: Scaled, weight: jax.Array | None) -> tuple[jax.Array, jax.Ar
 
 def _factors(invstd: Scaled, weight: jax.Array | None) -> list[jax.Array]:
     dtype = invstd.unit.dtype
-    parts = [wide(invstd.pair), wide(invstd.unit), *([] if weight is None else [wide(weight)])]
-    halves = [power_of_two(jnp.sqrt(jnp.abs(part)), np.dtype(np.float64)) for part in parts]
-    half = halves[0] * halves[1] * (1 if weight is None else halves[2])
-    is_ordinary = (jnp.abs(jnp.log2(half)) < jnp.finfo(dtype).maxexp / 4) | ~jnp.isfinite(half) | (parts[-1] == 0)
-    first = jnp.where(is_ordinary, 1, power_of_two(half, dtype))
-    second = half / first
-    for part, own in zip(parts, halves, strict=True):
-        second *= part / own
-    return [first.astype(dtype), second.astype(dtype)]
+    root, unit = wide(invstd.pair), wide(invstd.unit)
+    factor = jnp.ones_like(root) if weight is None else wide(weight)
+    exponent = jnp.log2(root) + jnp.log2(unit)
+    whole = exponent + jnp.where(factor == 0, 0, jnp.log2(jnp.abs(factor)))
+    near, far = (share * float(jnp.finfo(dtype).maxexp) for share in (0.45, 0.8))  # a weight is no farther than both
+    own = jnp.clip(0, jnp.maximum(exponent - near, whole - far), jnp.minimum(exponent + near, whole + far))
+    first = jnp.where(jnp.isfinite(own), power_of_two(jnp.exp2(own), dtype), 1)
+    return [first.astype(dtype), (root * (unit / first) * factor).astype(dtype)]
 
 
 _FACTORS = Map("factors", _factors)

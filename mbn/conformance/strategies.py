@@ -20,7 +20,7 @@ MOMENTA = [0.0, 0.1, 0.25, 0.9, 1.0]
 EXTREMES = {
     "float16": [1e-6, 6e4],
     "bfloat16": [1e-40, 1e-20, 1e20, 3e38],
-    "float32": [1e-40, 1e-30, 1e-20, 1e19, 1e30, 3e38],
+    "float32": [1e-40, 1e-33, 1e-20, 1e19, 1e30, 3e38],
     "float64": [1e-310, 1e-200, 1e-150, 1e150, 1e200, 1e308],
 }
 """By dtype: sizes of which squares, roots, quotients or sums leave its range."""

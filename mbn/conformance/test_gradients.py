@@ -139,6 +139,24 @@ def test_few_values_and_little_left_of_dy(target: Target, eps: float, *, masked:
     target.assert_gradients(pullback(target.array(dy)), truth(before, x, dy, eps=eps, weights=weights), "float32")
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_sums_that_cancel_in_evaluation(target: Target, *, masked: bool) -> None:
+    x, dy = np.array([[[0.3], [9], [1.7]], [[0.1], [5], [0.1]]], np.float32)
+    arguments: dict[str, Any] = {"mask": np.array([True, False, True])}
+    if masked:
+        target.require("masks")
+    else:
+        x, dy, arguments = x[::2], dy[::2], {}
+    bn = target.layer(1).eval()
+    bn.running_mean = 1.0
+    before = target.snapshot(bn)
+    _, pullback = bn.vjp(target.array(x), **target.arrays(arguments))
+    weights = arguments.get("mask")
+    exact = truth(before, x, dy, training=False, weights=None if weights is None else weights.astype(np.float64))
+    for name, array in zip(("dx", "dweight", "dbias"), pullback(target.array(dy)), strict=True):
+        target.assert_derivative(array, getattr(exact, name), "float32", ulp.GRADIENT_BOUNDS["float32"], name)
+
+
 def test_long_channels(target: Target) -> None:
     x, dy = np.random.default_rng(17).normal([[[1e3]], [[1e2]]], 1, (2, 100_000, 1)).astype(np.float32)
     bn = target.layer(1)

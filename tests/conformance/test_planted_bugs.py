@@ -9,7 +9,7 @@ from typing import Any
 
 import derivative_bugs
 import host_bugs
-import jax_gpu_bugs
+import jax_bugs
 import pytest
 import toy_bugs
 
@@ -47,9 +47,7 @@ def test_planted_bugs_are_named(names: list[str], tmp_path: Path) -> None:
     assert [name for name in names if not is_named(reports[name], toy_bugs.BUGS[name].named_by)] == []
 
 
-@pytest.mark.parametrize(
-    "script", [derivative_bugs, host_bugs, jax_gpu_bugs], ids=["derivatives", "host memory", "JAX's form for GPUs"]
-)
+@pytest.mark.parametrize("script", [derivative_bugs, host_bugs, jax_bugs], ids=["derivatives", "host memory", "JAX"])
 def test_bugs_in_real_backends_are_named(script: ModuleType, tmp_path: Path) -> None:
     reports = conform(script.__file__, list(script.BUGS), tmp_path)
     assert [name for name, bug in script.BUGS.items() if not is_named(reports[name], bug.named_by)] == []

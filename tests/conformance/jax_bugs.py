@@ -1,0 +1,131 @@
+"""Bugs planted in JAX's backend: in its range, and in its form for GPUs, which runs on the CPU for once.
+
+``python jax_bugs.py FOLDER BUG...`` runs for each bug the test of the suite that has to name it.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from planted import Bug, conform
+
+
+def on_gpu(plant: Callable[[], None]) -> Callable[[], None]:
+    """Return what plants a bug once the form is taken. JAX is imported there: a process that has it cannot fork."""
+
+    def take_form_and_plant() -> None:
+        import jax_gpu_form  # noqa: PLC0415
+
+        assert jax_gpu_form.MAPS
+        plant()
+
+    return take_form_and_plant
+
+
+def in_64_bits(plant: Callable[[], None]) -> Callable[[], None]:
+    """Return what plants a bug where there are 64-bit numbers."""
+
+    def enable_and_plant() -> None:
+        os.environ["JAX_ENABLE_X64"] = "1"
+        plant()
+
+    return enable_and_plant
+
+
+def means_in_one_unit() -> None:
+    from mbn_jax import kernels, pairs  # noqa: PLC0415
+
+    def as_they_are(value, dtype):
+        return pairs.Scaled(
+            pairs.as_pair(pairs.times(value.pair, value.unit), dtype), kernels.jnp.ones_like(value.unit, dtype)
+        )
+
+    kernels.in_own_units = as_they_are
+
+
+def variances_in_one_unit() -> None:
+    from mbn_jax import kernels, pairs  # noqa: PLC0415
+
+    def as_they_are(square, unit, dtype):
+        return [*pairs.as_pair(pairs.times(pairs.times(square, unit), unit), dtype), kernels.jnp.ones_like(unit, dtype)]
+
+    kernels._square_in_own_units = as_they_are
+
+
+def one_factor() -> None:
+    from mbn_jax import kernels, maps  # noqa: PLC0415
+
+    def product(invstd, weight):
+        scale = kernels.plain(invstd) * (1 if weight is None else weight)
+        return [kernels.jnp.ones_like(scale), scale]
+
+    kernels._FACTORS = maps.Map("factors", product)
+
+
+def squares_as_found() -> None:
+    from mbn_jax import kernels  # noqa: PLC0415
+
+    kernels._leaves_range = lambda squares, *_: kernels.jnp.any(squares < 0)
+
+
+def weights_as_they_are() -> None:
+    from mbn_jax import kernels  # noqa: PLC0415
+
+    kernels._in_range = lambda weights: weights
+
+
+def narrow_sums_in_evaluation() -> None:
+    from mbn_jax import batch  # noqa: PLC0415
+
+    def narrow(dy, given):
+        x, weights, mean, invstd, _ = given
+        xhat = batch.kernels.affine(x, mean, invstd, None, None, weights)
+        dy = batch.kernels.unmasked(dy, weights)
+        return [dy, *map(batch.channel_sum, (dy, dy * xhat))]
+
+    whole = batch._sums
+    batch._sums = lambda *rest: narrow(*rest[1:3]) if rest[2].count is None else whole(*rest)
+
+
+def last_run_dropped() -> None:
+    from mbn_jax import runs  # noqa: PLC0415
+
+    in_runs = runs._in_runs
+
+    def whole_runs(x, axis):
+        run = min(runs.RUN, x.shape[axis])
+        whole = x.shape[axis] // run * run
+        return in_runs(x.at[(slice(None),) * axis + (slice(whole, None),)].set(0), axis)
+
+    runs._in_runs = whole_runs
+
+
+def deviations_from_nothing() -> None:
+    from mbn_jax import kernels  # noqa: PLC0415
+
+    kernels._first_few = lambda x: kernels.jnp.zeros(x.shape[1], "float64")
+
+
+def channels_mixed_up() -> None:
+    from mbn_jax import forms, kernels  # noqa: PLC0415
+
+    kernels.GPU = forms.GPU._replace(place=lambda vector, ndim: forms.GPU.place(vector[::-1], ndim))
+
+
+BUGS = {
+    "units of means": Bug(means_in_one_unit, "test_any_eps_and_weight[jax-float32-1e-33"),
+    "units of variances": Bug(variances_in_one_unit, "test_any_eps_and_weight[jax-float32-1e-20"),
+    "one factor": Bug(one_factor, "test_any_eps_and_weight[jax-float32-1e-20"),
+    "squares out of range": Bug(in_64_bits(squares_as_found), "test_any_eps_and_weight[jax-float64-1e+200"),
+    "weights out of range": Bug(weights_as_they_are, "test_sample_weights_of_any_size"),
+    "sums in evaluation": Bug(narrow_sums_in_evaluation, "test_sums_that_cancel_in_evaluation"),
+    "dropped": Bug(on_gpu(last_run_dropped), "test_long_channels"),
+    "cancelled": Bug(on_gpu(deviations_from_nothing), "test_float32_with_a_large_mean"),
+    "mixed up": Bug(on_gpu(channels_mixed_up), "test_first_values_masked"),
+}
+
+
+if __name__ == "__main__":
+    folder, *names = sys.argv[1:]
+    conform("jax", {name: BUGS[name] for name in names}, Path(folder))
