@@ -12,7 +12,6 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
-from jax import lax
 
 from mbn_jax import channels, runs
 
@@ -43,15 +42,12 @@ class Form(NamedTuple):
     """From a (C,) vector to what broadcasts against a view of an x of so many axes."""
     sums: Callable[..., list[jax.Array]]
     """From views, float64, to their sums, (C,) each."""
-    either: Callable[[jax.Array, Callable[[], jax.Array], Callable[[], jax.Array]], jax.Array]
-    """From a condition, and what is computed where it holds, and what is right anyway, to one of both."""
 
 
 def _form(
     view: Callable[[Any], Any],
     place: Callable[[jax.Array, int], jax.Array],
     sums: Callable[..., Any],
-    either: Callable[..., jax.Array],
 ) -> Form:
     """Return a form from how it is with one block."""
 
@@ -64,7 +60,7 @@ def _form(
         parts = jax.vmap(jax.vmap(lambda *block: sums(*block, **options)))(*terms)
         return channels.careful_sums([part.reshape(-1, part.shape[-1]) for part in parts], (0,))
 
-    return Form(view_of_blocks, place, sums_of_blocks, either)
+    return Form(view_of_blocks, place, sums_of_blocks)
 
 
 def _blocks(x: jax.Array) -> jax.Array:
@@ -77,5 +73,5 @@ def _blocks(x: jax.Array) -> jax.Array:
     return x.transpose(0, 3, 1, 2, 4)
 
 
-HOST = _form(channels.rows, lambda vector, ndim: vector, channels.channel_sums, lax.cond)  # noqa: ARG005
-GPU = _form(lambda x: x, channels.column, runs.channel_sums, lambda condition, special, general: general())  # noqa: ARG005
+HOST = _form(channels.rows, lambda vector, ndim: vector, channels.channel_sums)  # noqa: ARG005
+GPU = _form(lambda x: x, channels.column, runs.channel_sums)

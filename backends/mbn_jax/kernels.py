@@ -388,7 +388,6 @@ def _affine(*operands: Any) -> jax.Array:
 
 
 def _affinely(
-    form: Form,
     x: jax.Array,
     center: jax.Array,
     first: jax.Array,
@@ -396,19 +395,14 @@ def _affinely(
     shift: jax.Array,
     weights: jax.Array | None,
 ) -> list[jax.Array]:
-    are_ones = jnp.all(first == 1)
-    center, first, second, shift = (column(vector, x.ndim) for vector in (center, first, second, shift))
-
-    def ordinary() -> jax.Array:
-        return unmasked((_filled(x, center, weights) - center) * second + shift, weights)
-
-    def scaled() -> jax.Array:
-        return unmasked(difference(_filled(x, center, weights), center, first) * second + shift, weights)
-
-    return [form.either(are_ones, ordinary, scaled)]
+    before, after = map(once, _before_and_after(center, first))
+    start = once(center * before)
+    place = partial(column, ndim=x.ndim)
+    deviation = (_filled(x, place(center), weights) * place(before) - place(start)) * place(after)
+    return [unmasked(deviation * place(second) + place(shift), weights)]
 
 
-_AFFINE = Map("affine", partial(_affinely, HOST), partial(_affinely, GPU))
+_AFFINE = Map("affine", _affinely)
 
 
 @_affine.defjvp
@@ -501,8 +495,14 @@ def unmasked(values: jax.Array, weights: jax.Array | None) -> jax.Array:
 
 def difference(x: jax.Array, center: jax.Array, factor: jax.Array) -> jax.Array:
     """Return (x - center) * factor, a power of two, with nothing on the way too large, or so small that it may be 0."""
-    before = jnp.where((jnp.abs(center) < 1) & (jnp.abs(x) < 1), factor, jnp.minimum(factor, 1))
-    return (x * before - center * before) * (factor / before)
+    before, after = _before_and_after(center, factor)
+    return (x * before - center * before) * after
+
+
+def _before_and_after(center: jax.Array, factor: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return what to multiply by before and after a center is taken off, to have multiplied by a factor in all."""
+    is_small = jnp.abs(center) < 1
+    return jnp.where(is_small, factor, jnp.minimum(factor, 1)), jnp.where(is_small, 1, jnp.maximum(factor, 1))
 
 
 def compute_dtype(x: jax.Array, mean: Statistic | None = None) -> jnp.dtype:
@@ -575,7 +575,9 @@ def _factors(invstd: Scaled, weight: jax.Array | None) -> list[jax.Array]:
     exponent = jnp.log2(root) + jnp.log2(unit)
     whole = exponent + jnp.where(factor == 0, 0, jnp.log2(jnp.abs(factor)))
     near, far = (share * float(jnp.finfo(dtype).maxexp) for share in (0.45, 0.8))  # a weight is no farther than both
-    own = jnp.clip(0, jnp.maximum(exponent - near, whole - far), jnp.minimum(exponent + near, whole + far))
+    # A value that the first takes beyond the range, the whole does as well.
+    least = jnp.minimum(jnp.maximum(exponent - near, whole - far), jnp.maximum(whole, 0))
+    own = jnp.clip(0, least, jnp.minimum(exponent + near, whole + far))
     first = jnp.where(jnp.isfinite(own), power_of_two(jnp.exp2(own), dtype), 1)
     return [first.astype(dtype), (root * (unit / first) * factor).astype(dtype)]
 

@@ -23,6 +23,8 @@ from mbn_jax.backend import _batch_norm
 def exact(value):
     if isinstance(value, pairs.Square):
         return exact(value.pair) * np.asarray(value.unit, np.float64) ** 2
+    if isinstance(value, pairs.Scaled):
+        return exact(value.pair) * np.asarray(value.unit, np.float64)
     return np.asarray(value.hi, np.float64) + np.asarray(value.lo, np.float64)
 
 
