@@ -53,9 +53,11 @@ def test_backend_conforms(backend: str, environment: dict[str, str], tmp_path: P
         *("dtypes", "masks", "out", "gradients", "transforms", "agreement"),
     ]
     asked = {name for name in areas if f"test_{name}" in environment.get("PYTEST_ADDOPTS", f"test_{name}")}
+    passed = {name for name, area in areas.items() if area["passed"] > 0}
     if not any(capabilities[name] for name in ("autograd", "vmap", "jit", "compile")):
         asked.remove("transforms")
-    assert {name for name, area in areas.items() if area["passed"] > 0} == asked
+        assert "transforms" not in passed
+    assert passed >= asked
     assert all(f"{backend} declares" in skip["reason"] for skip in written["skipped"])
     assert junit.read_text().startswith("<?xml")
 
