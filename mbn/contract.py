@@ -81,11 +81,12 @@ def layer_dtype(dtype: str) -> str:
 
 def widened(x: Array, params: Params, state: State) -> bool:
     """Tell whether a layer is float64 and x is not: its statistics are to be as exact as those of float64 are."""
-    for vector in (state.running_mean, *params):
-        if vector is not None:
-            is_other: bool = vector.dtype != x.dtype
-            return is_other and dtype_name(vector.dtype) == "float64" != dtype_name(x.dtype)
-    return False
+    vector = state.running_mean
+    if vector is None:
+        vector = params.bias if params.weight is None else params.weight
+    if vector is None or vector.dtype == x.dtype:
+        return False
+    return dtype_name(vector.dtype) == "float64" != dtype_name(x.dtype)
 
 
 class Capabilities(NamedTuple):

@@ -3,6 +3,7 @@
 import gc
 from functools import partial
 
+from hypothesis import HealthCheck, settings
 from jax.interpreters import mlir
 
 import mbn
@@ -10,5 +11,12 @@ from mbn_jax.maps import Map
 
 mbn.get_backend("jax")  # makes the maps
 MAPS = [value for value in gc.get_objects() if isinstance(value, Map) and value.on_gpu is not None]
+settings.register_profile(
+    "form",
+    deadline=None,
+    derandomize=True,
+    max_examples=12,  # each of them compiles
+    suppress_health_check=[HealthCheck.too_slow],
+)
 for _map in MAPS:
     mlir.register_lowering(_map.primitive, partial(_map._lower, _map.on_gpu), "cpu")

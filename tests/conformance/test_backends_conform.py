@@ -20,7 +20,11 @@ def _before(folder: Path) -> str:
 
 SUMS = "test_accuracy or test_gradients or test_masks or test_population"
 """The files of the suite in which JAX's form for GPUs, another one of its sums, can go wrong."""
-GPU_FORM = {"PYTEST_PLUGINS": "jax_gpu_form", "PYTHONPATH": _before(HERE), "PYTEST_ADDOPTS": f"-k '{SUMS}'"}
+GPU_FORM = {
+    "PYTEST_PLUGINS": "jax_gpu_form",
+    "PYTHONPATH": _before(HERE),
+    "PYTEST_ADDOPTS": f"-k '{SUMS}' --hypothesis-profile form",
+}
 
 
 @pytest.mark.parametrize(
