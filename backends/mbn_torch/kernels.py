@@ -211,7 +211,7 @@ def _largest(x: torch.Tensor, shift: torch.Tensor, weights: torch.Tensor | None)
         d = _wide(block).sub_(shift[:, None])
         _clear(d, mask)
         largest = torch.maximum(largest, d.abs_().amax((0, 2)))
-    return largest
+    return largest.clamp(max=torch.finfo(WIDE).max)  # a difference may be beyond it
 
 
 def _shifted_sums(

@@ -326,7 +326,7 @@ def finish_rough_moments(
     near = scaled(tl.sum(total, 0) / _divisor(count), -unit)
     near = tl.where(unit > 0, scaled(tl.sum(far, 0) / _divisor(count), _LARGE - unit), near)
     tl.store(center + channel, scaled(start, -unit) + near, mask=is_channel)
-    spread = scaled(spread, -unit)
+    spread = scaled(limited(spread, tl.float64), -unit)  # the bound has room for a difference beyond float64
     tl.store(center + channels + channel, power(exponent_of(count * spread) + 4), mask=is_channel)
     tl.store(center + 2 * channels + channel, power(exponent_of(count * spread * spread) + 5), mask=is_channel)
     tl.store(exponents + channel, unit, mask=is_channel)
