@@ -133,7 +133,7 @@ def test_later_format_needs_a_later_mbn(path: Path) -> None:
         ("num_features", None, "type int"),
         ("num_features", 0, "at least 1, not 0"),
         ("num_features", 3, r"weight is F32 of shape \(2,\), and should be F32 of shape \(3,\)"),
-        ("num_features", 10**30, "weight"),
+        ("num_features", 10**30, "num_features is the number of channels C of the input, at most"),
         ("dtype", None, "dtype is None, and should be of type str"),
         ("dtype", "float16", "dtype is 'float16', and should be float32 or float64"),
         ("dtype", "float64", r"weight is F32 of shape \(2,\), and should be F64"),
