@@ -540,7 +540,9 @@ def _inverse_root(var: Square, eps: Square) -> list[jax.Array]:
     unit = jnp.where(unit == 0, 1, unit)
     square = sum(value * (own / unit) * (own / unit) for value, own in terms)
     root = 1 / jnp.sqrt(jnp.where(square == 0, 1, square))
-    return [*as_pair(jnp.where(square == 0, 0, root), var.unit.dtype), (1 / unit).astype(var.unit.dtype)]
+    # A variance that came without a unit of its own gets one here.
+    own = jnp.where((root > 2.0**-8) & (root < 2.0**8), 1, power_of_two(root, np.dtype(np.float64)))
+    return [*as_pair(jnp.where(square == 0, 0, root) / own, var.unit.dtype), (own / unit).astype(var.unit.dtype)]
 
 
 _INVSTD = Map("invstd", _inverse_root)
