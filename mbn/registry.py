@@ -69,7 +69,7 @@ PYTHON_DATA = (list, tuple, int, float, complex)
 """What has no framework and no dtype."""
 _context: ContextVar[Backend | None] = ContextVar("mbn.use_backend", default=None)
 _open_contexts: list[Backend] = []
-"""What :func:`use_backend` has chosen wherever it is in force, which torch.compile can see, unlike a ContextVar."""
+"""The backends that :func:`use_backend` has chosen in any thread: torch.compile can read a list, but no ContextVar."""
 _NOT_LOADED = (
     "backend {0!r} is loaded with its first use, which torch.compile cannot follow: call mbn.get_backend({0!r}) once "
     "before."

@@ -27,7 +27,7 @@ from mbn_jax.pairs import Pair, Scaled, Square, Statistic, as_scaled, wide
 
 
 class Batch(NamedTuple):
-    """Values and what follows from them: to differentiation, functions of x; or any statistics, and no count."""
+    """Values and their statistics: to differentiation, functions of x; with no count, statistics of other values."""
 
     x: jax.Array
     weights: jax.Array | None

@@ -7,7 +7,6 @@ Weights come as (N, 1) or (N, 1, L), to broadcast against x. Where they are 0 no
 derivative: not even as NaN * 0.
 """
 
-import math
 from functools import partial
 from typing import Any
 
@@ -426,11 +425,11 @@ def lerp(start: jax.Array, end: Statistic, weight: Pair | jax.Array) -> jax.Arra
 
 def _lerp(start: jax.Array, end: Statistic, weight: Pair | jax.Array) -> list[jax.Array]:
     old, step = wide(start), wide(weight)
+    new = step * wide(end.pair if isinstance(end, Scaled | Square) else end)
     if isinstance(end, Scaled | Square):
-        units = [wide(end.unit)] * (1 if isinstance(end, Scaled) else 2)
-        new = math.prod(units, start=step * wide(end.pair))
-    else:
-        new = step * wide(end)
+        new *= wide(end.unit)
+    if isinstance(end, Square):
+        new *= wide(end.unit)
     moved = (1 - step) * old + new
     return [jnp.where(step == 0, old, moved).astype(start.dtype)]  # whatever the end is, NaN included
 
@@ -576,8 +575,9 @@ def _factors(invstd: Scaled, weight: jax.Array | None) -> list[jax.Array]:
     factor = jnp.ones_like(root) if weight is None else wide(weight)
     exponent = jnp.log2(root) + jnp.log2(unit)
     whole = exponent + jnp.where(factor == 0, 0, jnp.log2(jnp.abs(factor)))
-    near, far = (share * float(jnp.finfo(dtype).maxexp) for share in (0.45, 0.8))  # a weight is no farther than both
-    # A value that the first takes beyond the range, the whole does as well.
+    # There is always a first for both: no exponent of a weight is larger than the sum of these two.
+    near, far = (share * float(jnp.finfo(dtype).maxexp) for share in (0.45, 0.8))
+    # The first is no larger than the whole, so that it takes no value beyond the range that the whole would not.
     least = jnp.minimum(jnp.maximum(exponent - near, whole - far), jnp.maximum(whole, 0))
     own = jnp.clip(0, least, jnp.minimum(exponent + near, whole + far))
     first = jnp.where(jnp.isfinite(own), power_of_two(jnp.exp2(own), dtype), 1)

@@ -39,7 +39,10 @@ class Square(NamedTuple):
 
 
 NOTHING = 2.0**-500
-"""Less than any number that is left in the unit that it was computed in, and more than the inverse of any factor."""
+"""The size, in the unit that a number was computed in, below which the number is 0.
+
+The quotient of that unit and one of the number's own size then stays within float64, and so does its square.
+"""
 
 Statistic: TypeAlias = Scaled | Square | jax.Array
 """A mean, a variance, or either as a plain vector."""

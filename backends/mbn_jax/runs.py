@@ -17,10 +17,10 @@ RUN = 31
 
 def channel_sums(*terms: jax.Array, careful: bool = False) -> list[jax.Array]:
     """Return the sums over all axes but the channels' of terms of one shape, float64 and (N, C) or (N, C, L)."""
-    parts = in_pairs(terms) if careful else list(terms)
     sizes = {axis: size for axis, size in enumerate(terms[0].shape) if axis != 1}
     if not all(map(is_known, sizes.values())):
         return careful_sums(terms, tuple(sizes))
+    parts = in_pairs(terms) if careful else list(terms)
     # Where the first axis has no whole run the other one comes first, to leave less for the next level.
     for axis in sorted(sizes, reverse=sizes[0] < min(RUN, sizes.get(2, 0))):
         while parts[0].shape[axis] > 1:

@@ -1,4 +1,4 @@
-"""A little of the fuzz, on the backends on the CPU that take values of any size; ``fuzz.py`` itself runs more of it."""
+"""A little of the fuzz, where a case takes milliseconds. ``fuzz.py`` runs more of it, and on JAX, which compiles."""
 
 import subprocess
 import sys

@@ -46,7 +46,7 @@ SLOW = {
         *("long_channels", "190000x3", "9000x3", "9000x5", "40x3x200", "40x5x200", "145x18", "40x600"),
     ],
 }
-"""What is left out, in accuracy and elsewhere: it takes seconds to interpret, and is like others that are not.
+"""The tests that are left out, in accuracy and elsewhere: each takes seconds to interpret, and is like one that stays.
 
 Of masks, whose weights are made before a kernel sees them, there are a few; halves are computed as float32 is.
 """
