@@ -8,14 +8,13 @@ import math
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
-from mbn import files
-from mbn.isolation import NotRun
+from mbn import files, placement
 from mbn.registry import get_backend, known_backends
 
 _ROOM = 2**20
@@ -47,19 +46,15 @@ def backends(specs: list[str] | None) -> list[str]:
     return specs or list(known)
 
 
-def check_runnable(specs: list[str], refusal: Callable[[str], NotRun | None]) -> None:
-    """Refuse backends of which none can run here, before there is any work for them.
-
-    Args:
-        specs: the backends, each ``NAME`` or ``NAME:DEVICE``.
-        refusal: tells why one cannot run, or None. They are asked until one can.
+def check_runnable(specs: list[str]) -> None:
+    """Refuse backends, each ``NAME`` or ``NAME:DEVICE``, of which none can run here, before there is work for them.
 
     Raises:
         UsageError: none can.
     """
     reasons: dict[str, list[str]] = {}
     for spec in specs:
-        refused = refusal(spec)
+        refused = placement.refusal(spec)
         if refused is None:
             return
         reasons.setdefault(refused.why, []).append(spec)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import mbn
-from mbn import files, registry
+from mbn import files, placement, registry
 from mbn.cli import main
 from mbn.compare import command, process, worker
 from mbn.conformance import runner
@@ -50,7 +50,7 @@ def plug_ins(monkeypatch):
         monkeypatch.setitem(registry._registered, backend.name, registry.Known(backend, "a test"))
     monkeypatch.setitem(registry._registered, "nowhere", registry.Known("mbn_nowhere:Backend", "a test"))
     monkeypatch.setattr(process, "run", worker.outcomes)
-    monkeypatch.setattr(process, "refusal", worker.refusal)
+    monkeypatch.setattr(placement, "refusal", placement.refusal_in_this_process)
 
 
 def compare(tmp_path, *arguments):

@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
     if options.device:
         backends = _on_device(options.device, backends)
     else:
-        usage.check_runnable(backends, measurement.refusal)
+        usage.check_runnable(backends)
     result = _measure(workload, measurement.subjects(backends, options.device), modes)
     outputs = {}
     if options.json:

@@ -9,7 +9,8 @@ from contextlib import ExitStack
 from typing import NamedTuple
 
 import mbn_peers
-from mbn.bench.messages import Placement, Preparation, Prepared, Turn
+from mbn import placement
+from mbn.bench.messages import Preparation, Prepared, Turn
 from mbn.bench.workloads import Workload
 from mbn.isolation import NotRun, Process
 
@@ -83,17 +84,7 @@ def subjects(backends: Sequence[str], device: str | None = None) -> list[str]:
 
 def placed(specs: Sequence[str]) -> list[str]:
     """Return those of the backends, each ``NAME:DEVICE``, that have the device."""
-    return [spec for spec in specs if refusal(spec) is None]
-
-
-def refusal(spec: str) -> NotRun | None:
-    """Return why a backend, ``NAME`` or ``NAME:DEVICE``, cannot run here; None if it can.
-
-    It is asked in a process of its own, which alone has to start its framework.
-    """
-    with Process("mbn.bench.worker") as process:
-        refused: NotRun | None = process.ask(Placement(spec))
-        return refused
+    return [spec for spec in specs if placement.refusal(spec) is None]
 
 
 def measure(

@@ -6,12 +6,6 @@ from typing import NamedTuple
 from mbn.bench.workloads import Workload
 
 
-class Placement(NamedTuple):
-    """A question: whether a backend can have arrays on a device. The answer is None where it can, or NotRun."""
-
-    spec: str
-
-
 class Preparation(NamedTuple):
     """A question: to make ready for a workload, in these modes. The answer is Prepared or NotRun."""
 

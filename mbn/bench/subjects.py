@@ -18,7 +18,6 @@ from mbn.bench.calls import Call, arrays
 from mbn.bench.clocks import Clock, HostClock
 from mbn.bench.workloads import FORWARD, PULLBACK, Workload
 from mbn.contract import Array, Backend, layer_dtype
-from mbn.isolation import NotRun
 
 
 class Subject(ABC):
@@ -145,16 +144,6 @@ def subject(spec: str, workload: Workload) -> Subject:
         backend, workload, device or None
     )
     return layer
-
-
-def place(spec: str) -> NotRun | None:
-    """Return why a backend, ``NAME`` or ``NAME:DEVICE``, can't have arrays there; None where it can."""
-    name, _, device = spec.partition(":")
-    try:
-        mbn.get_backend(name).asarray(np.zeros((1, 1), np.float32), device=device or None)
-    except (mbn.BackendUnavailableError, ValueError) as error:
-        return NotRun(str(error), broken=False)
-    return None
 
 
 def _imported(target: str) -> Any:

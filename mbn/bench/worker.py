@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 import mbn_peers
 from mbn.bench.calls import Call
 from mbn.bench.clocks import elapsed
-from mbn.bench.messages import Placement, Preparation, Prepared, Turn
-from mbn.bench.subjects import Subject, place, subject
+from mbn.bench.messages import Preparation, Prepared, Turn
+from mbn.bench.subjects import Subject, subject
 from mbn.isolation import NotRun, broken, serve
 from mbn.registry import BackendUnavailableError
 
@@ -28,12 +28,12 @@ class Worker:
         self._captured: Mapping[str, Sequence[Call]] = {}
         """By mode, where it is calls that the device repeats by itself that are timed."""
 
-    def answer(self, question: Placement | Preparation | Turn) -> Prepared | float | NotRun | None:
-        """Answer a question: whether a backend has a device; or that for preparation and, after it, for turns."""
+    def answer(self, question: Preparation | Turn) -> Prepared | float | NotRun:
+        """Answer a question: that for preparation and, after it, for turns."""
         try:
             if isinstance(question, Turn):
                 return self._seconds(question.mode)
-            return place(question.spec) if isinstance(question, Placement) else self._prepared(question)
+            return self._prepared(question)
         except Exception as error:  # noqa: BLE001 - whatever a framework raises, the user is told
             return broken(error)
 

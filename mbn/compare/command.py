@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> int:
     usage.check_files({"--json": options.json, "--plot": options.plot}, given=options.input)
     usage.check_plot(options.plot)
     chosen = _examples(options)
-    usage.check_runnable(backends, process.refusal)
+    usage.check_runnable(backends)
     comparisons = _compare(chosen, backends)
     result = verdict(comparisons)
     outputs = {}

@@ -4,13 +4,6 @@ from mbn.compare.messages import Job, Outcome
 from mbn.isolation import NotRun, Process
 
 
-def refusal(spec: str) -> NotRun | None:
-    """Return why a backend, ``NAME`` or ``NAME:DEVICE``, cannot run here; None if it can."""
-    with Process("mbn.compare.worker") as process:
-        refused: NotRun | None = process.ask(spec)
-        return refused
-
-
 def run(spec: str, jobs: list[Job]) -> list[Outcome]:
     """Return what a backend, ``NAME`` or ``NAME:DEVICE``, makes of each job."""
     with Process("mbn.compare.worker") as process:

@@ -5,12 +5,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
-from mbn import BackendUnavailableError, BatchNorm1d, get_backend
+from mbn import BatchNorm1d, get_backend
 from mbn.compare.messages import Job, Measured, Outcome
 from mbn.contract import Backend
 from mbn.isolation import NotRun, broken, serve
+from mbn.placement import refusal_in_this_process
 
 _SECONDS = 0.02
 """How long each thing is timed."""
@@ -20,23 +19,11 @@ _CALLS = range(5, 1000)
 
 def outcomes(spec: str, jobs: list[Job]) -> list[Outcome]:
     """Return what a backend, ``NAME`` or ``NAME:DEVICE``, makes of each job; nothing it raises gets out."""
-    refused = refusal(spec)
+    refused = refusal_in_this_process(spec)
     if refused is not None:
         return [refused] * len(jobs)
     name, _, device = spec.partition(":")
     return [_outcome(get_backend(name), device or None, job) for job in jobs]
-
-
-def refusal(spec: str) -> NotRun | None:
-    """Return why a backend cannot have an array here; None if it can."""
-    name, _, device = spec.partition(":")
-    try:
-        get_backend(name).asarray(np.zeros(1, np.float32), device=device or None)
-    except (BackendUnavailableError, ValueError) as error:
-        return NotRun(str(error), broken=False)
-    except Exception as error:  # noqa: BLE001 - whatever a framework raises, the user is told
-        return broken(error)
-    return None
 
 
 def _outcome(backend: Backend, device: str | None, job: Job) -> Outcome:
@@ -44,7 +31,7 @@ def _outcome(backend: Backend, device: str | None, job: Job) -> Outcome:
         if job.example.dtype not in backend.capabilities.dtypes:
             return NotRun(f"{backend.name} has no {job.example.dtype} here", broken=False)
         return _measure(backend, device, job)
-    except Exception as error:  # noqa: BLE001 - as above
+    except Exception as error:  # noqa: BLE001 - whatever a framework raises, the user is told
         return broken(error)
 
 
@@ -95,4 +82,4 @@ def _median(call: Callable[[], None]) -> float:
 
 
 if __name__ == "__main__":
-    serve(lambda question: refusal(question) if isinstance(question, str) else outcomes(*question))
+    serve(lambda question: outcomes(*question))

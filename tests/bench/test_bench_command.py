@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import mbn_peers
-from mbn import registry, usage
+from mbn import placement, registry, usage
 from mbn.bench import clocks, measurement, worker
 from mbn.cli import main
 from mbn_numpy.backend import NumpyBackend
@@ -34,6 +34,7 @@ class Here:
 def quick(monkeypatch):
     """Workers in this process, and as few calls as can be."""
     monkeypatch.setattr(measurement, "Process", Here)
+    monkeypatch.setattr(placement, "refusal", placement.refusal_in_this_process)
     monkeypatch.setattr(measurement, "ROUNDS", 2)
     monkeypatch.setattr(clocks, "TURN", 0)
     monkeypatch.setattr(worker, "_SETTLE", 0)
@@ -177,6 +178,7 @@ def test_a_mode_that_has_to_be_asked_for(tmp_path):
 @pytest.mark.parametrize("backends", [(), ("--backends", "numpy")])
 def test_no_such_device_is_one_line(capsys, monkeypatch, backends):
     monkeypatch.setattr(measurement, "Process", Here)
+    monkeypatch.setattr(placement, "refusal", placement.refusal_in_this_process)
     monkeypatch.setattr(usage, "known_backends", lambda: {"numpy": None})
     assert "no backend here has a device 'cuda'" in refused(capsys, "--shape", "4,3", "--device", "cuda", *backends)
 
