@@ -223,6 +223,22 @@ def test_values_of_any_size(target: Target, dtype: str, size: float, *, training
             assert error <= ulp.GRADIENT_BOUNDS[own_dtype], f"{name} is {error:.3g} off"
 
 
+@pytest.mark.parametrize(("dtype", "size"), [(d, s) for d, sizes in strategies.EXTREMES.items() for s in sizes])
+def test_gradients_of_the_size_of_the_values(target: Target, dtype: str, size: float) -> None:
+    target.require_dtype(dtype)
+    target.require("any_size")
+    target.require_numbers_of(size, dtype)
+    x = strategies.of_any_size((6, 3, 4), dtype, size)
+    # Times 1 / std, which no dtype may hold, these are ordinary.
+    sizes = np.array([[max(size, 1e-290)], [1.0], [max(size, 1e-290)]])
+    dy = (DY / 16 * sizes).astype(dtype)
+    bn = target.layer(3, eps=0.0, dtype=layer_dtype(dtype))
+    exact = truth(target.snapshot(bn), x, dy, eps=0.0)
+    _, pullback = bn.vjp(target.array(x))
+    dx, *_ = pullback(target.array(dy))
+    target.assert_derivative(dx, exact.dx, dtype, ulp.GRADIENT_BOUNDS[dtype], "dx")
+
+
 @pytest.mark.parametrize("size", [1e-300, 1e-160, 1e160, 1e300])
 def test_gradients_of_any_size(target: Target, size: float) -> None:
     target.require("any_size")
