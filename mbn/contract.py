@@ -84,9 +84,7 @@ def widened(x: Array, params: Params, state: State) -> bool:
     vector = state.running_mean
     if vector is None:
         vector = params.bias if params.weight is None else params.weight
-    if vector is None or vector.dtype == x.dtype:
-        return False
-    return dtype_name(vector.dtype) == "float64" != dtype_name(x.dtype)
+    return vector is not None and dtype_name(vector.dtype) == "float64" != dtype_name(x.dtype)
 
 
 class Capabilities(NamedTuple):

@@ -107,10 +107,6 @@ class Form(NamedTuple):
         array = self.arranged(array)[chunk.samples]
         return array[:, chunk.places] if self.last else array[:, :, chunk.places]
 
-    def flat(self, array: np.ndarray) -> np.ndarray:
-        """Return an array in the shape of x, whose memory is in one piece, as one axis."""
-        return readable(self.arranged(array).reshape(-1))
-
     def weights(self, weights: np.ndarray | None, chunk: Chunk) -> np.ndarray:
         """Return the weights of a chunk as one axis."""
         if weights is None:
@@ -283,6 +279,11 @@ class _Memory:
 
     def __init__(self, interface: dict[str, Any]) -> None:
         self.__array_interface__ = interface
+
+
+def flat(array: np.ndarray) -> np.ndarray:
+    """Return an array whose memory is in one piece as one axis."""
+    return readable(array.ravel("K"))
 
 
 def readable(array: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 from mbn.contract import Residuals
 from mbn.state import Params, State
 from mbn_cpu import loops
-from mbn_cpu.compiled import Form, readable
+from mbn_cpu.compiled import Form, flat, readable
 from mbn_cpu.vectors import Pair, counted, step
 
 _SIZE = 1 << 19
@@ -51,14 +51,15 @@ def train(
     is_tracked = running_mean is not None
     running = np.array((running_mean, running_var)) if is_tracked else np.empty((0, 0), np.float32)
     share = float(step(momentum, num_batches_tracked, n, correction)) if is_tracked else 0.0
-    arrays = form.flat(x), form.flat(y)
+    arrays = flat(x), flat(y)
     sizes = form.last, c, length, form.lanes
-    new, (hi, lo, var), is_beyond = loops.train(*arrays, *sizes, *_vectors(params), running, share, eps, correction)
+    new, stats, is_beyond = loops.train(*arrays, *sizes, *_vectors(params), running, share, eps, correction)
     if is_beyond:
         return None
     if is_tracked:
-        running_mean, running_var = new if running_mean.dtype.isnative else new.astype(running_mean.dtype)
-    return y, State(running_mean, running_var, num_batches_tracked), Residuals(Pair(hi, lo), var, n)
+        new = new if running_mean.dtype.isnative else new.astype(running_mean.dtype)
+        running_mean, running_var = new[0], new[1]  # one by one, since to unpack an array takes longer
+    return y, State(running_mean, running_var, num_batches_tracked), Residuals(Pair(stats[0], stats[1]), stats[2], n)
 
 
 def evaluate(
@@ -68,7 +69,7 @@ def evaluate(
     form, y = Form.of(x), np.empty_like(x) if out is None else out
     _, c, length = form.shape
     statistics = readable(state.running_mean), readable(state.running_var)
-    arrays = form.flat(x), form.flat(y)
+    arrays = flat(x), flat(y)
     is_beyond = loops.evaluate(*arrays, form.last, c, length, *_vectors(params), *statistics, eps)
     return None if is_beyond else y
 
@@ -81,13 +82,12 @@ def pullback(
     hi, lo = mean if isinstance(mean, Pair) else (mean, _NO_REST)
     form, dx = Form.of(x), np.empty_like(x)
     _, c, length = form.shape
-    arrays = form.flat(dy), form.flat(x), form.flat(dx)
+    arrays = flat(dy), flat(x), flat(dx)
     sizes = form.last, c, length, form.lanes
     vectors = _vector(weight), readable(hi), readable(lo), readable(var)
     sums = np.empty((2, c), np.float64 if weight is None else np.float32)
     loops.pull_back(*arrays, *sizes, *vectors, count or 0, eps, sums)
-    sum_dy, sum_dy_xhat = sums
-    return dx, sum_dy_xhat, sum_dy
+    return dx, sums[1], sums[0]
 
 
 def _vectors(params: Params) -> tuple[np.ndarray, np.ndarray]:

@@ -256,7 +256,8 @@ def evaluate(x, y, last, c, length, weight, bias, running_mean, running_var, eps
 @compiled
 def _is_beyond(center, factor, scale, shift):
     """Tell whether float32 cannot hold what a channel is normalised by; a factor of 0 it can, and NaN is to be seen."""
-    return (abs(scale) < _LEAST and factor != 0) or (abs(scale) == np.inf) or abs(center) >= _FAR or abs(shift) >= _FAR
+    lost = ((abs(scale) < _LEAST) & (factor != 0)) | (abs(scale) == np.inf)
+    return lost | (abs(center) >= _FAR) | (abs(shift) >= _FAR)  # no branch, so that channels go together
 
 
 @compiled

@@ -8,7 +8,7 @@ import numpy as np
 
 from mbn.contract import Residuals
 from mbn.state import Params, State
-from mbn_cpu.vectors import WIDE, Pair, counted, is_wide, step
+from mbn_cpu.vectors import WIDE, Pair, counted, invstd, is_wide, lerp, step
 
 _SIZE = 1 << 14
 """Values up to which this is the faster way."""
@@ -42,24 +42,19 @@ def train(
     rest = total / n
     m2 -= total * rest
     var = m2 / n
-    scale, shift = _invstd(var, eps), params.bias
+    scale, shift = invstd(var, eps), params.bias
     if params.weight is not None:
         scale *= params.weight
     shift = -rest * scale if shift is None else shift - rest * scale
-    y = np.empty_like(x) if out is None else out
     d *= _column(scale, x)
-    np.add(d, _column(shift, x), out=y, casting="unsafe")
+    d += _column(shift, x)
+    y = _rounded(d, x, out)
     if num_batches_tracked is not None:
         num_batches_tracked = counted(num_batches_tracked)
     if running_mean is not None:
         share = step(momentum, num_batches_tracked, n, correction)
-        new = np.array((running_mean, running_var), WIDE)
-        if share != 0:  # else they are kept, whatever the batch holds
-            new *= 1 - share
-            mean, unbiased = new
-            mean += (first + rest) * share
-            unbiased += m2 * (share / (n - correction))
-        running_mean, running_var = new.astype(running_mean.dtype)
+        running_mean = lerp(running_mean, first + rest, share)
+        running_var = lerp(running_var, m2 / (n - correction), share)
     return y, State(running_mean, running_var, num_batches_tracked), Residuals(Pair(first, rest), var, n)
 
 
@@ -69,20 +64,19 @@ def evaluate(
 ) -> np.ndarray | None:
     """Return the output of evaluation on x, (N, C) or (N, C, L); None for vectors that need all of float64's range."""
     weight, bias = params
-    scale = _invstd(state.running_var, eps)
+    scale = invstd(state.running_var, eps)
     if weight is not None:
         scale *= weight
     if is_wide(state.running_var) and not all(
         vector is None or abs(vector).max() < _ROOM for vector in (scale, state.running_mean, bias)
     ):
         return None
-    y = np.empty_like(x) if out is None else out
     d = x.astype(WIDE)
     d -= _column(state.running_mean, x)
-    if bias is None:
-        return np.multiply(d, _column(scale, x), out=y, casting="unsafe")
     d *= _column(scale, x)
-    return np.add(d, _column(bias, x), out=y, casting="unsafe")
+    if bias is not None:
+        d += _column(bias, x)
+    return _rounded(d, x, out)
 
 
 @np.errstate(all="ignore")
@@ -92,32 +86,30 @@ def pullback(
     """Return the gradients of x, weight and bias."""
     mean, var, count = residuals
     hi, rest = mean if isinstance(mean, Pair) else (mean, 0)
-    axes, invstd = _axes(x), _invstd(var, eps)
+    axes, factor = _axes(x), invstd(var, eps)
     d, gradient = x.astype(WIDE, order="C"), dy.astype(WIDE, order="C")
     d -= _column(hi, x)
     sum_dy = np.add.reduce(gradient, axes)
     sum_dy_xhat = np.add.reduce(d * gradient, axes)
     sum_dy_xhat -= rest * sum_dy
-    sum_dy_xhat *= invstd
+    sum_dy_xhat *= factor
     if count is not None:
-        slope = invstd * sum_dy_xhat / count
+        slope = factor * sum_dy_xhat / count
         d *= _column(slope, x)
         gradient -= d
         gradient -= _column(sum_dy / count - rest * slope, x)
-    scale = invstd if weight is None else invstd * weight
-    dx = np.empty_like(x)
-    np.multiply(gradient, _column(scale, x), out=dx, casting="unsafe")
+    scale = factor if weight is None else factor * weight
+    gradient *= _column(scale, x)
+    dx = _rounded(gradient, x)
     if weight is not None:  # beyond its range they are infinite
         sum_dy_xhat, sum_dy = sum_dy_xhat.astype(weight.dtype), sum_dy.astype(weight.dtype)
     return dx, sum_dy_xhat, sum_dy
 
 
-def _invstd(var: np.ndarray, eps: float) -> np.ndarray:
-    """Return 1 / sqrt(var + eps), and 0 where that has no value."""
-    spread = np.add(var, eps, dtype=WIDE)
-    result = 1 / np.sqrt(spread)
-    if eps == 0:
-        result[spread == 0] = 0
+def _rounded(values: np.ndarray, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """Return values in the dtype and memory order of x, or in ``out``: a cast of its own takes the least time."""
+    result = np.empty_like(x) if out is None else out
+    result[...] = values
     return result
 
 

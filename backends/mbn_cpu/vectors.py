@@ -9,7 +9,7 @@ import numpy as np
 
 from mbn.contract import Moments
 
-_LIMIT = np.int64(np.iinfo(np.int64).max)
+_LIMIT = np.iinfo(np.int64).max
 WIDE = np.float64
 
 
@@ -144,7 +144,6 @@ def variance(moments: Moments, correction: int) -> Variance:
     return m2 / (count - correction) if count > correction else np.zeros_like(m2)
 
 
-@np.errstate(all="ignore")
 def lerp(start: np.ndarray, end: Mean | Variance, weight: float | np.ndarray) -> np.ndarray:
     """Return (1 - weight) * start + weight * end, computed in float64 and rounded once to the dtype of start."""
     if weight == 0:
@@ -160,7 +159,7 @@ def lerp(start: np.ndarray, end: Mean | Variance, weight: float | np.ndarray) ->
 
 def counted(num_batches_tracked: np.ndarray) -> np.ndarray:
     """Return the count of batches after one more, as ``mbn.contract.counted`` does for any framework's, but faster."""
-    return num_batches_tracked if num_batches_tracked == _LIMIT else num_batches_tracked + 1
+    return num_batches_tracked if int(num_batches_tracked) == _LIMIT else num_batches_tracked + 1
 
 
 def step(momentum: float | None, num_batches_tracked: np.ndarray | None, count: float, correction: int) -> float:
@@ -211,9 +210,10 @@ def invstd(var: Variance, eps: float) -> np.ndarray:
     """Return 1 / sqrt(var + eps) in float64, and 0 where that has no value."""
     if isinstance(var, Scaled):
         var = np.ldexp(*var)
-    spread = var.astype(WIDE) + eps
+    spread = np.add(var, eps, dtype=WIDE)
     result = 1 / np.sqrt(spread)
-    result[spread == 0] = 0
+    if eps == 0:
+        result[spread == 0] = 0
     return result
 
 
