@@ -153,7 +153,7 @@ class _Call(NamedTuple):
 
     def moments(self) -> cupy.ndarray:
         """Have the kernel go through the values that finds their moments, and return those of each block."""
-        fields = 6 if self.variant.value == "float64" else 5 if self.variant.statistic == "float64" else 3
+        fields = 6 if self.variant.value == "float64" else 5 if self.variant.statistic == "float64" else 4
         return self.sums("moments", fields)
 
     def write(self, name: str, *arguments: Any) -> None:

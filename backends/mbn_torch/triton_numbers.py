@@ -78,13 +78,16 @@ def exponent_before(number, exponent, center, unit, DTYPE: tl.constexpr):
     """Return the exponent of the power of two by which values, and a center in units, are multiplied at first.
 
     It is 0 unless the difference of the two, or its product with the scale, ``number * 2**exponent``, might leave the
-    range of the dtype.
+    range of the dtype. Of float64 it is that of the scale, so that no product of a difference with a gradient leaves
+    the range either.
     """
     WIDE: tl.constexpr = tl.float64 == DTYPE
-    MOST: tl.constexpr = FAR if WIDE else _NARROW_FAR
     TOP: tl.constexpr = 1024 if WIDE else 128
     LEAST: tl.constexpr = -1022 if WIDE else -149
     size = exponent + exponent_of(number)
     far = exponent_of(center) + unit
-    is_near = (unit == 0) & (far < MOST) & (size <= MOST) & (size >= -MOST)
-    return tl.where(is_near, 0, tl.minimum(tl.maximum(tl.minimum(size, TOP - 8 - far), LEAST), TOP - 1))
+    before = tl.minimum(tl.maximum(tl.minimum(size, TOP - 8 - far), LEAST), TOP - 1)
+    if not WIDE:
+        is_near = (unit == 0) & (far < _NARROW_FAR) & (size <= _NARROW_FAR) & (size >= -_NARROW_FAR)
+        before = tl.where(is_near, 0, before)
+    return before

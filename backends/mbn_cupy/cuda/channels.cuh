@@ -36,7 +36,7 @@ struct Known {
         double own = var ? var[channel] : static_cast<double>(running_var[channel]);
         int unit = unit_of(channel);
         if (unit != 0) {  // one in which neither is beyond float64
-            const int common = eps > 0 && exponent_of(eps) / 2 > unit ? exponent_of(eps) / 2 : unit;
+            const int common = eps > 0 && (own == 0 || exponent_of(eps) / 2 > unit) ? exponent_of(eps) / 2 : unit;
             own = scalbn(own, 2 * (unit - common));
             eps = scalbn(scalbn(eps, -common), -common);
             unit = common;
@@ -47,11 +47,12 @@ struct Known {
 };
 
 // Return the exponent of the power of two by which values, and a center in units, are multiplied before one is taken
-// off the other: 0, unless the difference or its product with the scale might leave the range of T.
+// off the other: 0, unless the difference or its product with the scale might leave the range of T. Of float64 it is
+// that of the scale, so that no product of a difference with a gradient leaves the range either.
 template <typename T>
 __device__ __forceinline__ int exponent_before(const Scale& scale, double center, int unit) {
     const int size = scale.size(), far = exponent_of(center) + unit;
-    if (unit == 0 && far < Range<T>::FAR && size <= Range<T>::FAR && size >= -Range<T>::FAR) return 0;
+    if (!IS_WIDE && unit == 0 && far < Range<T>::FAR && size <= Range<T>::FAR && size >= -Range<T>::FAR) return 0;
     const int room = center == 0 ? Range<T>::TOP : Range<T>::TOP - 8 - far;
     return clamped(size < room ? size : room, Range<T>::BOTTOM, Range<T>::TOP - 1);
 }

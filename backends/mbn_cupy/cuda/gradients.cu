@@ -102,34 +102,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     sum_dy_xhat[channel] = (all.product - scalbn(left, unit + before) * all.dy) * invstd.over<double>(before);
 }
 
-// What gradients are computed in has a range to spare.
-constexpr bool IS_ROOMY = sizeof(Gradient) > sizeof(float) && !IS_WIDE;
-
 // dx = after * scale * (dy - w * average - w * ((x * before - center) * slope + left)), where before and after are
-// powers of two, nearly always 1.
+// powers of two, for all of these to be in the range of float64.
 struct Back {
-    Gradient after, scale, average, before, center, slope, left;
+    double after, scale, average, before, center, slope, left;
 
     // Without sums, mean and variance are constants; n is what they are divided by.
     __device__ static Back of(const Known& known, Index channel, const STATISTIC* weight, double eps,
                               const double* sum_dy, const double* sum_dy_xhat, double n) {
         const Scale invstd = known.invstd_of(channel, eps);
         const Scale scale = weight ? invstd.times(weight[channel]) : invstd;
-        const int size = scale.size(), most = IS_ROOMY ? FARTHEST : Range<Gradient>::FAR;
-        const int after = clamped(size - clamped(size, -most, most), Range<Gradient>::BOTTOM, Range<Gradient>::TOP - 1);
+        const int size = scale.size(), most = IS_WIDE ? Range<double>::FAR : FARTHEST;
+        const int after = clamped(size - clamped(size, -most, most), Range<double>::BOTTOM, Range<double>::TOP - 1);
         Back back = {};
-        back.after = static_cast<Gradient>(power(after));
-        back.scale = scale.over<Gradient>(after);
+        back.after = power(after);
+        back.scale = scale.over<double>(after);
         if (!sum_dy) return back;
-        const double hi = known.mean_of(channel), lo = known.rest_of(channel);
-        const Gradient center = static_cast<Gradient>(hi + lo);
-        const int unit = known.unit_of(channel), before = exponent_before<Gradient>(invstd, center, unit);
-        const double slope = sum_dy_xhat[channel] / n * invstd.over<double>(before);
-        back.average = static_cast<Gradient>(sum_dy[channel] / n);
-        back.before = static_cast<Gradient>(power(before));
-        back.center = static_cast<Gradient>(scalbn(static_cast<double>(center), unit + before));
-        back.slope = static_cast<Gradient>(slope);
-        back.left = static_cast<Gradient>(scalbn((center - hi) - lo, unit + before) * slope);
+        const double hi = known.mean_of(channel), lo = known.rest_of(channel), center = hi + lo;
+        const int unit = known.unit_of(channel), before = exponent_before<double>(invstd, center, unit);
+        back.average = sum_dy[channel] / n;
+        back.before = power(before);
+        back.center = scalbn(center, unit + before);
+        back.slope = sum_dy_xhat[channel] / n * invstd.over<double>(before);
+        back.left = scalbn((center - hi) - lo, unit + before) * back.slope;
         return back;
     }
 };
@@ -159,15 +154,15 @@ __device__ __forceinline__ void grad_items(const Back (&backs)[CHANNELS], bool i
 #pragma unroll
             for (int place = 0; place < PLACES; ++place) {
                 const Back& back = backs[channel];
-                Gradient gradient = dys[i].at(channel, place);
+                double gradient = dys[i].at(channel, place);
                 if (!is_constant) {
-                    const Gradient w = own[i].at(place);
+                    const double w = own[i].at(place);
                     // A large mean of dy goes first: what is left keeps its digits.
                     gradient -= w * back.average;
                     gradient -= w * ((xs[i].at(channel, place) * back.before - back.center) * back.slope + back.left);
                 }
                 gradient *= back.scale;
-                if constexpr (!IS_ROOMY) gradient *= back.after;
+                if constexpr (IS_WIDE) gradient *= back.after;  // of others, float64 has the range
                 narrow(own[i].counts(place) ? gradient : 0, result.values[channel * PLACES + place]);
             }
         }

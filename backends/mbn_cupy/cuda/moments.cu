@@ -61,7 +61,8 @@ struct Share {
 // Count, mean and sum of squared deviations of some values.
 struct Moments : Unit<IS_WIDE> {
     double count;
-    Statistic mean, m2;
+    Sum<true> mean;  // of whatever dtype: in gradients all digits of x - mean count
+    Statistic m2;
 
     // Source: Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances, 1979,
     // equations 2.1.
@@ -87,7 +88,7 @@ struct Moments : Unit<IS_WIDE> {
     __device__ __forceinline__ void merge(const Moments& other) { merge(other, Share(other.count, count)); }
 
     __device__ __forceinline__ void add(const Moments& other, const Share& share) {
-        Statistic difference = other.mean;
+        Sum<true> difference = other.mean;
         difference.add(-mean.hi, -mean.lo);
         const double far = difference.total(), change = __dmul_rn(far, share.hi);  // rounded: the rest of it comes next
         m2.add(other.m2.hi, other.m2.lo);
@@ -138,18 +139,29 @@ struct Run {
                 total += once;
                 squares += once * deviation;
             }
-            result.mean.hi = center + total / count;
+            result.mean.hi = center;
+            result.mean.add(total / count);
             result.m2.hi = squares - total * (total / count);
         } else {
             if constexpr (IS_WIDE) result.set(to_unit(channel));
-            Statistic total = {}, squares = {};
+            Sum<true> total = {}, squares = {}, origin = {};
+            if constexpr (WEIGHTED) {  // as far as the count is rounded, the mean is off by that part of what is added up
+#pragma unroll
+                for (int i = N * PLACES - 1; i >= 0; --i) {
+                    if (counts(i)) origin.hi = at(channel, i);
+                }
+            }
 #pragma unroll
             for (int i = 0; i < N * PLACES; ++i) {
                 if (!counts(i)) continue;
-                const double value = at(channel, i), once = __dmul_rn(weight(i), value);
-                total.add(once, WEIGHTED ? fma(weight(i), value, -once) : 0);
+                Sum<true> value = {at(channel, i), 0};
+                value.add(-origin.hi);
+                const double once = __dmul_rn(weight(i), value.hi);
+                total.add(once, WEIGHTED ? fma(weight(i), value.hi, -once) + weight(i) * value.lo : 0);
             }
-            const double center = total.hi / count, rest = (fma(-center, count, total.hi) + total.lo) / count;
+            const double average = total.hi / count;
+            origin.add(average, (fma(-average, count, total.hi) + total.lo) / count);
+            const double center = origin.hi, rest = origin.lo;
 #pragma unroll
             for (int i = 0; i < N * PLACES; ++i) {
                 if (!counts(i)) continue;
@@ -198,7 +210,10 @@ __device__ __forceinline__ void absorb(Moments (&mine)[CHANNELS], Walk& walk, Va
     if (count == 0) return;
     const Share share(count, mine[0].count);
 #pragma unroll
-    for (int i = 0; i < CHANNELS; ++i) mine[i].merge(run.moments(i, count), share);
+    for (int i = 0; i < CHANNELS; ++i) {
+        mine[i].merge(run.moments(i, count), share);
+        mine[i].count = mine[0].count;  // which it is: so the registers of one hold them all
+    }
 }
 
 // Write the moments of each block's values: `results` is blocks x channels.

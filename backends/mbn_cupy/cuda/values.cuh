@@ -17,24 +17,17 @@ constexpr bool IS_WIDE = sizeof(VALUE) == sizeof(double);
 // Statistics in float64 of float64, or of what a layer in float64 has to know as well.
 constexpr bool IS_EXACT = IS_WIDE || sizeof(STATISTIC) == sizeof(double);
 
-// What results are computed in that are rounded to VALUE next. Sums are always in float64.
+// What y is computed in, which is rounded to VALUE next. Sums are always in float64, and so is dx, which may be all but
+// nothing: where dy is proportional to y, for one.
 template <typename T>
 struct Precision {
     using Output = float;
-    using Gradient = float;
-};
-template <>
-struct Precision<float32> {
-    using Output = float;
-    using Gradient = double;  // dx may be all but nothing: where dy is proportional to y, for one
 };
 template <>
 struct Precision<float64> {
     using Output = double;
-    using Gradient = double;
 };
 using Output = typename Precision<VALUE>::Output;
-using Gradient = typename Precision<VALUE>::Gradient;
 
 // Powers of two. Numbers have them beside them where they might leave the range of their dtype.
 
