@@ -388,3 +388,9 @@ def test_memory_that_compiled_code_could_not_read_on_a_gpu_is_refused(monkeypatc
     monkeypatch.setattr(type(jnp.zeros(4)), "unsafe_buffer_pointer", lambda view: 4 + 0 * view.ndim)
     with pytest.raises(BufferError, match="multiple of 16 bytes"):
         backend.from_dlpack(torch.zeros(4))
+
+
+def test_a_standard_deviation_below_the_least_normal_number_makes_no_nan():
+    x = jnp.asarray(3e-37 * (1 + 1e-4 * np.random.default_rng(3).standard_normal((17, 2))), jnp.float32)
+    y = mbn.BatchNorm1d(2, eps=0.0, backend="jax")(x)
+    assert jnp.isfinite(y).all()

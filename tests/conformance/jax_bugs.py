@@ -63,6 +63,18 @@ def one_factor() -> None:
     kernels._FACTORS = maps.Map("factors", product)
 
 
+def factors_for_a_weight_of_1() -> None:
+    from mbn_jax import kernels, maps  # noqa: PLC0415
+
+    own, where = kernels._factors, kernels.jnp.where
+
+    def without_0(invstd, weight):
+        first, second = own(invstd, where(weight == 0, 1, weight))
+        return [first, where(weight == 0, 0, second)]
+
+    kernels._FACTORS = maps.Map("factors", without_0)
+
+
 def squares_as_found() -> None:
     from mbn_jax import kernels  # noqa: PLC0415
 
@@ -117,6 +129,7 @@ BUGS = {
     "units of means": Bug(means_in_one_unit, "test_any_eps_and_weight[jax-float32-1e-33"),
     "units of variances": Bug(variances_in_one_unit, "test_any_eps_and_weight[jax-float32-1e-20"),
     "one factor": Bug(one_factor, "test_any_eps_and_weight[jax-float32-1e-20"),
+    "infinity times 0": Bug(in_64_bits(factors_for_a_weight_of_1), "test_weight_of_0_on_small_values[jax-float64"),
     "squares out of range": Bug(in_64_bits(squares_as_found), "test_any_eps_and_weight[jax-float64-1e+200"),
     "weights out of range": Bug(weights_as_they_are, "test_sample_weights_of_any_size"),
     "sums in evaluation": Bug(narrow_sums_in_evaluation, "test_sums_that_cancel_in_evaluation"),
