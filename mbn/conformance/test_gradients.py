@@ -15,6 +15,8 @@ from mbn.contract import layer_dtype, transposed
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 X, DY = np.random.default_rng(16).normal(1, 2, (2, 6, 3, 4))
+CANCELLATION = 3e-14
+"""What docs/accuracy.md allows of the terms of a gradient that cancel."""
 KINDS = strategies.maskings((6, 4))
 MASKING = KINDS["mask and weights"]
 
@@ -122,9 +124,11 @@ def test_float32_with_large_means(target: Target, offset: float, slope: float, *
 
 @pytest.mark.parametrize("eps", [1e-3, 1e-5, 1e-7])
 @pytest.mark.parametrize("masked", [False, True])
-def test_few_values_and_little_left_of_dy(target: Target, eps: float, *, masked: bool) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_few_values_and_little_left_of_dy(target: Target, dtype: str, eps: float, *, masked: bool) -> None:
+    target.require_dtype(dtype)
     # A constant and xhat explain all of two values but for what eps leaves.
-    x, dy = X.astype(np.float32), DY.astype(np.float32)
+    x, dy = X.astype(dtype), DY.astype(dtype)
     arguments: dict[str, Any] = {}
     weights = None
     if masked:
@@ -136,7 +140,18 @@ def test_few_values_and_little_left_of_dy(target: Target, eps: float, *, masked:
     bn = configured(target.layer(3, eps=eps), seed=13)
     before = target.snapshot(bn)
     _, pullback = bn.vjp(target.array(x), **arguments)
-    target.assert_gradients(pullback(target.array(dy)), truth(before, x, dy, eps=eps, weights=weights), "float32")
+    target.assert_gradients(pullback(target.array(dy)), truth(before, x, dy, eps=eps, weights=weights), dtype)
+
+
+def test_nothing_left_of_dy_beside_a_large_mean(target: Target) -> None:
+    x, dy = (1e5 + X).astype(np.float32), np.full(X.shape, 0.1, np.float32)
+    bn = target.layer(3)
+    exact = truth(target.snapshot(bn), x, dy)
+    _, pullback = bn.vjp(target.array(x))
+    dx, dweight, _ = map(target.numpy, pullback(target.array(dy)))
+    for name, array, size in (("dx", dx, exact.sizes[0].max()), ("dweight", dweight, exact.sizes[1].max())):
+        error = np.abs(array).max() / size  # each is 0
+        assert error <= CANCELLATION, f"{name} is {error:.3g} of its terms off"
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -239,13 +254,38 @@ def test_gradients_of_the_size_of_the_values(target: Target, dtype: str, size: f
     target.assert_derivative(dx, exact.dx, dtype, ulp.GRADIENT_BOUNDS[dtype], "dx")
 
 
+@pytest.mark.parametrize(("dtype", "size"), [(d, s) for d, sizes in strategies.EXTREMES.items() for s in sizes])
+def test_gradients_of_constant_channels_of_any_size(target: Target, dtype: str, size: float) -> None:
+    target.require_dtype(dtype)
+    target.require("any_size")
+    target.require_numbers_of(size, dtype)
+    x = np.broadcast_to(np.array([[size], [1.0], [-size]]), DY.shape).astype(dtype)
+    dy = DY.astype(dtype)
+    bn = target.layer(3, dtype=layer_dtype(dtype))
+    exact = truth(target.snapshot(bn), x, dy)
+    _, pullback = bn.vjp(target.array(x))
+    target.assert_gradients(pullback(target.array(dy)), exact, dtype)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 1e-30), ("float64", 1e-250)])
+def test_weight_of_0_on_small_values(target: Target, dtype: str, size: float) -> None:
+    target.require_dtype(dtype)
+    target.require("any_size")
+    x, dy = (X * size).astype(dtype), (DY / size).astype(dtype)
+    bn = target.layer(3, eps=0.0, dtype=dtype)
+    bn.weight = 0.0
+    exact = truth(target.snapshot(bn), x, dy, eps=0.0)
+    _, pullback = bn.vjp(target.array(x))
+    target.assert_gradients(pullback(target.array(dy)), exact, dtype)
+
+
 @pytest.mark.parametrize("size", [1e-300, 1e-160, 1e160, 1e300])
 def test_gradients_of_any_size(target: Target, size: float) -> None:
     target.require("any_size")
     target.require_dtype("float64")
     bn = target.layer(3, dtype="float64")
     before = target.snapshot(bn)
-    for x in (X, X * 1e-140, X * 1e140):
+    for x in (X, X * 1e-110, X * 1e110, X * 1e-140, X * 1e140):
         dy = DY * size
         _, pullback = bn.vjp(target.array(x))
         dx, dweight, dbias = pullback(target.array(dy))

@@ -371,3 +371,12 @@ def test_long_channels_with_a_large_mean(target: Target, dtype: str) -> None:
     before = target.snapshot(bn)
     y = bn(target.array(x), sample_weight=target.array(weights.astype(np.float32)))
     assert_step(target, bn, before, y, x, weights)
+
+
+def test_weights_beside_a_large_mean(target: Target) -> None:
+    target.require_dtype("float64")
+    x, weights = 1e6 + 1e-6 * X.astype(np.float64), np.random.default_rng(18).uniform(1, 2, (6, 4))
+    bn = target.layer(3, dtype="float64")
+    before = target.snapshot(bn)
+    y = bn(target.array(x), sample_weight=target.array(weights))
+    assert_step(target, bn, before, y, x, weights)

@@ -2,7 +2,8 @@
 
 Each case is made of one number, its seed, and is hard in the ways that numbers are: values of any size that the dtype
 has, channels of different sizes, terms that cancel, dominating values, constants; any eps, parameters, statistics and
-weights. Shapes, which compiled backends compile for, come from a short list. float64 on JAX takes ``JAX_ENABLE_X64=1``.
+weights. Shapes, which compiled backends compile for, come from a short list. float64 on JAX takes ``JAX_ENABLE_X64=1``,
+and ``--few-shapes`` spares it most of the compilations.
 """
 
 import argparse
@@ -20,8 +21,14 @@ SHAPES = [(2, 1), (2, 3), (3, 2), (5, 4), (17, 3), (64, 2), (300, 1), (2, 2, 2),
 LARGE_SHAPES = [(9000, 2), (70, 3, 90)]
 """Of more values than the paths for small arrays take."""
 LARGE_SHARE = 0.005
-CANCELLATION = 1e-14
+FEW_SHAPES = [(2, 3), (17, 3), (3, 4, 5)]
+"""Of each kind one, where every new shape is compiled for."""
+CANCELLATION = 3e-14
 """The error allowed in a gradient whose terms cancel, relative to the size of its terms."""
+LAST_DIGITS = {"float64": 2.0**64, "float32": 2.0**24, "bfloat16": 2.0**8, "float16": 1.0}
+"""By dtype: how much larger a number is than its last digits are; of float64, with room for those of a mean."""
+FIT_SLACK = 2
+"""What ``fit`` in float64 may be off beyond the bound, in ulp, where single values dwarf all the rest."""
 FEW = 8
 """The least numbers of its dtype that a gradient near 0 may be off: its factors are rounded there one by one."""
 
@@ -43,12 +50,12 @@ class Case(NamedTuple):
         return f"x {self.x.dtype}{self.x.shape}, layer {self.layer}, {mode}{masks}"
 
 
-def drawn(seed: int, dtypes: list[str]) -> Case:
-    """Return the case of a seed."""
+def drawn(seed: int, dtypes: list[str], shapes: list[tuple[int, ...]] | None = None) -> Case:
+    """Return the case of a seed, of a shape that is given or of any."""
     generator = np.random.default_rng(seed)
     dtype = str(generator.choice(dtypes))
     wide = "float64" if "float64" in dtypes and generator.random() < 0.2 else layer_dtype(dtype)
-    shape = _one_of(generator, LARGE_SHAPES if generator.random() < LARGE_SHARE else SHAPES)
+    shape = _one_of(generator, shapes or (LARGE_SHAPES if generator.random() < LARGE_SHARE else SHAPES))
     c, places = shape[1], (shape[0], *shape[2:])
     x = _values(generator, shape, dtype)
     if dtype in {"float32", "float64"} and generator.random() < 0.05:
@@ -161,14 +168,15 @@ def violations(backend: mbn.contract.Backend, case: Case) -> list[str]:
         bounds = ulp.OUTPUT_BOUNDS if name == "y" else ulp.STATISTICS_BOUNDS
         dtype = host.dtype.name
         keep = _representable(truth.hi, truth.magnitude, dtype)
-        keep &= (not flushes) | (host != 0) | ~_is_subnormal(truth.hi, dtype)
+        if flushes:  # the result, or one of its terms
+            keep &= ~(np.abs(host - truth.hi) < 2 * _least_normal(dtype))
         error = ulp.error(host[keep], ulp.Exact(*(part[keep] for part in truth)), dtype)
-        if error > bounds[dtype]:
+        if error > bounds[dtype] + FIT_SLACK * (name.startswith("fitted") and dtype == "float64"):
             found.append(f"{name} is {error:.3g} ulp off")
     statistics = None if case.training else (case.entries["running_mean"], case.entries["running_var"])
     truth = derivatives.gradients(case.x, case.dy, weight, eps=eps, weights=case.weights, statistics=statistics)
     for name, array, size in zip(("dx", "dweight", "dbias"), gradients, truth.sizes, strict=True):
-        if array is not None:
+        if array is not None and not (name == "dweight" and flushes and _is_beyond_evaluation(case)):
             host = backend.to_numpy(array)
             error = _gradient_error(host, getattr(truth, name), size, flushes * _least_normal(host.dtype.name))
             if error > 1:
@@ -188,20 +196,27 @@ def _takes_subnormals_for_0(backend: mbn.contract.Backend) -> bool:
     return bool(backend.to_numpy(x + x) == 0)
 
 
+def _is_beyond_evaluation(case: Case) -> bool:
+    """Tell whether a normalised value, or what it is made of times a gradient, is beyond float64: in evaluation."""
+    if case.training:
+        return False
+    columns = (np.newaxis, slice(None), *[np.newaxis] * (case.x.ndim - 2))
+    mean, var = (case.entries[name].astype(np.float64)[columns] for name in ("running_mean", "running_var"))
+    difference = np.abs(case.x - mean)
+    return not np.isfinite(difference * np.maximum(np.abs(case.dy), 1 / np.sqrt(var + case.layer["eps"]))).all()
+
+
 def _least_normal(dtype: str) -> float:
     """Return the least normal number of a dtype, or of the float32 that float16 is computed in."""
     return float(ml_dtypes.finfo("float32" if dtype == "float16" else dtype).smallest_normal)
 
 
-def _is_subnormal(values: np.ndarray, dtype: str) -> np.ndarray:
-    return np.abs(values) < _least_normal(dtype)
-
-
 def _without_subnormals(case: Case) -> Case:
-    """Return a case with 0 in place of subnormal values, parameters and statistics."""
+    """Return a case with 0 in place of numbers that are subnormal, or whose last digits are."""
 
     def flushed(values: np.ndarray) -> np.ndarray:
-        return np.where(_is_subnormal(values, values.dtype.name), np.zeros((), values.dtype), values)
+        least = _least_normal(values.dtype.name) * LAST_DIGITS[values.dtype.name]
+        return np.where(np.abs(values) < least, np.zeros((), values.dtype), values)
 
     entries = {name: flushed(value) for name, value in case.entries.items()}
     return case._replace(x=flushed(case.x).astype(case.x.dtype), dy=flushed(case.dy), entries=entries)
@@ -224,13 +239,13 @@ def _gradient_error(actual: np.ndarray, exact: np.ndarray, size: np.ndarray, lea
     return float(np.where(np.isnan(error), np.inf, error).max(initial=0))
 
 
-def run(name: str, seeds: range) -> int:
+def run(name: str, seeds: range, shapes: list[tuple[int, ...]] | None) -> int:
     """Print what a backend gets wrong of the cases of these seeds; return of how many."""
     backend = mbn.get_backend(name)
     dtypes = sorted(backend.capabilities.dtypes)
     wrong = 0
     for seed in seeds:
-        case = drawn(seed, dtypes)
+        case = drawn(seed, dtypes, shapes)
         try:
             with np.errstate(all="ignore"):
                 found = violations(backend, case)
@@ -249,8 +264,10 @@ def main() -> int:
     parser.add_argument("backend")
     parser.add_argument("--cases", type=int, default=20_000)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--few-shapes", action="store_true", help="three shapes, for what compiles for each: JAX")
     arguments = parser.parse_args()
-    return int(run(arguments.backend, range(arguments.first, arguments.first + arguments.cases)) > 0)
+    seeds = range(arguments.first, arguments.first + arguments.cases)
+    return int(run(arguments.backend, seeds, FEW_SHAPES if arguments.few_shapes else None) > 0)
 
 
 if __name__ == "__main__":
