@@ -43,7 +43,7 @@ SLOW = {
     ],
     True: [
         *("large_mean and not shape2", "thousands", "ones", "100.0", "10000.0"),
-        *("long_channels", "190000x3", "9000x3", "9000x5", "40x3x200", "40x5x200", "145x18", "40x600"),
+        *("same_bits", "long_channels", "190000x3", "9000x3", "9000x5", "40x3x200", "40x5x200", "145x18", "40x600"),
     ],
 }
 """The tests that are left out, in accuracy and elsewhere: each takes seconds to interpret, and is like one that stays.
