@@ -541,7 +541,7 @@ def _inverse_root(var: Square, eps: Square) -> list[jax.Array]:
     root = 1 / jnp.sqrt(jnp.where(square == 0, 1, square))
     # A variance that came without a unit of its own gets one here.
     own = jnp.where((root > 2.0**-8) & (root < 2.0**8), 1, power_of_two(root, np.dtype(np.float64)))
-    own = jnp.minimum(own, unit * 2.0 ** (jnp.finfo(var.unit.dtype).maxexp - 1))  # with which it is no infinity
+    own = jnp.minimum(own, unit * 2.0 ** (jnp.finfo(var.unit.dtype).maxexp - 1))  # the unit below is finite
     return [*as_pair(jnp.where(square == 0, 0, root) / own, var.unit.dtype), (own / unit).astype(var.unit.dtype)]
 
 
@@ -581,7 +581,7 @@ def _factors(invstd: Scaled, weight: jax.Array | None) -> list[jax.Array]:
     # The first is no larger than the whole, so that it takes no value beyond the range that the whole would not.
     least = jnp.minimum(jnp.maximum(exponent - near, whole - far), jnp.maximum(whole, 0))
     own = jnp.clip(0, least, jnp.minimum(exponent + near, whole + far))
-    own = jnp.where(factor == 0, jnp.minimum(own, 0), own)  # what is times 0 next is to be no infinity
+    own = jnp.where(factor == 0, jnp.minimum(own, 0), own)  # infinity times 0 would be NaN
     first = jnp.where(jnp.isfinite(own), power_of_two(jnp.exp2(own), dtype), 1)
     return [first.astype(dtype), (root * (unit / first) * factor).astype(dtype)]
 

@@ -15,8 +15,6 @@ from mbn.contract import layer_dtype, transposed
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 X, DY = np.random.default_rng(16).normal(1, 2, (2, 6, 3, 4))
-CANCELLATION = 3e-14
-"""What docs/accuracy.md allows of the terms of a gradient that cancel."""
 KINDS = strategies.maskings((6, 4))
 MASKING = KINDS["mask and weights"]
 
@@ -151,7 +149,7 @@ def test_nothing_left_of_dy_beside_a_large_mean(target: Target) -> None:
     dx, dweight, _ = map(target.numpy, pullback(target.array(dy)))
     for name, array, size in (("dx", dx, exact.sizes[0].max()), ("dweight", dweight, exact.sizes[1].max())):
         error = np.abs(array).max() / size  # each is 0
-        assert error <= CANCELLATION, f"{name} is {error:.3g} of its terms off"
+        assert error <= ulp.CANCELLATION, f"{name} is {error:.3g} of its terms off"
 
 
 @pytest.mark.parametrize("masked", [False, True])

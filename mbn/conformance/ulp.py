@@ -20,8 +20,10 @@ STATISTICS_BOUNDS = {"float32": 2.0, "float64": 4.0}
 """The largest error allowed in a running statistic, in ulp, by its dtype."""
 GRADIENT_BOUNDS = {"float16": 5e-4, "bfloat16": 4e-3, "float32": 3e-6, "float64": 1e-12}
 """The largest relative error allowed in a gradient, by its dtype; of a half, little more than its rounding."""
+CANCELLATION = 1e-14
+"""The error allowed in a gradient whose terms cancel, relative to the size of its terms."""
 THIRD_DERIVATIVE_BOUNDS = {"float32": 1e-6, "float64": 1e-12}
-"""The same for derivatives up to the third, where a framework computes them."""
+"""The largest relative error allowed in derivatives up to the third, where a framework computes them."""
 
 
 class Exact(NamedTuple):

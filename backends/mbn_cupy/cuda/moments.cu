@@ -145,7 +145,7 @@ struct Run {
         } else {
             if constexpr (IS_WIDE) result.set(to_unit(channel));
             Sum<true> total = {}, squares = {}, origin = {};
-            if constexpr (WEIGHTED) {  // as far as the count is rounded, the mean is off by that part of what is added up
+            if constexpr (WEIGHTED) {  // a rounded count then costs digits of deviations, not of values
 #pragma unroll
                 for (int i = N * PLACES - 1; i >= 0; --i) {
                     if (counts(i)) origin.hi = at(channel, i);
