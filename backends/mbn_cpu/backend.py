@@ -179,16 +179,11 @@ class HostBackend(Backend):
         weights: np.ndarray | None = None,
         **out: np.ndarray,
     ) -> tuple[np.ndarray, State, Residuals]:
-        whole = self.whole
-        if whole.takes(x, weights, *out.values()):
-            if not training:
-                y = whole.evaluate(x, params, state, eps, **out)
-                if y is not None:
-                    return y, state, Residuals(state.running_mean, state.running_var, None)
-            elif not widened(x, params, state):
-                result = whole.train(x, params, state, momentum, eps, correction, **out)
-                if result is not None:
-                    return result
+        result = None
+        if self.whole.takes(x, weights, *out.values()) and not (training and widened(x, params, state)):
+            result = self.at_once(x, params, state, training, momentum, eps, correction, **out)
+        if result is not None:
+            return result
         return super().batch_norm_residuals(
             x,
             params,
@@ -200,6 +195,23 @@ class HostBackend(Backend):
             weights=weights,
             **out,
         )
+
+    def at_once(
+        self,
+        x: np.ndarray,
+        params: Params,
+        state: State,
+        training: bool,  # noqa: FBT001 - in every call, where keywords cost
+        momentum: float | None,
+        eps: float,
+        correction: int,
+        out: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, State, Residuals] | None:
+        """Do what ``batch_norm_residuals`` does of what ``whole`` takes; None, and nothing is written, if it cannot."""
+        if training:
+            return self.whole.train(x, params, state, momentum, eps, correction, out)
+        y = self.whole.evaluate(x, params, state, eps, out)
+        return None if y is None else (y, state, Residuals(state.running_mean, state.running_var, None))
 
     def pullback(
         self,

@@ -175,19 +175,16 @@ def _run(
     if ops.takes(x, weights, training=training) and not (training and host().compiled) and not is_widened:
         if training:
             result = ops.train(x, y, params, state, momentum, eps, correction)
-            if result is not None:
-                return result
-        elif ops.evaluate(x, y, params, state, eps):
-            return state, None
+        else:
+            result = (state, None) if ops.evaluate(x, y, params, state, eps) else None
+        if result is not None:
+            return result
     fastest = host()
     values, out = _array(x), _writable(y)
     if fastest.whole.takes(values, weights, out) and not is_widened:
-        if training:
-            result = fastest.whole.train(values, params, state, momentum, eps, correction, out)
-            if result is not None:
-                return result[1:]
-        elif fastest.whole.evaluate(values, params, state, eps, out) is not None:
-            return state, None
+        result = fastest.at_once(values, params, state, training, momentum, eps, correction, out)
+        if result is not None:
+            return result[1:]
     settings = {"training": training, "momentum": momentum, "eps": eps, "correction": correction}
     with _limited():
         return fastest.batch_norm_residuals(values, params, state, **settings, weights=_array(weights), out=out)[1:]
