@@ -60,7 +60,7 @@ class Toy(Backend):
 
     def moments(self, x: Array, weights: Any = None) -> Moments:
         w = spread(weights, x)
-        d = np.where(w, x, 0).astype(np.float64)
+        d = np.where(w, x, 0).astype(np.longdouble)
         count = x.size // x.shape[1] if weights is None else w.sum()
         mean = (w * d).sum(axis=over(x)) / (count or 1)
         mean = mean + (w * (d - column(mean, x))).sum(axis=over(x)) / (count or 1)  # exact now for a constant
@@ -77,7 +77,7 @@ class Toy(Backend):
     def xhat(self, x: Array, mean: Array, var: Array, eps: float, weights: Any) -> tuple[Array, Array]:
         variance = var.astype(np.float64) + eps
         invstd = np.divide(1, np.sqrt(variance), where=variance != 0, out=np.zeros_like(variance))
-        d = np.where(spread(weights, x), x, 0) - column(mean.astype(np.float64), x)
+        d = np.where(spread(weights, x), x, 0) - column(mean.astype(np.longdouble), x)
         return d * column(invstd, x), invstd
 
     def conflict(self, out: Array, x: Array) -> str | None:
