@@ -14,7 +14,20 @@ import numpy as np
 from mbn.contract import Moments
 from mbn_cpu import threads, tiles
 from mbn_cpu.tiles import Columns, Form, Scratch, Tile
-from mbn_cpu.vectors import WIDE, Line, Mean, Pair, Variance, as_pair, fold_rows, heaviest, invstd, is_wide, units
+from mbn_cpu.vectors import (
+    WIDE,
+    Line,
+    Mean,
+    Variance,
+    added,
+    as_pair,
+    fold_rows,
+    heaviest,
+    invstd,
+    is_far,
+    is_wide,
+    units,
+)
 
 _SHARE = 4
 """Tiles that are worth a thread of their own, which takes some of the time of one to wake up."""
@@ -41,8 +54,11 @@ def moments(x: np.ndarray, weights: np.ndarray | None = None) -> Moments:
         shift += total / divisor
         parts = _shifted_sums(x, shift, weights, units(sums, divisor))
         total, squares = parts[::2] + parts[1::2]
+    elif is_far(squares, squares - total * (total / divisor)):
+        shift += total / divisor
+        total, squares = _shifted_sums(x, shift, weights)
     mean = total / divisor
-    return Moments(count, Pair(shift, mean), squares - total * mean)
+    return Moments(count, added(shift, mean), squares - total * mean)
 
 
 def normalize(
@@ -77,17 +93,14 @@ def grad_sums(
     def terms(
         scratch: Scratch, tile: Tile, x: np.ndarray, dy: np.ndarray, w: np.ndarray | None
     ) -> Iterator[np.ndarray]:
-        gradient = scratch.copy(dy, WIDE)
-        _clear(gradient, w)
-        yield gradient
-        product = scratch.copy(x, WIDE)
+        gradient, product = scratch.copy(dy, WIDE), scratch.copy(x, WIDE)
         product -= columns.of(tile, x.shape)[0]
         product *= gradient
-        _clear(product, w)
-        yield product
+        for term in (gradient, product):
+            _clear(term, w)
+            yield term
 
-    add_rows = _add_as_tree if is_wide(x) else np.add.reduce
-    sum_dy, products = _sums(terms, x, dy, _against_x(weights), add_rows=add_rows)
+    sum_dy, products = _sums(terms, x, dy, _against_x(weights), add_rows=fold_rows)
     return sum_dy, (products - lo * sum_dy) * invstd(var, eps)
 
 
@@ -183,8 +196,8 @@ def _sums(
 ) -> np.ndarray:
     """Return the sums of ``num`` terms for each channel of arrays in the shape of the first, (num, C) in float64.
 
-    ``terms`` yields those of a tile; one may be used up for the next. One after another is the fastest way to add up
-    rows, and enough where sums have parts or float64 is more than is asked for.
+    ``terms`` yields those of a tile; one may be used up for the next, and by ``add_rows``. One after another is the
+    fastest way to add up rows, and enough where sums have parts or float64 is more than is asked for.
     """
     rows = _rows(tiles.for_sums(arrays[0]), *arrays)
     partial = np.empty((len(rows), num, arrays[0].shape[1]))
@@ -203,10 +216,6 @@ def _add_halves(rows: np.ndarray, out: np.ndarray) -> np.ndarray:
     np.add(rows[: n - half], rows[half:], out=out[: n - half])
     out[n - half : half] = rows[n - half : half]
     return out[:half]
-
-
-def _add_as_tree(values: np.ndarray) -> np.ndarray:
-    return fold_rows(values.copy())
 
 
 def _each(task: Callable[..., None], form: Form, *arrays: np.ndarray | None) -> None:

@@ -17,13 +17,14 @@ from mbn_cpu.vectors import (
     WIDE,
     Line,
     Mean,
-    Pair,
     Variance,
+    added,
     as_pair,
     compute_dtype,
     fold_rows,
     heaviest,
     invstd,
+    is_far,
     is_wide,
     units,
 )
@@ -139,8 +140,11 @@ def moments(x: np.ndarray, weights: np.ndarray | None = None) -> Moments:
             shift += total / divisor
             parts = _sums(loops.parted_sums, (shift, units(sums, divisor)), weights, x)
             total, squares = parts[::2] + parts[1::2]
+        elif is_far(squares, squares - total * (total / divisor)):
+            shift += total / divisor
+            total, squares = _sums(loops.shifted_sums, (shift,), weights, x)
         mean = total / divisor
-        return Moments(count, Pair(shift, mean), squares - total * mean)
+        return Moments(count, added(shift, mean), squares - total * mean)
 
 
 def normalize(

@@ -14,6 +14,7 @@ Vectors are (C,), in float64 if nothing else is said.
 import numpy as np
 
 from mbn_cpu.compilation import compiled, loop
+from mbn_cpu.vectors import FAR_SQUARE
 
 _WIDTH = 256
 """Values that make a loop long enough."""
@@ -187,14 +188,19 @@ def train(x, y, last, c, length, lanes, weight, bias, running, share, eps, corre
     for channel in range(c):
         stats[0, channel] = x[channel] if last else x[channel * length]
     shifted_sums(x, no_weights, last, c, length, lanes, stats[0], sums)
+    if _is_far(sums, n):
+        for channel in range(c):
+            stats[0, channel] += sums[0, channel] / n
+        shifted_sums(x, no_weights, last, c, length, lanes, stats[0], sums)
     new = np.empty_like(running)
     center, scale, shift = np.empty(c, x.dtype), np.empty(c, x.dtype), np.empty(c, x.dtype)
     is_beyond = False
     for channel in range(c):
-        hi, lo = stats[0, channel], sums[0, channel] / n
-        m2 = sums[1, channel] - sums[0, channel] * lo
-        var = m2 / n
-        stats[1, channel], stats[2, channel] = lo, var
+        value, mean = stats[0, channel], sums[0, channel] / n
+        m2 = sums[1, channel] - sums[0, channel] * mean
+        var, hi = m2 / n, value + mean
+        lo = mean - (hi - value)  # as mbn_cpu.vectors.added has them
+        stats[0, channel], stats[1, channel], stats[2, channel] = hi, lo, var
         if running.size:
             new[0, channel], new[1, channel] = running[0, channel], running[1, channel]
             if share != 0:
@@ -251,6 +257,16 @@ def evaluate(x, y, last, c, length, weight, bias, running_mean, running_var, eps
     if not is_beyond:
         normalize(x, np.empty(0), y, last, c, length, center, scale, shift)
     return is_beyond
+
+
+@compiled
+def _is_far(sums, n):
+    """Tell what ``mbn_cpu.vectors.is_far`` does."""
+    far = False
+    for channel in range(sums.shape[1]):
+        total, squares = sums[0, channel], sums[1, channel]
+        far |= squares > FAR_SQUARE * (squares - total * (total / n))
+    return far
 
 
 @compiled

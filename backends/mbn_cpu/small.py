@@ -8,7 +8,7 @@ import numpy as np
 
 from mbn.contract import Residuals
 from mbn.state import Params, State
-from mbn_cpu.vectors import WIDE, Pair, counted, invstd, is_wide, lerp, step
+from mbn_cpu.vectors import FAR_SQUARE, WIDE, Pair, counted, invstd, is_wide, lerp, step
 
 _SIZE = 1 << 14
 """Values up to which this is the faster way."""
@@ -37,17 +37,22 @@ def train(
     d = x.astype(WIDE, order="C")  # the order of sums must not be that of the memory
     first = d[0].copy() if x.ndim == 2 else d[0, :, 0].copy()  # noqa: PLR2004 - (N, C)
     d -= _column(first, x)
-    total = np.add.reduce(d, axes)
-    m2 = np.add.reduce(d * d, axes)
-    rest = total / n
-    m2 -= total * rest
+    rest, m2 = _sums(d, n, axes)
     var = m2 / n
-    scale, shift = invstd(var, eps), params.bias
+    scale = invstd(var, eps)
+    far = rest * scale
+    if far.dot(far) > FAR_SQUARE + 2 * far.size:  # as ``is_far``, in the least time
+        first += rest
+        np.subtract(x, _column(first, x), out=d)
+        rest, m2 = _sums(d, n, axes)
+        var = m2 / n
+        scale = invstd(var, eps)
+        far = rest * scale
     if params.weight is not None:
         scale *= params.weight
-    shift = -rest * scale if shift is None else shift - rest * scale
+        far = rest * scale
     d *= _column(scale, x)
-    d += _column(shift, x)
+    d += _column(-far if params.bias is None else params.bias - far, x)
     y = _rounded(d, x, out)
     if num_batches_tracked is not None:
         num_batches_tracked = counted(num_batches_tracked)
@@ -85,25 +90,31 @@ def pullback(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the gradients of x, weight and bias."""
     mean, var, count = residuals
-    hi, rest = mean if isinstance(mean, Pair) else (mean, 0)
     axes, factor = _axes(x), invstd(var, eps)
     d, gradient = x.astype(WIDE, order="C"), dy.astype(WIDE, order="C")
-    d -= _column(hi, x)
+    for part in mean if isinstance(mean, Pair) else (mean,):
+        d -= _column(part, x)
     sum_dy = np.add.reduce(gradient, axes)
     sum_dy_xhat = np.add.reduce(d * gradient, axes)
-    sum_dy_xhat -= rest * sum_dy
     sum_dy_xhat *= factor
     if count is not None:
-        slope = factor * sum_dy_xhat / count
-        d *= _column(slope, x)
+        d *= _column(factor * sum_dy_xhat / count, x)
         gradient -= d
-        gradient -= _column(sum_dy / count - rest * slope, x)
+        gradient -= _column(sum_dy / count, x)
     scale = factor if weight is None else factor * weight
     gradient *= _column(scale, x)
     dx = _rounded(gradient, x)
     if weight is not None:  # beyond its range they are infinite
         sum_dy_xhat, sum_dy = sum_dy_xhat.astype(weight.dtype), sum_dy.astype(weight.dtype)
     return dx, sum_dy_xhat, sum_dy
+
+
+def _sums(d: np.ndarray, n: int, axes: int | tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean of d, and the sum of squares around it."""
+    total, m2 = np.add.reduce(d, axes), np.add.reduce(d * d, axes)
+    mean = total / n
+    m2 -= total * mean
+    return mean, m2
 
 
 def _rounded(values: np.ndarray, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:

@@ -36,6 +36,11 @@ _LEAST, _MOST = 2.0**-900, 2.0**1000
 """Sums of squares between these have lost nothing: what is too small for float64 is nothing beside them."""
 FAR = 128
 """The exponent of weights that are large, or negative that of small ones, beside which a correction is nothing."""
+FAR_SQUARE = 64.0
+"""How many times its variance a channel's mean square may be around what deviations are taken from.
+
+An outlier is that far, hardly any other value; and then a second pass takes deviations from the mean.
+"""
 TINY = float(np.finfo(WIDE).smallest_subnormal)
 _NOWHERE = np.iinfo(np.int16).min
 """The exponent of 0: less than any other."""
@@ -110,10 +115,8 @@ def _merged(first: Moments, second: Moments) -> tuple[Moments, np.ndarray]:
     share = more / (total or 1)
     difference = (other_hi - hi) + (other_lo - lo)
     change = lo + difference * share
-    mean = hi + change
-    rest = change - (mean - hi)  # what rounding took off
     m2 = m2 + (more_m2 + difference * difference * (count * share))
-    return Moments(total, Pair(mean, rest), m2), difference
+    return Moments(total, added(hi, change), m2), difference
 
 
 def _merge_scaled(first: Moments, second: Moments) -> Moments:
@@ -206,6 +209,11 @@ def units(sums: np.ndarray, count: float | np.ndarray) -> np.ndarray:
     return np.ldexp(1.0, exponent_of(np.array((np.sqrt(count) * np.sqrt(m2), m2))) + 2)
 
 
+def is_far(squares: np.ndarray, m2: np.ndarray) -> bool:
+    """Tell whether a sum of squares was made around a value so far from a mean that digits of the mean are lost."""
+    return bool(np.count_nonzero(squares > FAR_SQUARE * m2))  # twice as fast as any()
+
+
 def invstd(var: Variance, eps: float) -> np.ndarray:
     """Return 1 / sqrt(var + eps) in float64, and 0 where that has no value."""
     if isinstance(var, Scaled):
@@ -215,6 +223,16 @@ def invstd(var: Variance, eps: float) -> np.ndarray:
     if eps == 0:
         result[spread == 0] = 0
     return result
+
+
+def added(hi: np.ndarray, lo: np.ndarray) -> Pair:
+    """Return hi + lo, rounded to float64, and what rounding took off.
+
+    Around a mean so rounded, no terms of a gradient are larger than they have to be; those around a value that is far
+    from the mean would cancel.
+    """
+    total = hi + lo
+    return Pair(total, lo - (total - hi))
 
 
 def as_pair(mean: Mean) -> Pair:

@@ -13,7 +13,7 @@ from mbn.contract import Residuals
 from mbn.state import Params, State
 from mbn_cpu.extremes import of_line
 from mbn_cpu.tiles import Scratch
-from mbn_cpu.vectors import WIDE, Line, Mean, Pair, as_pair, counted, invstd, lerp, line, step
+from mbn_cpu.vectors import WIDE, Line, Mean, added, as_pair, counted, invstd, is_far, lerp, line, step
 
 _SMALLEST = 1 << 14
 _LARGEST = 1 << 19
@@ -55,9 +55,13 @@ def train(
     with Scratch.taken() as scratch:
         d = _deviations(scratch, x, shift)
         total, squares = _sums(scratch, x, d, torch.mul(d, d, out=_empty(scratch, d.shape)))
+        if is_far(squares, squares - total * (total / n)):
+            shift += total / n
+            d = _deviations(scratch, x, shift)
+            total, squares = _sums(scratch, x, d, torch.mul(d, d, out=_empty(scratch, d.shape)))
     rest = total / n
     m2 = squares - total * rest
-    mean, var = Pair(shift, rest), m2 / n
+    mean, var = added(shift, rest), m2 / n
     if not _normalize(x, y, mean, var, params, eps):
         return None
     if num_batches_tracked is not None:
