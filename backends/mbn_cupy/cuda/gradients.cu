@@ -129,10 +129,10 @@ struct Back {
     }
 };
 
-// Write the gradients of the next items of a thread.
+// Write the gradients of the next items of a thread; weights are multiplied by a power of two.
 template <int N>
-__device__ __forceinline__ void grad_items(const Back (&backs)[CHANNELS], bool is_constant, Walk& walk, Values& x,
-                                           Values& dy, Results& dx, Counts& weights) {
+__device__ __forceinline__ void grad_items(const Back (&backs)[CHANNELS], double unit, bool is_constant, Walk& walk,
+                                           Values& x, Values& dy, Results& dx, Counts& weights) {
     Item xs[N], dys[N];
     Weights own[N];
     bool wraps[N];
@@ -156,7 +156,7 @@ __device__ __forceinline__ void grad_items(const Back (&backs)[CHANNELS], bool i
                 const Back& back = backs[channel];
                 double gradient = dys[i].at(channel, place);
                 if (!is_constant) {
-                    const double w = own[i].at(place);
+                    const double w = own[i].at(place) * unit;
                     // A large mean of dy goes first: what is left keeps its digits.
                     gradient -= w * back.average;
                     gradient -= w * ((xs[i].at(channel, place) * back.before - back.center) * back.slope + back.left);
@@ -187,6 +187,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const Known known = {mean, rest, var, exponent, running_mean, running_var};
     double n = weighted_count ? *weighted_count : count;
     if (n == 0) n = 1;  // the sums are 0 too
+    const double unit = weighted_count ? power(-exponent_of(n)) : 1;  // a sum of dy divided by n may leave the range
+    n *= unit;
     for (int i = threadIdx.x; i < at.columns * CHANNELS; i += blockDim.x) {
         const Index channel = static_cast<Index>(blockIdx.x) * at.columns * CHANNELS + i;
         if (channel < channels) backs[i] = Back::of(known, channel, weight, eps, sum_dy, sum_dy_xhat, n);
@@ -200,6 +202,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     Values gradients(walk, at.channel, dy, dy_row, dy_channel, dy_place);
     Results to(walk, at.channel, dx, dx_row, dx_channel, dx_place);
     Counts counts(walk, 0, weights, weights_row, 0, weights_place);
-    while (walk.left >= UNROLLED) grad_items<UNROLLED>(mine, !sum_dy, walk, values, gradients, to, counts);
-    while (walk.left > 0) grad_items<1>(mine, !sum_dy, walk, values, gradients, to, counts);
+    while (walk.left >= UNROLLED) grad_items<UNROLLED>(mine, unit, !sum_dy, walk, values, gradients, to, counts);
+    while (walk.left > 0) grad_items<1>(mine, unit, !sum_dy, walk, values, gradients, to, counts);
 }
