@@ -185,6 +185,7 @@ def _moments(
         programs,
         channels,
         x.stride(1),
+        *_other_rows(x),
         number,
         correction,
         None if momentum is None else _bits(momentum),
@@ -217,6 +218,7 @@ def _rough_moments(
         programs,
         channels,
         x.stride(1),
+        *_other_rows(x),
         x.numel() // channels,
         WEIGHTED=weights is not None,
         **shape,
@@ -245,6 +247,7 @@ def _sums(
         *tiles.extents,
         *of_x,
         *_along(of_weights),
+        *_other_rows(x),
         UNIT_X=tiles.units[0],
         UNROLLED=tiles.loads,
         ROUGH=statistics == 3,  # noqa: PLR2004
@@ -298,6 +301,11 @@ def _grad_sums(
 
 def _contiguous(*vectors: torch.Tensor | None) -> list[torch.Tensor | None]:
     return [None if vector is None else vector.contiguous() for vector in vectors]
+
+
+def _other_rows(x: torch.Tensor) -> tuple[int, int]:
+    """Return how far the row in the middle and the last are from the first."""
+    return len(x) // 2 * x.stride(0), (len(x) - 1) * x.stride(0)
 
 
 def _along(of_weights: list[tuple[int, ...]]) -> tuple[int, ...]:

@@ -59,7 +59,7 @@ def moments(x: torch.Tensor, weights: torch.Tensor | None = None) -> Moments:
     Source: Chan, Golub and LeVeque, Algorithms for Computing the Sample Variance, 1983, section 3 (shifted data).
     """
     values = lifted(x)
-    shift = heaviest(values, weights)
+    shift = _one_of_three(values) if weights is None else heaviest(values, weights)
     count = x.numel() // x.shape[1] if weights is None else fold(_wide(weights).flatten())
     n = divisor(count)
     exponent = apart = None
@@ -147,14 +147,17 @@ def grad_input(
     size = exponent + exponent_of(number)
     half = size - size.clamp(-FAR, FAR)  # of two factors, since one may be out of range
     scale, after = (vector[:, None] for vector in (limited(scaled(number, exponent - half), WIDE), power(half)))
-    before = None
+    before = column = None
     if sums is not None:
-        mean_dy, slope = (total / divisor(count) for total in sums)
+        n = divisor(count)
+        if weights is not None:  # a sum of dy divided by that of all weights may leave the range
+            common = -exponent_of(n)
+            n, column = scaled(n, common), lifted_weights(weights).to(WIDE) * power(common)
+        mean_dy, slope = (total / n for total in sums)
         slope = slope * origin.invstd
         vectors = mean_dy, origin.center, slope, -origin.rest * slope
         mean_dy, center, slope, rest = (vector[:, None] for vector in vectors)
         before = None if origin.before is None else origin.before[:, None]
-    column = None if weights is None else lifted_weights(weights).to(WIDE)
     dx = torch.empty_like(x)
     arrays = lifted(dx), lifted(dy), lifted(x), column, _mask(weights, WIDE)
     for out, dy_block, x_block, weights_block, mask in _blocks(*arrays):
@@ -174,6 +177,11 @@ def grad_input(
         _clear(values, mask)
         out.copy_(values)
     return dx
+
+
+def _one_of_three(x: torch.Tensor) -> torch.Tensor:
+    """Return the one in the middle of three values of each channel, so that an outlier is not what sums are around."""
+    return torch.stack((x[0, :, 0], x[len(x) // 2, :, 0], x[-1, :, 0])).to(WIDE).median(0).values
 
 
 class _Origin(NamedTuple):

@@ -32,6 +32,7 @@ _CHANNELS = tl.constexpr(2)
 
 _EXTENTS = ("num_rows", "num_places", "num_channels", "place_tiles", "tiles")
 _OF_X = ("x_row", "x_place", "x_channel")
+_OF_SUMS = ("programs", "num_channels", "x_channel", "middle", "last", "number")
 _OF_Y = ("y_row", "y_place", "y_channel")
 _OF_DY = ("dy_row", "dy_place", "dy_channel")
 _OF_DX = ("dx_row", "dx_place", "dx_channel")
@@ -148,11 +149,20 @@ def _weighed(number, exponent, weight, channel, is_channel):
 
 
 @triton.jit
+def _one_of_three(x, middle, last, is_channel):
+    """Return the one in the middle of three values of each channel, so that an outlier is not what sums are around."""
+    a = tl.load(x, mask=is_channel, other=0).to(tl.float64)
+    b = tl.load(x + middle, mask=is_channel, other=0).to(tl.float64)
+    c = tl.load(x + last, mask=is_channel, other=0).to(tl.float64)
+    return tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c))
+
+
+@triton.jit
 def _divisor(count):
     return tl.where(count == 0, 1.0, count)
 
 
-@triton.jit(do_not_specialize=(*_EXTENTS, *_OF_X, *_OF_WEIGHTS))
+@triton.jit(do_not_specialize=(*_EXTENTS, *_OF_X, *_OF_WEIGHTS, "middle", "last"))
 def moments(
     x,
     weights,
@@ -169,6 +179,8 @@ def moments(
     x_channel,
     w_row,
     w_place,
+    middle,
+    last,
     UNIT_X: tl.constexpr,
     ALIGNED: tl.constexpr,
     POSITIONS: tl.constexpr,
@@ -179,7 +191,7 @@ def moments(
 ):
     """Sum up x - shift and its square, each as often as it counts, and the weights: one row of partials per program.
 
-    ``shift`` is one value of each channel, or None for the first; with ``exponents`` it is what finish_rough_moments
+    ``shift`` is one value of each channel, or None for one of three; with ``exponents`` it is what finish_rough_moments
     says, and both its first row and x are in units of their powers of two. Then each term goes into two sums: one of
     multiples of a power of two, which is exact, and one of what is left of them. If ``ROUGH``, instead of squares there
     are the differences again, in a large unit, and at last the largest of them: what can be known of values of any
@@ -193,9 +205,10 @@ def moments(
     is_channel = channel < channels
     across = _across(channel, x_channel, UNIT_X, ALIGNED)
     if shift is None:
-        first = tl.load(x + across, mask=is_channel, other=0)
+        first = _one_of_three(x + across, middle, last, is_channel)
     else:
-        first = as_dtype(tl.load(shift + channel, mask=is_channel, other=0), x.dtype.element_ty)
+        first = tl.load(shift + channel, mask=is_channel, other=0)
+    first = as_dtype(first, x.dtype.element_ty)
     start = first.to(tl.float64)
     factor = power(-_units(exponents, channel, is_channel))
     if exponents is not None:
@@ -274,7 +287,7 @@ def _partial(partials, program, channel, programs, channels, STATISTIC: tl.const
     return tl.load(partials + offset, mask=is_one, other=0.0)
 
 
-@triton.jit(do_not_specialize=("programs", "num_channels", "x_channel", "number"))
+@triton.jit(do_not_specialize=_OF_SUMS)
 def finish_rough_moments(
     partials,
     x,
@@ -284,6 +297,8 @@ def finish_rough_moments(
     programs,
     num_channels,
     x_channel,
+    middle,
+    last,
     number,
     WEIGHTED: tl.constexpr,
     PROGRAMS: tl.constexpr,
@@ -320,7 +335,7 @@ def finish_rough_moments(
     else:
         count = tl.zeros((CHANNELS,), tl.float64) + number.to(tl.float64)
     if shift is None:
-        start = tl.load(x + channel * x_channel.to(tl.int64), mask=is_channel, other=0).to(tl.float64)
+        start = _one_of_three(x + channel * x_channel.to(tl.int64), middle, last, is_channel)
     else:
         start = _vector(shift, channel, is_channel)
     near = scaled(tl.sum(total, 0) / _divisor(count), -unit)
@@ -332,7 +347,9 @@ def finish_rough_moments(
     tl.store(exponents + channel, unit, mask=is_channel)
 
 
-@triton.jit(do_not_specialize=("programs", "num_channels", "x_channel", "number", "correction", "momentum"))
+@triton.jit(
+    do_not_specialize=("programs", "num_channels", "x_channel", "middle", "last", "number", "correction", "momentum")
+)
 def finish_moments(
     partials,
     x,
@@ -348,6 +365,8 @@ def finish_moments(
     programs,
     num_channels,
     x_channel,
+    middle,
+    last,
     number,
     correction,
     momentum,
@@ -385,7 +404,7 @@ def finish_moments(
     else:
         count = tl.zeros((CHANNELS,), tl.float64) + number.to(tl.float64)
     if shift is None:
-        hi = tl.load(x + channel * x_channel.to(tl.int64), mask=is_channel, other=0).to(tl.float64)
+        hi = _one_of_three(x + channel * x_channel.to(tl.int64), middle, last, is_channel)
     else:
         hi = _vector(shift, channel, is_channel)
     lo = total / _divisor(count)
@@ -698,6 +717,9 @@ def grad_input(
             divisor = number.to(tl.float64)
         else:
             divisor = _divisor(tl.load(count).to(tl.float64))
+        if weights is not None:  # a sum of dy divided by that of all weights may leave the range
+            common = -exponent_of(divisor)
+            divisor = scaled(divisor, common)
         mean_dy = (_vector(sum_dy, channel, is_channel) / divisor)[None, :]
         center, rest = _center(hi, lo, channel, is_channel)
         if WIDE:
@@ -736,7 +758,8 @@ def grad_input(
             if weights is None:
                 gradients = (gradients - mean_dy) - projection
             else:
-                gradients = (gradients - mean_dy * w) - projection * w
+                part = w * power(common)
+                gradients = (gradients - mean_dy * part) - projection * part
         gradients *= scale
         if WIDE:
             gradients *= after

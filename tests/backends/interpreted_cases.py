@@ -232,7 +232,10 @@ PLANTED = {  # None of them writes where it must not, which would end the proces
         "d = values - start[None, None, :]",
         "d = values",
     ),
-    "another shift in the end": ("hi = tl.load(x + channel * x_channel", "hi = tl.load(x + channel // 2 * x_channel"),
+    "another shift in the end": (
+        "hi = _one_of_three(x + channel * x_channel",
+        "hi = _one_of_three(x + channel // 2 * x_channel",
+    ),
     "no value for those that are not there": ("other=first[None, None, :]", "other=0"),
     "tiles of one program twice": ("range(tl.program_id(1), tiles,", "range(0, tiles,"),
     "partial sums twice": ("first + tl.arange(0, PROGRAMS)", "first + tl.arange(0, PROGRAMS) // 2"),
