@@ -469,7 +469,13 @@ def grad_input(
         means = [divide(as_pair(total, compute), divisor(as_pair(count, compute))) for total in sums]
         change = residual(change, affine(x, mean, scale, None, None, weights), *means, weights)
     first, second = (spread(once(factor), x.shape) for factor in factors(scale, weight))
-    return unmasked(change * first * second, weights).astype(x.dtype)
+    return unmasked(_multiplied(change, first, second), weights).astype(x.dtype)
+
+
+def _multiplied(values: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
+    """Return values * first * second, a small one times the larger factor at first, lest it be taken for 0."""
+    is_small = (jnp.abs(values) < 1) == (jnp.abs(first) < jnp.abs(second))
+    return values * jnp.where(is_small, second, first) * jnp.where(is_small, first, second)
 
 
 def residual(v: jax.Array, xhat: jax.Array, mean: Pair, slope: Pair, weights: jax.Array | None) -> jax.Array:
