@@ -141,10 +141,16 @@ def test_few_values_and_little_left_of_dy(target: Target, dtype: str, eps: float
     target.assert_gradients(pullback(target.array(dy)), truth(before, x, dy, eps=eps, weights=weights), dtype)
 
 
-def test_nothing_left_of_dy_beside_a_large_mean(target: Target) -> None:
-    x, dy = (1e5 + X).astype(np.float32), np.full(X.shape, 0.1, np.float32)
-    bn = target.layer(3)
-    exact = truth(target.snapshot(bn), x, dy)
+@pytest.mark.parametrize("mean", [1, 1e5])
+@pytest.mark.parametrize("first", [2, 4096])  # the latter dwarfs the rest
+@pytest.mark.parametrize("shape", [(6, 3, 4), (300, 3), (9000, 3)])
+def test_nothing_left_of_dy(target: Target, shape: tuple[int, ...], first: float, mean: float) -> None:
+    x = np.random.default_rng(18).normal(0, 2, shape)
+    x[0] = first
+    x += mean
+    x, dy = x.astype(np.float32), np.full(shape, 0.1, np.float32)
+    bn = target.layer(3, eps=1e-12)
+    exact = truth(target.snapshot(bn), x, dy, eps=1e-12)
     _, pullback = bn.vjp(target.array(x))
     dx, dweight, _ = map(target.numpy, pullback(target.array(dy)))
     for name, array, size in (("dx", dx, exact.sizes[0].max()), ("dweight", dweight, exact.sizes[1].max())):
@@ -293,6 +299,30 @@ def test_gradients_of_any_size(target: Target, size: float) -> None:
         target.assert_derivative(dbias, exact.dbias, "float64", 1e-12, "dbias")
         if np.abs(exact.dweight).max() > 1e-300:
             target.assert_derivative(dweight, exact.dweight, "float64", 1e-12, "dweight")
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30, 1e-280, 1e280])
+def test_sums_of_dy_beside_sample_weights_of_any_size(target: Target, size: float) -> None:
+    dtype = "float32" if 1e-38 < size < 1e38 else "float64"
+    target.require("masks")
+    target.require("any_size")
+    target.require_dtype(dtype)
+    x, dy = X.astype(dtype), (DY * size).astype(dtype)
+    sample_weight = (np.random.default_rng(20).uniform(1, 2, (6, 4)) / size).astype(dtype)
+    bn = target.layer(3, dtype=dtype)
+    exact = truth(target.snapshot(bn), x, dy, weights=sample_weight.astype(np.float64))
+    _, pullback = bn.vjp(target.array(x), sample_weight=target.array(sample_weight))
+    target.assert_gradients(pullback(target.array(dy)), exact, dtype)
+
+
+def test_small_dy_of_a_layer_with_a_large_variance(target: Target) -> None:
+    target.require("any_size")
+    x, dy = X.astype(np.float32), np.where(DY > 0, 2e-38, -5e-38).astype(np.float32)
+    bn = target.layer(3).eval()
+    bn.running_var, bn.weight = 8e36, 4e31
+    exact = truth(target.snapshot(bn), x, dy, training=False)
+    dx, *_ = bn.vjp(target.array(x))[1](target.array(dy))
+    target.assert_derivative(dx, exact.dx, "float32", ulp.GRADIENT_BOUNDS["float32"], "dx")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
