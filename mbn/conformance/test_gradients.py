@@ -141,10 +141,10 @@ def test_few_values_and_little_left_of_dy(target: Target, dtype: str, eps: float
     target.assert_gradients(pullback(target.array(dy)), truth(before, x, dy, eps=eps, weights=weights), dtype)
 
 
-@pytest.mark.parametrize("mean", [1, 1e5])
-@pytest.mark.parametrize("first", [2, 4096])  # the latter dwarfs the rest
-@pytest.mark.parametrize("shape", [(6, 3, 4), (300, 3), (9000, 3)])
-def test_nothing_left_of_dy(target: Target, shape: tuple[int, ...], first: float, mean: float) -> None:
+@pytest.mark.parametrize("mean", [1, 1e5], ids=["near", "away"])
+@pytest.mark.parametrize("first", [2, 4096], ids=["ordinary", "outlier"])
+@pytest.mark.parametrize("shape", [(6, 3, 4), (300, 3), (9000, 3)], ids=["few", "hundreds", "thousands"])
+def test_constant_dy(target: Target, shape: tuple[int, ...], first: float, mean: float) -> None:
     x = np.random.default_rng(18).normal(0, 2, shape)
     x[0] = first
     x += mean

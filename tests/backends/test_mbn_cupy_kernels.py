@@ -184,7 +184,7 @@ BUGS = {
         "cuda/moments.cu",
         "lo += (hi - (sum - part))",
         "lo *= (hi - (sum - part))",
-        "test_nothing_left_of_dy",
+        "test_constant_dy",
     ),
     "means of all there is in a value": Bug(
         "cuda/moments.cu", "origin.hi = at(channel, i)", "origin.hi = 0", "test_weights_beside_a_large_mean"

@@ -40,6 +40,7 @@ SLOW = {
     False: [
         *("hard_values", "test_out_may_be_x", "20000", "40x600"),
         *("rows", "lengths", "whole", "nothing", "any_size and float16", "long_channels", "same_bits"),
+        "thousands and (ordinary or away)",
     ],
     True: [
         *("large_mean and not shape2", "thousands", "ones", "100.0", "10000.0"),
