@@ -126,12 +126,13 @@ def test_values_of_any_size(target: Target, dtype: str, size: float, sizes: list
     target.assert_statistic(bn.running_var, truth.running_var, layer_dtype(dtype))
 
 
+@pytest.mark.parametrize("outliers", [np.s_[:1], np.s_[::7]], ids=["first", "several"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_narrow_batches_in_a_wide_layer(target: Target, dtype: str) -> None:
+def test_narrow_batches_in_a_wide_layer(target: Target, dtype: str, outliers: slice) -> None:
     target.require_dtype("float64")
     target.require_dtype(dtype)
     x = np.random.default_rng(18).standard_normal((200, 3)).astype(dtype)
-    x[::7] = 6e4
+    x[outliers] = 6e4
     bn = target.layer(3, dtype="float64").fit([target.array(x)], progress=False)
     truth = exact(x)
     target.assert_statistic(bn.running_mean, truth.running_mean, "float64")
