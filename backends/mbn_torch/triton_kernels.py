@@ -230,7 +230,7 @@ def moments(
     for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
         top = _top(tile, place_tiles, POSITIONS, PLACES)
         left = (tile % place_tiles) * PLACES
-        is_value = (top + row < rows) & (left + place < places)
+        is_value = (row < rows - top) & (place < places - left)
         source = x + _offset(top, left, x_row, x_place, UNIT_X, ALIGNED)
         mask = is_value[:, :, None] & is_channel[None, None, :]
         # Where there is no value, the shift takes its place, and adds nothing.
@@ -518,7 +518,7 @@ def normalize(
     for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
         top = _top(tile, place_tiles, POSITIONS, PLACES)
         left = (tile % place_tiles) * PLACES
-        is_value = (top + row < rows) & (left + place < places)
+        is_value = (row < rows - top) & (place < places - left)
         mask = is_value[:, None] & is_channel[None, :]
         values = tl.load(x + _offset(top, left, x_row, x_place, UNIT_X, ALIGNED) + of_x, mask=mask, other=0)
         values = (values.to(COMPUTE) * before - center) * scale + shift
@@ -591,7 +591,7 @@ def grad_sums(
     for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
         top = _top(tile, place_tiles, POSITIONS, PLACES)
         left = (tile % place_tiles) * PLACES
-        is_value = (top + row < rows) & (left + place < places)
+        is_value = (row < rows - top) & (place < places - left)
         mask = is_value[:, :, None] & is_channel[None, None, :]
         values = tl.load(x + _offset(top, left, x_row, x_place, UNIT_X, ALIGNED) + of_x, mask=mask, other=0)
         gradients = tl.load(dy + _offset(top, left, dy_row, dy_place, UNIT_DY, ALIGNED) + of_dy, mask=mask, other=0)
@@ -743,7 +743,7 @@ def grad_input(
     for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
         top = _top(tile, place_tiles, POSITIONS, PLACES)
         left = (tile % place_tiles) * PLACES
-        is_value = (top + row < rows) & (left + place < places)
+        is_value = (row < rows - top) & (place < places - left)
         mask = is_value[:, None] & is_channel[None, :]
         gradients = tl.load(dy + _offset(top, left, dy_row, dy_place, UNIT_DY, ALIGNED) + of_dy, mask=mask, other=0)
         gradients = gradients.to(tl.float64)
