@@ -2,6 +2,8 @@
 
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -16,6 +18,7 @@ EXPECTED_SKIPS = {
     r"(cupy|torch|jax) finds no GPU": "CI has none; who has one runs these tests with it",
     r"there is a GPU": "the counterpart of these tests",
     r"the GPU has too little memory free": "it may be in use",
+    r"this processor rounds differently": "the recorded bits are those of processors with FMA3 and AVX2",
     r"compiled for one card": "the others differ in nothing that the test looks at",
     r"this is no repository": "the tests of a wheel run away from the source",
     r"(jax|strict) has no arrays that are not contiguous": "a workload of mbn bench that is none for them",
@@ -41,6 +44,14 @@ def _refuse(report: Any) -> Any:
         report.outcome = "failed"
         report.longrepr = f"skipped, which tests/conftest.py does not expect: {reason}"
     return report
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have all processes share what JAX compiles, which takes most of the time of its tests."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="mbn-tests-jax-")
+        os.environ |= {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,0 +1,122 @@
+"""Results, pickles and files of an earlier commit: bits stay, and what users have saved can be loaded.
+
+Source of the bounds: docs/accuracy.md, twice, since results of two commits may lie on two sides of the truth.
+"""
+
+import json
+import pickle
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import golden_cases
+import numpy as np
+import pytest
+from golden_cases import Case
+from numpy._core._multiarray_umath import __cpu_features__
+
+import mbn
+from mbn.conformance import ulp
+from mbn.contract import Backend
+
+HERE = Path(__file__).parent
+OTHER_PROCESSOR = "this processor rounds differently: it has no FMA3 and AVX2, with which the bits were recorded"
+"""NumPy's bits are those of any processor; what Numba and Torch compile multiplies and adds in one rounding."""
+
+
+@cache
+def _digests(backend: str) -> dict[str, dict[str, str]]:
+    digests: dict[str, dict[str, str]] = json.loads((HERE / f"{backend}.json").read_text())
+    return digests
+
+
+@pytest.mark.parametrize("backend", golden_cases.EXACT)
+def test_every_case_is_recorded(backend: str) -> None:
+    assert list(_digests(backend)) == [str(case) for case in golden_cases.of_backend(backend)]
+
+
+def _skip_other_processors(backend: str) -> None:
+    if backend != "numpy" and not (__cpu_features__.get("FMA3") and __cpu_features__.get("AVX2")):
+        pytest.skip(OTHER_PROCESSOR)
+
+
+@pytest.mark.parametrize(
+    ("backend", "shape"), [(b, shape) for b in golden_cases.EXACT for shape in golden_cases.SHAPES]
+)
+def test_bits_stay(backend: str, shape: str) -> None:
+    _skip_other_processors(backend)
+    changed = []
+    for case in golden_cases.of_backend(backend):
+        if case.shape == shape:
+            found = {name: golden_cases.digest(value) for name, value in golden_cases.results(case, backend).items()}
+            recorded = _digests(backend)[str(case)]
+            changed += [f"{case}: {name}" for name in found | recorded if found.get(name) != recorded.get(name)]
+    assert changed == []
+
+
+@pytest.mark.parametrize("shape", golden_cases.SHAPES)
+def test_jax_stays_within_bounds(shape: str) -> None:
+    with np.load(HERE / "jax.npz") as recorded:
+        for case in golden_cases.of_backend("jax"):
+            if case.shape == shape:
+                results = golden_cases.results(case, "jax")
+                assert {name.removeprefix(f"{case}: ") for name in recorded if name.startswith(f"{case}: ")} == set(
+                    results
+                )
+                for name, value in results.items():
+                    _assert_close(golden_cases.excerpt(value), recorded[f"{case}: {name}"], case, name)
+
+
+def _assert_close(value: np.ndarray, recorded: np.ndarray, case: Case, name: str) -> None:
+    assert value.dtype == recorded.dtype, f"{case}: {name}"
+    assert np.array_equal(np.isfinite(value), np.isfinite(recorded)), f"{case}: {name}"
+    kept = np.isfinite(value)
+    value, recorded = value[kept].astype(np.float64), recorded[kept].astype(np.float64)
+    dtype = str(
+        case.dtype
+        if name in ("y", "dx", "ddx")
+        else case.layer or ("float64" if case.dtype == "float64" else "float32")
+    )
+    if name == "num_batches_tracked":
+        bound = 0.0
+    elif name.startswith(("y", "running")):
+        bounds = ulp.OUTPUT_BOUNDS if name == "y" else ulp.STATISTICS_BOUNDS
+        bound = 2 * bounds[dtype] * ulp.spacing(np.abs(recorded).max(initial=1.0), dtype)
+    else:
+        bound = 2 * ulp.GRADIENT_BOUNDS[dtype] * max(np.abs(recorded).max(initial=0.0), 1e-3)
+    assert np.abs(value - recorded).max(initial=0.0) <= bound, f"{case}: {name}"
+
+
+def _layers(backend: str) -> list[Any]:
+    layers: list[Any] = pickle.loads((HERE / f"{backend}.pickle").read_bytes())  # noqa: S301 - our own
+    return layers
+
+
+@pytest.mark.parametrize("backend", golden_cases.BACKENDS)
+def test_saved_layers_load(backend: str) -> None:
+    own = mbn.get_backend(backend)
+    x = own.asarray(golden_cases.inputs(golden_cases.CALLED)[0])
+    pickled, waiting, *modules = _layers(backend)
+    loaded = mbn.BatchNorm1d.load(HERE / f"{backend}.safetensors", backend=backend)
+    for layer in (pickled, loaded, *modules):
+        expected = golden_cases.called(backend)
+        assert layer.training
+        assert _digests_of(own, layer.state_dict()) == _digests_of(own, expected.state_dict())
+        assert _digests_of(own, {"y": layer(x)}) == _digests_of(own, {"y": expected(x)})
+    assert repr(pickled) == repr(loaded) == repr(golden_cases.called(backend))
+    assert repr(waiting) == repr(golden_cases.waiting(backend))
+    assert not waiting.training
+
+
+def _digests_of(backend: Backend, arrays: dict[str, Any]) -> dict[str, str]:
+    return {key: golden_cases.digest(backend.to_numpy(value)) for key, value in arrays.items()}
+
+
+@pytest.mark.parametrize("backend", golden_cases.EXACT)
+def test_saved_state_is_that_of_the_recorded_call(backend: str) -> None:
+    _skip_other_processors(backend)
+    own, saved = mbn.get_backend(backend), mbn.BatchNorm1d.load(HERE / f"{backend}.safetensors", backend=backend)
+    recorded = _digests(backend)[str(golden_cases.CALLED)]
+    of_state = {key: value for key, value in recorded.items() if key.startswith(("running", "num"))}
+    assert len(of_state) == 3
+    assert _digests_of(own, saved.state_dict()).items() >= of_state.items()
