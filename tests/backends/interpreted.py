@@ -3,8 +3,10 @@
 It has to be imported before Triton is. ``MBN_PLANTED`` names a bug to plant in the kernels.
 """
 
+import functools
 import os
 import threading
+from types import SimpleNamespace
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -64,6 +66,23 @@ def _with_indices(tensor, *scope):
     tensor.__index__ = lambda self: int(self.handle.data.squeeze())
 
 
+_patch_language = interpreter._patch_lang
+
+
+@functools.cache
+def _patch_for_good(*modules):
+    """Put the interpreter's functions into modules of the language, which nothing compiles in this process."""
+    scope = _patch_language(SimpleNamespace(__globals__=dict(enumerate(modules))))
+    getattr(scope, "_changes", []).clear()  # so that nothing is restored
+    return scope
+
+
+def _patch_once(function):
+    """Do at the first call what Triton does at each call of each function, for half of the time that it takes."""
+    return _patch_for_good(*(value for value in function.__globals__.values() if value in (tl, tl.core)))
+
+
+interpreter._patch_lang = _patch_once
 interpreter._patch_lang_tensor = _with_indices
 interpreter.GridExecutor.__call__ = _alone
 interpreter._convert_float = _converted
