@@ -250,8 +250,8 @@ def _find_owner(x: object) -> Backend:
         raise TypeError(message)
     kind = type(x)
     broken: BackendUnavailableError | None = None
-    # Only an array that nobody knows is worth the import of strangers' plug-ins: they come last.
-    for name in chain(_candidates(), _entry_points()):
+    # Only an array that nobody knows is worth a look at strangers' plug-ins, and their import: they come last.
+    for name in chain.from_iterable(names() for names in (_candidates, _entry_points)):
         try:
             backend = get_backend(name)
         except BackendUnavailableError as error:  # it may not hide another, which comes after it
