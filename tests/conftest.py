@@ -2,8 +2,6 @@
 
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -44,14 +42,6 @@ def _refuse(report: Any) -> Any:
         report.outcome = "failed"
         report.longrepr = f"skipped, which tests/conftest.py does not expect: {reason}"
     return report
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Have all processes share what JAX compiles, which takes most of the time of its tests."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = tempfile.mkdtemp(prefix="mbn-tests-jax-")
-        os.environ |= {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -228,6 +228,17 @@ def test_owner_of_own_array_types() -> None:
     assert asked.count(x) == 1  # the answer is kept for the class
 
 
+def test_arrays_of_known_backends_cost_no_look_at_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look() -> None:
+        raise AssertionError("entry points are read")
+
+    monkeypatch.setattr(registry, "_owners", {})
+    monkeypatch.setattr(registry, "_entry_points", look)
+    assert registry.owner_of(np.ones(1)).name == "numpy"
+    with pytest.raises(AssertionError, match="entry points"):
+        registry.owner_of(object())
+
+
 def test_lists_and_scalars_are_numpys() -> None:
     for x in ([[1.0]], (1.0,), 1, 1.0, np.float32(1), np.ones(3)):
         assert registry.owner_of(x).name == "numpy"

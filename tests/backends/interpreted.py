@@ -78,7 +78,7 @@ def _patch_for_good(*modules):
 
 
 def _patch_once(function):
-    """Do at the first call what Triton does at each call of each function, for half of the time that it takes."""
+    """Patch at the first call alone: Triton patches at each call of each function, which takes half of the time."""
     return _patch_for_good(*(value for value in function.__globals__.values() if value in (tl, tl.core)))
 
 

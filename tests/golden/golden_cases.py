@@ -14,10 +14,11 @@ import numpy as np
 
 import mbn
 from mbn import functional
+from mbn.contract import layer_dtype
 
-BACKENDS = ("numpy", "numba", "torch", "jax")
 EXACT = ("numpy", "numba", "torch")
-"""Those whose bits are held; JAX's are XLA's, which may change them, so that its values are held to the bounds."""
+"""The backends whose bits are held. XLA may change JAX's, so JAX's values are held to the bounds."""
+BACKENDS = (*EXACT, "jax")
 KEPT = 64
 """How many values of an array of JAX's are recorded."""
 SHAPES = {
@@ -119,7 +120,7 @@ def cases() -> list[Case]:
 
 
 def inputs(case: Case) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """Return x, dy and what says which values count, made of nothing but bits that no release of NumPy changes."""
+    """Return x, dy, and the mask, lengths or weights: of PCG64 and additions, which no release of NumPy changes."""
     shape = SHAPES[case.shape]
     generator = np.random.Generator(np.random.PCG64(hash_of(case.shape)))
 
@@ -182,11 +183,7 @@ def _ordered(values: np.ndarray, case: Case) -> np.ndarray:
             wide[..., ::2] = values
             return wide[..., ::2]
         case "expanded":
-            return (
-                np.broadcast_to(values[:1], values.shape).copy()
-                if values.ndim == 2
-                else np.repeat(values[..., :1], values.shape[-1], -1)
-            )
+            return np.broadcast_to(values[:1] if values.ndim == 2 else values[..., :1], values.shape)
         case "swapped":
             return np.ascontiguousarray(values.swapaxes(0, -1)).swapaxes(0, -1)
     return values
@@ -197,14 +194,14 @@ def hash_of(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
 
 
-def layer_dtype(case: Case) -> str:
+def statistics_dtype(case: Case) -> str:
     """Return the dtype of parameters and statistics of a case."""
-    return case.layer or ("float64" if case.dtype == "float64" else "float32")
+    return case.layer or layer_dtype(case.dtype)
 
 
 def layer_of(case: Case, backend: str) -> mbn.BatchNorm1d:
     """Return a layer that has learned something."""
-    channels, dtype = SHAPES[case.shape][1], layer_dtype(case)
+    channels, dtype = SHAPES[case.shape][1], statistics_dtype(case)
     bn = mbn.BatchNorm1d(channels, dtype=dtype, backend=backend, **dict(case.settings))
     ramp = np.arange(channels) / channels
     values = {"weight": 1.5 - ramp, "bias": ramp - 0.25, "running_mean": 3 + ramp, "running_var": 4 + ramp}
