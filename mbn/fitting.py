@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mbn import checks
-from mbn.contract import Array, Backend, Moments, dtype_name, transposed
+from mbn.contract import Array, Backend, Batch, Moments, transposed
 from mbn.state import Settings, few
 
 
@@ -45,9 +45,9 @@ class Population:
         if 0 in x.shape:
             return
         x = backend.constant(x)
-        if dtype_name(x.dtype) != settings.dtype == "float64":  # as exact as a float64 layer's statistics are to be
-            x = backend.asarray(x, settings.dtype)
-        moments, size = backend.moments(transposed(x) if settings.has_channels_last(x.ndim) else x), 1
+        batch = Batch(transposed(x) if settings.has_channels_last(x.ndim) else x, None, settings.dtype)
+        kernels, batch = backend.kernels_for("moments", batch)
+        moments, size = kernels.moments(batch), 1
         # Whoever computes later would keep the batch until then.
         backend.to_numpy(_vector(backend, moments.mean, settings, backend.device(x)))
         while self._parts and self._parts[-1][0] == size:
@@ -72,7 +72,7 @@ class Population:
             moments = _merged(backend, other, moments)
         return {
             "running_mean": _vector(backend, moments.mean, settings, device),
-            "running_var": _vector(backend, backend.variance(moments, settings.correction), settings, device),
+            "running_var": _vector(backend, backend.kernels.variance(moments, settings.correction), settings, device),
         }
 
 
@@ -146,10 +146,10 @@ def _input(batch: Any) -> Any:
 
 def _merged(backend: Backend, a: Moments, b: Moments) -> Moments:
     """Return the statistics of both: the larger first, next to which the other is a small change."""
-    return backend.merge(a, b) if a.count >= b.count else backend.merge(b, a)
+    return backend.kernels.merge(a, b) if a.count >= b.count else backend.kernels.merge(b, a)
 
 
 def _vector(backend: Backend, statistic: Any, settings: Settings, device: Any) -> Array:
     """Return a mean or variance in the layer's dtype, rounded once."""
     zeros = backend.asarray(np.zeros(settings.num_features or 0), settings.dtype, device)
-    return backend.lerp(zeros, statistic, 1.0)
+    return backend.kernels.lerp(zeros, statistic, 1.0)

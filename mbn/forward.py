@@ -7,7 +7,7 @@ come last.
 from typing import Any
 
 from mbn import checks
-from mbn.contract import Array, Backend, Residuals, counted, transposed
+from mbn.contract import Array, Backend, Batch, Stats, counted, transposed
 from mbn.masking import Masking
 from mbn.pullback import Pullback
 from mbn.state import Params, Settings, State
@@ -35,14 +35,13 @@ def forward(
     checks.batch(backend, x, shape, settings, state, training=training)
     if out is not None:
         checks.out(backend, out, x)
-    weights = None if masking is None else masking.weights(backend, x, settings)
+    sample_weight = None if masking is None else masking.combined(backend, x, settings)
     if 0 in shape:
         return x if out is None else out, _counted(state, training=training)
     swap = settings.has_channels_last(len(shape))
-    options = _options(settings, training, weights)
-    if out is not None:
-        options["out"] = transposed(out) if swap else out
-    y, state = backend.batch_norm(transposed(x) if swap else x, params, state, **options)
+    batch = Batch(transposed(x) if swap else x, sample_weight, settings.dtype)
+    target = transposed(out) if swap and out is not None else out
+    y, state, _ = _step(backend, batch, params, state, settings, training, target, keep=False)
     return (transposed(y) if swap else y) if out is None else out, state
 
 
@@ -62,27 +61,32 @@ def forward_vjp(
     except RuntimeError as error:
         raise TypeError(checks.SHAPELESS) from error
     checks.batch(backend, x, shape, settings, state, training=training)
-    weights = None if masking is None else masking.weights(backend, x, settings)
+    sample_weight = None if masking is None else masking.combined(backend, x, settings)
     held = Params(*(None if parameter is None else backend.copy(parameter) for parameter in params))
     if 0 in shape:
-        return (x, Pullback(backend, x, held, None, weights, settings)), _counted(state, training=training)
+        return (x, Pullback(backend, x, held, None, sample_weight, settings)), _counted(state, training=training)
     swap = settings.has_channels_last(len(shape))
-    y, state, residuals = backend.batch_norm_residuals(
-        transposed(x) if swap else x, params, state, **_options(settings, training, weights)
-    )
+    batch = Batch(transposed(x) if swap else x, sample_weight, settings.dtype)
+    y, state, stats = _step(backend, batch, params, state, settings, training)
     if not training:  # the running statistics may be written to before the pullback is called
-        residuals = Residuals(backend.copy(residuals.mean), backend.copy(residuals.var), None)
-    return (transposed(y) if swap else y, Pullback(backend, x, held, residuals, weights, settings)), state
+        stats = Stats(backend.copy(stats.mean), backend.copy(stats.var), None)
+    return (transposed(y) if swap else y, Pullback(backend, x, held, stats, sample_weight, settings)), state
 
 
-def _options(settings: Settings, training: bool, weights: Array | None) -> dict[str, Any]:  # noqa: FBT001 - as they come
-    return {
-        "training": training,
-        "momentum": settings.momentum,
-        "eps": settings.eps,
-        "correction": settings.correction,
-        "weights": weights,
-    }
+def _step(
+    backend: Backend,
+    batch: Batch,
+    params: Params,
+    state: State,
+    settings: Settings,
+    training: bool,  # noqa: FBT001 - in every call, where keywords cost
+    out: Array | None = None,
+    *,
+    keep: bool = True,
+) -> tuple[Array, State, Stats]:
+    """Choose the kernels for a step, and do it."""
+    kernels, batch = backend.kernels_for("train" if training else "evaluate", batch, out, (params, state))
+    return backend.forward(kernels, batch, params, state, settings, training, out, keep)
 
 
 def _counted(state: State, *, training: bool) -> State:

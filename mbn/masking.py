@@ -33,7 +33,7 @@ class Masking(NamedTuple):
             return None
         return cls(mask, lengths, sample_weight)
 
-    def weights(self, backend: Backend, x: Array, settings: Settings) -> Array:
+    def combined(self, backend: Backend, x: Array, settings: Settings) -> Array:
         """Return how often each place of ``x``, an array of ``backend``, counts: in the layer's dtype.
 
         Raises:
@@ -71,7 +71,7 @@ class Masking(NamedTuple):
                 checks.out_of_range(name, owner.to_numpy(given), owner.to_numpy(seen), limit)
             return values if own else backend.asarray(values, device=device)
 
-        return backend.weights(
+        return backend.kernels.sample_weights(
             places,
             settings.dtype,
             receive("mask", self.mask, None, math.inf),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mbn import checks
-from mbn.contract import Array, Backend, Residuals, dtype_name, transposed
+from mbn.contract import Array, Backend, Batch, Stats, dtype_name, transposed
 from mbn.convert import received
 from mbn.state import Params, Settings
 
@@ -22,16 +22,16 @@ class Pullback:
         backend: Backend,
         x: Array,
         params: Params,
-        residuals: Residuals | None,
-        weights: Array | None,
+        stats: Stats | None,
+        sample_weight: Array | None,
         settings: Settings,
     ) -> None:
-        """Keep what a call leaves behind; ``residuals`` are None for an empty batch. ``x`` is kept, not copied."""
+        """Keep what a call leaves behind; ``stats`` are None for an empty batch. ``x`` is kept, not copied."""
         self._backend = backend
         self._x = x
         self._params = params
-        self._residuals = residuals
-        self._weights = weights
+        self._stats = stats
+        self._sample_weight = sample_weight
         self._settings = settings
 
     def __call__(self, dy: Any) -> tuple[Array, Array | None, Array | None]:
@@ -55,18 +55,16 @@ class Pullback:
         shape, dtype, device = tuple(x.shape), dtype_name(x.dtype), backend.device(x)
         dy = received(backend, "dy", dy, dtype, device)
         checks.gradient(backend, dy, shape, dtype)
-        if self._residuals is None:
+        if self._stats is None:
             dx, dweight, dbias = dy, *(backend.asarray(np.zeros(shape[settings.axis]), settings.dtype, device),) * 2
         else:
             swap = settings.has_channels_last(len(shape))
-            dx, dweight, dbias = backend.pullback(
-                transposed(dy) if swap else dy,
-                transposed(x) if swap else x,
-                self._params.weight,
-                self._residuals,
-                settings.eps,
-                self._weights,
-            )
+            if swap:
+                x, dy = transposed(x), transposed(dy)
+            weight, stats = self._params.weight, self._stats
+            batch = Batch(x, self._sample_weight, settings.dtype)
+            kernels, batch = backend.kernels_for("pullback", batch, dy, (weight, stats))
+            dx, dweight, dbias = backend.pullback(kernels, dy, batch, weight, stats, settings.eps)
             dx = transposed(dx) if swap else dx
         weight, bias = self._params
         # The sums may be wider than the parameters that they belong to.

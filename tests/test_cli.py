@@ -26,9 +26,12 @@ class Planted(NumpyBackend):
 
     name = "planted"
 
-    def batch_norm_residuals(self, *args, **settings):
-        y, *rest = super().batch_norm_residuals(*args, **settings)
-        return y + np.float32(1e-5), *rest
+    def bind(self, forward, pullback):
+        def step(*args):
+            y, *rest = forward(*args)
+            return y + np.float32(1e-5), *rest
+
+        return step, pullback
 
 
 class Raising(NumpyBackend):
@@ -36,7 +39,7 @@ class Raising(NumpyBackend):
 
     name = "raising"
 
-    def batch_norm_residuals(self, *_, **__):
+    def kernels_for(self, *_):
         message = "out of luck"
         raise RuntimeError(message)
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import mbn
-from mbn.contract import Moments
+from mbn.contract import Batch, Kernels
 from mbn_numpy.backend import NumpyBackend
 
 torch = pytest.importorskip("torch", reason="data loaders are torch's")
@@ -92,9 +92,9 @@ class Later(NumpyBackend):
     name = "later"
     is_waiting = False
 
-    def moments(self, *args: Any) -> Moments:
+    def kernels_for(self, *args: Any) -> tuple[Kernels, Batch]:
         self.is_waiting = True
-        return super().moments(*args)
+        return super().kernels_for(*args)
 
     def to_numpy(self, x: np.ndarray) -> np.ndarray:
         self.is_waiting = False

@@ -8,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from forward_bugs import InputMutated
+from border_bugs import HandedOverWithoutStrides
 from toy import Toy
 
 import mbn
 from mbn import registry
+from mbn.contract import Batch, Kernels
 
 
 @pytest.fixture(autouse=True)
@@ -57,9 +58,9 @@ def test_functional_follows_the_choice() -> None:
     class Recording(Toy):
         name = "recording"
 
-        def moments(self, x: np.ndarray, *weights: None) -> object:
-            calls.append(x.shape)
-            return super().moments(x, *weights)
+        def kernels_for(self, operation: str, batch: Batch, *others: object) -> tuple[Kernels, Batch]:
+            calls.append(batch.x.shape)
+            return super().kernels_for(operation, batch, *others)
 
     mbn.register_backend("recording", Recording)
     with mbn.use_backend("recording"):
@@ -180,7 +181,12 @@ def test_backend_that_is_none() -> None:
 
 
 def test_registering() -> None:
-    for target, kind in [("toy:Toy", Toy), (Toy(), Toy), (Toy, Toy), ("forward_bugs:InputMutated", InputMutated)]:
+    for target, kind in [
+        ("toy:Toy", Toy),
+        (Toy(), Toy),
+        (Toy, Toy),
+        ("border_bugs:HandedOverWithoutStrides", HandedOverWithoutStrides),
+    ]:
         mbn.register_backend("toy", target)
         assert type(mbn.get_backend("toy")) is kind
 

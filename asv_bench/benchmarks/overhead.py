@@ -4,6 +4,8 @@ from timeit import timeit
 
 import mbn
 from mbn.bench.workloads import Workload
+from mbn.contract import Batch
+from mbn.state import Settings
 
 from ._backends import NAMES, layer
 
@@ -25,7 +27,11 @@ class Call:
         self._training = mode == "train"
         self._x = subject.x
         self._layer = subject.layer.train(self._training)
-        self._params, self._state = self._layer.params, self._layer.state
+        self._params, self._state, self._settings = (
+            self._layer.params,
+            self._layer.state,
+            Settings(None, "float32", 1e-5, 0.1, 1, 1),
+        )
         self._call_layer()
         self._call_backend()
 
@@ -41,13 +47,19 @@ class Call:
         self._wait(self._layer(self._x))
 
     def _call_backend(self) -> None:
-        y, _ = self._backend.batch_norm(
-            self._x,
+        state = self._state
+        batch = Batch(self._x)
+        kernels, batch = self._backend.kernels_for(
+            "train" if self._training else "evaluate", batch, None, (self._params, state)
+        )
+        y, *_ = self._backend.forward(
+            kernels,
+            batch,
             self._params,
-            self._state,
-            training=self._training,
-            momentum=0.1,
-            eps=1e-5,
-            correction=1,
+            state,
+            self._settings,
+            self._training,
+            None,
+            False,  # noqa: FBT003 - as a step does
         )
         self._wait(y)

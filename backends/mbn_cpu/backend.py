@@ -1,31 +1,123 @@
-"""The verbs on host memory: what its backends have in common, which is all but the passes over x.
+"""The border and the kernels on host memory: what its backends have in common, which is all but the passes over x.
 
 Everything is on the host, so the border is a cast at most.
 """
 
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from mbn.contract import Backend, Capabilities, Moments, Residuals, overlaps_itself, widened
-from mbn.state import Params, State
+from mbn.contract import Backend, Batch, Capabilities, Kernels, Moments, Operation, Stats, overlaps_itself
+from mbn.state import Params
 from mbn_cpu import extremes, vectors
 
 
+class HostKernels(Kernels):
+    """Kernels of NumPy arrays, made of the passes over x of a module."""
+
+    def __init__(self, passes: ModuleType, at_once: ModuleType | None = None) -> None:
+        """Take the four passes from a module, and whole steps from another, if any.
+
+        The passes take arrays one by one, and ``normalize`` a line. What is beyond their range is computed apart.
+        """
+        self.passes = passes
+        if at_once is not None:
+            self.train, self.evaluate, self.pullback = at_once.train, at_once.evaluate, at_once.pullback
+
+    def moments(self, batch: Batch) -> Moments:
+        x, weights = _widened(batch.x, batch), batch.sample_weight
+        found = self.passes.moments(x, weights)
+        if not vectors.is_wide(x):
+            return found
+        with np.errstate(all="ignore"):
+            return extremes.moments(self.passes.moments, x, weights, found)
+
+    @np.errstate(all="ignore")
+    def normalize(
+        self, batch: Batch, stats: Stats, params: Params, eps: float, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        x, weights, (mean, var, _), (weight, bias) = np.asarray(batch.x), batch.sample_weight, stats, params
+        line = vectors.line(mean, var, weight, bias, eps, vectors.compute_dtype(x))
+        channels = extremes.of_line(line, mean, var, weight, eps)
+        if channels is None:
+            return self.passes.normalize(x, line, weights, out)
+        values = extremes.normalize(x, channels, mean, var, weight, bias, eps, weights)  # before x is written to
+        y = self.passes.normalize(x, line, weights, out)
+        y[:, channels] = values
+        return y
+
+    def grad_sums(self, dy: np.ndarray, batch: Batch, stats: Stats, eps: float) -> tuple[np.ndarray, np.ndarray]:
+        dy, x, weights = _widened(dy, batch), _widened(batch.x, batch), batch.sample_weight
+        mean, var, _ = stats
+        sums = self.passes.grad_sums(dy, x, mean, var, eps, weights)
+        if _has_room(x, mean):
+            return sums
+        with np.errstate(all="ignore"):
+            channels = extremes.of_sums(sums, var, eps)
+            if channels is not None:
+                of_channels = extremes.grad_sums(self.passes.grad_sums, dy, x, channels, mean, var, eps, weights)
+                for total, own in zip(sums, of_channels, strict=True):
+                    total[channels] = own
+        return sums
+
+    def grad_input(
+        self,
+        dy: np.ndarray,
+        batch: Batch,
+        stats: Stats,
+        weight: np.ndarray | None,
+        eps: float,
+        sums: tuple[np.ndarray, np.ndarray] | None,
+    ) -> np.ndarray:
+        dy, x, weights, (mean, var, count) = np.asarray(dy), np.asarray(batch.x), batch.sample_weight, stats
+        dx = self.passes.grad_input(dy, x, mean, var, weight, eps, sums, count, weights)
+        if _has_room(x, mean, weight):
+            return dx
+        with np.errstate(all="ignore"):
+            channels = extremes.of_factors(sums, var, weight, eps, count)
+            if channels is not None:
+                kernel = self.passes.grad_sums
+                dx[:, channels] = extremes.grad_input(kernel, dy, x, channels, mean, var, weight, eps, count, weights)
+        return dx
+
+    def sample_weights(
+        self,
+        shape: tuple[int, ...],
+        dtype: str,
+        mask: np.ndarray | None,
+        lengths: np.ndarray | None,
+        sample_weight: np.ndarray | None,
+    ) -> np.ndarray:
+        return vectors.combine_weights(shape, dtype, mask, lengths, sample_weight)
+
+    def merge(self, first: Moments, second: Moments) -> Moments:
+        return vectors.merge(first, second)
+
+    def variance(self, moments: Moments, correction: int) -> vectors.Variance:
+        return vectors.variance(moments, correction)
+
+    def step(
+        self, momentum: float | None, num_batches_tracked: np.ndarray | None, count: float, correction: int
+    ) -> float:
+        return vectors.step(momentum, num_batches_tracked, count, correction)
+
+    @np.errstate(all="ignore")
+    def lerp(self, start: np.ndarray, end: vectors.Mean | vectors.Variance, step: float) -> np.ndarray:
+        return vectors.lerp(start, end, step)
+
+
 class HostBackend(Backend):
-    """A backend of NumPy arrays, made of the passes over x of a module of kernels."""
+    """A backend of NumPy arrays."""
 
-    kernels: ClassVar[ModuleType]
-    """The passes: ``moments``, ``normalize``, ``grad_sums`` and ``grad_input``, with the arguments of the verbs.
+    kernels: HostKernels
+    fast: ModuleType
+    """The whole of a step at once, for those batches that it ``takes``."""
+    fused: HostKernels
+    """Kernels with these steps."""
 
-    ``normalize`` takes a line instead. What is beyond their range is computed apart.
-    """
-    whole: ClassVar[ModuleType]
-    """The whole of a call at once, for those batches that it ``takes``: ``train``, ``evaluate`` and ``pullback``.
-
-    The first two give None where they cannot.
-    """
     capabilities = Capabilities(
         dtypes=frozenset({"float16", "bfloat16", "float32", "float64"}),
         devices=("cpu",),
@@ -64,171 +156,45 @@ class HostBackend(Backend):
         is_same = out.__array_interface__["data"] == x.__array_interface__["data"] and out.strides == x.strides
         return None if is_same or not np.shares_memory(out, x) else "overlaps x in memory without being x"
 
-    def weights(
-        self,
-        shape: tuple[int, ...],
-        dtype: str,
-        mask: np.ndarray | None,
-        lengths: np.ndarray | None,
-        sample_weight: np.ndarray | None,
-    ) -> np.ndarray:
-        return vectors.combine_weights(shape, dtype, mask, lengths, sample_weight)
-
     def within(self, values: np.ndarray, low: float, high: float) -> bool:
         return bool(np.all((low <= values) & (values < high)))
 
-    def moments(self, x: np.ndarray, weights: np.ndarray | None = None) -> Moments:
-        x = np.asarray(x)
-        found = self.kernels.moments(x, weights)
-        if not vectors.is_wide(x):
-            return found
-        with np.errstate(all="ignore"):
-            return extremes.moments(self.kernels.moments, x, weights, found)
+    def kernels_for(
+        self, operation: Operation, batch: Batch, other: np.ndarray | None = None, vectors: tuple[Any, ...] = ()
+    ) -> tuple[Kernels, Batch]:
+        return (self.fused if takes(self.fast, operation, batch, other, vectors) else self.kernels), batch
 
-    def merge(self, first: Moments, second: Moments) -> Moments:
-        return vectors.merge(first, second)
+    def bind(
+        self, forward: Callable[..., Any], pullback: Callable[..., Any]
+    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        return forward, partial(_rounded, pullback)
 
-    def variance(self, moments: Moments, correction: int) -> vectors.Variance:
-        return vectors.variance(moments, correction)
 
-    @np.errstate(all="ignore")
-    def normalize(
-        self,
-        x: np.ndarray,
-        mean: vectors.Mean,
-        var: vectors.Variance,
-        weight: np.ndarray | None,
-        bias: np.ndarray | None,
-        eps: float,
-        weights: np.ndarray | None = None,
-        out: np.ndarray | None = None,
-    ) -> np.ndarray:
-        x = np.asarray(x)
-        line = vectors.line(mean, var, weight, bias, eps, vectors.compute_dtype(x))
-        channels = extremes.of_line(line, mean, var, weight, eps)
-        if channels is None:
-            return self.kernels.normalize(x, line, weights, out)
-        values = extremes.normalize(x, channels, mean, var, weight, bias, eps, weights)  # before x is written to
-        y = self.kernels.normalize(x, line, weights, out)
-        y[:, channels] = values
-        return y
+def takes(
+    fast: ModuleType, operation: Operation, batch: Batch, other: np.ndarray | None, operands: tuple[Any, ...]
+) -> bool:
+    """Tell whether a module of whole steps is the one for a call."""
+    if not fast.takes(batch.x, batch.sample_weight, other):
+        return False
+    if operation == "pullback":
+        weight, stats = operands
+        return _has_room(batch.x, stats.mean, weight)
+    return operation == "evaluate" or (operation == "train" and batch.dtype == "float32")
 
-    @np.errstate(all="ignore")
-    def lerp(self, start: np.ndarray, end: vectors.Mean | vectors.Variance, weight: float) -> np.ndarray:
-        return vectors.lerp(start, end, weight)
 
-    def step(
-        self, momentum: float | None, num_batches_tracked: np.ndarray | None, count: float, correction: int
-    ) -> float:
-        return vectors.step(momentum, num_batches_tracked, count, correction)
+def _rounded(pullback: Callable[..., Any], kernels: Kernels, dy: Any, batch: Batch, weight: Any, *rest: Any) -> Any:
+    """Return gradients, those of parameters in their dtype: beyond its range they are infinite."""
+    dx, *sums = pullback(kernels, dy, batch, weight, *rest)
+    if weight is not None and sums[0].dtype != weight.dtype:
+        with np.errstate(over="ignore"):
+            sums = [total.astype(weight.dtype) for total in sums]
+    return dx, *sums
 
-    def grad_sums(
-        self,
-        dy: np.ndarray,
-        x: np.ndarray,
-        mean: vectors.Mean,
-        var: vectors.Variance,
-        eps: float,
-        weights: np.ndarray | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        dy, x, kernel = np.asarray(dy), np.asarray(x), self.kernels.grad_sums
-        sums = kernel(dy, x, mean, var, eps, weights)
-        if _has_room(x, mean):
-            return sums
-        with np.errstate(all="ignore"):
-            channels = extremes.of_sums(sums, var, eps)
-            if channels is not None:
-                of_channels = extremes.grad_sums(kernel, dy, x, channels, mean, var, eps, weights)
-                for total, own in zip(sums, of_channels, strict=True):
-                    total[channels] = own
-        return sums
 
-    def grad_input(
-        self,
-        dy: np.ndarray,
-        x: np.ndarray,
-        mean: vectors.Mean,
-        var: vectors.Variance,
-        weight: np.ndarray | None,
-        eps: float,
-        sums: tuple[np.ndarray, np.ndarray] | None,
-        count: float | None,
-        weights: np.ndarray | None = None,
-    ) -> np.ndarray:
-        dy, x = np.asarray(dy), np.asarray(x)
-        dx = self.kernels.grad_input(dy, x, mean, var, weight, eps, sums, count, weights)
-        if _has_room(x, mean, weight):
-            return dx
-        with np.errstate(all="ignore"):
-            channels = extremes.of_factors(sums, var, weight, eps, count)
-            if channels is not None:
-                kernel, held = self.kernels.grad_sums, None if sums is None else count
-                dx[:, channels] = extremes.grad_input(kernel, dy, x, channels, mean, var, weight, eps, held, weights)
-        return dx
-
-    def batch_norm_residuals(
-        self,
-        x: np.ndarray,
-        params: Params,
-        state: State,
-        *,
-        training: bool,
-        momentum: float | None,
-        eps: float,
-        correction: int,
-        weights: np.ndarray | None = None,
-        **out: np.ndarray,
-    ) -> tuple[np.ndarray, State, Residuals]:
-        result = None
-        if self.whole.takes(x, weights, *out.values()) and not (training and widened(x, params, state)):
-            result = self.at_once(x, params, state, training, momentum, eps, correction, **out)
-        if result is not None:
-            return result
-        return super().batch_norm_residuals(
-            x,
-            params,
-            state,
-            training=training,
-            momentum=momentum,
-            eps=eps,
-            correction=correction,
-            weights=weights,
-            **out,
-        )
-
-    def at_once(
-        self,
-        x: np.ndarray,
-        params: Params,
-        state: State,
-        training: bool,  # noqa: FBT001 - in every call, where keywords cost
-        momentum: float | None,
-        eps: float,
-        correction: int,
-        out: np.ndarray | None = None,
-    ) -> tuple[np.ndarray, State, Residuals] | None:
-        """Do what ``batch_norm_residuals`` does of what ``whole`` takes; None, and nothing is written, if it cannot."""
-        if training:
-            return self.whole.train(x, params, state, momentum, eps, correction, out)
-        y = self.whole.evaluate(x, params, state, eps, out)
-        return None if y is None else (y, state, Residuals(state.running_mean, state.running_var, None))
-
-    def pullback(
-        self,
-        dy: np.ndarray,
-        x: np.ndarray,
-        weight: np.ndarray | None,
-        residuals: Residuals,
-        eps: float,
-        weights: np.ndarray | None = None,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        if self.whole.takes(x, weights, dy) and _has_room(x, residuals.mean, weight):
-            return self.whole.pullback(dy, x, weight, residuals, eps)
-        dx, *sums = super().pullback(dy, x, weight, residuals, eps, weights)
-        if weight is not None:
-            with np.errstate(over="ignore"):  # beyond its range they are infinite
-                sums = [total.astype(weight.dtype, copy=False) for total in sums]
-        return dx, *sums
+def _widened(values: np.ndarray, batch: Batch) -> np.ndarray:
+    """Return an array in the shape of x with as many digits as statistics are to have."""
+    values = np.asarray(values)
+    return values.astype(vectors.WIDE) if batch.dtype == "float64" and not vectors.is_wide(values) else values
 
 
 def _has_room(x: np.ndarray, mean: vectors.Mean, weight: np.ndarray | None = None) -> bool:

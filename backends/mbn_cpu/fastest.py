@@ -7,23 +7,24 @@ from types import ModuleType
 import numpy as np
 
 from mbn_cpu import blocked, small
-from mbn_cpu.backend import HostBackend
+from mbn_cpu.backend import HostBackend, HostKernels
 
 
 class Host(HostBackend):
-    """The verbs on NumPy arrays that another backend's arrays share their memory with; it has no name to ask for."""
+    """The backend of NumPy arrays that another backend's arrays share their memory with; it has no name to ask for."""
 
     name = "host"
     version = np.__version__
 
-    def __init__(self, kernels: ModuleType, whole: ModuleType, *, compiled: bool) -> None:
-        """Make the verbs of two modules; ``compiled`` says whether they leave other ways nothing to be faster at."""
-        self.kernels, self.whole, self.compiled = kernels, whole, compiled
+    def __init__(self, passes: ModuleType, fast: ModuleType, *, compiled: bool) -> None:
+        """Make it of two modules; ``compiled`` says whether they leave other kernels nothing to be faster at."""
+        self.kernels, self.fast, self.fused = HostKernels(passes), fast, HostKernels(passes, fast)
+        self.compiled = compiled
 
 
 @cache
 def host() -> Host:
-    """Return the verbs, compiled by Numba where that can be imported, which is first done here: it takes long."""
+    """Return the backend, compiled by Numba where that can be imported, which is first done here: it takes long."""
     try:
         from mbn_cpu import compiled, fused  # noqa: PLC0415 - as said
     except ModuleNotFoundError:

@@ -5,8 +5,8 @@ Neither weights nor other dtypes than float32 come here, nor memory that is not 
 
 import numpy as np
 
-from mbn.contract import Residuals
-from mbn.state import Params, State
+from mbn.contract import Batch, Stats
+from mbn.state import Params, Settings, State
 from mbn_cpu import loops
 from mbn_cpu.compiled import Form, flat, readable
 from mbn_cpu.vectors import Pair, counted, step
@@ -17,31 +17,24 @@ _NO_VECTOR = np.empty(0, np.float32)
 _NO_REST = np.empty(0)
 
 
-def takes(x: np.ndarray, weights: np.ndarray | None, *others: np.ndarray) -> bool:
-    """Tell whether a batch, and other arrays in its shape, are for this module."""
+def takes(x: np.ndarray, weights: np.ndarray | None, other: np.ndarray | None) -> bool:
+    """Tell whether a batch, and another array in its shape, are for this module."""
     if weights is not None or x.size > _SIZE or x.dtype != np.float32:
         return False
     is_one_piece = x.flags.c_contiguous or (x.ndim == 3 and x.swapaxes(1, 2).flags.c_contiguous)  # noqa: PLR2004
     return (
-        is_one_piece
-        and x.flags.aligned
-        and all(other.strides == x.strides and other.dtype == x.dtype for other in others)
+        is_one_piece and x.flags.aligned and (other is None or (other.strides == x.strides and other.dtype == x.dtype))
     )
 
 
 def train(
-    x: np.ndarray,
-    params: Params,
-    state: State,
-    momentum: float | None,
-    eps: float,
-    correction: int,
-    out: np.ndarray | None = None,
-) -> tuple[np.ndarray, State, Residuals] | None:
-    """Return output, new state and residuals of a step of training on x, (N, C) or (N, C, L).
+    batch: Batch, params: Params, state: State, settings: Settings, out: np.ndarray | None
+) -> tuple[np.ndarray, State, Stats] | None:
+    """Return output, new state and statistics of a step of training.
 
     Or None, and nothing is written, where a channel is beyond the range of float32.
     """
+    x, (_, _, eps, momentum, _, correction) = batch.x, settings
     running_mean, running_var, num_batches_tracked = state
     form, y = Form.of(x), np.empty_like(x) if out is None else out
     _, c, length = form.shape
@@ -53,32 +46,33 @@ def train(
     share = float(step(momentum, num_batches_tracked, n, correction)) if is_tracked else 0.0
     arrays = flat(x), flat(y)
     sizes = form.last, c, length, form.lanes
-    new, stats, is_beyond = loops.train(*arrays, *sizes, *_vectors(params), running, share, eps, correction)
+    new, found, is_beyond = loops.train(*arrays, *sizes, *_vectors(params), running, share, eps, correction)
     if is_beyond:
         return None
     if is_tracked:
         new = new if running_mean.dtype.isnative else new.astype(running_mean.dtype)
         running_mean, running_var = new[0], new[1]  # one by one, since to unpack an array takes longer
-    return y, State(running_mean, running_var, num_batches_tracked), Residuals(Pair(stats[0], stats[1]), stats[2], n)
+    return y, State(running_mean, running_var, num_batches_tracked), Stats(Pair(found[0], found[1]), found[2], n)
 
 
 def evaluate(
-    x: np.ndarray, params: Params, state: State, eps: float, out: np.ndarray | None = None
+    batch: Batch, params: Params, state: State, settings: Settings, out: np.ndarray | None
 ) -> np.ndarray | None:
-    """Return the output of evaluation on x, (N, C) or (N, C, L); None as ``train``."""
+    """Return the output of evaluation; None as ``train``."""
+    x = batch.x
     form, y = Form.of(x), np.empty_like(x) if out is None else out
     _, c, length = form.shape
     statistics = readable(state.running_mean), readable(state.running_var)
     arrays = flat(x), flat(y)
-    is_beyond = loops.evaluate(*arrays, form.last, c, length, *_vectors(params), *statistics, eps)
+    is_beyond = loops.evaluate(*arrays, form.last, c, length, *_vectors(params), *statistics, settings.eps)
     return None if is_beyond else y
 
 
 def pullback(
-    dy: np.ndarray, x: np.ndarray, weight: np.ndarray | None, residuals: Residuals, eps: float
+    dy: np.ndarray, batch: Batch, weight: np.ndarray | None, stats: Stats, eps: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the gradients of x, weight and bias."""
-    mean, var, count = residuals
+    x, (mean, var, count) = batch.x, stats
     hi, lo = mean if isinstance(mean, Pair) else (mean, _NO_REST)
     form, dx = Form.of(x), np.empty_like(x)
     _, c, length = form.shape

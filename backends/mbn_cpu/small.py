@@ -6,8 +6,8 @@ statistics are summed twice, come here.
 
 import numpy as np
 
-from mbn.contract import Residuals
-from mbn.state import Params, State
+from mbn.contract import Batch, Stats
+from mbn.state import Params, Settings, State
 from mbn_cpu.vectors import FAR_SQUARE, WIDE, Pair, counted, invstd, is_wide, lerp, step
 
 _SIZE = 1 << 14
@@ -16,22 +16,17 @@ _ROOM = 2.0**800
 """Numbers below it leave room for products with those of float32."""
 
 
-def takes(x: np.ndarray, weights: np.ndarray | None, *others: np.ndarray) -> bool:  # noqa: ARG001 - any memory will do
-    """Tell whether a batch, and other arrays in its shape, are for this module."""
+def takes(x: np.ndarray, weights: np.ndarray | None, other: np.ndarray | None) -> bool:  # noqa: ARG001 - any will do
+    """Tell whether a batch, and another array in its shape, are for this module."""
     return weights is None and x.size <= _SIZE and not is_wide(x)
 
 
 @np.errstate(all="ignore")
 def train(
-    x: np.ndarray,
-    params: Params,
-    state: State,
-    momentum: float | None,
-    eps: float,
-    correction: int,
-    out: np.ndarray | None = None,
-) -> tuple[np.ndarray, State, Residuals]:
-    """Return output, new state and residuals of a step of training on x, (N, C) or (N, C, L)."""
+    batch: Batch, params: Params, state: State, settings: Settings, out: np.ndarray | None
+) -> tuple[np.ndarray, State, Stats]:
+    """Return output, new state and statistics of a step of training."""
+    x, eps = batch.x, settings.eps
     running_mean, running_var, num_batches_tracked = state
     n, axes = x.size // x.shape[1], _axes(x)
     d = x.astype(WIDE, order="C")  # the order of sums must not be that of the memory
@@ -57,19 +52,19 @@ def train(
     if num_batches_tracked is not None:
         num_batches_tracked = counted(num_batches_tracked)
     if running_mean is not None:
-        share = step(momentum, num_batches_tracked, n, correction)
+        share = step(settings.momentum, num_batches_tracked, n, settings.correction)
         running_mean = lerp(running_mean, first + rest, share)
-        running_var = lerp(running_var, m2 / (n - correction), share)
-    return y, State(running_mean, running_var, num_batches_tracked), Residuals(Pair(first, rest), var, n)
+        running_var = lerp(running_var, m2 / (n - settings.correction), share)
+    return y, State(running_mean, running_var, num_batches_tracked), Stats(Pair(first, rest), var, n)
 
 
 @np.errstate(all="ignore")
 def evaluate(
-    x: np.ndarray, params: Params, state: State, eps: float, out: np.ndarray | None = None
+    batch: Batch, params: Params, state: State, settings: Settings, out: np.ndarray | None
 ) -> np.ndarray | None:
-    """Return the output of evaluation on x, (N, C) or (N, C, L); None for vectors that need all of float64's range."""
-    weight, bias = params
-    scale = invstd(state.running_var, eps)
+    """Return the output of evaluation; None for vectors that need all of float64's range."""
+    x, (weight, bias) = batch.x, params
+    scale = invstd(state.running_var, settings.eps)
     if weight is not None:
         scale *= weight
     if is_wide(state.running_var) and not all(
@@ -86,10 +81,10 @@ def evaluate(
 
 @np.errstate(all="ignore")
 def pullback(
-    dy: np.ndarray, x: np.ndarray, weight: np.ndarray | None, residuals: Residuals, eps: float
+    dy: np.ndarray, batch: Batch, weight: np.ndarray | None, stats: Stats, eps: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the gradients of x, weight and bias."""
-    mean, var, count = residuals
+    x, (mean, var, count) = batch.x, stats
     axes, factor = _axes(x), invstd(var, eps)
     d, gradient = x.astype(WIDE, order="C"), dy.astype(WIDE, order="C")
     for part in mean if isinstance(mean, Pair) else (mean,):

@@ -1,16 +1,15 @@
-"""CuPy's verbs. CuPy computes on the current device, so each verb makes the one of its array current."""
+"""CuPy's border. CuPy computes on the current device, so each step makes the one of its arrays current."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import cupy
 import numpy as np
 
-from mbn.contract import Backend, Capabilities, Moments, Residuals, overlaps_itself
-from mbn.state import Params, State
-from mbn_cupy import kernels, vectors
+from mbn.contract import Backend, Batch, Capabilities, Kernels, overlaps_itself
+from mbn_cupy.kernels import CudaKernels
 
 _DTYPE_CHARACTERS = "?bhilqBHILQefdFD"
 """Those that CuPy supports whatever its version."""
@@ -22,6 +21,7 @@ class CupyBackend(Backend):
 
     name: ClassVar[str] = "cupy"
     version = cupy.__version__
+    kernels = CudaKernels()
 
     def __init__(self) -> None:
         count = cupy.cuda.runtime.getDeviceCount()
@@ -78,110 +78,22 @@ class CupyBackend(Backend):
         is_apart = is_same or not cupy.may_share_memory(out, x) or not cupy.shares_memory(out, x)
         return None if is_apart else "overlaps x in memory without being x"
 
-    def weights(
-        self,
-        shape: tuple[int, ...],
-        dtype: str,
-        mask: cupy.ndarray | None,
-        lengths: cupy.ndarray | None,
-        sample_weight: cupy.ndarray | None,
-    ) -> cupy.ndarray:
-        with next(given.device for given in (mask, lengths, sample_weight) if given is not None):
-            return vectors.weights(shape, dtype, mask, lengths, sample_weight)
-
     def within(self, values: cupy.ndarray, low: float, high: float) -> bool:
         with values.device:
             return bool(cupy.all((low <= values) & (values < high)))
 
-    def moments(self, x: cupy.ndarray, weights: cupy.ndarray | None = None) -> Moments:
-        with x.device:
-            return kernels.moments(x, weights)
+    def bind(
+        self, forward: Callable[..., Any], pullback: Callable[..., Any]
+    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        def step(kernels: Kernels, batch: Batch, *arguments: Any) -> Any:
+            with batch.x.device:
+                return forward(kernels, batch, *arguments)
 
-    def merge(self, first: Moments, second: Moments) -> Moments:
-        with _device_of(first.m2):
-            return vectors.merge(first, second)
+        def differentiate(kernels: Kernels, dy: cupy.ndarray, batch: Batch, *arguments: Any) -> Any:
+            with batch.x.device:
+                return pullback(kernels, dy, batch, *arguments)
 
-    def variance(self, moments: Moments, correction: int) -> vectors.Variance:
-        with _device_of(moments.m2):
-            return vectors.variance(moments, correction)
-
-    def normalize(
-        self,
-        x: cupy.ndarray,
-        mean: vectors.Mean,
-        var: vectors.Variance,
-        weight: cupy.ndarray | None,
-        bias: cupy.ndarray | None,
-        eps: float,
-        weights: cupy.ndarray | None = None,
-        out: cupy.ndarray | None = None,
-    ) -> cupy.ndarray:
-        with x.device:
-            return kernels.normalize(x, mean, var, weight, bias, eps, weights, out)
-
-    def lerp(
-        self, start: cupy.ndarray, end: vectors.Mean | vectors.Variance, weight: float | cupy.ndarray
-    ) -> cupy.ndarray:
-        with start.device:
-            return vectors.lerp(start, end, weight)
-
-    def step(
-        self,
-        momentum: float | None,
-        num_batches_tracked: cupy.ndarray | None,
-        count: int | cupy.ndarray,
-        correction: int,
-    ) -> float | cupy.ndarray:
-        given = [array for array in (num_batches_tracked, count) if isinstance(array, cupy.ndarray)]
-        with given[0].device if given else nullcontext():
-            return vectors.step(momentum, num_batches_tracked, count, correction)
-
-    def grad_sums(
-        self,
-        dy: cupy.ndarray,
-        x: cupy.ndarray,
-        mean: vectors.Mean,
-        var: vectors.Variance,
-        eps: float,
-        weights: cupy.ndarray | None = None,
-    ) -> tuple[cupy.ndarray, cupy.ndarray]:
-        with x.device:
-            return kernels.grad_sums(dy, x, mean, var, eps, weights)
-
-    def grad_input(
-        self,
-        dy: cupy.ndarray,
-        x: cupy.ndarray,
-        mean: vectors.Mean,
-        var: vectors.Variance,
-        weight: cupy.ndarray | None,
-        eps: float,
-        sums: tuple[cupy.ndarray, cupy.ndarray] | None,
-        count: int | cupy.ndarray | None,
-        weights: cupy.ndarray | None = None,
-    ) -> cupy.ndarray:
-        with x.device:
-            return kernels.grad_input(dy, x, mean, var, weight, eps, sums, count, weights)
-
-    def batch_norm_residuals(
-        self,
-        x: cupy.ndarray,
-        params: Params,
-        state: State,
-        *,
-        training: bool,
-        momentum: float | None,
-        eps: float,
-        correction: int,
-        weights: cupy.ndarray | None = None,
-        out: cupy.ndarray | None = None,
-    ) -> tuple[cupy.ndarray, State, Residuals]:
-        with x.device:
-            if training:
-                return kernels.train(x, params, state, momentum, eps, correction, weights, out)
-            running_mean, running_var, _ = state
-            y = kernels.normalize(x, running_mean, running_var, *params, eps, weights, out)
-            return y, state, Residuals(running_mean, running_var, None)
+        return step, differentiate
 
     def _device(self, device: Any) -> cupy.cuda.Device:
         name = f"cuda:{int(device)}" if isinstance(device, int | cupy.cuda.Device) else device
@@ -192,10 +104,6 @@ class CupyBackend(Backend):
             message = f"CuPy's devices here are {', '.join(usable)}, not {device!r}."
             raise ValueError(message)
         return cupy.cuda.Device(usable.index(name))
-
-
-def _device_of(m2: vectors.Variance) -> cupy.cuda.Device:
-    return (m2.values if isinstance(m2, vectors.Scaled) else m2).device
 
 
 def _dtype(dtype: Any) -> np.dtype:

@@ -6,13 +6,15 @@ CUDA graph. Everything happens on the current device, in the current stream.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import cupy
 import numpy as np
 
-from mbn.contract import Moments, Residuals
-from mbn.state import Params, State
+from mbn.contract import Batch, Kernels, Moments, Stats
+from mbn.state import Params, Settings, State
+from mbn_cupy import vectors
 from mbn_cupy.compilation import Variant, kernel
 from mbn_cupy.layout import THREADS, Cover, Layout, layout
 from mbn_cupy.vectors import WIDE, Mean, Pair, Scaled, Variance
@@ -23,98 +25,123 @@ _COLUMNS = 8
 """Channels in a block that merges the results of others: enough to read whole sectors of memory."""
 
 
-def moments(x: cupy.ndarray, weights: cupy.ndarray | None = None) -> Moments:
-    """Return count, mean (a Pair) and m2 (float64) of each channel of x, (N, C) or (N, C, L); of float64, scaled."""
-    call = _Call.of((x,), weights)
-    results = call.moments()
-    mean, rest, m2 = cupy.empty((3, x.shape[1]))
-    count, exponent = _count(x, weights), _exponent(x)
-    call.merge("merge_moments", results, _pointer(count), mean, rest, m2, _pointer(exponent))
-    return Moments(count, *_in_units(Pair(mean, rest), m2, exponent))
+class CudaKernels(Kernels):
+    """Kernels in CUDA: a step of training and a pullback are three launches each, evaluation is one."""
+
+    def moments(self, batch: Batch) -> Moments:
+        """Return count, mean (a Pair) and m2 of each channel of x, (N, C) or (N, C, L); of float64, scaled."""
+        x, weights, dtype = batch
+        with x.device:
+            x = x.astype(WIDE) if dtype == "float64" else x
+            call = _Call.of((x,), weights)
+            results = call.moments()
+            mean, rest, m2 = cupy.empty((3, x.shape[1]))
+            count, exponent = _count(x, weights), _exponent(x)
+            call.merge("merge_moments", results, _pointer(count), mean, rest, m2, _pointer(exponent))
+            return Moments(count, *_in_units(Pair(mean, rest), m2, exponent))
+
+    def normalize(
+        self, batch: Batch, stats: Stats, params: Params, eps: float, out: cupy.ndarray | None = None
+    ) -> cupy.ndarray:
+        """Return (x - mean) / sqrt(var + eps) * weight + bias in x's dtype and memory order, 0 where weights are 0."""
+        x, weights, _ = batch
+        mean, var, _ = stats
+        weight, bias = params
+        y = cupy.empty_like(x) if out is None else out
+        call = _Call.of((x, y), weights, mean, var, weight, bias)
+        call.write("normalize", *call.known(mean, var), call.vector(weight), call.vector(bias), float(eps))
+        return y
+
+    def grad_sums(self, dy: cupy.ndarray, batch: Batch, stats: Stats, eps: float) -> tuple[cupy.ndarray, cupy.ndarray]:
+        """Return the sums of dy and of dy * (x - mean) / sqrt(var + eps) for each channel, in float64."""
+        x, weights, _ = batch
+        mean, var, _ = stats
+        call = _Call.of((x, dy), weights, mean, var)
+        known = call.known(mean, var)
+        results = call.sums("grad_sums", 2, *known, float(eps))
+        sum_dy, sum_dy_xhat = cupy.empty((2, x.shape[1]))
+        call.merge("merge_sums", results, *known, float(eps), sum_dy, sum_dy_xhat)
+        return sum_dy, sum_dy_xhat
+
+    def grad_input(
+        self,
+        dy: cupy.ndarray,
+        batch: Batch,
+        stats: Stats,
+        weight: cupy.ndarray | None,
+        eps: float,
+        sums: tuple[cupy.ndarray, cupy.ndarray] | None,
+    ) -> cupy.ndarray:
+        """Return the gradient of x, in its dtype and memory order."""
+        x, weights, _ = batch
+        mean, var, count = stats
+        dx = cupy.empty_like(x)
+        call = _Call.of((x, dy, dx), weights, mean, var, weight)
+        given = (_NULL, _NULL) if sums is None else tuple(map(cupy.ascontiguousarray, sums))
+        counts = (0.0, count) if isinstance(count, cupy.ndarray) else (float(count or 0), _NULL)
+        call.write("grad_input", *call.known(mean, var), call.vector(weight), float(eps), *given, *counts)
+        return dx
+
+    def train(
+        self, batch: Batch, params: Params, state: State, settings: Settings, out: cupy.ndarray | None
+    ) -> tuple[cupy.ndarray, State, Stats]:
+        """Return output, new state and statistics of a step of training."""
+        x, weights, _ = batch
+        call = _Call.of((x,), weights, *params, *state[:2])
+        results = call.moments()
+        mean, rest, var = cupy.empty((3, x.shape[1]))
+        count, exponent = _count(x, weights), _exponent(x)
+        after = State(*(None if old is None else cupy.empty(old.shape, old.dtype) for old in state))
+        steps = zip(state, after, strict=True)
+        (running_mean, new_mean), (running_var, new_var), (batches, new_batches) = steps
+        call.merge(
+            "merge_batch",
+            results,
+            *(_pointer(count), mean, rest, var, _pointer(exponent)),
+            *(float(settings.correction), float(settings.momentum or 0), int(settings.momentum is None)),
+            *(_pointer(batches), _pointer(new_batches)),
+            *(call.vector(running_mean), _pointer(new_mean), call.vector(running_var), _pointer(new_var)),
+        )
+        stats = Stats(*_in_units(Pair(mean, rest), var, exponent), count)
+        return self.normalize(batch, stats, params, settings.eps, out), after, stats
+
+    def sample_weights(
+        self,
+        shape: tuple[int, ...],
+        dtype: str,
+        mask: cupy.ndarray | None,
+        lengths: cupy.ndarray | None,
+        sample_weight: cupy.ndarray | None,
+    ) -> cupy.ndarray:
+        with next(given.device for given in (mask, lengths, sample_weight) if given is not None):
+            return vectors.weights(shape, dtype, mask, lengths, sample_weight)
+
+    def merge(self, first: Moments, second: Moments) -> Moments:
+        with _device_of(first.m2):
+            return vectors.merge(first, second)
+
+    def variance(self, moments: Moments, correction: int) -> Variance:
+        with _device_of(moments.m2):
+            return vectors.variance(moments, correction)
+
+    def step(
+        self,
+        momentum: float | None,
+        num_batches_tracked: cupy.ndarray | None,
+        count: int | cupy.ndarray,
+        correction: int,
+    ) -> float | cupy.ndarray:
+        given = [array for array in (num_batches_tracked, count) if isinstance(array, cupy.ndarray)]
+        with given[0].device if given else nullcontext():
+            return vectors.step(momentum, num_batches_tracked, count, correction)
+
+    def lerp(self, start: cupy.ndarray, end: Mean | Variance, step: float | cupy.ndarray) -> cupy.ndarray:
+        with start.device:
+            return vectors.lerp(start, end, step)
 
 
-def train(
-    x: cupy.ndarray,
-    params: Params,
-    state: State,
-    momentum: float | None,
-    eps: float,
-    correction: int,
-    weights: cupy.ndarray | None = None,
-    out: cupy.ndarray | None = None,
-) -> tuple[cupy.ndarray, State, Residuals]:
-    """Return output, new state and residuals of a training step."""
-    call = _Call.of((x,), weights, *params, *state[:2])
-    results = call.moments()
-    mean, rest, var = cupy.empty((3, x.shape[1]))
-    count, exponent = _count(x, weights), _exponent(x)
-    after = State(*(None if old is None else cupy.empty(old.shape, old.dtype) for old in state))
-    steps = zip(state, after, strict=True)
-    (running_mean, new_mean), (running_var, new_var), (batches, new_batches) = steps
-    call.merge(
-        "merge_batch",
-        results,
-        *(_pointer(count), mean, rest, var, _pointer(exponent)),
-        *(float(correction), float(momentum or 0), int(momentum is None)),
-        *(_pointer(batches), _pointer(new_batches)),
-        *(call.vector(running_mean), _pointer(new_mean), call.vector(running_var), _pointer(new_var)),
-    )
-    residuals = Residuals(*_in_units(Pair(mean, rest), var, exponent), count)
-    return normalize(x, residuals.mean, residuals.var, *params, eps, weights, out), after, residuals
-
-
-def normalize(
-    x: cupy.ndarray,
-    mean: Mean,
-    var: Variance,
-    weight: cupy.ndarray | None,
-    bias: cupy.ndarray | None,
-    eps: float,
-    weights: cupy.ndarray | None = None,
-    out: cupy.ndarray | None = None,
-) -> cupy.ndarray:
-    """Return (x - mean) / sqrt(var + eps) * weight + bias in x's dtype and memory order, and 0 where weights are 0."""
-    y = cupy.empty_like(x) if out is None else out
-    call = _Call.of((x, y), weights, mean, var, weight, bias)
-    call.write("normalize", *call.known(mean, var), call.vector(weight), call.vector(bias), float(eps))
-    return y
-
-
-def grad_sums(
-    dy: cupy.ndarray,
-    x: cupy.ndarray,
-    mean: Mean,
-    var: Variance,
-    eps: float,
-    weights: cupy.ndarray | None = None,
-) -> tuple[cupy.ndarray, cupy.ndarray]:
-    """Return the sums of dy and of dy * (x - mean) / sqrt(var + eps) for each channel, in float64."""
-    call = _Call.of((x, dy), weights, mean, var)
-    known = call.known(mean, var)
-    results = call.sums("grad_sums", 2, *known, float(eps))
-    sum_dy, sum_dy_xhat = cupy.empty((2, x.shape[1]))
-    call.merge("merge_sums", results, *known, float(eps), sum_dy, sum_dy_xhat)
-    return sum_dy, sum_dy_xhat
-
-
-def grad_input(
-    dy: cupy.ndarray,
-    x: cupy.ndarray,
-    mean: Mean,
-    var: Variance,
-    weight: cupy.ndarray | None,
-    eps: float,
-    sums: tuple[cupy.ndarray, cupy.ndarray] | None,
-    count: int | cupy.ndarray | None,
-    weights: cupy.ndarray | None = None,
-) -> cupy.ndarray:
-    """Return the gradient of x, in its dtype and memory order."""
-    dx = cupy.empty_like(x)
-    call = _Call.of((x, dy, dx), weights, mean, var, weight)
-    given = (_NULL, _NULL) if sums is None else tuple(map(cupy.ascontiguousarray, sums))
-    counts = (0.0, count) if isinstance(count, cupy.ndarray) else (float(count or 0), _NULL)
-    call.write("grad_input", *call.known(mean, var), call.vector(weight), float(eps), *given, *counts)
-    return dx
+def _device_of(m2: Variance) -> cupy.cuda.Device:
+    return (m2.values if isinstance(m2, Scaled) else m2).device
 
 
 class _Call(NamedTuple):

@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import GetAttrKey
 
-from mbn.contract import Backend, Capabilities, Moments, Residuals, dtype_name
+from mbn.contract import Backend, Batch, Capabilities, Kernels, Moments, Stats, dtype_name
 from mbn.state import Params, State
-from mbn_jax import batch, kernels
+from mbn_jax import batch as own
+from mbn_jax import integration, kernels
 from mbn_jax.channels import is_known
-from mbn_jax.pairs import Pair, Scaled, Square, Statistic, number, squared, widest_dtype
+from mbn_jax.integration import argument, epsargument
+from mbn_jax.pairs import Pair, Square, Statistic, widest_dtype
 
 _ALIGNMENT = 16
 """What compiled code asks of its arguments on a GPU, in bytes. On the CPU JAX copies what does not comply."""
@@ -70,142 +72,16 @@ class JaxBackend(Backend):
         # What is traced stays so: there is no tape to cut it off from, and a pullback may be differentiated again.
         return jnp.array(x, copy=True)
 
-    def weights(
-        self,
-        shape: tuple[int, ...],
-        dtype: str,
-        mask: jax.Array | None,
-        lengths: jax.Array | None,
-        sample_weight: jax.Array | None,
-    ) -> jax.Array:
-        return kernels.combine_weights(shape, dtype, mask, lengths, sample_weight)
-
     def within(self, values: jax.Array, low: float, high: float) -> bool | None:
         if isinstance(values, jax.core.Tracer):
             return None
         host = np.asarray(values)
         return bool(np.all((low <= host) & (host < high)))
 
-    def moments(self, x: jax.Array, weights: jax.Array | None = None) -> Moments:
-        moments = Moments(*kernels.moments(x, kernels.against(weights, x)))
-        n = x.size // x.shape[1]
-        return moments._replace(count=n) if weights is None and is_known(n) else moments
-
-    def merge(self, first: Moments, second: Moments) -> Moments:
-        merged = Moments(*kernels.merge(*map(_argument, first), *map(_argument, second)))
-        if isinstance(first.count, int) and isinstance(second.count, int):
-            return merged._replace(count=first.count + second.count)
-        return merged
-
-    def variance(self, moments: Moments, correction: int) -> Square:
-        return kernels.variance(moments.m2, _argument(moments.count), correction)
-
-    def normalize(
-        self,
-        x: jax.Array,
-        mean: Statistic,
-        var: Statistic,
-        weight: jax.Array | None,
-        bias: jax.Array | None,
-        eps: float | Square,
-        weights: jax.Array | None = None,
-    ) -> jax.Array:
-        return kernels.normalize(x, mean, var, weight, bias, _squared(eps), kernels.against(weights, x))
-
-    def lerp(self, start: jax.Array, end: Statistic, weight: float | Pair | jax.Array) -> jax.Array:
-        return kernels.lerp(start, end, _argument(weight))
-
-    def step(
-        self, momentum: float | Pair | None, num_batches_tracked: jax.Array | None, count: int | Pair, correction: int
-    ) -> float | Pair | jax.Array:
-        step = kernels.reciprocal(num_batches_tracked) if momentum is None else momentum
-        return step if isinstance(count, int) else kernels.step(_argument(step), count, correction)
-
-    def grad_sums(
-        self,
-        dy: jax.Array,
-        x: jax.Array,
-        mean: Statistic,
-        var: Statistic,
-        eps: float | Square,
-        weights: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
-        return batch.grad_sums(dy, x, mean, var, _squared(eps), kernels.against(weights, x))
-
-    def grad_input(
-        self,
-        dy: jax.Array,
-        x: jax.Array,
-        mean: Statistic,
-        var: Statistic,
-        weight: jax.Array | None,
-        eps: float | Square,
-        sums: tuple[jax.Array, jax.Array] | None,
-        count: int | Pair | None,
-        weights: jax.Array | None = None,
-    ) -> jax.Array:
-        weights = kernels.against(weights, x)
-        return kernels.grad_input(dy, x, mean, var, weight, _squared(eps), sums, _argument(count), weights)
-
-    def batch_norm(
-        self,
-        x: jax.Array,
-        params: Params,
-        state: State,
-        *,
-        training: bool,
-        momentum: float | None,
-        eps: float,
-        correction: int,
-        weights: jax.Array | None = None,
-    ) -> tuple[jax.Array, State]:
-        y, after = _batch_norm(
-            x,
-            params,
-            state,
-            training=training,
-            momentum=_argument(momentum),
-            eps=_squared(eps),
-            correction=correction,
-            weights=weights,
-        )
-        return y, after if training else state
-
-    def batch_norm_residuals(
-        self,
-        x: jax.Array,
-        params: Params,
-        state: State,
-        *,
-        training: bool,
-        momentum: float | None,
-        eps: float,
-        correction: int,
-        weights: jax.Array | None = None,
-    ) -> tuple[jax.Array, State, Residuals]:
-        y, after, residuals = _batch_norm_residuals(
-            x,
-            params,
-            state,
-            training=training,
-            momentum=_argument(momentum),
-            eps=_squared(eps),
-            correction=correction,
-            weights=weights,
-        )
-        return y, after if training else state, residuals
-
-    def pullback(
-        self,
-        dy: jax.Array,
-        x: jax.Array,
-        weight: jax.Array | None,
-        residuals: Residuals,
-        eps: float,
-        weights: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        residuals = residuals._replace(count=_argument(residuals.count))
-        return _pullback(dy, x, weight, residuals, _squared(eps), weights)
+    def bind(
+        self, forward: Callable[..., Any], pullback: Callable[..., Any]
+    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        return partial(integration.step, forward), partial(integration.differentiate, pullback)
 
     def register(self, layer_type: type, flatten: Callable[[Any], Any], unflatten: Callable[[Any, Any], Any]) -> None:
         def flatten_here(layer: Any) -> tuple[Any, Any]:
@@ -237,84 +113,79 @@ class JaxBackend(Backend):
             raise ImportError(message) from error
         return BatchNorm1d(layer, adopt)
 
-    def grad(self, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        return jax.grad(function)
 
-    def jvp(self, function: Callable[[jax.Array], jax.Array], x: jax.Array, tangent: jax.Array) -> jax.Array:
-        return jax.jvp(function, (x,), (tangent,))[1]
+class JaxKernels(Kernels):
+    """Kernels that can be traced, each of them one compiled call."""
 
-    def vmap(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return jax.vmap(function)
+    def moments(self, batch: Batch) -> Moments:
+        x = jax.lax.stop_gradient(batch.x)  # what a batch is normalised by is differentiated with it, as a whole
+        moments = Moments(*kernels.moments(x, kernels.against(batch.sample_weight, x)))
+        n = x.size // x.shape[1]
+        return moments._replace(count=n) if batch.sample_weight is None and is_known(n) else moments
 
-    def jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return jax.jit(function)
+    def normalize(self, batch: Batch, stats: Stats, params: Params, eps: float | Square, out: None = None) -> jax.Array:  # noqa: ARG002 - JAX has none
+        x, (mean, var, count), (weight, bias) = batch.x, stats, params
+        weights = kernels.against(batch.sample_weight, x)
+        if count is None:
+            return kernels.normalize(x, mean, var, weight, bias, epsargument(eps), weights)
+        return own.normalize(own.batch(x, mean, var, epsargument(eps), weights), weight, bias)
 
+    def grad_sums(self, dy: jax.Array, batch: Batch, stats: Stats, eps: float | Square) -> tuple[jax.Array, jax.Array]:
+        x, (mean, var, _) = batch.x, stats
+        return own.grad_sums(dy, x, mean, var, epsargument(eps), kernels.against(batch.sample_weight, x))
 
-class _Whole(JaxBackend):
-    """The verbs as they make up a whole: the statistics that x is normalised by in training are its own."""
-
-    batch_norm = Backend.batch_norm
-    batch_norm_residuals = Backend.batch_norm_residuals
-
-    def moments(self, x: jax.Array, weights: jax.Array | None = None) -> Moments:
-        return super().moments(jax.lax.stop_gradient(x), weights)
-
-    def normalize(
+    def grad_input(
         self,
-        x: jax.Array,
-        mean: Statistic,
-        var: Statistic,
+        dy: jax.Array,
+        batch: Batch,
+        stats: Stats,
         weight: jax.Array | None,
-        bias: jax.Array | None,
-        eps: Square,
-        weights: jax.Array | None = None,
+        eps: float | Square,
+        sums: tuple[jax.Array, jax.Array] | None,
     ) -> jax.Array:
-        if not isinstance(mean, Scaled):
-            return super().normalize(x, mean, var, weight, bias, eps, weights)
-        return batch.normalize(batch.batch(x, mean, var, eps, kernels.against(weights, x)), weight, bias)
+        x, (mean, var, count) = batch.x, stats
+        weights = kernels.against(batch.sample_weight, x)
+        return kernels.grad_input(dy, x, mean, var, weight, epsargument(eps), sums, argument(count), weights)
+
+    def pullback(
+        self, dy: jax.Array, batch: Batch, weight: jax.Array | None, stats: Stats, eps: Square
+    ) -> tuple[jax.Array, jax.Array, jax.Array] | None:
+        """Return the gradients of x, weight and bias by its own statistics; None by others."""
+        x, (mean, var, count) = batch.x, stats
+        if count is None:
+            return None
+        return own.pullback(dy, own.batch(x, mean, var, eps, kernels.against(batch.sample_weight, x)), weight)
+
+    def sample_weights(
+        self,
+        shape: tuple[int, ...],
+        dtype: str,
+        mask: jax.Array | None,
+        lengths: jax.Array | None,
+        sample_weight: jax.Array | None,
+    ) -> jax.Array:
+        return kernels.combine_weights(shape, dtype, mask, lengths, sample_weight)
+
+    def merge(self, first: Moments, second: Moments) -> Moments:
+        merged = Moments(*kernels.merge(*map(argument, first), *map(argument, second)))
+        if isinstance(first.count, int) and isinstance(second.count, int):
+            return merged._replace(count=first.count + second.count)
+        return merged
+
+    def variance(self, moments: Moments, correction: int) -> Square:
+        return kernels.variance(moments.m2, argument(moments.count), correction)
+
+    def step(
+        self, momentum: float | Pair | None, num_batches_tracked: jax.Array | None, count: int | Pair, correction: int
+    ) -> float | Pair | jax.Array:
+        step = kernels.reciprocal(num_batches_tracked) if momentum is None else momentum
+        return step if isinstance(count, int) else kernels.step(argument(step), count, correction)
+
+    def lerp(self, start: jax.Array, end: Statistic, step: float | Pair | jax.Array) -> jax.Array:
+        return kernels.lerp(start, end, argument(step))
 
 
-_OPTIONS = ("training", "correction")
-_WHOLE = _Whole()
-
-
-@partial(jax.jit, static_argnames=_OPTIONS)
-def _batch_norm(x: jax.Array, params: Params, state: State, **settings: Any) -> tuple[jax.Array, State]:
-    y, state, _ = _batch_norm_residuals(x, params, state, **settings)
-    return y, state
-
-
-@partial(jax.jit, static_argnames=_OPTIONS)
-def _batch_norm_residuals(
-    x: jax.Array, params: Params, state: State, **settings: Any
-) -> tuple[jax.Array, State, Residuals]:
-    computed = _as_wide(x, *params, *state[:2])
-    y, state, residuals = Backend.batch_norm_residuals(_WHOLE, computed, params, state, **settings)
-    return y.astype(x.dtype), state, residuals
-
-
-def _as_wide(x: jax.Array, *vectors: jax.Array | None) -> jax.Array:
-    """Return x in float64 if one of a layer's vectors is: the results have to be as exact as the vectors are."""
-    return x.astype(np.float64) if any(v is not None and v.dtype == np.float64 for v in vectors) else x
-
-
-@jax.jit
-def _pullback(
-    dy: jax.Array,
-    x: jax.Array,
-    weight: jax.Array | None,
-    residuals: Residuals,
-    eps: Square,
-    weights: jax.Array | None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    mean, var, count = residuals
-    dtype, held = x.dtype, mean.unit if isinstance(mean, Scaled) else mean
-    dy, x = _as_wide(dy, held), _as_wide(x, held)
-    if count is None:
-        dx, dweight, dbias = Backend.pullback(_WHOLE, dy, x, weight, residuals, eps, weights)
-    else:
-        dx, dweight, dbias = batch.pullback(dy, batch.batch(x, mean, var, eps, kernels.against(weights, x)), weight)
-    return dx.astype(dtype), *(vector.astype(widest_dtype()) for vector in (dweight, dbias))
+JaxBackend.kernels = JaxKernels()
 
 
 _WOULD_LEAK = """\
@@ -343,16 +214,6 @@ def _traces(leaf: Any) -> list[Any]:
         traces.append(trace)
         trace = getattr(trace, "parent_trace", None)
     return traces
-
-
-def _argument(value: Any) -> Any:
-    """Return what stands for a Python number among the arguments of compiled code; anything else as it is."""
-    return number(value) if isinstance(value, int | float) else value
-
-
-def _squared(eps: Any) -> Square:
-    """Return an eps as an argument of compiled code, in the same way."""
-    return squared(eps) if isinstance(eps, int | float) else eps
 
 
 @cache

@@ -5,7 +5,7 @@ from typing import ClassVar
 import numba
 
 from mbn_cpu import compiled, fused
-from mbn_cpu.backend import HostBackend
+from mbn_cpu.backend import HostBackend, HostKernels
 
 
 class NumbaBackend(HostBackend):
@@ -13,4 +13,4 @@ class NumbaBackend(HostBackend):
 
     name: ClassVar[str] = "numba"
     version = numba.__version__
-    kernels, whole = compiled, fused
+    kernels, fast, fused = HostKernels(compiled), fused, HostKernels(compiled, fused)

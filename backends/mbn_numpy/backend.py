@@ -5,7 +5,7 @@ from typing import ClassVar
 import numpy as np
 
 from mbn_cpu import blocked, small
-from mbn_cpu.backend import HostBackend
+from mbn_cpu.backend import HostBackend, HostKernels
 
 
 class NumpyBackend(HostBackend):
@@ -13,4 +13,4 @@ class NumpyBackend(HostBackend):
 
     name: ClassVar[str] = "numpy"
     version = np.__version__
-    kernels, whole = blocked, small
+    kernels, fast, fused = HostKernels(blocked), small, HostKernels(blocked, small)

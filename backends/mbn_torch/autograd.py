@@ -7,39 +7,85 @@ differentiates forwards never gets to the functions here: that takes the formula
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import compress, repeat
-from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.autograd import Function
 
-from mbn.contract import Residuals
-from mbn.state import Params, State
-from mbn_torch import formulas, host, kernels, routes
-from mbn_torch.tracing import is_recorded, is_traced, is_transformed
+from mbn.contract import Batch, Kernels, Stats
+from mbn.state import Params, Settings, State
+from mbn_torch.formulas import FORMULAS
+from mbn_torch.host import OnHost, tensors
+from mbn_torch.tracing import is_constant, is_recorded, is_scripted
 from mbn_torch.vectors import WIDE, variance
 
+Needs: TypeAlias = tuple[bool, bool, bool]
+Gradients: TypeAlias = tuple[torch.Tensor | None, ...]
 
-def pullback(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    residuals: Residuals,
-    eps: float,
-    weights: torch.Tensor | None,
-    needs: tuple[bool, ...] = (True, True, True),
-) -> tuple[torch.Tensor | None, ...]:
-    """Return the gradients of x, weight and bias, as far as they are needed, differentiable if they have to be."""
-    arguments = dy, x, weight, residuals, eps, weights, needs
-    if is_transformed() or is_traced(dy):  # with is_grads_batched
-        return _pullback_by_formulas(*arguments)
-    if is_recorded(dy, x, weight):
-        return Pullback.apply(*arguments)
-    return _pullback_of_values(*arguments)
+_ALL = (True, True, True)
+NOT_REGISTERED = (
+    "torch.export, torch.jit.trace and torch.onnx.export keep what is registered in a model, and this layer is not: "
+    "what it learns would be no part of the graph. Put a module in its place: bn.as_module()."
+)
+
+
+def bind(
+    kernels_for: Callable[..., tuple[Kernels, Batch]], forward: Callable[..., Any], pullback: Callable[..., Any]
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return the two parts of a step as autograd is to see them: one function, whose gradient is the other."""
+
+    def step(
+        kernels: Kernels,
+        batch: Batch,
+        params: Params,
+        state: State,
+        settings: Settings,
+        training: bool,  # noqa: FBT001 - in every call, where keywords cost
+        out: torch.Tensor | None = None,
+        keep: bool = True,  # noqa: ARG001, FBT001, FBT002 - as above; what to keep autograd says
+    ) -> tuple[torch.Tensor, State, Stats]:
+        x = batch.x
+        if kernels is FORMULAS:
+            if is_scripted() and any(
+                value is not None and value.requires_grad and is_constant(value) for value in params
+            ):
+                raise RuntimeError(NOT_REGISTERED)
+            # x is widened once, since what it gets of a gradient from each place is summed up in its dtype.
+            wide = batch._replace(x=x.to(WIDE))
+            y, state, stats = forward(kernels, wide, params, state, settings, training)
+            y = y.to(x.dtype)
+            return y if out is None else out.copy_(y), state, stats
+        if not is_recorded(x, *params):
+            return forward(kernels, batch, params, state, settings, training, out)
+        if out is not None:
+            message = "out is written to, which autograd cannot record: call it under torch.no_grad()."
+            raise RuntimeError(message)
+        return BatchNorm.apply(x, *params, kernels, batch, state, settings, training, forward, gradients)
+
+    def gradients(dy: torch.Tensor, batch: Batch, weight: Any, stats: Stats, eps: float, needs: Needs) -> Gradients:
+        kernels, batch = kernels_for("pullback", batch, dy, (weight, stats))
+        return differentiate(kernels, dy, batch, weight, stats, eps, needs)
+
+    def differentiate(
+        kernels: Kernels,
+        dy: torch.Tensor,
+        batch: Batch,
+        weight: torch.Tensor | None,
+        stats: Stats,
+        eps: float,
+        needs: Needs = _ALL,
+    ) -> Gradients:
+        if kernels is FORMULAS:
+            return _by_formulas(pullback, dy, batch, weight, stats, eps, needs)
+        if is_recorded(dy, batch.x, weight):
+            return Pullback.apply(dy, batch.x, weight, kernels, batch, stats, eps, needs, pullback)
+        return _of_values(pullback, kernels, dy, batch, weight, stats, eps, needs)
+
+    return step, differentiate
 
 
 class BatchNorm(Function):
-    """The forward pass, which is ``run``, on the kernels; it returns y, state and residuals."""
+    """The forward pass on the kernels; it returns y, state and statistics."""
 
     @staticmethod
     def forward(
@@ -47,26 +93,30 @@ class BatchNorm(Function):
         x: torch.Tensor,
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
+        kernels: Kernels,
+        batch: Batch,
         state: State,
-        weights: torch.Tensor | None,
-        settings: dict[str, Any],
-        run: Callable[..., tuple[torch.Tensor, State, Residuals]],
-    ) -> tuple[torch.Tensor, State, Residuals]:
-        y, state, residuals = run(x, Params(weight, bias), state, **settings, weights=weights)
-        ctx.save_for_backward(x, weight, weights)
-        mean, var, count = residuals
+        settings: Settings,
+        training: bool,  # noqa: FBT001 - apply takes no keywords
+        forward: Callable[..., Any],
+        gradients: Callable[..., Gradients],
+    ) -> tuple[torch.Tensor, State, Stats]:
+        y, state, stats = forward(kernels, batch, Params(weight, bias), state, settings, training)
+        ctx.save_for_backward(x, weight, batch.sample_weight)
+        mean, var, count = stats
         if count is None:  # running statistics, which may be written to before the backward pass
             mean, var = mean.clone(), var.clone()
-        ctx.residuals, ctx.eps = Residuals(mean, var, count), settings["eps"]
-        return y, state, residuals
+        ctx.rest = Stats(mean, var, count), batch.dtype, settings.eps, gradients
+        return y, state, stats
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor, *_: None) -> tuple[torch.Tensor | None, ...]:
-        x, weight, weights = ctx.saved_tensors
+    def backward(ctx: Any, dy: torch.Tensor, *_: None) -> Gradients:
+        x, weight, sample_weight = ctx.saved_tensors
+        stats, dtype, eps, gradients = ctx.rest
         needs = ctx.needs_input_grad[:3]
-        gradients = pullback(dy, x, weight, ctx.residuals, ctx.eps, weights, needs)
-        dx, dweight, dbias = (gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
-        return dx, dweight, dbias, None, None, None, None
+        found = gradients(dy, Batch(x, sample_weight, dtype), weight, stats, eps, needs)
+        found = (gradient if needed else None for gradient, needed in zip(found, needs, strict=True))
+        return *found, None, None, None, None, None, None, None
 
 
 class Pullback(Function):
@@ -78,27 +128,29 @@ class Pullback(Function):
         dy: torch.Tensor,
         x: torch.Tensor,
         weight: torch.Tensor | None,
-        residuals: Residuals,
+        kernels: Kernels,
+        batch: Batch,
+        stats: Stats,
         eps: float,
-        weights: torch.Tensor | None,
-        needs: tuple[bool, ...],
-    ) -> tuple[torch.Tensor | None, ...]:
-        ctx.save_for_backward(dy, x, weight, weights)
+        needs: Needs,
+        pullback: Callable[..., Gradients],
+    ) -> Gradients:
+        ctx.save_for_backward(dy, x, weight, batch.sample_weight)
         ctx.set_materialize_grads(False)
-        ctx.rest = residuals, eps, needs
-        return _pullback_of_values(dy, x, weight, residuals, eps, weights, needs)
+        ctx.rest = batch.dtype, stats, eps, needs, pullback
+        return _of_values(pullback, kernels, dy, batch, weight, stats, eps, needs)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        *inputs, weights = ctx.saved_tensors
-        residuals, eps, needs = ctx.rest
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Gradients:
+        *inputs, sample_weight = ctx.saved_tensors
+        dtype, stats, eps, needs, pullback = ctx.rest
         with torch.enable_grad():
             # Of views, since dy is often a function of x, and that is not what the derivative is of.
-            inputs = [tensor if tensor is None else tensor.view_as(tensor) for tensor in inputs]
-            outputs = _pullback_by_formulas(*inputs, residuals, eps, weights, needs)
+            inputs = dy, x, weight = [tensor if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+            outputs = _by_formulas(pullback, dy, Batch(x, sample_weight, dtype), weight, stats, eps, needs)
         is_needed = ctx.needs_input_grad[:3]
         found = _vjp(outputs, list(compress(inputs, is_needed)), gradients)
-        return *(next(found) if needed else None for needed in is_needed), None, None, None, None
+        return *(next(found) if needed else None for needed in is_needed), None, None, None, None, None, None
 
 
 def _vjp(
@@ -117,59 +169,35 @@ def _vjp(
     return iter(torch.autograd.grad(outputs, inputs, gradients, create_graph=create_graph, allow_unused=True))
 
 
-def _pullback_by_formulas(
+def _by_formulas(
+    pullback: Callable[..., Gradients],
     dy: torch.Tensor,
-    x: torch.Tensor,
+    batch: Batch,
     weight: torch.Tensor | None,
-    residuals: Residuals,
+    stats: Stats,
     eps: float,
-    weights: torch.Tensor | None,
-    needs: tuple[bool, ...],
-) -> tuple[torch.Tensor | None, ...]:
+    needs: Needs,
+) -> Gradients:
     """Return the gradients as functions of x, which mean and variance of its batch are, too."""
     # All at once, since a derivative is summed up in the dtype of what it is taken by.
-    wide_dy, wide_x = dy.to(WIDE), x.to(WIDE)
-    if residuals.count is not None:
-        moments = formulas.moments(wide_x, weights)
-        residuals = Residuals(moments.mean, variance(moments, 0), moments.count)
-    dx, dweight, dbias = _pullback(formulas, wide_dy, wide_x, weight, residuals, eps, weights, needs)
+    x = batch.x
+    wide = batch._replace(x=x.to(WIDE))
+    if stats.count is not None:
+        moments = FORMULAS.moments(wide)
+        stats = Stats(moments.mean, variance(moments, 0), moments.count)
+    dx, dweight, dbias = pullback(FORMULAS, dy.to(WIDE), wide, weight, stats, eps, needs)
     return None if dx is None else dx.to(x.dtype), dweight, dbias
 
 
-def _pullback_of_values(
+def _of_values(
+    pullback: Callable[..., Gradients],
+    kernels: Kernels,
     dy: torch.Tensor,
-    x: torch.Tensor,
+    batch: Batch,
     weight: torch.Tensor | None,
-    residuals: Residuals,
+    stats: Stats,
     eps: float,
-    weights: torch.Tensor | None,
-    needs: tuple[bool, ...],
-) -> tuple[torch.Tensor | None, ...]:
+    needs: Needs,
+) -> Gradients:
     """Return the gradients where nothing follows how they are computed."""
-    verbs = routes.chosen(dy, x, weight, weights)
-    if verbs is kernels:
-        residuals = host.tensors(residuals)
-    elif all(needs):
-        return verbs.pullback(dy, x, weight, residuals, eps, weights)
-    return _pullback(verbs, dy, x, weight, residuals, eps, weights, needs)
-
-
-def _pullback(
-    verbs: ModuleType,
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    residuals: Residuals,
-    eps: float,
-    weights: torch.Tensor | None,
-    needs: tuple[bool, ...],
-) -> tuple[torch.Tensor | None, ...]:
-    mean, var, count = residuals
-    needs_x, *needs_params = needs
-    dx, sums = None, (None, None)
-    if any(needs_params) or (needs_x and count is not None):
-        sums = verbs.grad_sums(dy, x, mean, var, eps, weights)
-    if needs_x:
-        dx = verbs.grad_input(dy, x, mean, var, weight, eps, None if count is None else sums, count, weights)
-    sum_dy, sum_dy_xhat = sums
-    return dx, sum_dy_xhat, sum_dy
+    return pullback(kernels, dy, batch, weight, stats if isinstance(kernels, OnHost) else tensors(stats), eps, needs)

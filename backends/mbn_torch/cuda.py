@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from mbn.contract import Moments, Residuals
-from mbn.state import Params, State
+from mbn.contract import Batch, Moments, Stats
+from mbn.state import Params, Settings, State
 from mbn_torch import triton_kernels
 from mbn_torch.tiles import Tiling, tiling
-from mbn_torch.vectors import WIDE, Mean, Variance, heaviest, in_units, lifted, separate
+from mbn_torch.vectors import WIDE, TorchKernels, heaviest, in_units, lifted, separate
 
 _COMPUTE = {torch.float16: tl.float32, torch.bfloat16: tl.float32, torch.float32: tl.float32, torch.float64: tl.float64}
 """What outputs are computed in."""
@@ -24,135 +24,110 @@ _PARTIALS = 2048
 """Partial sums of a statistic that a finishing program reads at a time."""
 
 
-def moments(x: torch.Tensor, weights: torch.Tensor | None = None) -> Moments:
-    """Return count, mean (a Pair) and m2 (float64) of each channel of x, (N, C) or (N, C, L); of float64, scaled."""
-    with torch.cuda.device_of(x):
-        (hi, lo, m2, *_), exponents, count, _ = _moments(x, weights)
-    return Moments(count, *in_units(hi, lo, m2, exponents))
+class Triton(TorchKernels):
+    """Kernels in Triton, for a GPU: a step of training and a pullback are three launches each, evaluation is one."""
 
+    def moments(self, batch: Batch) -> Moments:
+        """Return count, mean (a Pair) and m2 of each channel of x, (N, C) or (N, C, L); of float64, scaled."""
+        with torch.cuda.device_of(batch.x):
+            (hi, lo, m2, *_), exponents, count, _ = _moments(batch)
+        return Moments(count, *in_units(hi, lo, m2, exponents))
 
-def normalize(
-    x: torch.Tensor,
-    mean: Mean,
-    var: Variance,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    weights: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return (x - mean) / sqrt(var + eps) * weight + bias in x's dtype and memory order."""
-    y = torch.empty_like(x) if out is None else out
-    tiles = tiling((x, y), weights, sums=False)
-    of_x, of_y, *of_weights = tiles.strides
-    unit_x, unit_y = tiles.units
-    with torch.cuda.device_of(x):
-        triton_kernels.normalize[tiles.grid](
-            x,
-            y,
-            *_contiguous(*separate(mean, var), weight, bias),
-            weights,
-            _bits(eps),
-            *tiles.extents,
-            *of_x,
-            *of_y,
-            *_along(of_weights),
-            COMPUTE=_COMPUTE[x.dtype],
-            UNIT_X=unit_x,
-            UNIT_Y=unit_y,
-            **tiles.constants,
-        )
-    return y
+    def normalize(
+        self, batch: Batch, stats: Stats, params: Params, eps: float, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return (x - mean) / sqrt(var + eps) * weight + bias in x's dtype and memory order."""
+        x, weights, _ = batch
+        mean, var, _ = stats
+        weight, bias = params
+        y = torch.empty_like(x) if out is None else out
+        tiles = tiling((x, y), weights, sums=False)
+        of_x, of_y, *of_weights = tiles.strides
+        unit_x, unit_y = tiles.units
+        with torch.cuda.device_of(x):
+            triton_kernels.normalize[tiles.grid](
+                x,
+                y,
+                *_contiguous(*separate(mean, var), weight, bias),
+                weights,
+                _bits(eps),
+                *tiles.extents,
+                *of_x,
+                *of_y,
+                *_along(of_weights),
+                COMPUTE=_COMPUTE[x.dtype],
+                UNIT_X=unit_x,
+                UNIT_Y=unit_y,
+                **tiles.constants,
+            )
+        return y
 
+    def grad_sums(self, dy: torch.Tensor, batch: Batch, stats: Stats, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sums of dy and of dy * xhat for each channel, in float64."""
+        sums, _ = _grad_sums(dy, batch, stats, eps, None)
+        return sums
 
-def grad_sums(
-    dy: torch.Tensor, x: torch.Tensor, mean: Mean, var: Variance, eps: float, weights: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sums of dy and of dy * xhat for each channel, in float64."""
-    sums, _ = _grad_sums(dy, x, mean, var, eps, weights, None)
-    return sums
+    def grad_input(
+        self,
+        dy: torch.Tensor,
+        batch: Batch,
+        stats: Stats,
+        weight: torch.Tensor | None,
+        eps: float,
+        sums: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """Return the gradient of x, in its dtype and memory order."""
+        x, weights, _ = batch
+        mean, var, count = stats
+        dx = torch.empty_like(x)
+        tiles = tiling((x, dy, dx), weights, sums=False)
+        of_x, of_dy, of_dx, *of_weights = tiles.strides
+        unit_x, unit_dy, unit_dx = tiles.units
+        is_tensor = isinstance(count, torch.Tensor)
+        with torch.cuda.device_of(x):
+            triton_kernels.grad_input[tiles.grid](
+                x,
+                dy,
+                dx,
+                *_contiguous(*separate(mean, var), weight, *(sums or (None, None))),
+                count if is_tensor else None,
+                weights,
+                _bits(eps),
+                1 if is_tensor or count is None else count,
+                *tiles.extents,
+                *of_x,
+                *of_dy,
+                *of_dx,
+                *_along(of_weights),
+                UNIT_X=unit_x,
+                UNIT_DY=unit_dy,
+                UNIT_DX=unit_dx,
+                **tiles.constants,
+            )
+        return dx
 
+    def train(
+        self, batch: Batch, params: Params, state: State, settings: Settings, out: torch.Tensor | None
+    ) -> tuple[torch.Tensor, State, Stats]:
+        """Return output, new state and statistics of a step of training."""
+        with torch.cuda.device_of(batch.x):
+            (hi, lo, _, var, *_), exponents, count, state = _moments(
+                batch, state, settings.momentum, settings.correction
+            )
+            stats = Stats(*in_units(hi, lo, var, exponents), count)
+            return self.normalize(batch, stats, params, settings.eps, out), state, stats
 
-def grad_input(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    mean: Mean,
-    var: Variance,
-    weight: torch.Tensor | None,
-    eps: float,
-    sums: tuple[torch.Tensor, torch.Tensor] | None,
-    count: Any,
-    weights: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return the gradient of x, in its dtype and memory order."""
-    dx = torch.empty_like(x)
-    tiles = tiling((x, dy, dx), weights, sums=False)
-    of_x, of_dy, of_dx, *of_weights = tiles.strides
-    unit_x, unit_dy, unit_dx = tiles.units
-    is_tensor = isinstance(count, torch.Tensor)
-    with torch.cuda.device_of(x):
-        triton_kernels.grad_input[tiles.grid](
-            x,
-            dy,
-            dx,
-            *_contiguous(*separate(mean, var), weight, *(sums or (None, None))),
-            count if is_tensor else None,
-            weights,
-            _bits(eps),
-            1 if is_tensor or count is None else count,
-            *tiles.extents,
-            *of_x,
-            *of_dy,
-            *of_dx,
-            *_along(of_weights),
-            UNIT_X=unit_x,
-            UNIT_DY=unit_dy,
-            UNIT_DX=unit_dx,
-            **tiles.constants,
-        )
-    return dx
-
-
-def batch_norm_residuals(
-    x: torch.Tensor,
-    params: Params,
-    state: State,
-    *,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    correction: int,
-    weights: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, State, Residuals]:
-    """Return output, new state and residuals of a whole call."""
-    if not training:
-        mean, var, _ = state
-        return normalize(x, mean, var, *params, eps, weights, out), state, Residuals(mean, var, None)
-    with torch.cuda.device_of(x):
-        (hi, lo, _, var, *_), exponents, count, state = _moments(x, weights, state, momentum, correction)
-        mean, var = in_units(hi, lo, var, exponents)
-        return normalize(x, mean, var, *params, eps, weights, out), state, Residuals(mean, var, count)
-
-
-def pullback(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    residuals: Residuals,
-    eps: float,
-    weights: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """Return the gradients of x, weight and bias."""
-    mean, var, count = residuals
-    sums, (dbias, dweight) = _grad_sums(dy, x, mean, var, eps, weights, None if weight is None else weight.dtype)
-    dx = grad_input(dy, x, mean, var, weight, eps, None if count is None else sums, count, weights)
-    return dx, dweight, dbias
+    def pullback(
+        self, dy: torch.Tensor, batch: Batch, weight: torch.Tensor | None, stats: Stats, eps: float
+    ) -> tuple[torch.Tensor, ...]:
+        """Return the gradients of x, weight and bias."""
+        sums, (dbias, dweight) = _grad_sums(dy, batch, stats, eps, None if weight is None else weight.dtype)
+        dx = self.grad_input(dy, batch, stats, weight, eps, None if stats.count is None else sums)
+        return dx, dweight, dbias
 
 
 def _moments(
-    x: torch.Tensor,
-    weights: torch.Tensor | None,
+    batch: Batch,
     state: State = _NO_STATE,
     momentum: float | None = 0.0,
     correction: int = 0,
@@ -162,10 +137,11 @@ def _moments(
     The vectors are the mean in two parts, m2, the biased variance and, with weights, more. Those of float64 are in
     units, of which the exponents are.
     """
+    x, weights, dtype = batch
     shift = None if weights is None else heaviest(lifted(x), weights)
     tiles = tiling((x,), weights, sums=True)
     exponents = None
-    if WIDE in {x.dtype, *(old.dtype for old in state[:2] if old is not None)}:
+    if x.dtype == WIDE or dtype == "float64":
         shift, exponents = _rough_moments(x, shift, weights, tiles)
     channels, (_, programs) = x.shape[1], tiles.grid
     partials = _sums(x, shift, exponents, weights, tiles, 2 if exponents is None else 4)
@@ -257,20 +233,15 @@ def _sums(
 
 
 def _grad_sums(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    mean: Mean,
-    var: Variance,
-    eps: float,
-    weights: torch.Tensor | None,
-    dtype: torch.dtype | None,
+    dy: torch.Tensor, batch: Batch, stats: Stats, eps: float, dtype: torch.dtype | None
 ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """Return the sums of dy and of dy * xhat for each channel, in float64 and in a dtype if there is one."""
+    x, weights, _ = batch
     tiles = tiling((x, dy), weights, sums=True)
     of_x, of_dy, *of_weights = tiles.strides
     unit_x, unit_dy = tiles.units
     channels, (_, programs) = x.shape[1], tiles.grid
-    known = _contiguous(*separate(mean, var))
+    known = _contiguous(*separate(stats.mean, stats.var))
     with torch.cuda.device_of(x):
         partials = torch.empty((programs, 2, channels), dtype=WIDE, device=x.device)
         triton_kernels.grad_sums[tiles.grid](
@@ -323,3 +294,6 @@ def _finishing(programs: int, channels: int) -> tuple[tuple[int], dict[str, int]
 def _bits(number: float) -> int:
     """Return the bits of a float64 as an integer."""
     return struct.unpack("q", struct.pack("d", number))[0]
+
+
+TRITON = Triton()

@@ -5,17 +5,17 @@ differentiable operations, in float64, and a value of weight 0 is replaced befor
 no derivative multiplies it. Nothing is written to and nothing depends on a value, so that all of it traces.
 """
 
-from typing import Any
-
 import torch
 
-from mbn.contract import Moments
+from mbn.contract import Batch, Moments, Stats
+from mbn.state import Params
 from mbn_torch.tracing import is_scripted
 from mbn_torch.vectors import (
     FAR,
     WIDE,
     Mean,
     Scaled,
+    TorchKernels,
     Variance,
     as_pair,
     divisor,
@@ -34,90 +34,82 @@ from mbn_torch.vectors import (
 )
 
 
-def moments(x: torch.Tensor, weights: torch.Tensor | None = None) -> Moments:
-    """Return count, mean (a Pair) and m2 (float64) of each channel of x, (N, C) or (N, C, L).
+class Formulas(TorchKernels):
+    """Kernels that every transformation of Torch sees through."""
 
-    The sums are taken around the mean as it comes out of sums around one of the values, in units in which no channel is
-    out of range. Both are constants, since the result does not depend on them.
-    """
-    x = lifted(x)
-    shift = heaviest(x, weights)
-    values = _counted(x, shift, weights)
-    constants = values.detach()
-    unit, factor = None, 1
-    if not is_scripted():  # there, nobody sees the bits of a number
-        unit = units_of(torch.maximum(constants.amax((0, 2)), -constants.amin((0, 2))))
-        factor, shift = power(-unit)[:, None], scaled(shift, -unit)
-    weights = None if weights is None else _constant(weights)
-    count = x.shape[0] * x.shape[2] if weights is None else weights.sum()
-    n = divisor(count)
-    center = shift + _total(constants * factor - shift[:, None], weights) / n
-    d = values * factor - center[:, None]
-    total, squares = _total(d, weights), _total(d.square(), weights)
-    lo = total / n
-    return Moments(count, *in_units(center, lo, squares - total * lo, unit))
+    def moments(self, batch: Batch) -> Moments:
+        """Return count, mean (a Pair) and m2 (float64) of each channel of x, (N, C) or (N, C, L).
 
+        The sums are taken around the mean as it comes out of sums around one of the values, in units in which no
+        channel is out of range. Both are constants, since the result does not depend on them.
+        """
+        x, weights, _ = batch
+        x = lifted(x)
+        shift = heaviest(x, weights)
+        values = _counted(x, shift, weights)
+        constants = values.detach()
+        unit, factor = None, 1
+        if not is_scripted():  # there, nobody sees the bits of a number
+            unit = units_of(torch.maximum(constants.amax((0, 2)), -constants.amin((0, 2))))
+            factor, shift = power(-unit)[:, None], scaled(shift, -unit)
+        weights = None if weights is None else _constant(weights)
+        count = x.shape[0] * x.shape[2] if weights is None else weights.sum()
+        n = divisor(count)
+        center = shift + _total(constants * factor - shift[:, None], weights) / n
+        d = values * factor - center[:, None]
+        total, squares = _total(d, weights), _total(d.square(), weights)
+        lo = total / n
+        return Moments(count, *in_units(center, lo, squares - total * lo, unit))
 
-def normalize(
-    x: torch.Tensor,
-    mean: Mean,
-    var: Variance,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    weights: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return (x - mean) / sqrt(var + eps) * weight + bias in x's dtype."""
-    y = _xhat(x, mean, var, eps, weights)
-    if weight is not None:
-        y = y * weight[:, None]
-    if bias is not None:
-        y = y + bias[:, None]
-    y = _like(x, y, weights)
-    return y if out is None else out.copy_(y)
+    def normalize(
+        self, batch: Batch, stats: Stats, params: Params, eps: float, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return (x - mean) / sqrt(var + eps) * weight + bias in x's dtype."""
+        x, weights, _ = batch
+        mean, var, _ = stats
+        weight, bias = params
+        y = _xhat(x, mean, var, eps, weights)
+        if weight is not None:
+            y = y * weight[:, None]
+        if bias is not None:
+            y = y + bias[:, None]
+        y = _like(x, y, weights)
+        return y if out is None else out.copy_(y)
 
+    def grad_sums(self, dy: torch.Tensor, batch: Batch, stats: Stats, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sums of dy and of dy * xhat for each channel, in float64."""
+        x, weights, _ = batch
+        mean, var, _ = stats
+        dy = _counted(lifted(dy), None, weights)
+        return _total(dy, None), _total(dy * _xhat(x, mean, var, eps, weights), None)
 
-def grad_sums(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    mean: Mean,
-    var: Variance,
-    eps: float,
-    weights: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sums of dy and of dy * xhat for each channel, in float64."""
-    dy = _counted(lifted(dy), None, weights)
-    return _total(dy, None), _total(dy * _xhat(x, mean, var, eps, weights), None)
-
-
-def grad_input(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    mean: Mean,
-    var: Variance,
-    weight: torch.Tensor | None,
-    eps: float,
-    sums: tuple[torch.Tensor, torch.Tensor] | None,
-    count: Any,
-    weights: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return the gradient of x, in its dtype."""
-    dx = _counted(lifted(dy), None, weights)
-    if sums is not None:
-        mean_dy, slope = (total[:, None] / divisor(count) for total in sums)
-        projection = slope * _xhat(x, mean, var, eps, weights)
-        if weights is not None:
-            mean_dy, projection = _constant(weights) * mean_dy, _constant(weights) * projection
-        dx = dx - mean_dy - projection
-    _, _, var, unit = separate(mean, var)
-    if unit is None:
-        scale = invstd(var, eps) if weight is None else invstd(var, eps) * weight
-        return _like(x, dx * scale[:, None], weights)
-    number, exponent = weighed(*spread(var, unit, eps), weight)
-    size = exponent + exponent_of(number)
-    half = size - size.clamp(-FAR, FAR)  # of two factors, since one may be out of range
-    return _like(x, dx * scaled(number, exponent - half)[:, None] * power(half)[:, None], weights)
+    def grad_input(
+        self,
+        dy: torch.Tensor,
+        batch: Batch,
+        stats: Stats,
+        weight: torch.Tensor | None,
+        eps: float,
+        sums: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """Return the gradient of x, in its dtype."""
+        x, weights, _ = batch
+        mean, var, count = stats
+        dx = _counted(lifted(dy), None, weights)
+        if sums is not None:
+            mean_dy, slope = (total[:, None] / divisor(count) for total in sums)
+            projection = slope * _xhat(x, mean, var, eps, weights)
+            if weights is not None:
+                mean_dy, projection = _constant(weights) * mean_dy, _constant(weights) * projection
+            dx = dx - mean_dy - projection
+        _, _, var, unit = separate(mean, var)
+        if unit is None:
+            scale = invstd(var, eps) if weight is None else invstd(var, eps) * weight
+            return _like(x, dx * scale[:, None], weights)
+        number, exponent = weighed(*spread(var, unit, eps), weight)
+        size = exponent + exponent_of(number)
+        half = size - size.clamp(-FAR, FAR)  # of two factors, since one may be out of range
+        return _like(x, dx * scaled(number, exponent - half)[:, None] * power(half)[:, None], weights)
 
 
 def _xhat(x: torch.Tensor, mean: Mean, var: Variance, eps: float, weights: torch.Tensor | None) -> torch.Tensor:
@@ -156,3 +148,6 @@ def _like(x: torch.Tensor, values: torch.Tensor, weights: torch.Tensor | None) -
 
 def _constant(weights: torch.Tensor) -> torch.Tensor:
     return lifted_weights(weights.detach()).to(WIDE)
+
+
+FORMULAS = Formulas()

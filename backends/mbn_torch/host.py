@@ -2,22 +2,23 @@
 
 Nothing is copied but halves, which Torch brings to float32 and back much faster than NumPy. Nothing is left behind on a
 tensor: ``Tensor.numpy`` would forbid for good to resize its storage. New tensors of x's size are Torch's own wherever a
-kernel can write to them, so that they can do whatever tensors of Torch can. The verbs take and return what those of the
-other kernels do; the residuals of training stay arrays, which only the pullback reads.
+kernel can write to them, so that they can do whatever tensors of Torch can. The statistics of a step of training stay
+arrays, until kernels other than these read them.
 """
 
-from contextlib import AbstractContextManager
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from mbn.contract import Moments, Residuals, widened
-from mbn.state import Params, State
+from mbn.contract import Batch, Kernels, Moments, Stats
+from mbn.state import Params, Settings, State
 from mbn_cpu import pages, threads, vectors
-from mbn_cpu.fastest import host
+from mbn_cpu.fastest import Host
 from mbn_torch import ops
-from mbn_torch.vectors import Mean, Pair, Scaled, Variance
+from mbn_torch.vectors import Pair, Scaled, TorchKernels
 
 _has_versions = hasattr(torch._C, "_to_dlpack_versioned")  # noqa: SLF001 - Torch 2.9 and later
 
@@ -45,166 +46,173 @@ class _Shared:
         return 1, 0  # the CPU
 
 
-def tensors(residuals: Residuals) -> Residuals:
-    """Return residuals as tensors, whatever they are."""
-    return Residuals(*map(_tensor, residuals))
+class HostBatch(NamedTuple):
+    """A batch whose values NumPy shares."""
+
+    x: torch.Tensor
+    sample_weight: torch.Tensor | None
+    dtype: str
+    array: np.ndarray
+    """x, or a copy in float32 of halves."""
+
+    @classmethod
+    def of(cls, batch: Batch) -> "HostBatch":
+        """Return a batch whose values NumPy shares."""
+        x = batch.x
+        # Nothing of this is to be recorded.
+        return cls(*batch, as_array(_wide(x.detach() if x.requires_grad else x)))
+
+    def arrays(self) -> Batch:
+        """Return the batch as arrays."""
+        return Batch(self.array, as_array(self.sample_weight), self.dtype)
 
 
-def moments(x: torch.Tensor, weights: torch.Tensor | None = None) -> Moments:
-    """Return count, mean (a Pair) and m2 (float64) of each channel of x, (N, C) or (N, C, L)."""
-    with _limited():
-        return Moments(*map(_tensor, host().moments(_array(_wide(x)), _array(weights))))
+class OnHost(TorchKernels):
+    """Kernels of NumPy arrays."""
 
+    def __init__(self, own: Host, kernels: Kernels) -> None:
+        """Take a backend of arrays and the kernels to use of it."""
+        self._own, self._kernels = own, kernels
+        self._is_at_once = kernels.train is not None  # which one thread does
 
-def merge(first: Moments, second: Moments) -> Moments:
-    """Return the statistics of two batches together."""
-    merged = vectors.merge(*(Moments(*map(_array, moments)) for moments in (first, second)))
-    return Moments(*map(_tensor, merged))
+    @classmethod
+    @cache
+    def of(cls, own: Host, kernels: Kernels) -> "OnHost":
+        """Return the one for these."""
+        return cls(own, kernels)
 
-
-def normalize(
-    x: torch.Tensor,
-    mean: Mean,
-    var: Variance,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    weights: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return (x - mean) / sqrt(var + eps) * weight + bias in x's dtype and memory order."""
-    y = _like(x) if out is None else out
-    wide_x, wide_y = _wide(x), _room(y)
-    arrays = map(_array, (wide_x, mean, var, weight, bias))
-    with _limited():
-        host().normalize(*arrays, eps, _array(weights), _writable(wide_y))
-    return _narrow(wide_y, y)
-
-
-def grad_sums(
-    dy: torch.Tensor, x: torch.Tensor, mean: Mean, var: Variance, eps: float, weights: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sums of dy and of dy * xhat for each channel, in float64."""
-    with _limited():
-        sum_dy, sum_dy_xhat = host().grad_sums(*map(_array, (_wide(dy), _wide(x), mean, var)), eps, _array(weights))
-    return _tensor(sum_dy), _tensor(sum_dy_xhat)
-
-
-def grad_input(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    mean: Mean,
-    var: Variance,
-    weight: torch.Tensor | None,
-    eps: float,
-    sums: tuple[torch.Tensor, torch.Tensor] | None,
-    count: Any,
-    weights: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return the gradient of x, in its dtype and memory order."""
-    arrays = (
-        *map(_array, (_wide(dy), _wide(x), mean, var, weight)),
-        eps,
-        None if sums is None else tuple(map(_array, sums)),
-    )
-    with _limited():
-        return _arranged(host().grad_input(*arrays, _array(count), _array(weights)), x)
-
-
-def batch_norm_residuals(
-    x: torch.Tensor,
-    params: Params,
-    state: State,
-    *,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    correction: int,
-    weights: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, State, Residuals]:
-    """Return output, new state and residuals of a whole call."""
-    y = _like(x) if out is None else out
-    params, arrays = Params(*map(_array, params)), State(*map(_array, state))
-    wide_y = _room(y)
-    after, residuals = _run(_wide(x), wide_y, params, arrays, training, momentum, eps, correction, weights)
-    _narrow(wide_y, y)
-    if not training:
-        return y, state, Residuals(state.running_mean, state.running_var, None)
-    return y, State(*map(_tensor, after)), residuals
-
-
-def pullback(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    residuals: Residuals,
-    eps: float,
-    weights: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """Return the gradients of x, weight and bias."""
-    weight, residuals = _array(weight), Residuals(*map(_array, residuals))
-    wide_dy, wide_x, fastest = _wide(dy), _wide(x), host()
-    is_double = weight is not None and vectors.is_wide(weight)
-    if not fastest.compiled and ops.takes(wide_x, weights, training=True) and not is_double:
-        dx = torch.empty_like(x)
-        sums = ops.pullback(wide_dy, wide_x, weight, residuals, eps, dx)
-    else:
+    def moments(self, batch: HostBatch) -> Moments:
         with _limited():
-            dx, *sums = fastest.pullback(_array(wide_dy), _array(wide_x), weight, residuals, eps, _array(weights))
-        dx = _arranged(dx, x)
-    if weight is not None and sums[0].dtype != weight.dtype:  # which autograd would do, in more time
-        with np.errstate(over="ignore"):
-            sums = [total.astype(weight.dtype) for total in sums]
-    return dx, *map(_tensor, sums)
+            return Moments(*map(_tensor, self._kernels.moments(batch.arrays())))
+
+    def normalize(
+        self, batch: HostBatch, stats: Stats, params: Params, eps: float, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        y = _like(batch.x) if out is None else out
+        wide_y = room(y)
+        with _limited():
+            self._kernels.normalize(batch.arrays(), as_array(stats), as_array(params), eps, _writable(wide_y))
+        return _narrow(wide_y, y)
+
+    def grad_sums(
+        self, dy: torch.Tensor, batch: HostBatch, stats: Stats, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with _limited():
+            sum_dy, sum_dy_xhat = self._kernels.grad_sums(as_array(_wide(dy)), batch.arrays(), as_array(stats), eps)
+        return _tensor(sum_dy), _tensor(sum_dy_xhat)
+
+    def grad_input(
+        self,
+        dy: torch.Tensor,
+        batch: HostBatch,
+        stats: Stats,
+        weight: torch.Tensor | None,
+        eps: float,
+        sums: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        sums = None if sums is None else tuple(map(as_array, sums))
+        arguments = as_array(_wide(dy)), batch.arrays(), as_array(stats), as_array(weight), eps, sums
+        with _limited():
+            return _arranged(self._kernels.grad_input(*arguments), batch.x)
+
+    def train(
+        self, batch: HostBatch, params: Params, state: State, settings: Settings, out: torch.Tensor | None
+    ) -> tuple[torch.Tensor, State, Stats]:
+        """Return output, new state and statistics, which are arrays, of a step of training."""
+        y, after, stats = self._step(batch, params, state, settings, True, out)  # noqa: FBT003
+        return y, State(*map(_tensor, after)), stats
+
+    def evaluate(
+        self, batch: HostBatch, params: Params, state: State, settings: Settings, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the output of evaluation."""
+        return self._step(batch, params, state, settings, False, out)[0]  # noqa: FBT003
+
+    def _step(
+        self,
+        batch: HostBatch,
+        params: Params,
+        state: State,
+        settings: Settings,
+        training: bool,  # noqa: FBT001 - in every call, where keywords cost
+        out: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, State, Stats]:
+        y = _like(batch.x) if out is None else out
+        wide_y = room(y)
+        vectors = Params(*map(as_array, params)), State(*map(as_array, state))
+        with nullcontext() if self._is_at_once else _limited():
+            _, state, stats = self._own.forward(
+                self._kernels, batch.arrays(), *vectors, settings, training, _writable(wide_y)
+            )
+        return _narrow(wide_y, y), state, stats
+
+    def pullback(
+        self, dy: torch.Tensor, batch: HostBatch, weight: torch.Tensor | None, stats: Stats, eps: float
+    ) -> tuple[torch.Tensor, ...]:
+        """Return the gradients of x, weight and bias."""
+        arguments = as_array(_wide(dy)), batch.arrays(), as_array(weight), as_array(stats), eps
+        with nullcontext() if self._is_at_once else _limited():
+            dx, *sums = self._own.pullback(self._kernels, *arguments)
+        return _arranged(dx, batch.x), *map(_tensor, sums)
 
 
-def _run(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    params: Params,
-    state: State,
-    training: bool,  # noqa: FBT001 - in every call, where keywords cost
-    momentum: float | None,
-    eps: float,
-    correction: int,
-    weights: torch.Tensor | None,
-) -> tuple[State, Residuals | None]:
-    """Write the output to y in the fastest way; return new state and, of training, residuals. Vectors are arrays."""
-    is_widened = training and widened(x, params, state)
-    if ops.takes(x, weights, training=training) and not (training and host().compiled) and not is_widened:
+class OnOperations(OnHost):
+    """The same, where Torch's operations are faster than NumPy's: on several threads."""
+
+    def _step(
+        self,
+        batch: HostBatch,
+        params: Params,
+        state: State,
+        settings: Settings,
+        training: bool,  # noqa: FBT001 - as above
+        out: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, State, Stats]:
+        y = _like(batch.x) if out is None else out
+        wide_x, wide_y = torch.from_numpy(batch.array), room(y)
+        vectors = Params(*map(as_array, params)), State(*map(as_array, state))
         if training:
-            result = ops.train(x, y, params, state, momentum, eps, correction)
+            result = ops.train(wide_x, wide_y, *vectors, settings)
         else:
-            result = (state, None) if ops.evaluate(x, y, params, state, eps) else None
-        if result is not None:
-            return result
-    fastest = host()
-    values, out = _array(x), _writable(y)
-    if fastest.whole.takes(values, weights, out) and not is_widened:
-        result = fastest.at_once(values, params, state, training, momentum, eps, correction, out)
-        if result is not None:
-            return result[1:]
-    settings = {"training": training, "momentum": momentum, "eps": eps, "correction": correction}
-    with _limited():
-        return fastest.batch_norm_residuals(values, params, state, **settings, weights=_array(weights), out=out)[1:]
+            result = (state, None) if ops.evaluate(wide_x, wide_y, *vectors, settings.eps) else None
+        if result is None:
+            return super()._step(batch, params, state, settings, training, y)
+        return _narrow(wide_y, y), *result
+
+    def pullback(
+        self, dy: torch.Tensor, batch: HostBatch, weight: torch.Tensor | None, stats: Stats, eps: float
+    ) -> tuple[torch.Tensor, ...]:
+        """Return the gradients of x, weight and bias."""
+        dx, wide_x = torch.empty_like(batch.x), torch.from_numpy(batch.array)
+        sums = ops.pullback(_wide(dy), wide_x, as_array(weight), as_array(stats), eps, dx)
+        if weight is not None:  # which autograd would do, in more time
+            with np.errstate(over="ignore"):
+                sums = [total.astype(np.float32) for total in sums]
+        return dx, *map(_tensor, sums)
+
+
+def tensors(stats: Stats) -> Stats:
+    """Return statistics as tensors, whatever they are."""
+    return Stats(*map(_tensor, stats))
 
 
 def _limited() -> AbstractContextManager[None]:
     return threads.limited(torch.get_num_threads())
 
 
-def _array(value: Any) -> Any:
+def as_array(value: Any) -> Any:
     """Return a tensor, or all that a statistic consists of, as arrays; anything else is one, or no array at all."""
     if isinstance(value, torch.Tensor):
         return np.from_dlpack(_Shared(value))
     if isinstance(value, _FORMS):
-        return _FORMS_IN_ARRAYS[_FORMS.index(type(value))](*map(_array, value))
+        return _FORMS_IN_ARRAYS[_FORMS.index(type(value))](*map(as_array, value))
+    if isinstance(value, Params | Stats):
+        return type(value)(*map(as_array, value))
     return value
 
 
 def _writable(tensor: torch.Tensor) -> np.ndarray:
-    array = _array(tensor)
+    array = as_array(tensor)
     # Before Torch 2.9 and NumPy 2.1 neither could say who may write.
     return array if array.flags.writeable else tensor.numpy()
 
@@ -234,7 +242,7 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return _like(x, torch.float32).copy_(x) if x.dtype in _HALVES else x
 
 
-def _room(y: torch.Tensor) -> torch.Tensor:
+def room(y: torch.Tensor) -> torch.Tensor:
     """Return y to write to, or a tensor like it in float32 for one of halves."""
     return _like(y, torch.float32) if y.dtype in _HALVES else y
 

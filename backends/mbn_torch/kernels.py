@@ -7,16 +7,18 @@ blocks that stay in the caches. What autograd has to see through is in the formu
 
 from collections.abc import Callable, Iterator
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from mbn.contract import Moments
+from mbn.contract import Batch, Moments, Stats
+from mbn.state import Params
 from mbn_torch.vectors import (
     FAR,
     WIDE,
     Mean,
     Pair,
+    TorchKernels,
     Variance,
     as_pair,
     divisor,
@@ -34,6 +36,7 @@ from mbn_torch.vectors import (
     spread,
     units_of,
     weighed,
+    widened,
 )
 
 CPU_BLOCK = 1 << 17
@@ -48,135 +51,127 @@ RUN = 64
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
-def moments(x: torch.Tensor, weights: torch.Tensor | None = None) -> Moments:
-    """Return count, mean (a Pair) and m2 (float64) of each channel of x, (N, C) or (N, C, L).
+class Tensors(TorchKernels):
+    """Kernels made of Torch's operations."""
 
-    Sums of d = x - shift and of d², with one of the values of each channel for a shift, lose at most a factor N of
-    float64's precision however far the shift is from the mean. That is plenty for narrower input. float64 input is
-    summed again around its mean, which also gives the rest of the mean, in units in which no channel is out of range
-    and in parts, so that one value that dwarfs the rest costs no digits.
+    def moments(self, batch: Batch) -> Moments:
+        """Return count, mean (a Pair) and m2 (float64) of each channel of x, (N, C) or (N, C, L).
 
-    Source: Chan, Golub and LeVeque, Algorithms for Computing the Sample Variance, 1983, section 3 (shifted data).
-    """
-    values = lifted(x)
-    shift = _one_of_three(values) if weights is None else heaviest(values, weights)
-    count = x.numel() // x.shape[1] if weights is None else fold(_wide(weights).flatten())
-    n = divisor(count)
-    exponent = apart = None
-    if x.dtype == WIDE:
-        largest = _largest(values, shift, weights)
-        exponent = units_of(largest)
-        shift, largest = scaled(shift, -exponent), scaled(largest, -exponent)
-        shift = shift + _shifted_sums(values, shift, exponent, weights)[0] / n
-        apart = power(exponent_of(largest * n) + 4), power(exponent_of(largest * n * largest) + 5)
-    total, squares = _shifted_sums(values, shift, exponent, weights, apart)
-    return Moments(count, *in_units(shift, total / n, squares - total * total / n, exponent))
+        Sums of d = x - shift and of d², with one of the values of each channel for a shift, lose at most a factor N of
+        float64's precision however far the shift is from the mean. That is plenty for narrower input. float64 input is
+        summed again around its mean, which also gives the rest of the mean, in units in which no channel is out of
+        range and in parts, so that one value that dwarfs the rest costs no digits.
 
-
-def normalize(
-    x: torch.Tensor,
-    mean: Mean,
-    var: Variance,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    weights: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return (x - mean) / sqrt(var + eps) * weight + bias in x's dtype and memory order.
-
-    Computed as (x - K) * scale + shift with K the mean rounded to x's precision: x - K is exact where x is near the
-    mean, and the rest of the mean goes into the shift. A scale out of range has a power of two taken off it, by which
-    x and K are multiplied first.
-    """
-    compute = torch.promote_types(x.dtype, torch.float32)  # float16 and bfloat16 are computed in float32
-    before, center, scale, shift = (
-        None if vector is None else vector[:, None] for vector in line(mean, var, weight, bias, eps, compute)
-    )
-    y = torch.empty_like(x) if out is None else out
-    for block, part, mask in _blocks(lifted(x), lifted(y), _mask(weights, compute)):
-        values = part if part.dtype == compute else torch.empty_like(part, dtype=compute)
-        torch.mul(block, before, out=values).sub_(center).mul_(scale)
-        if shift is not None:
-            values.add_(shift)
-        _clear(values, mask)
-        if values is not part:
-            part.copy_(values)
-    return y
-
-
-def grad_sums(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    mean: Mean,
-    var: Variance,
-    eps: float,
-    weights: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sums of dy and of dy * xhat for each channel, in float64."""
-    origin = _origin(mean, var, eps, x.dtype)
-    center, before = origin.center[:, None], origin.before
-
-    def terms(dy: torch.Tensor, x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        dy, d = _wide(dy), _wide(x)
-        if before is not None:
-            d.mul_(before[:, None])
-        d.sub_(center)
-        _clear(dy, mask)
-        _clear(d, mask)
-        return dy, d.mul_(dy)
-
-    sum_dy, products = _sums(terms, lifted(dy), lifted(x), _mask(weights, WIDE))
-    return sum_dy, (products - origin.rest * sum_dy) * origin.invstd
-
-
-def grad_input(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    mean: Mean,
-    var: Variance,
-    weight: torch.Tensor | None,
-    eps: float,
-    sums: tuple[torch.Tensor, torch.Tensor] | None,
-    count: Any,
-    weights: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return the gradient of x, in its dtype and memory order."""
-    origin = _origin(mean, var, eps, x.dtype)
-    number, exponent = weighed(*origin.scale, weight)
-    size = exponent + exponent_of(number)
-    half = size - size.clamp(-FAR, FAR)  # of two factors, since one may be out of range
-    scale, after = (vector[:, None] for vector in (limited(scaled(number, exponent - half), WIDE), power(half)))
-    before = column = None
-    if sums is not None:
+        Source: Chan, Golub and LeVeque, Algorithms for Computing the Sample Variance, 1983, section 3 (shifted data).
+        """
+        x, weights = widened(batch.x, batch), batch.sample_weight
+        values = lifted(x)
+        shift = _one_of_three(values) if weights is None else heaviest(values, weights)
+        count = x.numel() // x.shape[1] if weights is None else fold(_wide(weights).flatten())
         n = divisor(count)
-        if weights is not None:  # a sum of dy divided by that of all weights may leave the range
-            common = -exponent_of(n)
-            n, column = scaled(n, common), lifted_weights(weights).to(WIDE) * power(common)
-        mean_dy, slope = (total / n for total in sums)
-        slope = slope * origin.invstd
-        vectors = mean_dy, origin.center, slope, -origin.rest * slope
-        mean_dy, center, slope, rest = (vector[:, None] for vector in vectors)
-        before = None if origin.before is None else origin.before[:, None]
-    dx = torch.empty_like(x)
-    arrays = lifted(dx), lifted(dy), lifted(x), column, _mask(weights, WIDE)
-    for out, dy_block, x_block, weights_block, mask in _blocks(*arrays):
-        values = _wide(dy_block)
-        if sums is not None:
-            projection = _wide(x_block)
-            if before is not None:
-                projection.mul_(before)
-            projection.sub_(center).mul_(slope).add_(rest)
-            if weights_block is not None:
-                projection.mul_(weights_block)
-            # Before anything else, so that little is lost of a gradient with a large mean.
-            values.sub_(mean_dy if weights_block is None else mean_dy * weights_block).sub_(projection)
-        values.mul_(scale)
+        exponent = apart = None
         if x.dtype == WIDE:
-            values.mul_(after)
-        _clear(values, mask)
-        out.copy_(values)
-    return dx
+            largest = _largest(values, shift, weights)
+            exponent = units_of(largest)
+            shift, largest = scaled(shift, -exponent), scaled(largest, -exponent)
+            shift = shift + _shifted_sums(values, shift, exponent, weights)[0] / n
+            apart = power(exponent_of(largest * n) + 4), power(exponent_of(largest * n * largest) + 5)
+        total, squares = _shifted_sums(values, shift, exponent, weights, apart)
+        return Moments(count, *in_units(shift, total / n, squares - total * total / n, exponent))
+
+    def normalize(
+        self, batch: Batch, stats: Stats, params: Params, eps: float, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return (x - mean) / sqrt(var + eps) * weight + bias in x's dtype and memory order.
+
+        Computed as (x - K) * scale + shift with K the mean rounded to x's precision: x - K is exact where x is near the
+        mean, and the rest of the mean goes into the shift. A scale out of range has a power of two taken off it, by
+        which x and K are multiplied first.
+        """
+        x, weights, _ = batch
+        mean, var, _ = stats
+        weight, bias = params
+        compute = torch.promote_types(x.dtype, torch.float32)  # float16 and bfloat16 are computed in float32
+        before, center, scale, shift = (
+            None if vector is None else vector[:, None] for vector in line(mean, var, weight, bias, eps, compute)
+        )
+        y = torch.empty_like(x) if out is None else out
+        for block, part, mask in _blocks(lifted(x), lifted(y), _mask(weights, compute)):
+            values = part if part.dtype == compute else torch.empty_like(part, dtype=compute)
+            torch.mul(block, before, out=values).sub_(center).mul_(scale)
+            if shift is not None:
+                values.add_(shift)
+            _clear(values, mask)
+            if values is not part:
+                part.copy_(values)
+        return y
+
+    def grad_sums(self, dy: torch.Tensor, batch: Batch, stats: Stats, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sums of dy and of dy * xhat for each channel, in float64."""
+        x, weights, _ = batch
+        mean, var, _ = stats
+        origin = _origin(mean, var, eps, x.dtype)
+        center, before = origin.center[:, None], origin.before
+
+        def terms(dy: torch.Tensor, x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+            dy, d = _wide(dy), _wide(x)
+            if before is not None:
+                d.mul_(before[:, None])
+            d.sub_(center)
+            _clear(dy, mask)
+            _clear(d, mask)
+            return dy, d.mul_(dy)
+
+        sum_dy, products = _sums(terms, lifted(dy), lifted(x), _mask(weights, WIDE))
+        return sum_dy, (products - origin.rest * sum_dy) * origin.invstd
+
+    def grad_input(
+        self,
+        dy: torch.Tensor,
+        batch: Batch,
+        stats: Stats,
+        weight: torch.Tensor | None,
+        eps: float,
+        sums: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """Return the gradient of x, in its dtype and memory order."""
+        x, weights, _ = batch
+        mean, var, count = stats
+        origin = _origin(mean, var, eps, x.dtype)
+        number, exponent = weighed(*origin.scale, weight)
+        size = exponent + exponent_of(number)
+        half = size - size.clamp(-FAR, FAR)  # of two factors, since one may be out of range
+        scale, after = (vector[:, None] for vector in (limited(scaled(number, exponent - half), WIDE), power(half)))
+        before = column = None
+        if sums is not None:
+            n = divisor(count)
+            if weights is not None:  # a sum of dy divided by that of all weights may leave the range
+                common = -exponent_of(n)
+                n, column = scaled(n, common), lifted_weights(weights).to(WIDE) * power(common)
+            mean_dy, slope = (total / n for total in sums)
+            slope = slope * origin.invstd
+            vectors = mean_dy, origin.center, slope, -origin.rest * slope
+            mean_dy, center, slope, rest = (vector[:, None] for vector in vectors)
+            before = None if origin.before is None else origin.before[:, None]
+        dx = torch.empty_like(x)
+        arrays = lifted(dx), lifted(dy), lifted(x), column, _mask(weights, WIDE)
+        for out, dy_block, x_block, weights_block, mask in _blocks(*arrays):
+            values = _wide(dy_block)
+            if sums is not None:
+                projection = _wide(x_block)
+                if before is not None:
+                    projection.mul_(before)
+                projection.sub_(center).mul_(slope).add_(rest)
+                if weights_block is not None:
+                    projection.mul_(weights_block)
+                # Before anything else, so that little is lost of a gradient with a large mean.
+                values.sub_(mean_dy if weights_block is None else mean_dy * weights_block).sub_(projection)
+            values.mul_(scale)
+            if x.dtype == WIDE:
+                values.mul_(after)
+            _clear(values, mask)
+            out.copy_(values)
+        return dx
 
 
 def _one_of_three(x: torch.Tensor) -> torch.Tensor:
@@ -334,3 +329,6 @@ def _clear(values: torch.Tensor, mask: torch.Tensor | None) -> None:
     """Set values to 0 where the mask is, NaN included: bit by bit, which takes a quarter of the time of a selection."""
     if mask is not None:
         values.view(mask.dtype).bitwise_and_(mask)
+
+
+TENSORS = Tensors()

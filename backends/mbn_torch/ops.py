@@ -6,14 +6,16 @@ memory order or the number of threads: all that is summed up lies in one order, 
 on one thread. Vectors are NumPy's, whose calls take less time.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 
-from mbn.contract import Residuals
-from mbn.state import Params, State
+from mbn.contract import Batch, Operation, Stats
+from mbn.state import Params, Settings, State
 from mbn_cpu.extremes import of_line
 from mbn_cpu.tiles import Scratch
-from mbn_cpu.vectors import WIDE, Line, Mean, added, as_pair, counted, invstd, is_far, lerp, line, step
+from mbn_cpu.vectors import WIDE, Line, Mean, added, as_pair, counted, invstd, is_far, is_wide, lerp, line, step
 
 _SMALLEST = 1 << 14
 _LARGEST = 1 << 19
@@ -26,12 +28,16 @@ _BLOCK = 1 << 18
 """Values that two operations one after another find in the caches."""
 
 
-def takes(x: torch.Tensor, weights: torch.Tensor | None, *, training: bool) -> bool:
-    """Tell whether this is the fastest way for a batch."""
-    if weights is not None or x.dtype != torch.float32:
+def takes(operation: Operation, batch: Batch, vectors: tuple[Any, ...]) -> bool:
+    """Tell whether this is the fastest way for a call, of arrays, that Numba does not do."""
+    x, sample_weight, dtype = batch
+    if sample_weight is not None or x.dtype != np.float32 or x.size <= _SMALLEST or operation == "moments":
         return False
-    size = x.numel()
-    return size > _SMALLEST and (not training or (size <= _LARGEST and len(x) >= _PARTS))
+    if operation == "evaluate":
+        return True
+    if x.size > _LARGEST or len(x) < _PARTS:
+        return False
+    return dtype == "float32" if operation == "train" else vectors[0] is None or not is_wide(vectors[0])
 
 
 @np.errstate(all="ignore")
@@ -40,11 +46,9 @@ def train(
     y: torch.Tensor,
     params: Params,
     state: State,
-    momentum: float | None,
-    eps: float,
-    correction: int,
-) -> tuple[State, Residuals] | None:
-    """Write the output of a step of training on x, (N, C) or (N, C, L), to y; return new state and residuals.
+    settings: Settings,
+) -> tuple[State, Stats] | None:
+    """Write the output of a step of training on x, (N, C) or (N, C, L), to y; return new state and statistics.
 
     Parameters and statistics are arrays, those returned too. Where a channel is beyond the range of float32, return
     None and write nothing.
@@ -62,15 +66,15 @@ def train(
     rest = total / n
     m2 = squares - total * rest
     mean, var = added(shift, rest), m2 / n
-    if not _normalize(x, y, mean, var, params, eps):
+    if not _normalize(x, y, mean, var, params, settings.eps):
         return None
     if num_batches_tracked is not None:
         num_batches_tracked = counted(num_batches_tracked)
     if running_mean is not None:
-        share = step(momentum, num_batches_tracked, n, correction)
+        share = step(settings.momentum, num_batches_tracked, n, settings.correction)
         running_mean = lerp(running_mean, mean, share)
-        running_var = lerp(running_var, m2 / (n - correction), share)
-    return State(running_mean, running_var, num_batches_tracked), Residuals(mean, var, n)
+        running_var = lerp(running_var, m2 / (n - settings.correction), share)
+    return State(running_mean, running_var, num_batches_tracked), Stats(mean, var, n)
 
 
 @np.errstate(all="ignore")
@@ -84,12 +88,12 @@ def pullback(
     dy: torch.Tensor,
     x: torch.Tensor,
     weight: np.ndarray | None,
-    residuals: Residuals,
+    stats: Stats,
     eps: float,
     dx: torch.Tensor,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Write the gradient of x to dx; return those of weight and bias."""
-    mean, var, count = residuals
+    mean, var, count = stats
     hi, lo = as_pair(mean)
     spread = invstd(var, eps)
     factor = spread if weight is None else spread * weight

@@ -1,27 +1,70 @@
-"""Which kernels do the work on tensors: those of the place where their values are, if nothing has to see through it."""
+"""Which kernels serve a call of Torch's backend."""
 
 import warnings
 from functools import cache
-from types import ModuleType
+from itertools import chain
+from typing import Any
 
 import torch
 
-from mbn_torch import formulas, host, kernels
-from mbn_torch.tracing import HOST, is_scripted, place
+from mbn.contract import Batch, Kernels, Operation, Stats
+from mbn.state import Params
+from mbn_cpu.backend import takes
+from mbn_cpu.fastest import host
+from mbn_torch import ops
+from mbn_torch.formulas import FORMULAS
+from mbn_torch.host import HostBatch, OnHost, OnOperations, as_array, room
+from mbn_torch.kernels import TENSORS
+from mbn_torch.tracing import HOST, is_recorded, is_scripted, is_traced, is_transformed, place
 
 
-def chosen(*values: torch.Tensor | None) -> ModuleType:
-    """Return what does the arithmetic on these where autograd need not record it; None is nothing."""
-    where = place(*values)
+def kernels_for(
+    operation: Operation, batch: Batch, other: torch.Tensor | None = None, vectors: tuple[Any, ...] = ()
+) -> tuple[Kernels, Batch | HostBatch]:
+    """Return the kernels for a call, and its batch as they read it."""
+    if is_transformed() or _is_followed(operation, batch, other, vectors):
+        return FORMULAS, batch
+    x, sample_weight, _ = batch
+    where = place(x, sample_weight, *_read(operation, other, vectors))
     if where == HOST:
-        return host
+        return _on_host(operation, batch, other, vectors)
     if where is None:  # a graph is to be that of any batch, and made of operations that exporters know
-        return formulas if is_scripted() else kernels
-    return _on_gpu(where) or kernels
+        return FORMULAS if is_scripted() else TENSORS, batch
+    return _on_gpu(where) or TENSORS, batch
+
+
+def _is_followed(operation: Operation, batch: Batch, other: torch.Tensor | None, vectors: tuple[Any, ...]) -> bool:
+    """Tell whether something has to see how a result is computed, other than autograd the function of a step."""
+    if operation == "pullback":  # with is_grads_batched
+        return is_traced(other)
+    if operation == "evaluate":
+        _, state = vectors
+        return is_recorded(*state[:2])
+    return operation == "moments" and is_recorded(batch.x)
+
+
+def _read(operation: Operation, other: torch.Tensor | None, vectors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the tensors that a call reads beside those of its batch."""
+    if operation == "pullback":
+        return other, vectors[0]
+    return tuple(chain.from_iterable(vectors))
+
+
+def _on_host(
+    operation: Operation, batch: Batch, other: torch.Tensor | None, vectors: tuple[Any, ...]
+) -> tuple[Kernels, HostBatch]:
+    own, prepared = host(), HostBatch.of(batch)
+    arrays = prepared.arrays()
+    if operation == "pullback":
+        vectors = tuple(map(as_array, vectors))
+    if ops.takes(operation, arrays, vectors) and (operation == "evaluate" or not own.compiled):
+        return OnOperations.of(own, own.kernels), prepared
+    is_fast = takes(own.fast, operation, arrays, None if other is None else as_array(room(other)), vectors)
+    return OnHost.of(own, own.fused if is_fast else own.kernels), prepared
 
 
 @cache
-def _on_gpu(index: int) -> ModuleType | None:
+def _on_gpu(index: int) -> Kernels | None:
     """Return the kernels in Triton if it works with this GPU.
 
     Not all builds of Torch bring it; it needs a C compiler, and a card that is not too old for it.
@@ -30,11 +73,11 @@ def _on_gpu(index: int) -> ModuleType | None:
         from mbn_torch import cuda  # noqa: PLC0415 - a quarter of a second, for those alone who have a GPU
 
         one = torch.ones((1, 1), device=torch.device("cuda", index))
-        cuda.normalize(one, one[0], one[0], None, None, 0.0)
+        cuda.TRITON.normalize(Batch(one), Stats(one[0], one[0], None), Params(None, None), 0.0)
     except ModuleNotFoundError:
         return None
     except Exception as error:  # noqa: BLE001 - whatever it is, there are kernels that work
         message = f"Triton does not work with this GPU, which makes mbn slower: {type(error).__name__}: {error}"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
         return None
-    return cuda
+    return cuda.TRITON

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from mbn.contract import Moments
+from mbn.contract import Batch, Kernels, Moments
+from mbn_torch import masks
 
 WIDE = torch.float64
 
@@ -306,3 +307,36 @@ def lifted(x: torch.Tensor) -> torch.Tensor:
 def lifted_weights(weights: torch.Tensor) -> torch.Tensor:
     """Return weights, (N,) or (N, L), in the shape that broadcasts against an x of (N, C, L)."""
     return weights.reshape(len(weights), 1, -1)
+
+
+def widened(values: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Return a tensor in the shape of x with as many digits as statistics are to have."""
+    return values.to(WIDE) if batch.dtype == "float64" else values
+
+
+class TorchKernels(Kernels):
+    """What all kernels of tensors have in common: the formulas on vectors."""
+
+    def sample_weights(
+        self,
+        shape: tuple[int, ...],
+        dtype: str,
+        mask: torch.Tensor | None,
+        lengths: torch.Tensor | None,
+        sample_weight: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return masks.weights(shape, getattr(torch, dtype), mask, lengths, sample_weight)
+
+    def merge(self, first: Moments, second: Moments) -> Moments:
+        return merge(first, second)
+
+    def variance(self, moments: Moments, correction: int) -> Variance:
+        return variance(moments, correction)
+
+    def step(
+        self, momentum: float | None, num_batches_tracked: torch.Tensor | None, count: Any, correction: int
+    ) -> float | torch.Tensor:
+        return step(momentum, num_batches_tracked, count, correction)
+
+    def lerp(self, start: torch.Tensor, end: Mean | Variance, step: float | torch.Tensor) -> torch.Tensor:
+        return lerp(start, end, step)

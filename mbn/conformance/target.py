@@ -9,6 +9,7 @@ import pytest
 
 import mbn
 from mbn.conformance import derivatives, ulp
+from mbn.conformance.transforms import Transforms, transforms_of
 from mbn.contract import Array, Backend, Capabilities, layer_dtype
 
 
@@ -35,6 +36,11 @@ class Target(NamedTuple):
     def capabilities(self) -> Capabilities:
         """What the backend declares."""
         return self.backend.capabilities
+
+    @property
+    def transforms(self) -> Transforms:
+        """The transformations of the backend's framework."""
+        return transforms_of(self.backend)
 
     def layer(self, num_features: int | None, **arguments: Any) -> mbn.BatchNorm1d:
         """Make a layer on this backend and device."""

@@ -1,5 +1,9 @@
 """Agreement: the same numbers by every route, on every backend and in every memory layout."""
 
+import copy
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,7 +12,8 @@ from hypothesis import strategies as st
 import mbn
 from mbn.conformance import derivatives, oracle, strategies, ulp
 from mbn.conformance.target import Target, assert_same, configured
-from mbn.contract import Array, Backend, transposed
+from mbn.contract import Array, Backend, Batch, Kernels, Operation, transposed
+from mbn.state import Settings
 
 X = np.random.default_rng(13).normal(100, 3, (12, 5, 8)).astype(np.float32)
 DY = np.random.default_rng(22).normal(1, 3, (12, 5, 8)).astype(np.float32)
@@ -102,8 +107,17 @@ def test_memory_layouts_of_own_arrays(target: Target, *, training: bool) -> None
         assert_same(target.snapshot(contiguous), target.snapshot(bn))
 
 
+def _kernels(target: Target, operation: Operation, batch: Batch, *given: Any) -> Iterator[tuple[Kernels, Batch]]:
+    """Iterate over the kernels that the backend chooses for a call, and the same without their fused entries."""
+    kernels, batch = target.backend.kernels_for(operation, batch, *given)
+    yield kernels, batch
+    passes = copy.copy(kernels)
+    passes.train = passes.evaluate = passes.pullback = None
+    yield passes, batch
+
+
 @pytest.mark.parametrize(("momentum", "weighted"), [(0.1, False), (None, False), (0.1, True)])
-def test_the_fused_whole_is_the_verbs_composed(target: Target, momentum: float | None, *, weighted: bool) -> None:
+def test_the_fused_step_is_the_passes_composed(target: Target, momentum: float | None, *, weighted: bool) -> None:
     bn = configured(target.layer(5), seed=3)
     held = target.snapshot(bn)
     count = int(held["num_batches_tracked"]) + 1
@@ -111,19 +125,9 @@ def test_the_fused_whole_is_the_verbs_composed(target: Target, momentum: float |
     step = 1 / count if momentum is None else momentum
     weights, host_weights = _weights(target) if weighted else (None, None)
     exact = oracle.train(X, *statistics, *parameters, momentum=step, eps=1e-5, weights=host_weights)
-    own, composed = type(target.backend), Backend
-    for batch_norm in (own.batch_norm, own.batch_norm_residuals, composed.batch_norm_residuals):
-        y, state, *_ = batch_norm(
-            target.backend,
-            target.array(X),
-            bn.params,
-            bn.state,
-            training=True,
-            momentum=momentum,
-            eps=1e-5,
-            correction=1,
-            weights=weights,
-        )
+    batch, settings = Batch(target.array(X), weights), Settings(5, "float32", 1e-5, momentum, 1, 1)
+    for kernels, prepared in _kernels(target, "train", batch, None, (bn.params, bn.state)):
+        y, state, _ = target.backend.forward(kernels, prepared, bn.params, bn.state, settings, True)  # noqa: FBT003
         target.assert_output(y, exact.y, "float32")
         target.assert_statistic(state.running_mean, exact.running_mean, "float32")
         target.assert_statistic(state.running_var, exact.running_var, "float32")
@@ -132,27 +136,19 @@ def test_the_fused_whole_is_the_verbs_composed(target: Target, momentum: float |
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("training", [True, False])
-def test_the_fused_pullback_is_the_verbs_composed(target: Target, *, training: bool, weighted: bool) -> None:
+def test_the_fused_pullback_is_the_passes_composed(target: Target, *, training: bool, weighted: bool) -> None:
     bn = configured(target.layer(5), seed=4)
     held = target.snapshot(bn)
     weights, host_weights = _weights(target) if weighted else (None, None)
     constants = None if training else (held["running_mean"], held["running_var"])
     exact = derivatives.gradients(X, DY, held["weight"], eps=1e-5, weights=host_weights, statistics=constants)
-    own, composed = type(target.backend), Backend
-    for residuals_of in (own.batch_norm_residuals, composed.batch_norm_residuals):
-        _, _, residuals = residuals_of(
-            target.backend,
-            target.array(X),
-            bn.params,
-            bn.state,
-            training=training,
-            momentum=0.1,
-            eps=1e-5,
-            correction=1,
-            weights=weights,
-        )
-        for pullback in (own.pullback, composed.pullback):
-            dx, *sums = pullback(target.backend, target.array(DY), target.array(X), bn.weight, residuals, 1e-5, weights)
+    batch, settings = Batch(target.array(X), weights), Settings(5, "float32", 1e-5, 0.1, 1, 1)
+    operation: Operation = "train" if training else "evaluate"
+    dy, weight = target.array(DY), bn.weight
+    for forward, prepared in _kernels(target, operation, batch, None, (bn.params, bn.state)):
+        _, _, stats = target.backend.forward(forward, prepared, bn.params, bn.state, settings, training)
+        for kernels, seen in _kernels(target, "pullback", batch, dy, (weight, stats)):
+            dx, *sums = target.backend.pullback(kernels, dy, seen, weight, stats, 1e-5)
             # The sums may be wider than the parameters.
             gradients = [dx, *(target.backend.asarray(total, "float32") for total in sums)]
             target.assert_gradients(gradients, exact, "float32")
@@ -163,4 +159,4 @@ def _weights(target: Target) -> tuple[Array, np.ndarray]:
     target.require("masks")
     (mask, sample_weight), weights = _MASKING.arguments.values(), _MASKING.weights
     given_arrays = target.array(mask), None, target.array(sample_weight)
-    return target.backend.weights((12, 8), "float32", *given_arrays), weights
+    return target.backend.kernels.sample_weights((12, 8), "float32", *given_arrays), weights

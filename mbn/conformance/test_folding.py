@@ -165,7 +165,7 @@ def test_jit(target: Target) -> None:
     target.require("jit")
     bn = configured(target.layer(4), seed=7)
     scaled, shifted = truth(target, bn, WEIGHT, BIAS)
-    fold = target.backend.jit(lambda weight, bias: mbn.fold_linear(weight, bias, bn))
+    fold = target.transforms.jit(lambda weight, bias: mbn.fold_linear(weight, bias, bn))
     found = fold(target.array(WEIGHT), target.array(BIAS))
     target.assert_output(found[0], scaled, "float32")
     target.assert_output(found[1], shifted, "float32")
@@ -181,7 +181,7 @@ def test_gradient(target: Target) -> None:
         return folded_weight.sum() + folded_bias.sum()
 
     weight, bias = target.array(WEIGHT), target.array(BIAS)
-    by_weight = target.backend.grad(loss)(weight, bias)
-    by_bias = target.backend.grad(lambda bias, weight: loss(weight, bias))(bias, weight)
+    by_weight = target.transforms.grad(loss)(weight, bias)
+    by_bias = target.transforms.grad(lambda bias, weight: loss(weight, bias))(bias, weight)
     np.testing.assert_allclose(target.numpy(by_weight), np.broadcast_to(scale[:, None], WEIGHT.shape), rtol=1e-6)
     np.testing.assert_allclose(target.numpy(by_bias), scale, rtol=1e-6)

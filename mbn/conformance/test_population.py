@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import mbn
 from mbn.conformance import oracle, strategies
 from mbn.conformance.target import Target, assert_same, configured
-from mbn.contract import layer_dtype
+from mbn.contract import Batch, layer_dtype
 
 X = np.random.default_rng(15).normal(2, 3, (9, 4)).astype(np.float32)
 SIZES = [0, 1, 2, 7]
@@ -258,20 +258,22 @@ def test_biased_variance_of_one_value_is_zero(target: Target) -> None:
 
 def test_weighted_batches_are_merged(target: Target) -> None:
     target.require("masks")
-    backend = target.backend
     weights = np.array([0, 0, 0, 2, 1, 3, 0, 1, 1], np.float32)
-    nothing, few, many = (
-        backend.moments(target.array(X[rows]), target.array(weights[rows])) for rows in np.split(np.arange(9), [3, 5])
+    chosen = (
+        target.backend.kernels_for("moments", Batch(target.array(X[rows]), target.array(weights[rows])))
+        for rows in np.split(np.arange(9), [3, 5])
     )
+    nothing, few, many = (kernels.moments(batch) for kernels, batch in chosen)
+    kernels = target.backend.kernels
     truth = oracle.train(X, np.zeros(4), np.ones(4), momentum=1.0, eps=1.0, weights=weights)
-    rounded = partial(backend.lerp, target.array(np.zeros(4, np.float32)), weight=1.0)
-    for pair in [(many, few), (few, many), (backend.merge(nothing, many), backend.merge(few, nothing))]:
-        merged = backend.merge(*pair)
+    rounded = partial(kernels.lerp, target.array(np.zeros(4, np.float32)), step=1.0)
+    for pair in [(many, few), (few, many), (kernels.merge(nothing, many), kernels.merge(few, nothing))]:
+        merged = kernels.merge(*pair)
         target.assert_statistic(rounded(merged.mean), truth.running_mean, "float32")
-        target.assert_statistic(rounded(backend.variance(merged, 1)), truth.running_var, "float32")
-    merged = backend.merge(nothing, nothing)
+        target.assert_statistic(rounded(kernels.variance(merged, 1)), truth.running_var, "float32")
+    merged = kernels.merge(nothing, nothing)
     assert np.isfinite(target.numpy(rounded(merged.mean))).all()
-    assert target.numpy(rounded(backend.variance(merged, 1))).tolist() == [0] * 4
+    assert target.numpy(rounded(kernels.variance(merged, 1))).tolist() == [0] * 4
 
 
 def test_same_bits_on_every_run(target: Target) -> None:

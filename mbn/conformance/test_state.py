@@ -252,13 +252,13 @@ def test_count_stays_at_its_limit(target: Target, kind: str, momentum: float | N
         arguments["mask"] = target.array(np.arange(9) > 1)
     if kind == "traced" and not target.capabilities.compile:
         target.require("jit")
-    step = bn.vjp if kind == "vjp" else partial(bn, **arguments)
+    step: Any = bn.vjp if kind == "vjp" else partial(bn, **arguments)
     for _ in range(3):
         if kind == "traced" and target.capabilities.jit:
-            run = target.backend.jit(partial(bn.apply, training=True))
+            run = target.transforms.jit(partial(bn.apply, training=True))
             bn.load_state_dict({**bn.state_dict(), **run(bn.params, bn.state, x)[1]._asdict()})
         else:
-            (target.backend.compile(step) if kind == "traced" else step)(x)
+            (target.transforms.compile(step) if kind == "traced" else step)(x)
         assert int(bn.num_batches_tracked) == limit
     entries = target.snapshot(bn)
     bn.load_state_dict(entries)

@@ -83,7 +83,7 @@ def assert_training_step(
 
 def jitted(target: Target, function: Callable[[Array], Array]) -> Callable[[Array], Array]:
     """Return a function of higher derivatives compiled, where that is declared: the same numbers in less time."""
-    return target.backend.jit(function) if target.capabilities.jit else function
+    return target.transforms.jit(function) if target.capabilities.jit else function
 
 
 @pytest.mark.parametrize(("training", "masked"), [(True, False), (True, True), (False, True)])
@@ -93,7 +93,7 @@ def test_gradient_is_that_of_the_pullback(target: Target, *, training: bool, mas
     dy = target.array(DY.astype(np.float32))
     weight, bias = case.bn.params
     gradients = [
-        target.backend.grad(function)(argument)
+        target.transforms.grad(function)(argument)
         for function, argument in [
             (lambda x: (case.output(x, training=training) * dy).sum(), case.x),
             (lambda w: (case.output(case.x, Params(w, bias), training=training) * dy).sum(), weight),
@@ -118,7 +118,7 @@ def test_gradient_is_that_of_the_pullback(target: Target, *, training: bool, mas
 def test_third_derivatives_in_reverse(target: Target, dtype: str, *, masked: bool) -> None:
     target.require("autograd")
     case = Case.make(target, dtype, masked=masked)
-    grad, v, dy = target.backend.grad, target.array(V.astype(dtype)), target.array(DY.astype(dtype))
+    grad, v, dy = target.transforms.grad, target.array(V.astype(dtype)), target.array(DY.astype(dtype))
 
     def loss(x: Array) -> Array:
         y = case.output(x)
@@ -139,7 +139,7 @@ def test_third_derivatives_in_reverse(target: Target, dtype: str, *, masked: boo
 def test_third_derivatives_forwards(target: Target, dtype: str, *, masked: bool) -> None:
     target.require("autograd")
     case = Case.make(target, dtype, masked=masked)
-    jvp, v = target.backend.jvp, target.array(V.astype(dtype))
+    jvp, v = target.transforms.jvp, target.array(V.astype(dtype))
 
     def first(x: Array) -> Array:
         return jvp(case.output, x, v)
@@ -156,23 +156,23 @@ def test_third_derivatives_forwards(target: Target, dtype: str, *, masked: bool)
 def test_both_modes_at_once(target: Target, *, masked: bool, training: bool) -> None:
     target.require("autograd")
     case = Case.make(target, masked=masked)
-    backend, v, dy = target.backend, target.array(V.astype(np.float32)), target.array(DY.astype(np.float32))
+    transforms, v, dy = target.transforms, target.array(V.astype(np.float32)), target.array(DY.astype(np.float32))
     weight, bias = case.bn.params
 
     def output(x: Array) -> Array:
         return case.output(x, training=training)
 
     def of_weight(x: Array) -> Array:
-        return backend.grad(lambda w: (case.output(x, Params(w, bias), training=training) * dy).sum())(weight)
+        return transforms.grad(lambda w: (case.output(x, Params(w, bias), training=training) * dy).sum())(weight)
 
     def forward_over_reverse(x: Array) -> Array:
-        return backend.jvp(backend.grad(lambda x: (output(x) * dy).sum()), x, v)
+        return transforms.jvp(transforms.grad(lambda x: (output(x) * dy).sum()), x, v)
 
     def reverse_over_forward(x: Array) -> Array:
-        return backend.grad(lambda x: (backend.jvp(output, x, v) * dy).sum())(x)
+        return transforms.grad(lambda x: (transforms.jvp(output, x, v) * dy).sum())(x)
 
     def by_weight_and_x(x: Array) -> Array:
-        return backend.jvp(of_weight, x, v)
+        return transforms.jvp(of_weight, x, v)
 
     exact = case.truth(DY.astype(np.float32), training=training, order=1)[1]
     for function, truth in [
@@ -199,7 +199,7 @@ def test_pullback_can_be_differentiated(target: Target, *, masked: bool) -> None
         return (vjp[1](dy)[0] * v).sum()
 
     exact = case.truth(DY.astype(np.float32), order=1)[1]
-    derivative = jitted(target, target.backend.grad(slope))(case.x)
+    derivative = jitted(target, target.transforms.grad(slope))(case.x)
     target.assert_derivative(derivative, exact.dx, "float32", ulp.THIRD_DERIVATIVE_BOUNDS["float32"])
 
 
@@ -216,7 +216,7 @@ def test_running_statistics_are_constants(target: Target, settings: dict[str, An
         return (y * dy).sum() + state.running_mean.sum() + state.running_var.sum()
 
     exact = derivatives.gradients(X.astype(np.float32), DY.astype(np.float32), case.held.get("weight"), eps=EPS)
-    target.assert_gradients([target.backend.grad(loss)(case.x)], exact, "float32")
+    target.assert_gradients([target.transforms.grad(loss)(case.x)], exact, "float32")
 
 
 def test_frozen_layer_is_differentiated_as_in_evaluation(target: Target) -> None:
@@ -224,7 +224,7 @@ def test_frozen_layer_is_differentiated_as_in_evaluation(target: Target) -> None
     case = Case.make(target)
     case.bn.freeze()
     dy = target.array(DY.astype(np.float32))
-    gradient = target.backend.grad(lambda x: (case.output(x) * dy).sum())(case.x)
+    gradient = target.transforms.grad(lambda x: (case.output(x) * dy).sum())(case.x)
     exact = case.truth(DY.astype(np.float32), training=False, order=1)[0]
     target.assert_derivative(gradient, exact.dx, "float32", ulp.GRADIENT_BOUNDS["float32"])
 
@@ -233,9 +233,9 @@ def test_constant_channels_have_finite_derivatives(target: Target) -> None:
     target.require("autograd")
     x, dy, v = (target.array(values.astype(np.float32)) for values in (0 * X + 0.1, DY, V))
     bn = target.layer(3, eps=0.0)
-    gradient = target.backend.grad(lambda x: (bn.apply(bn.params, bn.state, x, training=True)[0] * dy).sum())
+    gradient = target.transforms.grad(lambda x: (bn.apply(bn.params, bn.state, x, training=True)[0] * dy).sum())
     np.testing.assert_array_equal(target.numpy(gradient(x)), 0 * X)
-    second = target.backend.grad(lambda x: (gradient(x) * v).sum())
+    second = target.transforms.grad(lambda x: (gradient(x) * v).sum())
     assert np.isfinite(target.numpy(second(x))).all()
 
 
@@ -249,12 +249,12 @@ def test_derivatives_with_hardly_anything_left(target: Target, left: int) -> Non
     bn = target.layer(3)
 
     def gradient(x: Array) -> Array:
-        return target.backend.grad(
+        return target.transforms.grad(
             lambda x: (bn.apply(bn.params, bn.state, x, training=True, mask=mask)[0] * dy).sum()
         )(x)
 
     np.testing.assert_array_equal(target.numpy(gradient(x)), 0 * X)
-    second = target.backend.grad(lambda x: (gradient(x) * v).sum())(x)
+    second = target.transforms.grad(lambda x: (gradient(x) * v).sum())(x)
     np.testing.assert_array_equal(target.numpy(second), 0 * X)
 
 
@@ -294,13 +294,13 @@ def test_jit(target: Target, *, masked: bool) -> None:
     target.require("jit")
     case = Case.make(target, masked=masked)
     names = tuple(MASKS) if masked else ()
-    assert_steps(target, target.backend.jit(step_of(case.bn, names)), case, names, momentum=0.1)
+    assert_steps(target, target.transforms.jit(step_of(case.bn, names)), case, names, momentum=0.1)
 
 
 def test_jit_of_an_average_over_all_batches(target: Target) -> None:
     target.require("jit")
     case = Case.make(target, momentum=None, correction=0)
-    assert_steps(target, target.backend.jit(step_of(case.bn, ())), case, (), momentum=None)
+    assert_steps(target, target.transforms.jit(step_of(case.bn, ())), case, (), momentum=None)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -316,7 +316,7 @@ def test_jit_of_the_pullback(target: Target, *, masked: bool) -> None:
         return vjp[1](dy)
 
     dy = DY.astype(np.float32)
-    result = target.backend.jit(gradients)(case.x, target.array(dy), *case.arguments.values())
+    result = target.transforms.jit(gradients)(case.x, target.array(dy), *case.arguments.values())
     exact = derivatives.gradients(X.astype(np.float32), dy, case.held["weight"], eps=EPS, weights=case.weights)
     target.assert_gradients(result, exact, "float32")
 
@@ -337,7 +337,7 @@ def test_nonsense_that_is_traced_gives_nan(target: Target, name: str, *, trainin
         values = np.array(valid)
         values[2] = wrong
         try:
-            y, mean, var = map(target.numpy, target.backend.jit(step)(target.array(XS[0]), target.array(values)))
+            y, mean, var = map(target.numpy, target.transforms.jit(step)(target.array(XS[0]), target.array(values)))
         except ValueError:
             continue  # where nothing is traced, it could be seen
         assert np.isnan(y[2]).any()
@@ -351,7 +351,7 @@ def test_jit_of_derivatives_with_traced_masks(target: Target) -> None:
     target.require("autograd")
     case = Case.make(target, masked=True)
     v, dy = target.array(V.astype(np.float32)), target.array(DY.astype(np.float32))
-    grad, names = target.backend.grad, tuple(case.arguments)
+    grad, names = target.transforms.grad, tuple(case.arguments)
 
     def second(x: Array, *places: Array) -> Array:
         arguments = dict(zip(names, places, strict=True))
@@ -362,7 +362,7 @@ def test_jit_of_derivatives_with_traced_masks(target: Target) -> None:
         return grad(lambda x: (grad(loss)(x) * v).sum())(x)
 
     exact = case.truth(DY.astype(np.float32), order=1)[1]
-    result = target.backend.jit(second)(case.x, *case.arguments.values())
+    result = target.transforms.jit(second)(case.x, *case.arguments.values())
     target.assert_derivative(result, exact.dx, "float32", ulp.THIRD_DERIVATIVE_BOUNDS["float32"])
 
 
@@ -376,7 +376,7 @@ def test_vmap_is_a_loop(target: Target, *, masked: bool) -> None:
     state = [means.astype(np.float32), variances.astype(np.float32), np.array([3, 8])]
     xs = np.stack([KINDS[i].poisoned(x) if masked else x for i, x in enumerate(XS)])
     arrays = [target.array(values) for values in (*state, xs, *(MASKS[name] for name in names))]
-    results = target.backend.vmap(step_of(case.bn, names))(*arrays)
+    results = target.transforms.vmap(step_of(case.bn, names))(*arrays)
     for i, x in enumerate(XS):
         held = case.held | {"running_mean": state[0][i], "running_var": state[1][i]}
         settings = {"momentum": 0.1, "weights": KINDS[i].weights if masked else None}
@@ -389,7 +389,7 @@ def test_vmap_of_an_average_over_all_batches(target: Target) -> None:
     case = Case.make(target, momentum=None, correction=0, axis=-1)
     step = step_of(case.bn, ())
     counts = np.array([0, 7])
-    results = target.backend.vmap(lambda count, x: step(case.bn.running_mean, case.bn.running_var, count, x.mT))(
+    results = target.transforms.vmap(lambda count, x: step(case.bn.running_mean, case.bn.running_var, count, x.mT))(
         target.array(counts), target.array(XS)
     )
     for i, x in enumerate(XS):
@@ -411,7 +411,7 @@ def test_vmap_of_the_pullback(target: Target, *, masked: bool) -> None:
 
     dys = np.stack([DY, V]).astype(np.float32)
     arrays = [target.array(values) for values in (XS, dys, *(MASKS[name] for name in names))]
-    results = target.backend.vmap(gradients)(*arrays)
+    results = target.transforms.vmap(gradients)(*arrays)
     for i, x in enumerate(XS):
         weights = KINDS[i].weights if masked else None
         exact = derivatives.gradients(x, dys[i], case.held["weight"], eps=EPS, weights=weights)
@@ -430,7 +430,7 @@ def test_vmap_of_gradients(target: Target) -> None:
 
     xs = np.stack([masking.poisoned(x) for masking, x in zip(KINDS, XS, strict=True)])
     arrays = [target.array(values) for values in (xs, *MASKS.values())]
-    result = target.backend.vmap(target.backend.grad(loss))(*arrays)
+    result = target.transforms.vmap(target.transforms.grad(loss))(*arrays)
     for i, x in enumerate(XS):
         exact = derivatives.gradients(x, DY.astype(np.float32), case.held["weight"], eps=EPS, weights=KINDS[i].weights)
         target.assert_gradients([result[i]], exact, "float32")
@@ -448,10 +448,10 @@ def test_evaluation(target: Target, transform: str) -> None:
 
     arrays = [*case.bn.state[:2], case.x, *case.arguments.values()]
     if transform == "vmap":
-        (y,) = target.backend.vmap(evaluate)(*(array[None] for array in arrays))
+        (y,) = target.transforms.vmap(evaluate)(*(array[None] for array in arrays))
         y = y[0]
     else:
-        (y,) = target.backend.jit(evaluate)(*arrays)
+        (y,) = target.transforms.jit(evaluate)(*arrays)
     vectors: dict[str, Any] = {key: value for key, value in case.held.items() if key != "num_batches_tracked"}
     exact = oracle.evaluate(X.astype(np.float32), **vectors, eps=EPS, weights=case.weights)
     target.assert_output(y, exact, "float32")
@@ -463,7 +463,7 @@ def test_compiled_layer_learns(target: Target, *, masked: bool) -> None:
     case = Case.make(target, masked=masked, momentum=None)
     names = tuple(MASKS) if masked else ()
 
-    @target.backend.compile
+    @target.transforms.compile
     def call(x: Array, *places: Array) -> Array:
         return case.bn(x, **dict(zip(names, places, strict=True)))
 
@@ -477,7 +477,7 @@ def test_compiled_layer_learns(target: Target, *, masked: bool) -> None:
 def test_compiled_apply(target: Target) -> None:
     target.require("compile")
     case = Case.make(target, correction=0)
-    assert_steps(target, target.backend.compile(step_of(case.bn, ())), case, (), momentum=0.1)
+    assert_steps(target, target.transforms.compile(step_of(case.bn, ())), case, (), momentum=0.1)
 
 
 def test_compiled_gradient(target: Target) -> None:
@@ -485,6 +485,6 @@ def test_compiled_gradient(target: Target) -> None:
     target.require("autograd")
     case = Case.make(target, masked=True)
     dy = target.array(DY.astype(np.float32))
-    gradient = target.backend.compile(target.backend.grad(lambda x: (case.output(x) * dy).sum()))
+    gradient = target.transforms.compile(target.transforms.grad(lambda x: (case.output(x) * dy).sum()))
     exact = case.truth(DY.astype(np.float32), order=1)[0]
     target.assert_derivative(gradient(case.x), exact.dx, "float32", ulp.GRADIENT_BOUNDS["float32"])

@@ -88,4 +88,4 @@ interpreter.GridExecutor.__call__ = _alone
 interpreter._convert_float = _converted
 interpreter.ReduceOps.sum = _sum
 routes.place = lambda *values: 0 if place(*values) == HOST else None
-routes._on_gpu = lambda index: cuda  # noqa: ARG005 - there is one
+routes._on_gpu = lambda index: cuda.TRITON  # noqa: ARG005 - there is one

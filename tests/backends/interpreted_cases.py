@@ -14,7 +14,12 @@ from torch_samples import POWERS, assert_size_changes_nothing, draw_weights, rel
 
 import mbn
 from mbn.conformance import oracle, ulp
-from mbn_torch import autograd, kernels, tiles, triton_kernels
+from mbn.contract import Batch, Stats
+from mbn.state import Params, Settings
+from mbn.step import compose
+from mbn_torch import tiles, triton_kernels
+from mbn_torch.cuda import TRITON
+from mbn_torch.kernels import TENSORS
 from mbn_torch.vectors import scaled, separate
 
 BOUNDS = {torch.float16: 6e-4, torch.bfloat16: 5e-3, torch.float32: 1.2e-7, torch.float64: 1e-14}
@@ -41,19 +46,20 @@ FORMS = {
 }
 
 
-def results(verbs, x, dy, weights, *, eps=1e-5):
-    """Return all that the verbs make of a batch, by name."""
+def results(kernels, x, dy, weights, *, eps=1e-5):
+    """Return all that kernels make of a batch, by name."""
     generator = torch.Generator().manual_seed(3)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight, bias = torch.randn((2, x.shape[1]), generator=generator, dtype=torch.float64).to(dtype)
-    moments = verbs.moments(x, weights)
+    batch = Batch(x, weights)
+    moments = kernels.moments(batch)
     count = moments.count
-    var = mbn.get_backend("torch").variance(moments, 0)
-    y = verbs.normalize(x, moments.mean, var, weight, bias, eps, weights)
-    evaluated = verbs.normalize(x, bias, weight.abs(), weight, None, eps, weights)
-    sums = verbs.grad_sums(dy, x, moments.mean, var, eps, weights)
-    dx = verbs.grad_input(dy, x, moments.mean, var, weight, eps, sums, count, weights)
-    constant = verbs.grad_input(dy, x, bias, weight.abs(), weight, eps, None, None, weights)
+    own, given = Stats(moments.mean, kernels.variance(moments, 0), count), Stats(bias, weight.abs(), None)
+    y = kernels.normalize(batch, own, Params(weight, bias), eps)
+    evaluated = kernels.normalize(batch, given, Params(weight, None), eps)
+    sums = kernels.grad_sums(dy, batch, own, eps)
+    dx = kernels.grad_input(dy, batch, own, weight, eps, sums)
+    constant = kernels.grad_input(dy, batch, given, weight, eps, None)
     hi, lo, m2, unit = separate(moments.mean, moments.m2)
     unit = 0 if unit is None else unit
     return {
@@ -74,8 +80,8 @@ def assert_agreement(x, dy, weights=None):
     if weights is not None:
         keep = (weights > 0).reshape(len(x), 1, *weights.shape[1:]).expand(x.shape)
         x, dy = (torch.where(keep, values, torch.nan) for values in (x, dy))
-    expected = results(kernels, x, dy, weights)
-    for name, actual in results(cuda, x, dy, weights).items():
+    expected = results(TENSORS, x, dy, weights)
+    for name, actual in results(TRITON, x, dy, weights).items():
         assert actual.dtype == expected[name].dtype, name
         assert actual.shape == expected[name].shape, name
         assert actual.stride() == expected[name].stride() or name != "y"
@@ -185,11 +191,12 @@ def test_squares_neither_overflow_nor_vanish(scale):
 def test_running_statistics(dtype, kind, momentum):
     x = sample(50, 6, dtype=dtype)
     weights = torch.zeros(50, dtype=dtype) if kind == "nothing" else draw_weights(kind, x.shape, dtype)
-    backend = mbn.get_backend("torch")
     state = mbn.State(sample(6, dtype=dtype), sample(6, dtype=dtype).abs(), torch.tensor(3))
-    settings = {"training": True, "momentum": momentum, "eps": 1e-5, "correction": 1, "weights": weights}
-    _, after, _ = cuda.batch_norm_residuals(x, mbn.Params(None, None), state, **settings)
-    _, expected, _ = super(type(backend), backend).batch_norm_residuals(x, mbn.Params(None, None), state, **settings)
+    dtype_name = "float64" if dtype == torch.float64 else "float32"
+    settings = Settings(6, dtype_name, 1e-5, momentum, 1, 1)
+    batch, params = Batch(x, weights, dtype_name), Params(None, None)
+    _, after, _ = TRITON.train(batch, params, state, settings, None)
+    _, expected, _ = compose.forward(TENSORS, batch, params, state, settings, training=True)
     assert after.num_batches_tracked == 4
     for actual, other, before in zip(after[:2], expected[:2], state[:2], strict=True):
         assert relative_error(actual, other.double()) <= (1e-15 if dtype == torch.float64 else 1.2e-7)
@@ -198,13 +205,13 @@ def test_running_statistics(dtype, kind, momentum):
 
 def test_a_layer_goes_this_way(monkeypatch):
     seen = []
-    for name in ("batch_norm_residuals", "pullback", "normalize", "moments"):
-        verb = getattr(cuda, name)
-        monkeypatch.setattr(cuda, name, lambda *a, _of=(name, verb), **k: (seen.append(_of[0]), _of[1](*a, **k))[1])
+    for name in ("train", "pullback", "normalize", "moments"):
+        kernel = getattr(TRITON, name)
+        monkeypatch.setattr(TRITON, name, lambda *a, _of=(name, kernel), **k: (seen.append(_of[0]), _of[1](*a, **k))[1])
     bn = mbn.BatchNorm1d(3, backend="torch")
     x = sample(5, 3).requires_grad_()
     bn(x).sum().backward()
-    assert seen == ["batch_norm_residuals", "normalize", "pullback"]
+    assert seen == ["train", "normalize", "pullback"]
     y = bn(x)
     first = torch.autograd.grad(y.square().sum(), x, create_graph=True)[0]
     assert torch.autograd.grad(first.sum(), x)[0].isfinite().all()
@@ -212,18 +219,17 @@ def test_a_layer_goes_this_way(monkeypatch):
     assert "moments" in seen
 
 
-def test_all_that_is_needed(monkeypatch):
+def test_all_that_is_needed():
     x, dy = sample(20, 4), sample(20, 4, seed=1)
     weight = torch.rand(4)
     mean, var = sample(4), torch.rand(4)
-    residuals = mbn.contract.Residuals(mean, var, None)
-    whole = autograd.pullback(dy, x, weight, residuals, 1e-5, None)
+    arguments = TRITON, dy, Batch(x), weight, Stats(mean, var, None), 1e-5
+    whole = compose.pullback(*arguments)
     for needs in ((True, False, False), (False, True, True), (False, False, True)):
-        some = autograd.pullback(dy, x, weight, residuals, 1e-5, None, needs)
+        some = compose.pullback(*arguments, needs)
         for needed, actual, expected in zip(needs, some, whole, strict=True):
             if needed:
                 torch.testing.assert_close(actual.to(expected.dtype), expected)
-    monkeypatch.undo()
 
 
 PLANTED = {  # None of them writes where it must not, which would end the process.

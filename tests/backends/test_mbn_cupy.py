@@ -8,9 +8,11 @@ import sys
 import ml_dtypes  # noqa: F401 - teaches NumPy the name "bfloat16"
 import numpy as np
 import pytest
+from steps import pullback, step
 
 import mbn
 from mbn import registry
+from mbn.contract import Batch
 from mbn.state import Params, State
 
 
@@ -20,7 +22,7 @@ def _sample(*shape, dtype="float32"):
 
 def _forward(backend, x, params, state, weights, *, training=True):
     options = {"momentum": 0.1, "eps": 1e-5, "correction": 1}
-    return backend.batch_norm_residuals(x, params, state, training=training, weights=weights, **options)
+    return step(backend, x, params, state, training=training, weights=weights, **options)
 
 
 def _expected(x, dy, counts, weight):
@@ -92,11 +94,11 @@ def test_gradient_has_the_memory_order_of_x(cupy, form, training):
     n, c, length = x.shape
     dy = cupy.asarray(_sample(n, length, c)).swapaxes(-1, -2)  # another memory order
     weight, bias, mean, var = (cupy.asarray(_sample(c)) for _ in range(4))
-    weights = backend.weights((n, length), "float32", None, None, cupy.asarray(_sample(n) ** 2))
+    weights = backend.kernels.sample_weights((n, length), "float32", None, None, cupy.asarray(_sample(n) ** 2))
     given = (x, dy, weight, bias, mean, var, weights)
     before = [array.get() for array in given]
     y, _, residuals = _forward(backend, x, Params(weight, bias), State(mean, var, None), weights, training=training)
-    dx, _, _ = backend.pullback(dy, x, weight, residuals, 1e-5, weights)
+    dx, _, _ = pullback(backend, dy, x, weight, residuals, 1e-5, weights)
     assert y.strides == dx.strides == cupy.empty_like(x).strides
     assert all(np.array_equal(array.get(), values) for array, values in zip(given, before, strict=True))
 
@@ -120,7 +122,7 @@ def test_gradient(cupy, shape, dtype, is_weighted):
     device_x, device_dy = given
     params, state = Params(cupy.asarray(weight), None), State(None, None, None)
     y, _, residuals = _forward(backend, device_x, params, state, weights)
-    dx, dweight, dbias = backend.pullback(device_dy, device_x, params.weight, residuals, 1e-5, weights)
+    dx, dweight, dbias = pullback(backend, device_dy, device_x, params.weight, residuals, 1e-5, weights)
     expected = _expected(x, dy, counts, weight)
     for array, truth in zip((y, dx, dweight, dbias), expected, strict=True):
         tolerance = {"float16": 1e-3, "float32": 3e-6, "float64": 1e-12}[array.dtype.name]
@@ -228,27 +230,22 @@ def test_each_verb_makes_the_device_of_its_array_current(cupy, is_weighted):
         mask, sample_weight = cupy.asarray(np.arange(6) != 4), cupy.asarray(_sample(6, 4) ** 2)
     assert backend.within(lengths, 0, 5)
     assert not backend.within(lengths, 0, 4)
-    weights = backend.weights((6, 4), "float32", mask, lengths, sample_weight) if is_weighted else None
-    moments = backend.moments(x, weights)
-    mean, var = moments.mean, backend.variance(moments, 1)
-    sums = backend.grad_sums(dy, x, mean, var, 1e-5, weights)
+    weights = backend.kernels.sample_weights((6, 4), "float32", mask, lengths, sample_weight) if is_weighted else None
+    kernels, batch = backend.kernels, Batch(x, weights)
+    moments = kernels.moments(batch)
+    var = kernels.variance(moments, 1)
     made = [
         backend.copy(x),
-        *(() if weights is None else (weights, moments.count, backend.step(0.1, None, moments.count, 1))),
-        *mean,
+        *(() if weights is None else (weights, moments.count, kernels.step(0.1, None, moments.count, 1))),
+        *moments.mean,
         moments.m2,
         var,
-        backend.normalize(x, mean, var, vector, vector, 0.0, weights),
-        backend.normalize(x, vector, vector, None, None, 0.0, weights),
-        backend.step(None, batches, moments.count, 1),
-        backend.lerp(vector, mean, backend.step(None, batches, moments.count, 1)),
-        *sums,
-        backend.grad_input(dy, x, mean, var, vector, 1e-5, sums, moments.count, weights),
-        backend.grad_input(dy, x, vector, vector, None, 1e-5, None, None, weights),
+        kernels.step(None, batches, moments.count, 1),
+        kernels.lerp(vector, moments.mean, kernels.step(None, batches, moments.count, 1)),
     ]
     params, state = Params(vector, vector), State(vector, vector, batches)
     y, state, residuals = _forward(backend, x, params, state, weights)
-    made += [y, *state, *backend.pullback(dy, x, vector, residuals, 1e-5, weights)]
+    made += [y, *state, *pullback(backend, dy, x, vector, residuals, 1e-5, weights)]
     assert {array.device.id for array in made} == {1}
 
 
@@ -262,9 +259,10 @@ def test_nothing_but_a_look_at_values_waits_for_the_device(cupy, monkeypatch):
 
     for conversion in ("get", "__int__", "__bool__"):
         monkeypatch.setattr(cupy.ndarray, conversion, wait)
-    for weights in (None, backend.weights((6, 4), "float32", mask, lengths, None)):
+    for weights in (None, backend.kernels.sample_weights((6, 4), "float32", mask, lengths, None)):
         for momentum in (0.1, None):
-            _, state, residuals = backend.batch_norm_residuals(
+            _, state, residuals = step(
+                backend,
                 x,
                 Params(vector, vector),
                 State(vector, vector, batches),
@@ -274,7 +272,7 @@ def test_nothing_but_a_look_at_values_waits_for_the_device(cupy, monkeypatch):
                 correction=1,
                 weights=weights,
             )
-            backend.pullback(x, x, vector, residuals, 1e-5, weights)
+            pullback(backend, x, x, vector, residuals, 1e-5, weights)
             assert isinstance(state.running_mean, cupy.ndarray)
     with pytest.raises(AssertionError, match="waits"):
         backend.within(lengths, 0, 5)

@@ -12,12 +12,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax_samples import NOTHING, OPTIONS, backend, jax, jnp, new_state
+from steps import step
 
 import mbn
 from mbn.conformance import oracle, ulp
+from mbn.contract import Batch, Stats
 from mbn.state import Params, State
 from mbn_jax import channels, kernels, maps, pairs
-from mbn_jax.backend import _batch_norm
+from mbn_jax.integration import compiled_step
 
 
 def exact(value):
@@ -88,7 +90,7 @@ def test_floats_keep_what_float32_would_round_away():
 @pytest.mark.parametrize("offset", [0, 1e6])
 def test_moments_against_fsum(rng, shape, offset):
     x = (offset + rng.standard_normal(shape)).astype(np.float32)
-    count, mean, m2 = backend.moments(jnp.asarray(x))
+    count, mean, m2 = backend.kernels.moments(Batch(jnp.asarray(x)))
     channels = np.moveaxis(x, 1, 0).reshape(shape[1], -1).astype(np.float64)
     assert count == channels.shape[1]
     means = np.array([math.fsum(channel) / count for channel in channels])
@@ -111,7 +113,7 @@ def test_every_value_is_summed_once(n, shape):
 def test_constant_channel_is_exactly_the_bias(n):
     x = jnp.broadcast_to(jnp.asarray([0.1, 1e6 + 0.0625], jnp.float32), (n, 2))
     bias = jnp.asarray([0.3, -7.0], jnp.float32)
-    y, _ = backend.batch_norm(x, Params(None, bias), State(None, None, None), **OPTIONS)
+    y, _, _ = step(backend, x, Params(None, bias), State(None, None, None), **OPTIONS)
     np.testing.assert_array_equal(np.asarray(y), np.broadcast_to(np.asarray(bias), (n, 2)))
 
 
@@ -119,7 +121,7 @@ def test_constant_channel_is_exactly_the_bias(n):
 def test_outlier_as_the_first_value(rng, outlier):
     x = rng.standard_normal((1000, 3)).astype(np.float32)
     x[0] = outlier
-    y, state = backend.batch_norm(jnp.asarray(x), NOTHING[0], new_state(3), **OPTIONS)
+    y, state, _ = step(backend, jnp.asarray(x), NOTHING[0], new_state(3), **OPTIONS)
     truth = oracle.train(x, np.zeros(3), np.ones(3), momentum=0.1, eps=1e-5)
     for actual, expected in (
         (y, truth.y),
@@ -137,7 +139,7 @@ def test_a_first_value_that_no_digits_are_to_spare_for(rng, n, weighted, outlier
     weights = np.ones(n, np.float32)
     if weighted:
         weights[0] = 2.0**-60  # it counts for next to nothing, and yet comes first
-    _, mean, m2 = backend.moments(jnp.asarray(x), jnp.asarray(weights) if weighted else None)
+    _, mean, m2 = backend.kernels.moments(Batch(jnp.asarray(x), jnp.asarray(weights) if weighted else None))
     wide, weights = x.astype(np.float64), weights.astype(np.float64)[:, None]
     expected = math.fsum((weights * wide).ravel()) / math.fsum(weights.ravel())
     np.testing.assert_allclose(exact(mean), expected, rtol=2.0**-38, atol=2.0**-36)
@@ -173,7 +175,7 @@ def test_bits_do_not_depend_on_where_the_channels_lie(rng, shape, masked):
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_narrow_dtypes_are_rounded_once(rng, dtype):
     x = (3 + rng.standard_normal((501, 7))).astype(dtype)
-    y, state = backend.batch_norm(jnp.asarray(x), NOTHING[0], new_state(7), **OPTIONS)
+    y, state, _ = step(backend, jnp.asarray(x), NOTHING[0], new_state(7), **OPTIONS)
     truth = oracle.train(x, np.zeros(7), np.ones(7), momentum=0.1, eps=1e-5)
     assert y.dtype == x.dtype
     assert ulp.error(np.asarray(y), truth.y, np.dtype(dtype).name) < 0.51
@@ -182,44 +184,44 @@ def test_narrow_dtypes_are_rounded_once(rng, dtype):
 
 def test_no_variance_and_no_eps_is_the_bias_and_nan_stays_nan():
     x, mean, bias = jnp.ones((2, 2)), jnp.zeros(2), jnp.asarray([3.0, 4.0])
-    y = backend.normalize(x, mean, jnp.asarray([0.0, jnp.nan]), None, bias, 0.0)
+    y = backend.kernels.normalize(Batch(x), Stats(mean, jnp.asarray([0.0, jnp.nan]), None), Params(None, bias), 0.0)
     np.testing.assert_array_equal(np.asarray(y), [[3, np.nan], [3, np.nan]])
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.1, 0.0])
 def test_lerp_rounds_about_once(rng, weight):
     start, end = wide_range(rng), wide_range(rng)
-    actual = np.asarray(backend.lerp(jnp.asarray(start), jnp.asarray(end), weight))
+    actual = np.asarray(backend.kernels.lerp(jnp.asarray(start), jnp.asarray(end), weight))
     truth = (1 - weight) * start.astype(np.float64) + weight * end.astype(np.float64)
     ulps = np.abs(actual - truth) / np.spacing(np.abs(truth.astype(np.float32)))
     assert np.max(ulps) < 0.5 + 1e-6
 
 
 def test_lerp_takes_steps():
-    weight = backend.step(None, jnp.asarray(4), 8, 1)
-    np.testing.assert_array_equal(backend.lerp(jnp.ones(2), jnp.full(2, 5.0), weight), [2, 2])
+    weight = backend.kernels.step(None, jnp.asarray(4), 8, 1)
+    np.testing.assert_array_equal(backend.kernels.lerp(jnp.ones(2), jnp.full(2, 5.0), weight), [2, 2])
 
 
 def test_dtypes_are_stable_and_nothing_is_compiled_twice(rng):
     x, state = jnp.asarray(rng.standard_normal((8, 3)).astype(np.float32)), new_state(3)
-    _, state = backend.batch_norm(x, NOTHING[0], state, **OPTIONS)
-    compiled = _batch_norm._cache_size()
+    _, state, _ = step(backend, x, NOTHING[0], state, **OPTIONS)
+    compiled = compiled_step._cache_size()
     for _ in range(3):
-        _, after = backend.batch_norm(x, NOTHING[0], state, **OPTIONS)
+        _, after, _ = step(backend, x, NOTHING[0], state, **OPTIONS)
         assert [(a.dtype, a.weak_type) for a in after] == [(b.dtype, b.weak_type) for b in state]
         state = after
-    assert _batch_norm._cache_size() == compiled
+    assert compiled_step._cache_size() == compiled
     assert state.running_mean.dtype == jnp.float32
     assert state.num_batches_tracked == 4
 
 
 def test_another_momentum_or_eps_compiles_nothing():
     x, state = jnp.ones((8, 3)), new_state(3)
-    backend.batch_norm(x, NOTHING[0], state, **OPTIONS)
-    compiled = _batch_norm._cache_size()
+    step(backend, x, NOTHING[0], state, **OPTIONS)
+    compiled = compiled_step._cache_size()
     for momentum, eps in ((0.2, 1e-5), (0.1, 0.0), (1.0, 1.0)):
-        backend.batch_norm(x, NOTHING[0], state, **OPTIONS | {"momentum": momentum, "eps": eps})
-    assert _batch_norm._cache_size() == compiled
+        step(backend, x, NOTHING[0], state, **OPTIONS | {"momentum": momentum, "eps": eps})
+    assert compiled_step._cache_size() == compiled
 
 
 def test_layers_on_a_device_of_their_own_are_copied():
@@ -232,7 +234,7 @@ def test_cumulative_average():
     state = new_state(1)
     for value in (1.0, 2.0, 6.0):
         x = jnp.full((4, 1), value)
-        _, state = backend.batch_norm(x, NOTHING[0], state, **{**OPTIONS, "momentum": None})
+        _, state, _ = step(backend, x, NOTHING[0], state, **{**OPTIONS, "momentum": None})
     assert state.running_mean[0] == pytest.approx(3.0, rel=1e-6)
 
 
@@ -240,7 +242,7 @@ def test_traced_calls_give_the_same_bits_and_leak_nothing(rng):
     x, state = jnp.asarray(rng.standard_normal((9, 3, 4)).astype(np.float32)), new_state(3)
 
     def train(x, state):
-        return backend.batch_norm(x, NOTHING[0], state, **OPTIONS)
+        return step(backend, x, NOTHING[0], state, **OPTIONS)
 
     with jax.checking_leaks():
         traced = jax.jit(train)(x, state)
@@ -252,7 +254,7 @@ def test_traced_calls_give_the_same_bits_and_leak_nothing(rng):
 
 def test_gradient_is_finite_where_nothing_varies():
     def loss(x):
-        return jnp.sum(backend.batch_norm(x, *NOTHING, **{**OPTIONS, "eps": 0.0})[0])
+        return jnp.sum(step(backend, x, *NOTHING, **{**OPTIONS, "eps": 0.0})[0])
 
     np.testing.assert_array_equal(jax.grad(loss)(jnp.ones((4, 2))), np.zeros((4, 2)))
 
@@ -316,9 +318,7 @@ for dtype in ("float64", "float32"):
     for offset in (0, 1e6):
         x = (offset + rng.standard_normal((1001, 3))).astype(dtype)
         state = State(*map(backend.asarray, (np.zeros(3), np.ones(3), np.asarray(0))))
-        y, state = backend.batch_norm(
-            backend.asarray(x), Params(None, None), state, training=True, momentum=0.1, eps=1e-5, correction=1
-        )
+        y, state, _ = step(backend, backend.asarray(x), Params(None, None), state, training=True)
         assert (y.dtype, state.running_var.dtype, state.num_batches_tracked.dtype) == (dtype, "float64", "int64")
         truth = oracle.train(x, np.zeros(3), np.ones(3), momentum=0.1, eps=1e-5)
         errors[f"{dtype} {offset}"] = [
@@ -336,7 +336,7 @@ for weights in (None, np.array([1, 2, 0, 0.5, 1, 1, 3, 0])):
     def gradient(x):
         def loss(x):
             options = {"training": True, "momentum": 0.1, "eps": 1e-5, "correction": 1, "weights": w}
-            y, _ = backend.batch_norm(x, Params(None, None), State(None, None, None), **options)
+            y, _, _ = step(backend, x, Params(None, None), State(None, None, None), **options)
             return jnp.sum(dy * y)
 
         return jax.grad(loss)(x)

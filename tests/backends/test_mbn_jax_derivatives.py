@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 from jax_samples import NOTHING, OPTIONS, assert_same, backend, batches, directional, jax, jnp, relative_error
+from steps import step
 
 import mbn
 from mbn.conformance import derivatives
+from mbn.contract import Batch, Stats
 from mbn.state import Params, State
 from mbn_jax.backend import JaxBackend
 
@@ -17,7 +19,7 @@ def test_derivatives_to_third_order_in_every_mode(rng, shape, weighted):
     weights = jnp.asarray(rng.integers(0, 3, (shape[0], *shape[2:])) / 2, jnp.float32) if weighted else None
 
     def output(x):
-        return backend.batch_norm(x, Params(weight, bias), NOTHING[1], **OPTIONS, weights=weights)[0]
+        return step(backend, x, Params(weight, bias), NOTHING[1], **OPTIONS, weights=weights)[0]
 
     def loss(x):
         return jnp.sum(dy * output(x) ** 2) / 2
@@ -56,7 +58,7 @@ def test_derivatives_of_few_values_in_every_mode(rng, eps):
     weight, bias = jnp.asarray([2.0, -0.5, 1.0]), jnp.asarray([1.0, 0.0, 0.5])
 
     def output(x):
-        return backend.batch_norm(x, Params(weight, bias), NOTHING[1], **{**OPTIONS, "eps": eps})[0]
+        return step(backend, x, Params(weight, bias), NOTHING[1], **{**OPTIONS, "eps": eps})[0]
 
     slope = jax.grad(lambda x: jnp.vdot(dy, output(x)))
     curve = jax.grad(lambda x: jnp.vdot(slope(x), u))
@@ -103,7 +105,7 @@ def test_evaluation_differentiates_by_the_running_statistics(rng):
 
     def loss(x, mean, var, weight):
         options = {**OPTIONS, "training": False}
-        return jnp.sum(dy * backend.batch_norm(x, Params(weight, None), State(mean, var, None), **options)[0])
+        return jnp.sum(dy * step(backend, x, Params(weight, None), State(mean, var, None), **options)[0])
 
     slopes = jax.grad(loss, (0, 1, 2, 3))(x, mean, var, weight)
     x, dy, mean, var, weight = (np.asarray(array, np.float64) for array in (x, dy, mean, var, weight))
@@ -115,17 +117,18 @@ def test_evaluation_differentiates_by_the_running_statistics(rng):
         assert relative_error(actual, expected) < 1e-6
 
 
-def test_verbs_differentiate_on_their_own(rng):
+def test_kernels_differentiate_on_their_own(rng):
     x, dy = batches(rng, 2)
     weights = jnp.asarray([1, 2, 0, 1, 1, 0.5, 1, 1], jnp.float32)
 
     def loss(x):
-        moments = backend.moments(x, weights)
-        mean, var = moments.mean, backend.variance(moments, 0)
-        return jnp.sum(dy * backend.normalize(x, mean, var, None, None, 1e-5, weights))
+        kernels, batch = backend.kernels, Batch(x, weights)
+        moments = kernels.moments(batch)
+        stats = Stats(moments.mean, kernels.variance(moments, 0), moments.count)
+        return jnp.sum(dy * kernels.normalize(batch, stats, NOTHING[0], 1e-5))
 
     def whole(x):
-        return jnp.sum(dy * backend.batch_norm(x, *NOTHING, **OPTIONS, weights=weights)[0])
+        return jnp.sum(dy * step(backend, x, *NOTHING, **OPTIONS, weights=weights)[0])
 
     assert_same(jax.jit(jax.grad(loss))(x), jax.jit(jax.grad(whole))(x), 2e-6)
 

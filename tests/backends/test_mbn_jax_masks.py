@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from jax_samples import OPTIONS, assert_same, backend, batches, directional, jax, jnp, new_layer, new_state
+from steps import step
 
 from mbn.state import Params, State
 
@@ -31,7 +32,7 @@ def test_masked_values_and_their_derivatives_touch_nothing(rng, training, poison
     def everything(x, u, dy):
         def output(x):
             options = {**OPTIONS, "training": training}
-            return backend.batch_norm(x, Params(jnp.ones(3), None), new_state(3), **options, weights=weights)
+            return step(backend, x, Params(jnp.ones(3), None), new_state(3), **options, weights=weights)
 
         def slope(x):
             return jax.vjp(lambda x: output(x)[0] ** 2, x)[1](dy)[0]
@@ -52,7 +53,7 @@ def test_a_batch_without_values_gives_zeros_and_moves_nothing():
     @jax.jit
     def step(x, weights):
         def loss(x):
-            y, after = backend.batch_norm(x, Params(jnp.ones(3), jnp.ones(3)), state, **OPTIONS, weights=weights)
+            y, after, _ = step(backend, x, Params(jnp.ones(3), jnp.ones(3)), state, **OPTIONS, weights=weights)
             return jnp.sum(y**2), (y, after)
 
         return jax.value_and_grad(loss, has_aux=True)(x)
@@ -64,7 +65,7 @@ def test_a_batch_without_values_gives_zeros_and_moves_nothing():
 
 
 def test_weights_of_no_sense_give_nan_where_they_are_traced():
-    weights = jax.jit(lambda lengths, weight: backend.weights((2, 3), "float32", None, lengths, weight))
+    weights = jax.jit(lambda lengths, weight: backend.kernels.sample_weights((2, 3), "float32", None, lengths, weight))
     actual = weights(jnp.asarray([2, 4]), jnp.asarray([[0.5, -1.0, 2.0], [1.0, 1.0, 1.0]]))
     np.testing.assert_array_equal(actual, [[0.5, np.nan, 0.0], [np.nan] * 3])
 

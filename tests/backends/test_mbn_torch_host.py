@@ -6,14 +6,17 @@ from importlib import import_module
 
 import numpy as np
 import pytest
+from steps import pullback, step
 from torch_samples import relative_error, sample
 
 import mbn
+from mbn.contract import Batch
 from mbn_cpu import blocked, fastest, pages, small, threads
 
 torch = pytest.importorskip("torch")
 backend = mbn.get_backend("torch")
-host = import_module("mbn_torch.host")
+host, routes = import_module("mbn_torch.host"), import_module("mbn_torch.routes")
+TENSORS = import_module("mbn_torch.kernels").TENSORS
 
 SHAPES = [(32, 8), (700, 40), (130, 12, 33), (9, 4, 5000), (70_000, 8), (150, 16, 256)]
 """Some for each way: small, for Torch's operations, and for passes in tiles."""
@@ -26,7 +29,8 @@ def kernels(request, monkeypatch):
         pytest.importorskip("numba")
         assert fastest.host().compiled
     else:
-        monkeypatch.setattr(host, "host", lambda: fastest.Host(blocked, small, compiled=False))
+        own = fastest.Host(blocked, small, compiled=False)
+        monkeypatch.setattr(routes, "host", lambda: own)
     return request.param
 
 
@@ -208,7 +212,7 @@ def test_traced_by_torch_jit():
 def test_without_versions_of_dlpack(monkeypatch):
     monkeypatch.setattr(host, "_has_versions", False)
     x = sample(50, 8)
-    assert not host._array(x).flags.writeable
+    assert not host.as_array(x).flags.writeable
     host._writable(x)[...] = 1
     assert x.eq(1).all()
 
@@ -232,7 +236,8 @@ def test_no_memory_of_the_system_to_advise(monkeypatch):
 
 
 def _call(x, out, *params, training=True, weights=None):
-    return backend.batch_norm(
+    return step(
+        backend,
         x,
         mbn.Params(*(params or (None, None))),
         mbn.State(torch.zeros(x.shape[1]), torch.ones(x.shape[1]), None),
@@ -307,18 +312,22 @@ def test_recorded_parameters_refuse_an_output():
 
 def test_numpy_shares_what_torch_has():
     x = sample(4, 3)
-    assert np.shares_memory(host._array(x), x.numpy())
+    assert np.shares_memory(host.as_array(x), x.numpy())
 
 
 def test_statistics_in_units_may_come_from_other_kernels():
     x, dy = 1e200 * sample(20, 3, dtype=torch.float64), sample(20, 3, dtype=torch.float64, seed=1)
     results = []
-    for verbs in (import_module("mbn_torch.kernels"), host):
-        moments = verbs.moments(x)
-        residuals = mbn.contract.Residuals(moments.mean, backend.variance(moments, 0), moments.count)
-        dx, dweight, _ = backend.pullback(dy, x, None, residuals, 1e-5)
-        merged = backend.merge(moments, host.moments(3 * x))
-        mean = backend.lerp(torch.zeros(3, dtype=x.dtype), merged.mean, 1.0)
+    batch = Batch(x, None, "float64")
+    on_host, prepared = backend.kernels_for("moments", batch)
+    assert isinstance(on_host, host.OnHost)
+    other = on_host.moments(host.HostBatch.of(batch._replace(x=3 * x)))
+    for kernels, own in ((TENSORS, batch), (on_host, prepared)):
+        moments = kernels.moments(own)
+        residuals = mbn.contract.Stats(moments.mean, kernels.variance(moments, 0), moments.count)
+        dx, dweight, _ = pullback(backend, dy, x, None, residuals, 1e-5)
+        merged = backend.kernels.merge(moments, other)
+        mean = backend.kernels.lerp(torch.zeros(3, dtype=x.dtype), merged.mean, 1.0)
         results.append((1e200 * dx, dweight, mean))
     for actual, expected in zip(*results, strict=True):
         assert relative_error(actual, expected) < 1e-12

@@ -17,6 +17,7 @@ import mbn
 
 torch = pytest.importorskip("torch")
 
+from mbn.contract import Batch  # noqa: E402
 from mbn_torch import kernels, routes  # noqa: E402 - there may be no Torch
 
 BOUNDS = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 3e-7, torch.float64: 1e-12}
@@ -27,7 +28,7 @@ SHAPES = [(50, 3), (50, 3, 2), (9, 3), (1, 3, 7)]
 def only_these(monkeypatch):
     """Have no others chosen, and return how many blocks these have seen."""
     monkeypatch.setattr(routes, "place", lambda *_: None)
-    assert routes.chosen(torch.ones(2)) is kernels
+    assert routes.kernels_for("moments", Batch(torch.ones(2, 2)))[0] is kernels.TENSORS
     numbers, split = [], kernels._split
 
     def counted(*arguments):

@@ -18,7 +18,11 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402 - there may be no Triton
 from triton.compiler import ASTSource  # noqa: E402
 
-from mbn_torch import cuda, kernels, routes, triton_kernels  # noqa: E402
+from mbn.contract import Batch  # noqa: E402
+from mbn.state import Settings  # noqa: E402
+from mbn.step import compose  # noqa: E402
+from mbn_torch import cuda, routes, triton_kernels  # noqa: E402
+from mbn_torch.kernels import TENSORS  # noqa: E402
 from mbn_torch.tracing import HOST, place  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -125,15 +129,16 @@ def _run(recorder, shape, dtype, order=None, *, weighted=False, expanded=False):
     weights = torch.empty((len(x), *x.shape[2:]), dtype=narrow, device="meta") if weighted else None
     dy = torch.empty((), dtype=dtype, device="meta").expand(x.shape) if expanded else torch.empty_like(x)
     state = mbn.State(mean, var, torch.empty((), dtype=torch.int64, device="meta"))
-    settings = {"momentum": 0.1, "eps": 1e-5, "correction": 1, "weights": weights}
+    settings = Settings(x.shape[1], "float64" if narrow == torch.float64 else "float32", 1e-5, 0.1, 1, 1)
+    batch, params = Batch(x, weights, settings.dtype), mbn.Params(weight, bias)
     launches = []
-    _, _, residuals = cuda.batch_norm_residuals(x, mbn.Params(weight, bias), state, training=True, **settings)
+    _, _, stats = compose.forward(cuda.TRITON, batch, params, state, settings, training=True)
     launches.append(recorder.launches[:])
     recorder.launches.clear()
-    cuda.pullback(dy, x, weight, residuals, 1e-5, weights)
+    compose.pullback(cuda.TRITON, dy, batch, weight, stats, 1e-5)
     launches.append(recorder.launches[:])
     recorder.launches.clear()
-    cuda.batch_norm_residuals(x, mbn.Params(weight, bias), state, training=False, **settings)
+    compose.forward(cuda.TRITON, batch, params, state, settings, training=False)
     launches.append(recorder.launches[:])
     recorder.launches.clear()
     return launches
@@ -251,7 +256,7 @@ def test_places(monkeypatch):
     assert place(x, None, x) == HOST
     assert place(x, torch.empty(2, device="meta")) is None
     monkeypatch.setattr(routes, "place", lambda *_: 3)
-    monkeypatch.setattr(routes, "_on_gpu", {3: cuda}.get)
-    assert routes.chosen(x) is cuda
+    monkeypatch.setattr(routes, "_on_gpu", {3: cuda.TRITON}.get)
+    assert routes.kernels_for("moments", Batch(x))[0] is cuda.TRITON
     monkeypatch.setattr(routes, "_on_gpu", {3: None}.get)
-    assert routes.chosen(x) is kernels
+    assert routes.kernels_for("moments", Batch(x))[0] is TENSORS

@@ -3,155 +3,166 @@
 from typing import Any
 
 import numpy as np
-from toy import Toy, column, over, spread
+from toy import Toy, ToyKernels, column, over, spread
 
-from mbn.contract import Array, Moments
-from mbn.state import Params, State
-
-
-class BiasedRunningVariance(Toy):
-    def batch_norm_residuals(self, *args: Any, correction: int, **settings: Any) -> Any:  # noqa: ARG002 - the bug
-        return super().batch_norm_residuals(*args, correction=0, **settings)
+from mbn.contract import Array, Batch, Moments, Stats
+from mbn.state import Params, Settings, State
 
 
-class UnbiasedOutput(Toy):
-    def normalize(self, x: Array, mean: Array, var: Array, *rest: Any) -> Array:
-        n = x.size // x.shape[1]
-        return super().normalize(x, mean, var * n / max(n - 1, 1), *rest)
+class BiasedRunningVariance(ToyKernels):
+    def advance(self, state: State, moments: Moments, settings: Settings) -> Any:
+        return super().advance(state, moments, settings._replace(correction=0))
 
 
-class EpsOutsideTheRoot(Toy):
-    def xhat(self, x: Array, mean: Array, var: Array, eps: float, weights: Any) -> Any:
-        return super().xhat(x, mean, (np.sqrt(var.astype(np.float64)) + eps) ** 2, 0.0, weights)
+class UnbiasedOutput(ToyKernels):
+    def normalize(self, batch: Batch, stats: Stats, *rest: Any) -> Array:
+        n = batch.x.size // batch.x.shape[1]
+        return super().normalize(batch, stats._replace(var=stats.var * n / max(n - 1, 1)), *rest)
 
 
-class MomentumInverted(Toy):
-    def lerp(self, start: Array, end: Array, weight: Any) -> Array:
-        return super().lerp(start, end, 1 - weight)
+class EpsOutsideTheRoot(ToyKernels):
+    def xhat(self, batch: Batch, stats: Stats, eps: float) -> Any:
+        var = (np.sqrt(stats.var.astype(np.float64)) + eps) ** 2
+        return super().xhat(batch, stats._replace(var=var), 0.0)
 
 
-class NothingTimesNan(Toy):
-    def lerp(self, start: Array, end: Array, weight: Any) -> Array:
-        return super().lerp(start, end, weight) + weight * end.astype(start.dtype) * 0
+class MomentumInverted(ToyKernels):
+    def lerp(self, start: Array, end: Array, step: Any) -> Array:
+        return super().lerp(start, end, 1 - step)
 
 
-class MomentumNoneIsATenth(Toy):
+class NothingTimesNan(ToyKernels):
+    def lerp(self, start: Array, end: Array, step: Any) -> Array:
+        return super().lerp(start, end, step) + step * end.astype(start.dtype) * 0
+
+
+class MomentumNoneIsATenth(ToyKernels):
     def step(self, momentum: float | None, *rest: Any) -> Any:
         return super().step(0.1 if momentum is None else momentum, *rest)
 
 
-class MeanOfSquaresMinusSquareOfMean(Toy):
-    def moments(self, x: Array, weights: Any = None) -> Moments:
+class MeanOfSquaresMinusSquareOfMean(ToyKernels):
+    def moments(self, batch: Batch) -> Moments:
+        x, weights, _ = batch
+        count, mean, _ = found = super().moments(batch)
         if weights is not None:
-            return super().moments(x, weights)
-        count, mean, _ = super().moments(x)
+            return found
         squares = (x.astype(np.float32) ** 2).mean(axis=over(x))
         return Moments(count, mean, (squares - mean.astype(np.float32) ** 2) * count)
 
 
-class NarrowSums(Toy):
-    def moments(self, x: Array, weights: Any = None) -> Moments:
+class NarrowSums(ToyKernels):
+    def moments(self, batch: Batch) -> Moments:
+        x, weights, _ = batch
         if weights is not None:
-            return super().moments(x, weights)
+            return super().moments(batch)
         d = x.astype(np.float32)
         mean = d.mean(axis=over(x))
         return Moments(x.size // x.shape[1], mean, ((d - column(mean, x)) ** 2).sum(axis=over(x)))
 
 
-class ScaleAndShift(Toy):
-    def normalize(
-        self, x: Array, mean: Array, var: Array, weight: Any, bias: Any, eps: float, weights: Any = None
-    ) -> Array:
+class ScaleAndShift(ToyKernels):
+    def normalize(self, batch: Batch, stats: Stats, params: Params, eps: float, out: Any = None) -> Array:  # noqa: ARG002
+        (x, weights, _), (mean, var, _), (weight, bias) = batch, stats, params
         scale = ((1.0 if weight is None else weight) / np.sqrt(var + eps)).astype(np.float32)
         shift = ((0.0 if bias is None else bias) - mean * scale).astype(np.float32)
         y = (x * column(scale, x) + column(shift, x)).astype(x.dtype)
         return np.where(spread(weights, x), y, 0)
 
 
-class HalfArithmetic(Toy):
-    def normalize(self, x: Array, mean: Array, *rest: Any) -> Array:
+class HalfArithmetic(ToyKernels):
+    def normalize(self, batch: Batch, stats: Stats, *rest: Any) -> Array:
+        x, mean = batch.x, stats.mean
         if x.dtype != np.float16:
-            return super().normalize(x, mean, *rest)
+            return super().normalize(batch, stats, *rest)
         centred = x - column(mean, x).astype(np.float16)
-        return super().normalize(centred, 0 * mean, *rest)
+        return super().normalize(batch._replace(x=centred), stats._replace(mean=0 * mean), *rest)
 
 
-class InputMutated(Toy):
-    def normalize(self, x: Array, *rest: Any) -> Array:
-        y = super().normalize(x, *rest)
-        if x.flags.writeable and x.size:
-            x[0] = 0
+class InputMutated(ToyKernels):
+    def normalize(self, batch: Batch, *rest: Any) -> Array:
+        y = super().normalize(batch, *rest)
+        if batch.x.flags.writeable and batch.x.size:
+            batch.x[0] = 0
         return y
 
 
-class StateMutated(Toy):
-    def lerp(self, start: Array, end: Array, weight: Any) -> Array:
-        start[...] = super().lerp(start, end, weight)
+class StateMutated(ToyKernels):
+    def lerp(self, start: Array, end: Array, step: Any) -> Array:
+        start[...] = super().lerp(start, end, step)
         return start
 
 
-class WrongDtypeOut(Toy):
-    def normalize(self, x: Array, *rest: Any) -> Array:
-        return super().normalize(x, *rest).astype(np.float64)
+class WrongDtypeOut(ToyKernels):
+    def normalize(self, *args: Any) -> Array:
+        return super().normalize(*args).astype(np.float64)
 
 
-class StatisticsWidened(Toy):
-    def lerp(self, start: Array, end: Array, weight: Any) -> Array:
-        return super().lerp(start.astype(np.float64), end, weight)
+class StatisticsWidened(ToyKernels):
+    def lerp(self, start: Array, end: Array, step: Any) -> Array:
+        return super().lerp(start.astype(np.float64), end, step)
 
 
-class NarrowScale(Toy):
-    def xhat(self, x: Array, mean: Array, var: Array, eps: float, weights: Any) -> Any:
-        xhat, invstd = super().xhat(x, mean, var, eps, weights)
+class NarrowScale(ToyKernels):
+    def xhat(self, batch: Batch, stats: Stats, eps: float) -> Any:
+        xhat, invstd = super().xhat(batch, stats, eps)
         with np.errstate(all="ignore"):
             narrow = invstd.astype(np.float32)
-            return np.where(np.isfinite(column(narrow, x)), xhat, np.inf), narrow
+            return np.where(np.isfinite(column(narrow, batch.x)), xhat, np.inf), narrow
 
 
-class NarrowWeights(Toy):
-    def moments(self, x: Array, weights: Any = None) -> Moments:
+class NarrowWeights(ToyKernels):
+    def moments(self, batch: Batch) -> Moments:
+        weights = batch.sample_weight
         with np.errstate(all="ignore"):
-            moments = super().moments(x, weights)
+            moments = super().moments(batch)
             return moments if weights is None else moments._replace(count=weights.sum(dtype=np.float32))
 
 
 class StateUpdatedInEvaluation(Toy):
-    def batch_norm_residuals(self, x: Array, params: Any, state: Any, *, training: bool, **settings: Any) -> Any:
-        y, _, residuals = super().batch_norm_residuals(x, params, state, training=training, **settings)
-        return y, super().batch_norm_residuals(x, params, state, training=True, **settings)[1], residuals
+    def bind(self, forward: Any, pullback: Any) -> Any:
+        def step(kernels: Any, batch: Any, params: Any, state: Any, settings: Any, *rest: Any) -> Any:
+            y, _, stats = forward(kernels, batch, params, state, settings, *rest)
+            return y, forward(kernels, batch, params, state, settings, True)[1], stats  # noqa: FBT003 - training
+
+        return step, pullback
 
 
-class BatchesNotCounted(Toy):
-    def batch_norm_residuals(self, x: Array, params: Any, state: Any, **settings: Any) -> Any:
-        y, new, residuals = super().batch_norm_residuals(x, params, state, **settings)
-        return y, new._replace(num_batches_tracked=state.num_batches_tracked), residuals
+class BatchesNotCounted(ToyKernels):
+    def advance(self, state: State, *rest: Any) -> Any:
+        stats, after = super().advance(state, *rest)
+        return stats, after._replace(num_batches_tracked=state.num_batches_tracked)
 
 
-class NanTakenForZeroVariance(Toy):
-    def normalize(self, x: Array, mean: Array, var: Array, *rest: Any) -> Array:
-        return super().normalize(np.nan_to_num(x), np.nan_to_num(mean), np.nan_to_num(var), *rest)
+class NanTakenForZeroVariance(ToyKernels):
+    def normalize(self, batch: Batch, stats: Stats, *rest: Any) -> Array:
+        mean, var, count = stats
+        stats = Stats(np.nan_to_num(mean), np.nan_to_num(var), count)
+        return super().normalize(batch._replace(x=np.nan_to_num(batch.x)), stats, *rest)
 
 
-class ZeroVarianceDivided(Toy):
-    def xhat(self, x: Array, mean: Array, var: Array, eps: float, weights: Any) -> Any:
-        _, invstd = super().xhat(x, mean, var, eps, weights)
+class ZeroVarianceDivided(ToyKernels):
+    def xhat(self, batch: Batch, stats: Stats, eps: float) -> Any:
+        (x, weights, _), (mean, var, _) = batch, stats
+        _, invstd = super().xhat(batch, stats, eps)
         with np.errstate(all="ignore"):
             return np.where(spread(weights, x), x - column(mean, x), 0) * column(1 / np.sqrt(var + eps), x), invstd
 
 
-class ChannelsOfALastAxis(Toy):
-    def moments(self, x: Array, weights: Any = None) -> Moments:
-        return super().moments(x[..., :1] if x.ndim == 3 and weights is None else x, weights)
+class ChannelsOfALastAxis(ToyKernels):
+    def moments(self, batch: Batch) -> Moments:
+        x, weights, _ = batch
+        return super().moments(batch._replace(x=x[..., :1] if x.ndim == 3 and weights is None else x))
 
 
-class MemoryOrderLost(Toy):
-    def normalize(self, x: Array, *rest: Any) -> Array:
-        return np.ascontiguousarray(super().normalize(x, *rest))
+class MemoryOrderLost(ToyKernels):
+    def normalize(self, *args: Any) -> Array:
+        return np.ascontiguousarray(super().normalize(*args))
 
 
-class RandomBits(Toy):
-    def normalize(self, x: Array, *rest: Any) -> Array:
-        y = super().normalize(x, *rest)
+class RandomBits(ToyKernels):
+    def normalize(self, *args: Any) -> Array:
+        y = super().normalize(*args)
         noise = np.random.default_rng().choice(np.array([0, 1e-7]), y.shape)
         return (y * (1 + noise)).astype(y.dtype, order="K")
 
@@ -169,12 +180,12 @@ class AnyDeviceWillDo(Toy):
         return super().asarray(x, dtype)
 
 
-class CountWraps(Toy):
-    def batch_norm_residuals(self, x: Array, params: Params, state: State, **options: Any) -> Any:
-        y, after, residuals = super().batch_norm_residuals(x, params, state, **options)
-        if options["training"] and state.num_batches_tracked is not None:
+class CountWraps(ToyKernels):
+    def advance(self, state: State, *rest: Any) -> Any:
+        stats, after = super().advance(state, *rest)
+        if state.num_batches_tracked is not None:
             after = after._replace(num_batches_tracked=np.asarray(state.num_batches_tracked) + 1)
-        return y, after, residuals
+        return stats, after
 
 
 class NegativeVarianceNotSeen(Toy):

@@ -33,11 +33,11 @@ def weights_as_they_are() -> None:
 
 
 def narrow_in_a_wide_layer() -> None:
-    contract.widened = backend.widened = lambda *_: False
+    backend._widened = lambda values, _: np.asarray(values)
 
 
 def narrow_batches_fitted() -> None:
-    fitting.dtype_name = lambda _: "float64"
+    fitting.Batch = lambda x, weights, _: contract.Batch(x, weights)
 
 
 def summed_as_they_come() -> None:

@@ -3,52 +3,55 @@
 from typing import Any
 
 import numpy as np
-from toy import Toy
+from toy import ToyKernels
 
-from mbn.contract import Array, Moments
+from mbn.contract import Array, Batch, Moments, Stats
+from mbn.state import Params
 
 
-class MeansMergedAlone(Toy):
+class MeansMergedAlone(ToyKernels):
     def merge(self, first: Moments, second: Moments) -> Moments:
         return super().merge(first, second)._replace(m2=first.m2 + second.m2)
 
 
-class MeansMergedWithoutCounts(Toy):
+class MeansMergedWithoutCounts(ToyKernels):
     def merge(self, first: Moments, second: Moments) -> Moments:
         return super().merge(first, second)._replace(mean=(first.mean + second.mean) / 2)
 
 
-class CountOfTheFirstBatch(Toy):
+class CountOfTheFirstBatch(ToyKernels):
     def merge(self, first: Moments, second: Moments) -> Moments:
         return super().merge(first, second)._replace(count=first.count)
 
 
-class NarrowMerge(Toy):
+class NarrowMerge(ToyKernels):
     def merge(self, first: Moments, second: Moments) -> Moments:
         narrow = (Moments(n, mean.astype(np.float32), m2.astype(np.float32)) for n, mean, m2 in (first, second))
         return super().merge(*narrow)
 
 
-class MergedInPlace(Toy):
+class MergedInPlace(ToyKernels):
     def merge(self, first: Moments, second: Moments) -> Moments:
         count, mean, first.m2[...] = super().merge(first, second)
         return Moments(count, mean, first.m2)
 
 
-class NothingMergedIsNan(Toy):
+class NothingMergedIsNan(ToyKernels):
     def merge(self, first: Moments, second: Moments) -> Moments:
         merged = super().merge(first, second)
         return merged._replace(mean=merged.mean if merged.count else merged.mean * np.nan)
 
 
-class WeightForgottenAroundZero(Toy):
-    def normalize(self, x: Array, mean: Array, var: Array, weight: Any, *rest: Any) -> Array:
-        return super().normalize(x, mean, var, weight if mean.any() else None, *rest)
+class WeightForgottenAroundZero(ToyKernels):
+    def normalize(self, batch: Batch, stats: Stats, params: Params, *rest: Any) -> Array:
+        params = params if stats.mean.any() else params._replace(weight=None)
+        return super().normalize(batch, stats, params, *rest)
 
 
-class BiasForgottenOfOneRow(Toy):
-    def normalize(self, x: Array, mean: Array, var: Array, weight: Any, bias: Any, *rest: Any) -> Array:
-        return super().normalize(x, mean, var, weight, None if len(x) == 1 else bias, *rest)
+class BiasForgottenOfOneRow(ToyKernels):
+    def normalize(self, batch: Batch, stats: Stats, params: Params, *rest: Any) -> Array:
+        params = params._replace(bias=None) if len(batch.x) == 1 else params
+        return super().normalize(batch, stats, params, *rest)
 
 
 BUGS = [

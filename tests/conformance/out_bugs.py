@@ -4,38 +4,37 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from toy import Toy
+from toy import Toy, ToyKernels
 
-from mbn.contract import Array
-
-
-class OutForgotten(Toy):
-    def normalize(self, x: Array, *args: Any, out: Any = None) -> Array:  # noqa: ARG002 - the bug
-        return super().normalize(x, *args)
+from mbn.contract import Array, Batch, Stats
+from mbn.state import Params
 
 
-class OutClearedFirst(Toy):
-    def normalize(self, x: Array, *args: Any, out: Any = None) -> Array:
+class OutForgotten(ToyKernels):
+    def normalize(self, batch: Batch, stats: Stats, params: Params, eps: float, out: Any = None) -> Array:  # noqa: ARG002
+        return super().normalize(batch, stats, params, eps)
+
+
+class OutClearedFirst(ToyKernels):
+    def normalize(self, batch: Batch, stats: Stats, params: Params, eps: float, out: Any = None) -> Array:
         if out is not None:
             out[...] = 0
-        return super().normalize(x, *args, out=out)
+        return super().normalize(batch, stats, params, eps, out)
 
 
-class OutInTheOrderOfX(Toy):
-    def normalize(self, x: Array, *args: Any, out: Any = None) -> Array:
-        y = super().normalize(x, *args)
+class OutInTheOrderOfX(ToyKernels):
+    def normalize(self, batch: Batch, stats: Stats, params: Params, eps: float, out: Any = None) -> Array:
+        y = super().normalize(batch, stats, params, eps)
         if out is None:
             return y
         out.ravel(order="K")[...] = y.ravel(order="K")
         return out
 
 
-class MaskForgottenInOut(Toy):
-    def normalize(self, x: Array, *args: Any, out: Any = None) -> Array:
-        if out is None:
-            return super().normalize(x, *args)
-        *vectors, _ = args
-        return super().normalize(x, *vectors, None, out=out)
+class MaskForgottenInOut(ToyKernels):
+    def normalize(self, batch: Batch, stats: Stats, params: Params, eps: float, out: Any = None) -> Array:
+        batch = batch if out is None else batch._replace(sample_weight=None)
+        return super().normalize(batch, stats, params, eps, out)
 
 
 class OverlapNotSeen(Toy):
@@ -61,20 +60,20 @@ class RowsBetweenRowsRefused(Toy):
         return super().conflict(out, x)
 
 
-class OutOfHalvesWidened(Toy):
-    def normalize(self, x: Array, *args: Any, out: Any = None) -> Array:
-        y = super().normalize(x, *args)
+class OutOfHalvesWidened(ToyKernels):
+    def normalize(self, batch: Batch, stats: Stats, params: Params, eps: float, out: Any = None) -> Array:
+        y = super().normalize(batch, stats, params, eps)
         if out is None:
             return y
         out[...] = y * (1 + 2 * np.finfo(y.dtype).eps) if y.dtype == np.float16 else y
         return out
 
 
-class InputWrittenBesideOut(Toy):
-    def normalize(self, x: Array, *args: Any, out: Any = None) -> Array:
-        y = super().normalize(x, *args, out=out)
+class InputWrittenBesideOut(ToyKernels):
+    def normalize(self, batch: Batch, stats: Stats, params: Params, eps: float, out: Any = None) -> Array:
+        y = super().normalize(batch, stats, params, eps, out)
         if out is not None:
-            x[...] = y
+            batch.x[...] = y
         return y
 
 

@@ -4,15 +4,89 @@ from typing import Any
 
 import numpy as np
 
-from mbn.contract import Array, Backend, Capabilities, Moments, overlaps_itself
+from mbn.conformance import Transforms
+from mbn.contract import Array, Backend, Batch, Capabilities, Kernels, Moments, Stats, overlaps_itself
 from mbn.state import Params, State
 
 
+class ToyKernels(Kernels):
+    """The shortest correct kernels of NumPy arrays: everything in extended precision, rounded once."""
+
+    def sample_weights(self, shape: tuple[int, ...], dtype: str, mask: Any, lengths: Any, sample_weight: Any) -> Array:
+        weights = np.ones(shape, dtype)
+        for factor in (mask, sample_weight):
+            if factor is not None:
+                weights = weights * (factor if factor.shape == shape else factor[:, None])
+        return weights if lengths is None else np.where(np.arange(shape[1]) < lengths[:, None], weights, 0)
+
+    def moments(self, batch: Batch) -> Moments:
+        x, weights, _ = batch
+        w = spread(weights, x)
+        d = np.where(w, x, 0).astype(np.longdouble)
+        count = x.size // x.shape[1] if weights is None else w.sum()
+        mean = (w * d).sum(axis=over(x)) / (count or 1)
+        mean = mean + (w * (d - column(mean, x))).sum(axis=over(x)) / (count or 1)  # exact now for a constant
+        return Moments(count, mean, (w * (d - column(mean, x)) ** 2).sum(axis=over(x)))
+
+    def merge(self, first: Moments, second: Moments) -> Moments:
+        (n, mean, m2), (more, other, other_m2) = first, second
+        share, d = more / (n + more or 1), other - mean
+        return Moments(n + more, mean + d * share, m2 + other_m2 + d * d * n * share)
+
+    def variance(self, moments: Moments, correction: int) -> Array:
+        return moments.m2 / (moments.count - correction) if moments.count > correction else 0 * moments.m2
+
+    def xhat(self, batch: Batch, stats: Stats, eps: float) -> tuple[Array, Array]:
+        (x, weights, _), (mean, var, _) = batch, stats
+        variance = var.astype(np.float64) + eps
+        invstd = np.divide(1, np.sqrt(variance), where=variance != 0, out=np.zeros_like(variance))
+        d = np.where(spread(weights, x), x, 0) - column(mean.astype(np.longdouble), x)
+        return d * column(invstd, x), invstd
+
+    def normalize(self, batch: Batch, stats: Stats, params: Params, eps: float, out: Any = None) -> Array:
+        (x, weights, _), (weight, bias) = batch, params
+        y, _ = self.xhat(batch, stats, eps)
+        y = y * column(1.0 if weight is None else weight, x) + column(0.0 if bias is None else bias, x)
+        y = np.where(spread(weights, x), y, 0)
+        if out is None:
+            return like(x, y)
+        out[...] = y
+        return out
+
+    def lerp(self, start: Array, end: Array, step: Any) -> Array:
+        if step == 0:
+            return start.copy()
+        return ((1 - step) * start.astype(np.float64) + step * end).astype(start.dtype)
+
+    def step(self, momentum: float | None, num_batches_tracked: Any, count: Any, correction: int) -> Any:
+        if count <= correction:
+            return 0.0
+        return 1 / num_batches_tracked if momentum is None else momentum
+
+    def grad_sums(self, dy: Array, batch: Batch, stats: Stats, eps: float) -> tuple[Array, Array]:
+        x, weights, _ = batch
+        xhat, _ = self.xhat(batch, stats, eps)
+        dy = np.where(spread(weights, x), dy, 0).astype(np.float64)
+        return dy.sum(axis=over(x)), (dy * xhat).sum(axis=over(x))
+
+    def grad_input(self, dy: Array, batch: Batch, stats: Stats, weight: Any, eps: float, sums: Any) -> Array:
+        x, weights, _ = batch
+        xhat, invstd = self.xhat(batch, stats, eps)
+        w = spread(weights, x)
+        dx = np.where(w, dy, 0).astype(np.float64)
+        if sums is not None:
+            sum_dy, sum_dy_xhat = (column(total / (stats.count or 1), x) for total in sums)
+            dx = dx - w * sum_dy - w * xhat * sum_dy_xhat
+        dx = column(invstd if weight is None else invstd * weight, x) * dx
+        return like(x, np.where(w, dx, 0))
+
+
 class Toy(Backend):
-    """The shortest correct backend over NumPy arrays: everything in extended precision, rounded once."""
+    """The shortest correct backend of NumPy arrays."""
 
     name = "toy"
     version = "1"
+    kernels = ToyKernels()
     capabilities = Capabilities(
         dtypes=frozenset({"float16", "float32"}),
         devices=("cpu",),
@@ -48,100 +122,14 @@ class Toy(Backend):
     def copy(self, x: Array) -> Array:
         return np.array(x)
 
-    def weights(self, shape: tuple[int, ...], dtype: str, mask: Any, lengths: Any, sample_weight: Any) -> Array:
-        weights = np.ones(shape, dtype)
-        for factor in (mask, sample_weight):
-            if factor is not None:
-                weights = weights * (factor if factor.shape == shape else factor[:, None])
-        return weights if lengths is None else np.where(np.arange(shape[1]) < lengths[:, None], weights, 0)
-
     def within(self, values: Array, low: float, high: float) -> bool:
         return bool(np.all((low <= values) & (values < high)))
-
-    def moments(self, x: Array, weights: Any = None) -> Moments:
-        w = spread(weights, x)
-        d = np.where(w, x, 0).astype(np.longdouble)
-        count = x.size // x.shape[1] if weights is None else w.sum()
-        mean = (w * d).sum(axis=over(x)) / (count or 1)
-        mean = mean + (w * (d - column(mean, x))).sum(axis=over(x)) / (count or 1)  # exact now for a constant
-        return Moments(count, mean, (w * (d - column(mean, x)) ** 2).sum(axis=over(x)))
-
-    def merge(self, first: Moments, second: Moments) -> Moments:
-        (n, mean, m2), (more, other, other_m2) = first, second
-        share, d = more / (n + more or 1), other - mean
-        return Moments(n + more, mean + d * share, m2 + other_m2 + d * d * n * share)
-
-    def variance(self, moments: Moments, correction: int) -> Array:
-        return moments.m2 / (moments.count - correction) if moments.count > correction else 0 * moments.m2
-
-    def xhat(self, x: Array, mean: Array, var: Array, eps: float, weights: Any) -> tuple[Array, Array]:
-        variance = var.astype(np.float64) + eps
-        invstd = np.divide(1, np.sqrt(variance), where=variance != 0, out=np.zeros_like(variance))
-        d = np.where(spread(weights, x), x, 0) - column(mean.astype(np.longdouble), x)
-        return d * column(invstd, x), invstd
 
     def conflict(self, out: Array, x: Array) -> str | None:
         is_same = (out.ctypes.data, out.strides) == (x.ctypes.data, x.strides)
         if overlaps_itself(out.shape, out.strides, out.itemsize):
             return "overlaps itself"
         return "overlaps x" if np.shares_memory(out, x) and not is_same else None
-
-    def normalize(
-        self,
-        x: Array,
-        mean: Array,
-        var: Array,
-        weight: Any,
-        bias: Any,
-        eps: float,
-        weights: Any = None,
-        out: Any = None,
-    ) -> Array:
-        y, _ = self.xhat(x, mean, var, eps, weights)
-        y = y * column(1.0 if weight is None else weight, x) + column(0.0 if bias is None else bias, x)
-        y = np.where(spread(weights, x), y, 0)
-        if out is None:
-            return like(x, y)
-        out[...] = y
-        return out
-
-    def lerp(self, start: Array, end: Array, weight: Any) -> Array:
-        if weight == 0:
-            return start.copy()
-        return ((1 - weight) * start.astype(np.float64) + weight * end).astype(start.dtype)
-
-    def step(self, momentum: float | None, num_batches_tracked: Any, count: Any, correction: int) -> Any:
-        if count <= correction:
-            return 0.0
-        return 1 / num_batches_tracked if momentum is None else momentum
-
-    def grad_sums(
-        self, dy: Array, x: Array, mean: Array, var: Array, eps: float, weights: Any = None
-    ) -> tuple[Array, Array]:
-        xhat, _ = self.xhat(x, mean, var, eps, weights)
-        dy = np.where(spread(weights, x), dy, 0).astype(np.float64)
-        return dy.sum(axis=over(x)), (dy * xhat).sum(axis=over(x))
-
-    def grad_input(
-        self,
-        dy: Array,
-        x: Array,
-        mean: Array,
-        var: Array,
-        weight: Any,
-        eps: float,
-        sums: Any,
-        count: Any,
-        weights: Any = None,
-    ) -> Array:
-        xhat, invstd = self.xhat(x, mean, var, eps, weights)
-        w = spread(weights, x)
-        dx = np.where(w, dy, 0).astype(np.float64)
-        if sums is not None:
-            sum_dy, sum_dy_xhat = (column(total / (count or 1), x) for total in sums)
-            dx = dx - w * sum_dy - w * xhat * sum_dy_xhat
-        dx = column(invstd if weight is None else invstd * weight, x) * dx
-        return like(x, np.where(w, dx, 0))
 
     def write(self, before: Any, after: Any) -> Any:
         pairs = [(old, new) for old, new in zip(before, after, strict=True) if old is not new]
@@ -159,21 +147,6 @@ class Toy(Backend):
 
     def module(self, layer: Any, adopt: Any) -> Any:
         return ToyModule(self, layer, adopt)
-
-    # NumPy has no transformations: a loop does for one of them, and what is not compiled gives the same numbers.
-
-    def vmap(self, function: Any) -> Any:
-        def looped(*arguments: Array) -> Any:
-            results = [function(*slices) for slices in zip(*arguments, strict=True)]
-            return tuple(map(np.stack, zip(*results, strict=True)))
-
-        return looped
-
-    def jit(self, function: Any) -> Any:
-        return function
-
-    def compile(self, function: Any) -> Any:
-        return function
 
 
 class ToyModule:
@@ -213,3 +186,21 @@ def like(x: Array, values: Array) -> Array:
 
 def spread(weights: Any, x: Array) -> Array:
     return np.ones((1,) * x.ndim) if weights is None else np.expand_dims(weights.astype(np.float64), 1)
+
+
+# NumPy has no transformations: a loop does for one of them, and what is not compiled gives the same numbers.
+
+
+def looped(function: Any) -> Any:
+    def call(*arguments: Array) -> Any:
+        results = [function(*slices) for slices in zip(*arguments, strict=True)]
+        return tuple(map(np.stack, zip(*results, strict=True)))
+
+    return call
+
+
+def unchanged(function: Any) -> Any:
+    return function
+
+
+TRANSFORMS = Transforms(vmap=looped, jit=unchanged, compile=unchanged)

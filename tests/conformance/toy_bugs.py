@@ -18,13 +18,16 @@ import module_bugs
 import out_bugs
 import transformation_bugs
 from planted import Bug, conform
-from toy import Toy
+from toy import TRANSFORMS, Toy, ToyKernels
 
 import mbn
+from mbn.conformance import register_transforms
 
 
-def register(toy: type[Toy]) -> None:
+def register(bug: type[Toy] | type[ToyKernels]) -> None:
+    toy = type(bug.__name__, (Toy,), {"kernels": bug()}) if issubclass(bug, ToyKernels) else bug
     mbn.register_backend("toy", toy)
+    register_transforms("toy", getattr(toy, "transforms", TRANSFORMS))
 
 
 _FILES = border_bugs, forward_bugs, gradient_bugs, mask_bugs, merge_bugs, module_bugs, out_bugs, transformation_bugs

@@ -3,9 +3,7 @@
 from typing import Any
 
 import numpy as np
-from toy import Toy
-
-from mbn.contract import Backend
+from toy import TRANSFORMS, Toy, looped
 
 
 class DeclaresAutogradAndHasNone(Toy):
@@ -13,21 +11,24 @@ class DeclaresAutogradAndHasNone(Toy):
 
 
 class DeclaresVmapAndHasNone(Toy):
-    vmap = Backend.vmap
+    transforms = TRANSFORMS._replace(vmap=None)
+
+
+def first_alone(function: Any) -> Any:
+    call = looped(function)
+    return lambda *arguments: call(*(np.stack([values[0]] * len(values)) for values in arguments))
 
 
 class VmapOfTheFirst(Toy):
-    def vmap(self, function: Any) -> Any:
-        first_alone = super().vmap(function)
-        return lambda *arguments: first_alone(*(np.stack([values[0]] * len(values)) for values in arguments))
+    transforms = TRANSFORMS._replace(vmap=first_alone)
 
 
 class DeclaresJitAndHasNone(Toy):
-    jit = Backend.jit
+    transforms = TRANSFORMS._replace(jit=None)
 
 
 class DeclaresCompileAndHasNone(Toy):
-    compile = Backend.compile
+    transforms = TRANSFORMS._replace(compile=None)
 
 
 BUGS = [

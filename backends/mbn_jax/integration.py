@@ -1,0 +1,109 @@
+"""A step and its pullback as JAX compiles them: each one program, whose numbers are arguments."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from mbn.contract import Batch, Kernels, Stats
+from mbn.state import Params, Settings, State
+from mbn_jax.pairs import Square, number, squared, widest_dtype
+
+
+def step(
+    forward: Callable[..., Any],
+    kernels: Kernels,
+    batch: Batch,
+    params: Params,
+    state: State,
+    settings: Settings,
+    training: bool,  # noqa: FBT001 - in every call, where keywords cost
+    out: None = None,  # noqa: ARG001 - JAX's arrays never change
+    keep: bool = True,  # noqa: FBT001, FBT002 - as above
+) -> tuple[jax.Array, State, Stats | None]:
+    """Do what ``mbn.step.compose.forward`` does."""
+    x, sample_weight, dtype = batch
+    y, after, stats = compiled_step(
+        *(x, sample_weight, params, state, eps_argument(settings.eps), argument(settings.momentum)),
+        forward=forward,
+        kernels=kernels,
+        dtype=dtype,
+        correction=settings.correction,
+        training=training,
+        keep=keep,
+    )
+    return y, after if training else state, stats
+
+
+def differentiate(
+    pullback: Callable[..., Any],
+    kernels: Kernels,
+    dy: jax.Array,
+    batch: Batch,
+    weight: jax.Array | None,
+    stats: Stats,
+    eps: float,
+) -> tuple[jax.Array, ...]:
+    """Do what ``mbn.step.compose.pullback`` does."""
+    x, sample_weight, dtype = batch
+    stats = stats._replace(count=argument(stats.count))
+    arrays = dy, x, sample_weight, weight, stats, eps_argument(eps)
+    return _compiled_pullback(*arrays, pullback=pullback, kernels=kernels, dtype=dtype)
+
+
+@partial(jax.jit, static_argnames=("forward", "kernels", "dtype", "correction", "training", "keep"))
+def compiled_step(
+    x: jax.Array,
+    sample_weight: jax.Array | None,
+    params: Params,
+    state: State,
+    eps: Square,
+    momentum: jax.Array | None,
+    *,
+    forward: Callable[..., Any],
+    kernels: Kernels,
+    dtype: str,
+    correction: int,
+    training: bool,
+    keep: bool,
+) -> tuple[jax.Array, State, Stats | None]:
+    """Run a step of which nothing is static but the way that it takes: no momentum has it compiled anew."""
+    batch = Batch(_widened(x, dtype), sample_weight, dtype)
+    settings = Settings(None, dtype, eps, momentum, 1, correction)
+    y, state, stats = forward(kernels, batch, params, state, settings, training, None, keep)
+    return y.astype(x.dtype), state, stats
+
+
+@partial(jax.jit, static_argnames=("pullback", "kernels", "dtype"))
+def _compiled_pullback(
+    dy: jax.Array,
+    x: jax.Array,
+    sample_weight: jax.Array | None,
+    weight: jax.Array | None,
+    stats: Stats,
+    eps: Square,
+    *,
+    pullback: Callable[..., Any],
+    kernels: Kernels,
+    dtype: str,
+) -> tuple[jax.Array, ...]:
+    batch = Batch(_widened(x, dtype), sample_weight, dtype)
+    dx, *gradients = pullback(kernels, _widened(dy, dtype), batch, weight, stats, eps)
+    return dx.astype(x.dtype), *(gradient.astype(widest_dtype()) for gradient in gradients)
+
+
+def _widened(x: jax.Array, dtype: str) -> jax.Array:
+    """Return x in float64 if a layer is: the results have to be as exact as its vectors are."""
+    return x.astype(np.float64) if dtype == "float64" else x
+
+
+def argument(value: Any) -> Any:
+    """Return what stands for a Python number among the arguments of compiled code; anything else as it is."""
+    return number(value) if isinstance(value, int | float) else value
+
+
+def eps_argument(eps: Any) -> Square:
+    """Return an eps as an argument of compiled code, in the same way."""
+    return squared(eps) if isinstance(eps, int | float) else eps

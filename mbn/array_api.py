@@ -1,0 +1,421 @@
+"""Batch normalisation of the arrays of any library that follows the Python array API standard.
+
+It is the base of small backends, which add little more than a name. Everything is computed on whole arrays: in float64,
+or, where a library or a device has no float64, in pairs of float32, which have twice its digits.
+
+Source: the Python array API standard, https://data-apis.org/array-api/latest.
+"""
+
+from functools import cache
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from mbn.contract import Array, Backend, Batch, Capabilities, Kernels, Moments, Stats, dtype_name
+from mbn.state import Params
+
+_SPLIT = 4097.0
+"""2**12 + 1: takes the digits of a float32 apart into two halves."""
+
+
+class Pair:
+    """Numbers of float32 with twice the digits: ``hi + lo``, where hi is the sum rounded to float32.
+
+    Source: Dekker, A Floating-Point Technique for Extending the Available Precision, 1971.
+    """
+
+    def __init__(self, hi: Array, lo: Array | float = 0.0) -> None:
+        """Take the two parts of numbers as they are."""
+        self.hi, self.lo = hi, lo
+
+    def __neg__(self) -> "Pair":
+        """Return the negative numbers."""
+        return Pair(-self.hi, -self.lo)
+
+    def __add__(self, other: "Number | float") -> "Pair":
+        """Return sums."""
+        other = _pair(other)
+        total, rest = _two_sum(self.hi, other.hi)
+        return _renormalized(total, rest + (self.lo + other.lo))
+
+    __radd__ = __add__
+
+    def __sub__(self, other: "Number | float") -> "Pair":
+        """Return differences."""
+        return self + -_pair(other)
+
+    def __rsub__(self, other: "Number | float") -> "Pair":
+        """Return differences the other way round."""
+        return _pair(other) + -self
+
+    def __mul__(self, other: "Number | float") -> "Pair":
+        """Return products."""
+        other = _pair(other)
+        product, rest = _two_product(self.hi, other.hi)
+        return _renormalized(product, rest + (self.hi * other.lo + self.lo * other.hi))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: "Number | float") -> "Pair":
+        """Return quotients."""
+        other = _pair(other)
+        quotient = self.hi / other.hi
+        rest = self - other * quotient
+        return _renormalized(quotient, rest.hi / other.hi)
+
+    def __rtruediv__(self, other: float) -> "Pair":
+        """Return quotients the other way round."""
+        return Pair(0 * self.hi + other) / self
+
+
+Number: TypeAlias = Array | Pair
+"""An array of float64, or pairs of float32."""
+
+
+class Mean(NamedTuple):
+    """A mean as the unevaluated sum of two numbers for each channel: what float64 input needs to keep its digits."""
+
+    hi: Number
+    lo: Number
+
+
+class ArrayAPIKernels(Kernels):
+    """Kernels of whole arrays; each finds the namespace of its arrays by itself."""
+
+    def moments(self, batch: Batch) -> Moments:
+        """Return the statistics of each channel.
+
+        Sums of x and x**2 lose all their digits where the mean is large. Those of x - shift do not if the shift is near
+        the mean: a value that counts is near enough to find the mean, and around that the second sums find the digits
+        that the first could not hold.
+        """
+        x, sample_weight, _ = batch
+        xp = _namespace(x)
+        rows = _each(_rows, _wide(x))
+        if sample_weight is None:
+            count = x.size // x.shape[1]
+            counts = xp.ones((1, count), dtype=_dtype_of(rows), device=_device(x))
+        else:
+            counts = _each(lambda part: xp.reshape(part, (1, -1)), _wide(sample_weight))
+            count = _each(lambda part: part[0], _sum(counts))
+        is_value = _leading(counts) > 0
+        heaviest = xp.argmax(_leading(counts)[0, :], keepdims=True)
+        shift = _each(lambda part: xp.take(part, heaviest, axis=1)[:, 0], rows)
+        shift = _where(xp.any(is_value), shift, 0.0)
+
+        def deviations(shift: Number) -> Number:
+            return _where(is_value, rows - _each(lambda part: part[:, None], shift), 0.0)
+
+        shift = shift + _ratio(_sum(deviations(shift) * counts), count)
+        d = deviations(shift)
+        once = d * counts
+        total = _sum(once)
+        return Moments(count, Mean(shift, _ratio(total, count)), _sum(d * once) - _ratio(total * total, count))
+
+    def normalize(self, batch: Batch, stats: Stats, params: Params, eps: float, out: None = None) -> Array:  # noqa: ARG002
+        x, (weight, bias) = batch.x, params
+        y = _xhat(batch, stats, eps)
+        if weight is not None:
+            y = y * _column(_wide(weight), x)
+        if bias is not None:
+            y = y + _column(_wide(bias), x)
+        return _narrow(_masked(y, batch), x.dtype)  # the only rounding that float32 sees
+
+    def grad_sums(self, dy: Array, batch: Batch, stats: Stats, eps: float) -> tuple[Array, Array]:
+        gradient = _masked(_wide(dy), batch)
+        products = gradient * _xhat(batch, stats, eps)
+        return _sum(_each(_rows, gradient)), _sum(_each(_rows, products))
+
+    def grad_input(
+        self,
+        dy: Array,
+        batch: Batch,
+        stats: Stats,
+        weight: Array | None,
+        eps: float,
+        sums: tuple[Array, Array] | None,
+    ) -> Array:
+        x, sample_weight, _ = batch
+        dx = _masked(_wide(dy), batch)
+        if sums is not None:
+            mean_dy, mean_dy_xhat = (_column(_ratio(total, stats.count), x) for total in sums)
+            projection = mean_dy + _xhat(batch, stats, eps) * mean_dy_xhat
+            dx = dx - (projection if sample_weight is None else projection * _against(_wide(sample_weight)))
+        scale = _invstd(stats.var, eps)
+        if weight is not None:
+            scale = scale * _wide(weight)
+        return _narrow(dx * _column(scale, x), x.dtype)
+
+    def sample_weights(
+        self,
+        shape: tuple[int, ...],
+        dtype: str,
+        mask: Array | None,
+        lengths: Array | None,
+        sample_weight: Array | None,
+    ) -> Array:
+        given = next(values for values in (mask, lengths, sample_weight) if values is not None)
+        xp = _namespace(given)
+
+        def aligned(values: Array) -> Array:
+            return xp.reshape(values, (*values.shape, *[1] * (len(shape) - values.ndim)))
+
+        weights = xp.ones(shape, dtype=getattr(xp, dtype), device=_device(given))
+        if sample_weight is not None:
+            weights = weights * aligned(xp.astype(sample_weight, weights.dtype))
+        if mask is not None:
+            weights = xp.where(aligned(mask), weights, 0.0)
+        if lengths is not None:
+            positions = xp.arange(shape[1], dtype=lengths.dtype, device=_device(given))
+            weights = xp.where(positions < aligned(lengths), weights, 0.0)
+        return weights
+
+    def merge(self, first: Moments, second: Moments) -> Moments:
+        (count, (hi, lo), m2), (more, (other_hi, other_lo), more_m2) = first, second
+        total = count + more
+        difference = (other_hi - hi) + (other_lo - lo)
+        step = _ratio(difference * more, total)
+        change = lo + step
+        mean = hi + change
+        rest = change - (mean - hi)  # what rounding took off: the pair has it still
+        return Moments(total, Mean(mean, rest), m2 + (more_m2 + difference * step * count))
+
+    def variance(self, moments: Moments, correction: int) -> Number:
+        return _ratio(moments.m2, moments.count - correction)
+
+    def step(self, momentum: float | None, num_batches_tracked: Array | None, count: Any, correction: int) -> Any:
+        step = 1 / _wide(num_batches_tracked) if momentum is None else momentum
+        if isinstance(count, int):
+            return step
+        has_variance = _leading(count) > correction
+        return _where(has_variance, 0.0 * count + step, 0.0)
+
+    def lerp(self, start: Array, end: Any, step: Any) -> Array:
+        xp = _namespace(start)
+        end = end.hi + end.lo if isinstance(end, Mean) else _wide(end)
+        moved = _narrow(_wide(start) * (1 - step) + end * step, start.dtype)
+        if isinstance(step, int | float):
+            return xp.asarray(start, copy=True) if step == 0 else moved
+        return xp.where(_leading(step) == 0, start, moved)  # end may be anything then
+
+
+class ArrayAPIBackend(Backend):
+    """The backend of a library's arrays, over its namespace."""
+
+    namespace: Any
+    """The module of the library, as its arrays' ``__array_namespace__`` returns it."""
+    kernels = ArrayAPIKernels()
+
+    @property
+    def version(self) -> str:
+        return str(getattr(self.namespace, "__version__", "unknown"))
+
+    @property
+    def capabilities(self) -> Capabilities:
+        info = self.namespace.__array_namespace_info__()
+        floating = info.dtypes(kind="real floating")
+        return Capabilities(
+            dtypes=frozenset(name for name in ("float32", "float64") if name in floating),
+            devices=tuple(map(self.device_name, info.devices())),
+            mutable=True,
+            strided=False,  # the standard has no memory orders
+            masks=True,
+        )
+
+    def owns(self, x: object) -> bool:
+        namespace = getattr(type(x), "__array_namespace__", None)
+        return namespace is not None and namespace(x) is self.namespace
+
+    def device_name(self, device: Any) -> str:
+        """Return the name of a device; ``asarray`` takes it."""
+        return str(device)
+
+    def asarray(self, x: Any, dtype: str | None = None, device: Any = None) -> Array:
+        xp = self.namespace
+        info = xp.__array_namespace_info__()
+        if dtype is not None and dtype not in (known := info.dtypes()):
+            message = f"{self.name} has no dtype {dtype}; it has {', '.join(known)}."
+            raise TypeError(message)
+        if isinstance(device, str):
+            devices = {self.device_name(known): known for known in info.devices()}
+            if device not in devices:
+                message = f"the devices of {self.name} are {', '.join(devices)}, not {device!r}."
+                raise ValueError(message)
+            device = devices[device]
+        x = x.hi if isinstance(x, Pair) else x
+        given = dtype or (dtype_name(x.dtype) if hasattr(x, "dtype") else None)
+        if given == "int64" and device is not None and given not in info.dtypes(device=device):
+            dtype = "int32"  # of a count, which the device has no larger integers for
+        return xp.asarray(x, dtype=None if dtype is None else getattr(xp, dtype), device=device)
+
+    def to_numpy(self, x: Array) -> np.ndarray:
+        return np.from_dlpack(x)
+
+    def device(self, x: Array) -> Any:
+        return _device(x)
+
+    def copy(self, x: Array) -> Array:
+        return self.namespace.asarray(x, copy=True)
+
+    def within(self, values: Array, low: float, high: float) -> bool:
+        values = _leading(_wide(values))
+        return bool(self.namespace.all((low <= values) & (values < high)))
+
+
+def _namespace(x: Array) -> Any:
+    return x.__array_namespace__()
+
+
+def _device(x: Array) -> Any:
+    return x.device
+
+
+@cache
+def _has_float64(xp: Any, device: Any) -> bool:
+    return "float64" in xp.__array_namespace_info__().dtypes(device=device, kind="real floating")
+
+
+def _wide(x: Number) -> Number:
+    """Return numbers with as many digits as there are."""
+    if isinstance(x, Pair):
+        return x
+    xp = _namespace(x)
+    return xp.astype(x, xp.float64) if _has_float64(xp, _device(x)) else Pair(xp.astype(x, xp.float32))
+
+
+def _narrow(x: Number, dtype: Any) -> Array:
+    x = x.hi if isinstance(x, Pair) else x
+    return _namespace(x).astype(x, dtype)
+
+
+def _leading(x: Number) -> Array:
+    """Return what comparisons go by."""
+    return x.hi if isinstance(x, Pair) else x
+
+
+def _dtype_of(x: Number) -> Any:
+    return _leading(x).dtype
+
+
+def _each(function: Any, x: Number) -> Number:
+    """Return what a function that moves numbers makes of them."""
+    return Pair(function(x.hi), function(x.lo + 0 * x.hi)) if isinstance(x, Pair) else function(x)
+
+
+def _where(condition: Array, x: Number, other: float) -> Number:
+    xp = _namespace(condition)
+    if isinstance(x, Pair):
+        return Pair(xp.where(condition, x.hi, other), xp.where(condition, x.lo + 0 * x.hi, 0.0))
+    return xp.where(condition, x, other)
+
+
+def _pair(x: "Number | float") -> Pair:
+    return x if isinstance(x, Pair) else Pair(x)
+
+
+def _two_sum(a: Array, b: Array | float) -> tuple[Array, Array]:
+    """Return a sum and its rounding error.
+
+    Source: Knuth, The Art of Computer Programming, volume 2, 4.2.2, theorem B.
+    """
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
+
+
+def _two_product(a: Array, b: Array | float) -> tuple[Array, Array]:
+    """Return a product and its rounding error. Source: Dekker, 1971."""
+    product = a * b
+    (a_hi, a_lo), (b_hi, b_lo) = _halves(a), _halves(b)
+    return product, ((a_hi * b_hi - product) + a_hi * b_lo + a_lo * b_hi) + a_lo * b_lo
+
+
+def _halves(a: Array | float) -> tuple[Any, Any]:
+    large = _SPLIT * a
+    hi = large - (large - a)
+    return hi, a - hi
+
+
+def _renormalized(hi: Array, lo: Array) -> Pair:
+    total = hi + lo
+    return Pair(total, lo - (total - hi))
+
+
+def _xhat(batch: Batch, stats: Stats, eps: float) -> Number:
+    """Return (x - mean) / sqrt(var + eps); 0 where var + eps or the weight of a sample is 0."""
+    x = batch.x
+    parts = stats.mean if isinstance(stats.mean, Mean) else (_wide(stats.mean),)
+    d = _wide(x)
+    for part in parts:
+        d = d - _column(part, x)
+    return _masked(d, batch) * _column(_invstd(stats.var, eps), x)
+
+
+def _invstd(var: Number, eps: float) -> Number:
+    spread = _wide(var) + eps
+    return 1 / _sqrt(_where(_leading(spread) != 0, spread, float("inf")))
+
+
+def _sqrt(x: Number) -> Number:
+    xp = _namespace(_leading(x))
+    if not isinstance(x, Pair):
+        return xp.sqrt(x)
+    root = xp.sqrt(x.hi)
+    rest = x - Pair(root) * Pair(root)
+    is_finite = xp.isfinite(root) & (root > 0)
+    change = xp.where(is_finite, rest.hi, 0.0) / xp.where(is_finite, 2 * root, 1.0)
+    return _renormalized(root, change)
+
+
+def _masked(values: Number, batch: Batch) -> Number:
+    """Return values, (N, C) or (N, C, L), with 0 where the weight of a sample is 0."""
+    weight = batch.sample_weight
+    return values if weight is None else _where(_leading(_against(weight)) > 0, values, 0.0)
+
+
+def _against(weight: Number) -> Number:
+    """Return sample weights, (N,) or (N, L), as (N, 1) or (N, 1, L)."""
+    return _each(lambda part: part[:, None, ...], weight)
+
+
+def _ratio(total: Number, count: Any) -> Number:
+    """Return total / count, and 0 where the count is too small for a mean or a variance: 0 or less."""
+    if isinstance(count, int):
+        return total / count if count > 0 else total * 0.0
+    is_positive = _leading(count) > 0
+    return _where(is_positive, total, 0.0) / _where(is_positive, count, 1.0)
+
+
+def _sum(rows: Number) -> Number:
+    """Return the sum of each row, by adding the second half to the first until one column is left.
+
+    So it has the same bits on every run and for every number of threads, and its error grows with the logarithm of the
+    number of terms.
+    """
+    xp = _namespace(_leading(rows))
+    while (length := _leading(rows).shape[1]) > 1:
+        half = length // 2
+        first, second, last = (
+            _each(lambda part, at=at: part[:, at], rows)
+            for at in (slice(half), slice(half, 2 * half), slice(2 * half, length))
+        )
+        rows = first + second
+        if length % 2:
+            rows = (
+                Pair(*(xp.concat([getattr(part, name) for part in (rows, last)], axis=1) for name in ("hi", "lo")))
+                if isinstance(rows, Pair)
+                else xp.concat([rows, last], axis=1)
+            )
+    return _each(lambda part: part[:, 0], rows)
+
+
+def _rows(x: Array) -> Array:
+    """Return x, (N, C) or (N, C, L), as one row for each channel."""
+    xp = _namespace(x)
+    return xp.reshape(xp.moveaxis(x, 1, 0), (x.shape[1], -1))
+
+
+def _column(vector: Number, x: Array) -> Number:
+    """Return a (C,) vector in the shape that broadcasts against x."""
+    xp = _namespace(x)
+    return _each(lambda part: xp.reshape(part, (-1, *[1] * (x.ndim - 2))), vector)

@@ -1,0 +1,91 @@
+"""The transformations of a framework, through which the suite sees whether what a backend declares is so.
+
+Those of mbn's own backends are here. A plug-in gives its own by an entry point of the group ``mbn.transforms``, named
+as its backend, that is a :class:`Transforms`; a test of its own by :func:`register_transforms`.
+"""
+
+import warnings
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any, NamedTuple
+
+from mbn.contract import Backend
+
+ENTRY_POINTS = "mbn.transforms"
+
+
+def _missing(*_: Any) -> Any:
+    message = "the backend declares a transformation that the suite has not been given: docs/backends.md, Transforms."
+    raise NotImplementedError(message)
+
+
+class Transforms(NamedTuple):
+    """What a framework makes of functions."""
+
+    grad: Callable[..., Any] = _missing
+    """``grad(function)``: the gradient of a function whose result is a scalar, by its first argument (``autograd``)."""
+    jvp: Callable[..., Any] = _missing
+    """``jvp(function, x, tangent)``: the derivative of a function of x in a direction, forwards (``autograd``)."""
+    vmap: Callable[..., Any] = _missing
+    """``vmap(function)``: the function over the first axes of all its arguments and results (``vmap``)."""
+    jit: Callable[..., Any] = _missing
+    """``jit(function)``: a pure function of arrays, compiled (``jit``)."""
+    compile: Callable[..., Any] = _missing
+    """``compile(function)``: a function compiled without a break, whatever it changes (``compile``)."""
+
+
+_registered: dict[str, Transforms] = {}
+
+
+def register_transforms(name: str, transforms: Transforms) -> None:
+    """Give the suite the transformations of the backend of a name."""
+    _registered[name] = transforms
+
+
+def transforms_of(backend: Backend) -> Transforms:
+    """Return the transformations of a backend's framework."""
+    name = backend.name
+    if name not in _registered:
+        if name in _BUILT_IN:
+            _registered[name] = _BUILT_IN[name]()
+        else:
+            points = metadata.entry_points(group=ENTRY_POINTS, name=name)
+            _registered[name] = next((point.load() for point in points), Transforms())
+    return _registered[name]
+
+
+def _of_torch() -> Transforms:
+    import torch  # noqa: PLC0415 - for whoever tests its backend
+
+    def jvp(function: Callable[..., Any], x: Any, tangent: Any) -> Any:
+        return _quiet(torch.func.jvp)(function, (x,), (tangent,))[1]
+
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        return _quiet(torch.compile(function, fullgraph=True))
+
+    return Transforms(torch.func.grad, jvp, torch.func.vmap, compile=compiled)
+
+
+def _quiet(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that passes over one warning: some features of Torch use others that it has deprecated."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _of_jax() -> Transforms:
+    import jax  # noqa: PLC0415 - as above
+
+    return Transforms(
+        grad=jax.grad,
+        jvp=lambda function, x, tangent: jax.jvp(function, (x,), (tangent,))[1],
+        vmap=jax.vmap,
+        jit=jax.jit,
+    )
+
+
+_BUILT_IN = {"torch": _of_torch, "jax": _of_jax}
