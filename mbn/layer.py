@@ -118,7 +118,7 @@ class BatchNorm1d(Storage):
 
     @eps.setter
     def eps(self, value: float) -> None:
-        self._settings = self._settings._replace(eps=checks.eps(value))
+        self._configure(eps=checks.eps(value))
 
     @property
     def momentum(self) -> float | None:
@@ -127,7 +127,7 @@ class BatchNorm1d(Storage):
 
     @momentum.setter
     def momentum(self, value: float | None) -> None:
-        self._settings = self._settings._replace(momentum=checks.momentum(value))
+        self._configure(momentum=checks.momentum(value))
 
     axis = Fixed[int](
         lambda layer: layer._settings.axis,
@@ -232,32 +232,32 @@ class BatchNorm1d(Storage):
 
     def _run(self, run: Callable[..., tuple[Any, State]], x: Any, masking: Masking | None) -> Any:
         """Do with the layer's own parameters and state what ``run`` does, and store the new state."""
-        backend, settings, before = self._backend, self._settings, self._state
+        layer, backend, settings, before = self, self._backend, self._settings, self._state
         if not self._is_bound or settings.num_features is None:
-            return self._first_run(run, x, masking)
-        x = received(backend, "x", x, settings.dtype, self._device)
-        training = self._uses_batch(before, self._training)
-        result, after = run(backend, x, self._params, before, settings, training=training, masking=masking)
+            layer, x = self._begin(x)
+            backend, settings, before = layer._backend, layer._settings, layer._state
+        else:
+            x = received(backend, "x", x, settings.dtype, self._device)
+        training = layer._uses_batch(before, self._training)
+        result, after = run(backend, x, layer._params, before, settings, training=training, masking=masking)
         # A load or a move may have come in between: then what that has stored stays.
-        if after is not before and backend.stores(before, after) and self._state is before:
-            state = backend.write(before, after) if self._is_shared else after
-            object.__setattr__(self, "_state", state)  # in every call, where that of the class costs
+        if after is not before and backend.stores(before, after) and layer._state is before:
+            state = backend.write(before, after) if layer._is_shared else after
+            object.__setattr__(layer, "_state", state)  # in every call, where that of the class costs
+        if layer is not self:
+            self._become(layer)
         return result
 
     def _uses_batch(self, state: State, training: bool) -> bool:  # noqa: FBT001 - in every call, where keywords cost
         """Tell whether to normalise by the batch's own statistics."""
         return (training and not self._frozen) or state.running_mean is None
 
-    def _first_run(self, run: Callable[..., tuple[Any, State]], x: Any, masking: Masking | None) -> Any:
+    def _begin(self, x: Any) -> tuple[Self, Array]:
+        """Return this layer as a first input makes it, a copy that takes its place if the call succeeds, and the input."""
         if registry.is_compiling():
             raise RuntimeError(_OPEN_UNDER_A_COMPILER)
-        return registry.uncompiled(self._begin)(run, x, masking)
-
-    def _begin(self, run: Callable[..., tuple[Any, State]], x: Any, masking: Masking | None) -> Any:
-        trial = copy.copy(self)
-        result = trial._run(run, trial._meet(x), masking)
-        self.__dict__.update(trial.__dict__)
-        return result
+        layer = copy.copy(self)
+        return layer, registry.uncompiled(layer._meet)(x)
 
     def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002 - torch's signature
         """Switch to training, or to evaluation with ``mode=False``; return the layer."""

@@ -407,7 +407,6 @@ class Storage:
         statistics = {key: entries[key] for key in State._fields if key in entries}
         after = *params._replace(**parameters), *state._replace(**statistics)
         before = *params, *(state if trial._is_shared else after[len(params) :])
-        settings = trial._settings._replace(eps=self._settings.eps, momentum=self._settings.momentum)
         new = {key: vars(trial)[key] for key in ("_backend", "_is_bound", "_device", "_is_shared")}
         with backend.writing():
             old = {key: vars(self)[key] for key in (*new, "_settings", "_params", "_state")}
@@ -415,11 +414,21 @@ class Storage:
             try:
                 held = backend.write(before, after)
                 params, state = Params(*held[: len(params)]), State(*held[len(params) :])
-                self.__dict__.update(new, _settings=settings, _params=params, _state=state)
+                settings = trial._settings._replace(eps=self._settings.eps, momentum=self._settings.momentum)
+                self._hold(new | {"_settings": settings, "_params": params, "_state": state})
             except BaseException:  # an interrupt too
                 backend.write(before, kept)
-                self.__dict__.update(old)
+                self._hold(old)
                 raise
+
+    def _hold(self, attributes: dict[str, Any]) -> None:
+        """Replace attributes in one assignment: no thread sees some of them without the others."""
+        self.__dict__.update(attributes)
+
+    def _configure(self, **settings: Any) -> None:
+        """Replace settings that may change at any time, while another thread loads or moves the layer too."""
+        with self._backend.writing():
+            self._settings = self._settings._replace(**settings)
 
     def _adopt(self, params: Params, state: State) -> None:
         """Hold these very arrays, of whatever device and dtype, if the layer still shares its arrays.
@@ -442,7 +451,7 @@ class Storage:
             first = next(iter(arrays.values()))
             new["_settings"] = self._settings._replace(dtype=dtype_name(first.dtype))
             new["_device"] = self._backend.device(first)
-        self.__dict__.update(new)
+        self._hold(new)
 
     def _introduce(self) -> None:
         """Look up now what a compiler could not look up in a call; tell the backend of this class, once."""
@@ -464,9 +473,8 @@ class Storage:
     def _unflatten(cls, rest: tuple[tuple[str, Any], ...], arrays: tuple[Params, State]) -> Self:
         """Return a layer again, whatever stands for its arrays."""
         layer = cls.__new__(cls)
-        layer.__dict__.update(rest)
-        layer._params, layer._state = arrays
-        layer._is_shared = False
+        params, state = arrays
+        layer._hold({**dict(rest), "_params": params, "_state": state, "_is_shared": False})
         return layer
 
     def __getstate__(self) -> dict[str, Any]:
@@ -475,7 +483,7 @@ class Storage:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what was pickled or copied, in what may be another process."""
-        self.__dict__.update(state)
+        self._hold(state)
         if self._is_bound:
             self._introduce()
 

@@ -18,7 +18,7 @@ from mbn.state import Params, State
 from mbn_jax import batch as own
 from mbn_jax import integration, kernels
 from mbn_jax.channels import is_known
-from mbn_jax.integration import argument, epsargument
+from mbn_jax.integration import argument, eps_argument
 from mbn_jax.pairs import Pair, Square, Statistic, widest_dtype
 
 _ALIGNMENT = 16
@@ -127,12 +127,12 @@ class JaxKernels(Kernels):
         x, (mean, var, count), (weight, bias) = batch.x, stats, params
         weights = kernels.against(batch.sample_weight, x)
         if count is None:
-            return kernels.normalize(x, mean, var, weight, bias, epsargument(eps), weights)
-        return own.normalize(own.batch(x, mean, var, epsargument(eps), weights), weight, bias)
+            return kernels.normalize(x, mean, var, weight, bias, eps_argument(eps), weights)
+        return own.normalize(own.batch(x, mean, var, eps_argument(eps), weights), weight, bias)
 
     def grad_sums(self, dy: jax.Array, batch: Batch, stats: Stats, eps: float | Square) -> tuple[jax.Array, jax.Array]:
         x, (mean, var, _) = batch.x, stats
-        return own.grad_sums(dy, x, mean, var, epsargument(eps), kernels.against(batch.sample_weight, x))
+        return own.grad_sums(dy, x, mean, var, eps_argument(eps), kernels.against(batch.sample_weight, x))
 
     def grad_input(
         self,
@@ -145,7 +145,7 @@ class JaxKernels(Kernels):
     ) -> jax.Array:
         x, (mean, var, count) = batch.x, stats
         weights = kernels.against(batch.sample_weight, x)
-        return kernels.grad_input(dy, x, mean, var, weight, epsargument(eps), sums, argument(count), weights)
+        return kernels.grad_input(dy, x, mean, var, weight, eps_argument(eps), sums, argument(count), weights)
 
     def pullback(
         self, dy: jax.Array, batch: Batch, weight: jax.Array | None, stats: Stats, eps: Square

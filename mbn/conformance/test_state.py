@@ -377,6 +377,24 @@ def test_settings_that_change_during_a_load_stay(target: Target, num_features: i
     assert (bn.training, bn.momentum) == (False, 0.5)
 
 
+def test_modes_and_settings_that_change_during_the_first_call_stay(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bn = mbn.BatchNorm1d(None)
+    stores = type(target.backend).stores
+
+    def change_first(*arguments: Any) -> bool:
+        bn.freeze().eval().momentum = 0.5  # as another thread might
+        return stores(*arguments)
+
+    monkeypatch.setattr(type(target.backend), "stores", change_first)
+    bn(target.array(np.random.default_rng(1).standard_normal((8, 4)).astype(np.float32)))
+    assert (bn.training, bn.momentum, int(bn.num_batches_tracked)) == (False, 0.5, 1)
+    before = target.snapshot(bn)
+    bn.train()(target.array(np.ones((8, 4), np.float32)))
+    assert_same(before, target.snapshot(bn))
+
+
 def test_evaluation_from_many_threads(target: Target) -> None:
     bn = configured(target.layer(4), seed=6).eval()
     expected = target.numpy(bn(target.array(X)))

@@ -45,7 +45,7 @@ def summed_as_they_come() -> None:
 
 
 def one_order_of_bytes() -> None:
-    blocked.is_wide = small.is_wide = vectors.is_wide = lambda x: x.dtype == np.float64
+    blocked.is_wide = small.is_wide = lambda x: x.dtype == np.float64
 
 
 def summed_around_outliers() -> None:
