@@ -253,7 +253,7 @@ class BatchNorm1d(Storage):
         return (training and not self._frozen) or state.running_mean is None
 
     def _begin(self, x: Any) -> tuple[Self, Array]:
-        """Return this layer as a first input makes it, a copy that takes its place if the call succeeds, and the input."""
+        """Return a copy of this layer, bound as its first input says, and the input as an array of its backend."""
         if registry.is_compiling():
             raise RuntimeError(_OPEN_UNDER_A_COMPILER)
         layer = copy.copy(self)

@@ -17,7 +17,6 @@ from mbn.contract import Batch, Kernels, Moments, Stats
 from mbn.state import Params, Settings, State
 from mbn_cpu import pages, threads, vectors
 from mbn_cpu.fastest import Host
-from mbn_torch import ops
 from mbn_torch.vectors import Pair, Scaled, TorchKernels
 
 _has_versions = hasattr(torch._C, "_to_dlpack_versioned")  # noqa: SLF001 - Torch 2.9 and later
@@ -154,41 +153,6 @@ class OnHost(TorchKernels):
         with nullcontext() if self._is_at_once else _limited():
             dx, *sums = self._own.pullback(self._kernels, *arguments)
         return _arranged(dx, batch.x), *map(_tensor, sums)
-
-
-class OnOperations(OnHost):
-    """The same, where Torch's operations are faster than NumPy's: on several threads."""
-
-    def _step(
-        self,
-        batch: HostBatch,
-        params: Params,
-        state: State,
-        settings: Settings,
-        training: bool,  # noqa: FBT001 - as above
-        out: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, State, Stats]:
-        y = _like(batch.x) if out is None else out
-        wide_x, wide_y = torch.from_numpy(batch.array), room(y)
-        vectors = Params(*map(as_array, params)), State(*map(as_array, state))
-        if training:
-            result = ops.train(wide_x, wide_y, *vectors, settings)
-        else:
-            result = (state, None) if ops.evaluate(wide_x, wide_y, *vectors, settings.eps) else None
-        if result is None:
-            return super()._step(batch, params, state, settings, training, y)
-        return _narrow(wide_y, y), *result
-
-    def pullback(
-        self, dy: torch.Tensor, batch: HostBatch, weight: torch.Tensor | None, stats: Stats, eps: float
-    ) -> tuple[torch.Tensor, ...]:
-        """Return the gradients of x, weight and bias."""
-        dx, wide_x = torch.empty_like(batch.x), torch.from_numpy(batch.array)
-        sums = ops.pullback(_wide(dy), wide_x, as_array(weight), as_array(stats), eps, dx)
-        if weight is not None:  # which autograd would do, in more time
-            with np.errstate(over="ignore"):
-                sums = [total.astype(np.float32) for total in sums]
-        return dx, *map(_tensor, sums)
 
 
 def tensors(stats: Stats) -> Stats:

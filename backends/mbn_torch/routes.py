@@ -11,9 +11,8 @@ from mbn.contract import Batch, Kernels, Operation, Stats
 from mbn.state import Params
 from mbn_cpu.backend import takes
 from mbn_cpu.fastest import host
-from mbn_torch import ops
 from mbn_torch.formulas import FORMULAS
-from mbn_torch.host import HostBatch, OnHost, OnOperations, as_array, room
+from mbn_torch.host import HostBatch, OnHost, as_array, room
 from mbn_torch.kernels import TENSORS
 from mbn_torch.tracing import HOST, is_recorded, is_scripted, is_traced, is_transformed, place
 
@@ -57,8 +56,6 @@ def _on_host(
     arrays = prepared.arrays()
     if operation == "pullback":
         vectors = tuple(map(as_array, vectors))
-    if ops.takes(operation, arrays, vectors) and (operation == "evaluate" or not own.compiled):
-        return OnOperations.of(own, own.kernels), prepared
     is_fast = takes(own.fast, operation, arrays, None if other is None else as_array(room(other)), vectors)
     return OnHost.of(own, own.fused if is_fast else own.kernels), prepared
 
