@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from mbn import checks
-from mbn.contract import Array, Backend, Batch, Stats, dtype_name, transposed
+from mbn.contract import Array, Backend, Batch, Group, Stats, dtype_name, transposed
 from mbn.convert import received
 from mbn.state import Params, Settings
+from mbn.step.compose import ALL
+from mbn.step.empty import stand_in
 
 
 class Pullback:
@@ -25,14 +27,16 @@ class Pullback:
         stats: Stats | None,
         sample_weight: Array | None,
         settings: Settings,
+        group: Group | None = None,
     ) -> None:
-        """Keep what a call leaves behind; ``stats`` are None for an empty batch. ``x`` is kept, not copied."""
+        """Keep what a call leaves behind; ``stats`` are None if nothing was computed. ``x`` is kept, not copied."""
         self._backend = backend
         self._x = x
         self._params = params
         self._stats = stats
         self._sample_weight = sample_weight
         self._settings = settings
+        self._group = group
 
     def __call__(self, dy: Any) -> tuple[Array, Array | None, Array | None]:
         """Return the gradients ``(dx, dweight, dbias)`` of a loss, given ``dy``, its gradient by the output.
@@ -61,10 +65,14 @@ class Pullback:
             swap = settings.has_channels_last(len(shape))
             if swap:
                 x, dy = transposed(x), transposed(dy)
-            weight, stats = self._params.weight, self._stats
+            weight, stats, given = self._params.weight, self._stats, dy
             batch = Batch(x, self._sample_weight, settings.dtype)
+            if 0 in shape:  # of a group
+                batch = stand_in(backend, x, settings)
+                dy = batch.x
             kernels, batch = backend.kernels_for("pullback", batch, dy, (weight, stats))
-            dx, dweight, dbias = backend.pullback(kernels, dy, batch, weight, stats, settings.eps)
+            dx, dweight, dbias = backend.pullback(kernels, dy, batch, weight, stats, settings.eps, ALL, self._group)
+            dx = given if 0 in shape else dx
             dx = transposed(dx) if swap else dx
         weight, bias = self._params
         # The sums may be wider than the parameters that they belong to.

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from mbn.state import Params, State
 from mbn_jax import batch as own
 from mbn_jax import integration, kernels
 from mbn_jax.channels import is_known
+from mbn_jax.group import AxisGroup
 from mbn_jax.integration import argument, eps_argument
 from mbn_jax.pairs import Pair, Square, Statistic, widest_dtype
 
@@ -114,8 +116,12 @@ class JaxBackend(Backend):
         return BatchNorm1d(layer, adopt)
 
 
+@dataclass(frozen=True)
 class JaxKernels(Kernels):
     """Kernels that can be traced, each of them one compiled call."""
+
+    group: AxisGroup | None = None
+    """The replicas that share their statistics, by which they are differentiated too."""
 
     def moments(self, batch: Batch) -> Moments:
         x = jax.lax.stop_gradient(batch.x)  # what a batch is normalised by is differentiated with it, as a whole
@@ -128,7 +134,8 @@ class JaxKernels(Kernels):
         weights = kernels.against(batch.sample_weight, x)
         if count is None:
             return kernels.normalize(x, mean, var, weight, bias, eps_argument(eps), weights)
-        return own.normalize(own.batch(x, mean, var, eps_argument(eps), weights), weight, bias)
+        given = own.batch(x, mean, var, argument(count), eps_argument(eps), weights, self.group)
+        return own.normalize(given, weight, bias)
 
     def grad_sums(self, dy: jax.Array, batch: Batch, stats: Stats, eps: float | Square) -> tuple[jax.Array, jax.Array]:
         x, (mean, var, _) = batch.x, stats
@@ -154,7 +161,8 @@ class JaxKernels(Kernels):
         x, (mean, var, count) = batch.x, stats
         if count is None:
             return None
-        return own.pullback(dy, own.batch(x, mean, var, eps, kernels.against(batch.sample_weight, x)), weight)
+        weights = kernels.against(batch.sample_weight, x)
+        return own.pullback(dy, own.batch(x, mean, var, argument(count), eps, weights, self.group), weight)
 
     def sample_weights(
         self,

@@ -18,12 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from mbn.contract import summed
 from mbn_jax import kernels
 from mbn_jax.channels import column, once
 from mbn_jax.forms import GPU, HOST, Form
+from mbn_jax.group import AxisGroup
 from mbn_jax.linear import Arrays, LinearMap, Shape, are_transposes, channel_sum, spread
 from mbn_jax.maps import Map
-from mbn_jax.pairs import Pair, Scaled, Square, Statistic, as_scaled, wide
+from mbn_jax.pairs import Pair, Scaled, Square, Statistic, as_pair, as_scaled, wide
 
 
 class Batch(NamedTuple):
@@ -34,19 +36,29 @@ class Batch(NamedTuple):
     mean: Scaled
     invstd: Scaled
     count: Pair | None
+    group: AxisGroup | None = None
+    """The replicas whose values they are the statistics of, if there are others."""
 
 
-def batch(x: jax.Array, mean: Scaled, var: Square, eps: Square, weights: jax.Array | None) -> Batch:
-    """Return values with their own statistics."""
-    mean, var = lax.stop_gradient((mean, var))
-    count = kernels.divisor(kernels.count(x, weights))
-    return Batch(x, weights, mean, kernels.invstd(var, eps, mean.unit.dtype), count)
+def batch(
+    x: jax.Array,
+    mean: Scaled,
+    var: Square,
+    count: Pair,
+    eps: Square,
+    weights: jax.Array | None,
+    group: AxisGroup | None,
+) -> Batch:
+    """Return values with their own statistics, or those of all replicas."""
+    mean, var, count = lax.stop_gradient((mean, var, count))
+    dtype = mean.unit.dtype
+    return Batch(x, weights, mean, kernels.invstd(var, eps, dtype), kernels.divisor(as_pair(count, dtype)), group)
 
 
 @jax.custom_jvp
 def normalize(batch: Batch, weight: jax.Array | None, bias: jax.Array | None) -> jax.Array:
     """Return xhat * weight + bias in x's dtype."""
-    x, weights, mean, invstd, _ = batch
+    x, weights, mean, invstd, *_ = batch
     return kernels.affine(x, mean, invstd, weight, bias, weights).astype(x.dtype)
 
 
@@ -82,7 +94,8 @@ def _grad_sums(dy: jax.Array, given: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 def _sums_in_float64(form: Form, dy: jax.Array, given: Batch) -> list[jax.Array]:
-    return [total.astype(dy.dtype) for total in _sums(form, dy, given, None)[1:]]
+    _, own, _ = _sums(form, dy, given, None)
+    return [total.astype(dy.dtype) for total in own]
 
 
 _GRAD_SUMS = Map("grad_sums", partial(_sums_in_float64, HOST), partial(_sums_in_float64, GPU))
@@ -91,7 +104,7 @@ _GRAD_SUMS = Map("grad_sums", partial(_sums_in_float64, HOST), partial(_sums_in_
 @_grad_sums.defjvp
 def _grad_sums_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
     def by_definition(dy: jax.Array, given: Batch) -> tuple[jax.Array, jax.Array]:
-        x, weights, mean, invstd, _ = given
+        x, weights, mean, invstd, *_ = given
         dy = kernels.unmasked(dy, weights)
         return channel_sum(dy), channel_sum(dy * kernels.affine(x, mean, invstd, None, None, weights))
 
@@ -130,7 +143,13 @@ def _project(v: jax.Array, batch: Batch) -> jax.Array:
 
 def _mean(v: jax.Array, batch: Batch) -> jax.Array:
     """Return M(v)."""
-    return channel_sum(_weigh(v, batch)) / batch.count.hi
+    return _total(_weigh(v, batch), batch) / batch.count.hi
+
+
+def _total(v: jax.Array, batch: Batch) -> jax.Array:
+    """Return the sum of each channel over all replicas."""
+    (total,) = summed((channel_sum(v),), batch.group)
+    return total
 
 
 def _weigh(v: jax.Array, batch: Batch) -> jax.Array:
@@ -152,7 +171,7 @@ def _vector(batch: Batch, value: jax.Array | None, default: float) -> jax.Array:
 
 def _push(form: Form, arrays: Arrays, residuals: tuple[Batch, jax.Array], shape: Shape) -> list[jax.Array]:  # noqa: ARG001
     (v, *parameters), (batch, weight) = arrays, residuals
-    rest, *sums = _sums(form, v, batch, batch.weights)
+    rest, _, sums = _sums(form, v, batch, batch.weights)
     dweight, dbias = map(wide, parameters)
     unexplained = wide(v) - _line(*(_share(total, batch) for total in sums), rest, batch)
     change = _steepened(unexplained, batch, weight) + _line(dbias, dweight, rest, batch)
@@ -180,8 +199,8 @@ def _push_derivative(
 
 def _pull(form: Form, arrays: Arrays, residuals: tuple[Batch, jax.Array], shape: Shape) -> list[jax.Array]:  # noqa: ARG001
     (dy,), (batch, weight) = arrays, residuals
-    rest, dbias, dweight = _sums(form, dy, batch, None)
-    explained = _line(_share(dbias, batch), _share(dweight, batch), rest, batch)
+    rest, (dbias, dweight), sums = _sums(form, dy, batch, None)
+    explained = _line(*(_share(total, batch) for total in sums), rest, batch)
     if batch.weights is not None:
         explained *= wide(batch.weights)
     dx = _steepened(wide(dy) - explained, batch, weight)
@@ -195,24 +214,30 @@ def _pull_derivative(
     u, dy = _direction(dbatch.x, batch), _direction(dy, batch)
     xhat, change = _standardize(batch), _project(u, batch)
     moved, product, _ = _pullback([dy], (batch, _vector(batch, None, 1)))
-    # M(change) is 0, so that w times a constant in dy changes nothing but the last bits.
-    constant = spread(lax.stop_gradient(channel_sum(dy) / batch.count.hi), dy.shape)
-    bend = channel_sum(change * (dy - _weigh(constant, batch)))
+    if batch.group is None:
+        # M(change) is 0, so that w times a constant in dy changes nothing but the last bits.
+        constant = spread(lax.stop_gradient(channel_sum(dy) / batch.count.hi), dy.shape)
+        bend = channel_sum(change * (dy - _weigh(constant, batch)))
+    else:  # it is 0 over all replicas alone
+        bend = channel_sum(change * dy)
+    every_product, every_bend = summed((product, bend), batch.group)
     terms = (
         (_mean(xhat * u, batch), moved),
-        (product / batch.count.hi, _weigh(change, batch)),
-        (bend / batch.count.hi, _weigh(xhat, batch)),
+        (every_product / batch.count.hi, _weigh(change, batch)),
+        (every_bend / batch.count.hi, _weigh(xhat, batch)),
     )
     scale = -weight * _scale(batch)
     bent = sum(spread(scale * factor, dy.shape) * term for factor, term in terms)
     return [bent + spread(dweight, dy.shape) * moved, bend, jnp.zeros_like(bend)]
 
 
-def _sums(form: Form, v: jax.Array, batch: Batch, factor: jax.Array | None) -> list[jax.Array]:
+def _sums(
+    form: Form, v: jax.Array, batch: Batch, factor: jax.Array | None
+) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     """Return the sums of v and of xhat * v for each channel, in float64; of each value times a factor, if any.
 
-    Before them comes what is left of the mean beside its first part, as exact as sums are: where v is nearly constant
-    it counts for more than it weighs.
+    They are these values' own, and those of all replicas. Before them comes what is left of the mean beside its first
+    part, as exact as sums are: where v is nearly constant it counts for more than it weighs.
     """
     view, weights = form.view, form.view(batch.weights)
     unit, invstd = _units(batch)
@@ -223,12 +248,14 @@ def _sums(form: Form, v: jax.Array, batch: Batch, factor: jax.Array | None) -> l
     if factor is not None:
         v *= view(factor)
     if batch.count is None:
-        total, product = form.sums(v, v * deviation)
+        own = every = tuple(form.sums(v, v * deviation))
         rest = wide(batch.mean.pair.lo) * wide(batch.mean.unit) * (1 if unit is None else unit)
     else:
-        drift, total, product = form.sums(deviation if weights is None else deviation * weights, v, v * deviation)
+        drift, *own = form.sums(deviation if weights is None else deviation * weights, v, v * deviation)
+        drift, *every = summed((drift, *own), batch.group)
         rest = _share(drift, batch)
-    return [rest, total, (product - rest * total) * invstd]
+    own, every = ((total, (product - rest * total) * invstd) for total, product in (own, every))
+    return rest, own, every
 
 
 def _center(batch: Batch) -> jax.Array:

@@ -1,6 +1,7 @@
 """A step and its pullback as JAX compiles them: each one program, whose numbers are arguments."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from mbn.contract import Batch, Kernels, Stats
 from mbn.state import Params, Settings, State
+from mbn_jax.group import AxisGroup
 from mbn_jax.pairs import Square, number, squared, widest_dtype
 
 
@@ -22,13 +24,14 @@ def step(
     training: bool,  # noqa: FBT001 - in every call, where keywords cost
     out: None = None,  # noqa: ARG001 - JAX's arrays never change
     keep: bool = True,  # noqa: FBT001, FBT002 - as above
+    group: AxisGroup | None = None,
 ) -> tuple[jax.Array, State, Stats | None]:
     """Do what ``mbn.step.compose.forward`` does."""
     x, sample_weight, dtype = batch
     y, after, stats = compiled_step(
         *(x, sample_weight, params, state, eps_argument(settings.eps), argument(settings.momentum)),
         forward=forward,
-        kernels=kernels,
+        kernels=_of_group(kernels, group),
         dtype=dtype,
         correction=settings.correction,
         training=training,
@@ -45,12 +48,19 @@ def differentiate(
     weight: jax.Array | None,
     stats: Stats,
     eps: float,
+    needs: object = None,  # noqa: ARG001 - what nobody reads is not computed
+    group: AxisGroup | None = None,
 ) -> tuple[jax.Array, ...]:
     """Do what ``mbn.step.compose.pullback`` does."""
     x, sample_weight, dtype = batch
     stats = stats._replace(count=argument(stats.count))
     arrays = dy, x, sample_weight, weight, stats, eps_argument(eps)
-    return _compiled_pullback(*arrays, pullback=pullback, kernels=kernels, dtype=dtype)
+    return _compiled_pullback(*arrays, pullback=pullback, kernels=_of_group(kernels, group), dtype=dtype)
+
+
+def _of_group(kernels: Kernels, group: AxisGroup | None) -> Kernels:
+    """Return kernels whose derivatives pass the seam between replicas, where there are others."""
+    return kernels if group is None else replace(kernels, group=group)
 
 
 @partial(jax.jit, static_argnames=("forward", "kernels", "dtype", "correction", "training", "keep"))
@@ -72,7 +82,7 @@ def compiled_step(
     """Run a step of which nothing is static but the way that it takes: no momentum has it compiled anew."""
     batch = Batch(_widened(x, dtype), sample_weight, dtype)
     settings = Settings(None, dtype, eps, momentum, 1, correction)
-    y, state, stats = forward(kernels, batch, params, state, settings, training, None, keep)
+    y, state, stats = forward(kernels, batch, params, state, settings, training, None, keep, kernels.group)
     return y.astype(x.dtype), state, stats
 
 

@@ -78,7 +78,10 @@ class LinearMap(Map):
                 return self._derivative(arrays, residuals, changes)
 
             terms.append(
-                vectorised(derivative, [level + level[count:] for level in levels])(*primals, *tangents[count:])
+                vectorised(
+                    derivative,
+                    [level._replace(has_axis=level.has_axis + level.has_axis[count:]) for level in levels],
+                )(*primals, *tangents[count:])
             )
         return bind(*primals), [sum(parts[1:], parts[0]) for parts in zip(*terms, strict=True)]
 
@@ -89,7 +92,7 @@ class LinearMap(Map):
         arrays, residuals = tree.unflatten(operands)
         count = len(arrays)
         leaves, tree = jax.tree.flatten((cotangents, residuals))
-        levels = tuple((True,) * len(cotangents) + level[count:] for level in levels)
+        levels = tuple(level._replace(has_axis=(True,) * len(cotangents) + level.has_axis[count:]) for level in levels)
         results = self.transpose.bind(*leaves, tree=tree, levels=levels, **parameters)
         # An array that is not asked for is a zero that JAX has written out.
         results = [
@@ -99,14 +102,13 @@ class LinearMap(Map):
         return results + [None] * (len(operands) - count)
 
     def _batch(
-        self, operands: Arrays, axes: Sequence[int | None], *, tree: Any, **parameters: Any
-    ) -> tuple[list[jax.Array], list[int]]:
-        size = next(operand.shape[axis] for operand, axis in zip(operands, axes, strict=True) if axis is not None)
+        self, axis_data: Any, operands: Arrays, axes: Sequence[int | None], *, tree: Any, **parameters: Any
+    ) -> tuple[list[jax.Array], list[int | None]]:
         operands, axes = list(operands), list(axes)
         for i in range(len(tree.unflatten(operands)[0])):
             if axes[i] is None:
-                operands[i], axes[i] = jnp.broadcast_to(operands[i], (size, *operands[i].shape)), 0
-        return super()._batch(operands, axes, tree=tree, **parameters)
+                operands[i], axes[i] = jnp.broadcast_to(operands[i], (axis_data.size, *operands[i].shape)), 0
+        return super()._batch(axis_data, operands, axes, tree=tree, **parameters)
 
 
 def _lying_as(kind: Any, x: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,18 @@ except ImportError:  # JAX 0.7
     from jax.experimental import enable_x64
 
 Arrays: TypeAlias = Sequence[jax.Array]
-Levels: TypeAlias = tuple[tuple[bool, ...], ...]
+
+
+class Level(NamedTuple):
+    """One vmap over a primitive."""
+
+    name: Any
+    """That of its axis, by which replicas along it find each other, or JAX's own for an axis without one."""
+    has_axis: tuple[bool, ...]
+    """For each operand, whether it has this axis."""
+
+
+Levels: TypeAlias = tuple[Level, ...]
 
 
 @contextmanager
@@ -58,7 +69,7 @@ class Map:
         primitive.multiple_results = True
         primitive.def_impl(self._run)
         primitive.def_abstract_eval(self._abstract_eval)
-        batching.primitive_batchers[primitive] = self._batch
+        batching.fancy_primitive_batchers[primitive] = self._batch
         mlir.register_lowering(primitive, partial(self._lower, function))
         for platform in ("cuda", "rocm") if on_gpu else ():
             mlir.register_lowering(primitive, partial(self._lower, on_gpu), platform)
@@ -106,13 +117,16 @@ class Map:
             return mlir.lower_fun(apply, multiple_results=True)(context, *operands, **parameters)
 
     def _batch(
-        self, operands: Arrays, axes: Sequence[int | None], *, levels: Levels, **parameters: Any
-    ) -> tuple[list[jax.Array], list[int]]:
+        self, axis_data: Any, operands: Arrays, axes: Sequence[int | None], *, levels: Levels, **parameters: Any
+    ) -> tuple[list[jax.Array], list[int | None]]:
+        if all(axis is None for axis in axes):
+            results = self.bind(*operands, levels=levels, **parameters)
+            return results, [None] * len(results)
         in_front = [
             operand if axis is None else jnp.moveaxis(operand, axis, 0)
             for operand, axis in zip(operands, axes, strict=True)
         ]
-        level = tuple(axis is not None for axis in axes)
+        level = Level(axis_data.name, tuple(axis is not None for axis in axes))
         results = self.bind(*in_front, levels=(level, *levels), **parameters)
         return results, [0] * len(results)
 
@@ -176,7 +190,10 @@ def result_type(operands: Sequence[Any], levels: Levels, shape: tuple[int, ...],
     kind = max(operands, key=lambda operand: not operand.sharding.mesh.empty)
     spec: list[Any] = [None] * len(shape)
     rank = len(shape) - len(levels)
-    specs = [operand.sharding.spec[sum(each) :] for operand, *each in zip(operands, *levels, strict=True)]
+    specs = [
+        operand.sharding.spec[sum(each) :]
+        for operand, *each in zip(operands, *(level.has_axis for level in levels), strict=True)
+    ]
     for own in sorted(specs, key=lambda own: len(own) != rank):
         places = own if len(own) == rank else own[1:2] if rank == 1 else (None, *own) if len(own) == 1 else ()
         for place, axis in enumerate(places[:rank], len(levels)):
@@ -189,5 +206,6 @@ def result_type(operands: Sequence[Any], levels: Levels, shape: tuple[int, ...],
 def vectorised(function: Callable[..., Any], levels: Levels) -> Callable[..., Any]:
     """Return ``function`` under a vmap for each level, which says what arguments have its axis in front."""
     for level in reversed(levels):
-        function = jax.vmap(function, in_axes=tuple(0 if has_axis else None for has_axis in level))
+        axes = tuple(0 if has_axis else None for has_axis in level.has_axis)
+        function = jax.vmap(function, axes, axis_name=level.name)
     return function

@@ -12,9 +12,10 @@ from typing import Any, TypeAlias
 import torch
 from torch.autograd import Function
 
-from mbn.contract import Batch, Kernels, Stats
+from mbn.contract import Batch, Group, Kernels, Stats, merged
 from mbn.state import Params, Settings, State
 from mbn_torch.formulas import FORMULAS
+from mbn_torch.group import differentiable
 from mbn_torch.host import OnHost, tensors
 from mbn_torch.tracing import is_constant, is_recorded, is_scripted
 from mbn_torch.vectors import WIDE, variance
@@ -43,6 +44,7 @@ def bind(
         training: bool,  # noqa: FBT001 - in every call, where keywords cost
         out: torch.Tensor | None = None,
         keep: bool = True,  # noqa: ARG001, FBT001, FBT002 - as above; what to keep autograd says
+        group: Group | None = None,
     ) -> tuple[torch.Tensor, State, Stats]:
         x = batch.x
         if kernels is FORMULAS:
@@ -52,19 +54,20 @@ def bind(
                 raise RuntimeError(NOT_REGISTERED)
             # x is widened once, since what it gets of a gradient from each place is summed up in its dtype.
             wide = batch._replace(x=x.to(WIDE))
-            y, state, stats = forward(kernels, wide, params, state, settings, training)
+            sharing = None if group is None else differentiable(group)
+            y, state, stats = forward(kernels, wide, params, state, settings, training, group=sharing)
             y = y.to(x.dtype)
             return y if out is None else out.copy_(y), state, stats
         if not is_recorded(x, *params):
-            return forward(kernels, batch, params, state, settings, training, out)
+            return forward(kernels, batch, params, state, settings, training, out, group=group)
         if out is not None:
             message = "out is written to, which autograd cannot record: call it under torch.no_grad()."
             raise RuntimeError(message)
-        return BatchNorm.apply(x, *params, kernels, batch, state, settings, training, forward, gradients)
+        return BatchNorm.apply(x, *params, kernels, batch, state, settings, training, group, forward, gradients)
 
-    def gradients(dy: torch.Tensor, batch: Batch, weight: Any, stats: Stats, eps: float, needs: Needs) -> Gradients:
+    def gradients(dy: torch.Tensor, batch: Batch, weight: Any, stats: Stats, *rest: Any) -> Gradients:
         kernels, batch = kernels_for("pullback", batch, dy, (weight, stats))
-        return differentiate(kernels, dy, batch, weight, stats, eps, needs)
+        return differentiate(kernels, dy, batch, weight, stats, *rest)
 
     def differentiate(
         kernels: Kernels,
@@ -74,12 +77,13 @@ def bind(
         stats: Stats,
         eps: float,
         needs: Needs = _ALL,
+        group: Group | None = None,
     ) -> Gradients:
         if kernels is FORMULAS:
-            return _by_formulas(pullback, dy, batch, weight, stats, eps, needs)
+            return _by_formulas(pullback, dy, batch, weight, stats, eps, needs, group)
         if is_recorded(dy, batch.x, weight):
-            return Pullback.apply(dy, batch.x, weight, kernels, batch, stats, eps, needs, pullback)
-        return _of_values(pullback, kernels, dy, batch, weight, stats, eps, needs)
+            return Pullback.apply(dy, batch.x, weight, kernels, batch, stats, eps, needs, group, pullback)
+        return _of_values(pullback, kernels, dy, batch, weight, stats, eps, needs, group)
 
     return step, differentiate
 
@@ -98,25 +102,26 @@ class BatchNorm(Function):
         state: State,
         settings: Settings,
         training: bool,  # noqa: FBT001 - apply takes no keywords
+        group: Group | None,
         forward: Callable[..., Any],
         gradients: Callable[..., Gradients],
     ) -> tuple[torch.Tensor, State, Stats]:
-        y, state, stats = forward(kernels, batch, Params(weight, bias), state, settings, training)
+        y, state, stats = forward(kernels, batch, Params(weight, bias), state, settings, training, group=group)
         ctx.save_for_backward(x, weight, batch.sample_weight)
         mean, var, count = stats
         if count is None:  # running statistics, which may be written to before the backward pass
             mean, var = mean.clone(), var.clone()
-        ctx.rest = Stats(mean, var, count), batch.dtype, settings.eps, gradients
+        ctx.rest = Stats(mean, var, count), batch.dtype, settings.eps, group, gradients
         return y, state, stats
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor, *_: None) -> Gradients:
         x, weight, sample_weight = ctx.saved_tensors
-        stats, dtype, eps, gradients = ctx.rest
+        stats, dtype, eps, group, gradients = ctx.rest
         needs = ctx.needs_input_grad[:3]
-        found = gradients(dy, Batch(x, sample_weight, dtype), weight, stats, eps, needs)
+        found = gradients(dy, Batch(x, sample_weight, dtype), weight, stats, eps, needs, group)
         found = (gradient if needed else None for gradient, needed in zip(found, needs, strict=True))
-        return *found, None, None, None, None, None, None, None
+        return *found, None, None, None, None, None, None, None, None
 
 
 class Pullback(Function):
@@ -133,24 +138,25 @@ class Pullback(Function):
         stats: Stats,
         eps: float,
         needs: Needs,
+        group: Group | None,
         pullback: Callable[..., Gradients],
     ) -> Gradients:
         ctx.save_for_backward(dy, x, weight, batch.sample_weight)
         ctx.set_materialize_grads(False)
-        ctx.rest = batch.dtype, stats, eps, needs, pullback
-        return _of_values(pullback, kernels, dy, batch, weight, stats, eps, needs)
+        ctx.rest = batch.dtype, stats, eps, needs, group, pullback
+        return _of_values(pullback, kernels, dy, batch, weight, stats, eps, needs, group)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Gradients:
         *inputs, sample_weight = ctx.saved_tensors
-        dtype, stats, eps, needs, pullback = ctx.rest
+        dtype, stats, eps, needs, group, pullback = ctx.rest
         with torch.enable_grad():
             # Of views, since dy is often a function of x, and that is not what the derivative is of.
             inputs = dy, x, weight = [tensor if tensor is None else tensor.view_as(tensor) for tensor in inputs]
-            outputs = _by_formulas(pullback, dy, Batch(x, sample_weight, dtype), weight, stats, eps, needs)
+            outputs = _by_formulas(pullback, dy, Batch(x, sample_weight, dtype), weight, stats, eps, needs, group)
         is_needed = ctx.needs_input_grad[:3]
         found = _vjp(outputs, list(compress(inputs, is_needed)), gradients)
-        return *(next(found) if needed else None for needed in is_needed), None, None, None, None, None, None
+        return *(next(found) if needed else None for needed in is_needed), None, None, None, None, None, None, None
 
 
 def _vjp(
@@ -177,15 +183,17 @@ def _by_formulas(
     stats: Stats,
     eps: float,
     needs: Needs,
+    group: Group | None,
 ) -> Gradients:
     """Return the gradients as functions of x, which mean and variance of its batch are, too."""
     # All at once, since a derivative is summed up in the dtype of what it is taken by.
     x = batch.x
     wide = batch._replace(x=x.to(WIDE))
     if stats.count is not None:
-        moments = FORMULAS.moments(wide)
+        group = None if group is None else differentiable(group)
+        moments = merged(FORMULAS, FORMULAS.moments(wide), group)
         stats = Stats(moments.mean, variance(moments, 0), moments.count)
-    dx, dweight, dbias = pullback(FORMULAS, dy.to(WIDE), wide, weight, stats, eps, needs)
+    dx, dweight, dbias = pullback(FORMULAS, dy.to(WIDE), wide, weight, stats, eps, needs, group)
     return None if dx is None else dx.to(x.dtype), dweight, dbias
 
 
@@ -198,6 +206,8 @@ def _of_values(
     stats: Stats,
     eps: float,
     needs: Needs,
+    group: Group | None,
 ) -> Gradients:
     """Return the gradients where nothing follows how they are computed."""
-    return pullback(kernels, dy, batch, weight, stats if isinstance(kernels, OnHost) else tensors(stats), eps, needs)
+    stats = stats if isinstance(kernels, OnHost) else tensors(stats)
+    return pullback(kernels, dy, batch, weight, stats, eps, needs, group)

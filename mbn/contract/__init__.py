@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, TypeAlias
 from mbn.contract.arrays import Arrays
 from mbn.contract.integration import Held, Integration
 from mbn.contract.kernels import Kernels
+from mbn.contract.replicas import Group, merged, summed
 from mbn.contract.values import (
     Array,
     Batch,
@@ -29,6 +30,7 @@ __all__ = [
     "Backend",
     "Batch",
     "Capabilities",
+    "Group",
     "Held",
     "Integration",
     "Kernels",
@@ -38,7 +40,9 @@ __all__ = [
     "counted",
     "dtype_name",
     "layer_dtype",
+    "merged",
     "overlaps_itself",
+    "summed",
     "transposed",
 ]
 

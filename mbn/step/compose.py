@@ -4,9 +4,7 @@ This is the one place where they are put together: every backend, framework and 
 backend binds both functions once, when it is made (``Integration.bind``).
 """
 
-from typing import Any
-
-from mbn.contract import Array, Batch, Kernels, Moments, Stats
+from mbn.contract import Array, Batch, Group, Kernels, Stats, merged, summed
 from mbn.state import Params, Settings, State
 
 ALL = (True, True, True)
@@ -21,19 +19,20 @@ def forward(
     training: bool,  # noqa: FBT001 - in every call, where keywords cost
     out: Array | None = None,
     keep: bool = True,  # noqa: FBT001, FBT002 - as above
+    group: Group | None = None,
 ) -> tuple[Array, State, Stats | None]:
-    """Normalise a batch by its own statistics (``training``) or the running ones.
+    """Normalise a batch by its own statistics (``training``), those of all batches of a group, or the running ones.
 
     Returns:
         The output, the new state, and the statistics that ``pullback`` needs; they may be None unless they are to be
         kept (``keep``).
     """
     if training:
-        if kernels.train is not None:
+        if kernels.train is not None and group is None:
             result = kernels.train(batch, params, state, settings, out)
             if result is not None:
                 return result
-        stats, state = kernels.advance(state, merged(kernels.moments(batch)), settings)
+        stats, state = kernels.advance(state, merged(kernels, kernels.moments(batch), group), settings)
     else:
         stats = Stats(state.running_mean, state.running_var, None)
         if kernels.evaluate is not None:
@@ -51,9 +50,13 @@ def pullback(
     stats: Stats,
     eps: float,
     needs: tuple[bool, bool, bool] = ALL,
+    group: Group | None = None,
 ) -> tuple[Array | None, Array | None, Array | None]:
-    """Return the gradients of x, weight and bias, given that of the output; None for those that nobody ``needs``."""
-    if kernels.pullback is not None and needs == ALL:
+    """Return the gradients of x, weight and bias, given that of the output; None for those that nobody ``needs``.
+
+    That of x is of the sum of the losses of all replicas; those of weight and bias are of this replica's loss.
+    """
+    if kernels.pullback is not None and needs == ALL and group is None:
         gradients = kernels.pullback(dy, batch, weight, stats, eps)
         if gradients is not None:
             return gradients
@@ -62,19 +65,6 @@ def pullback(
     if any(needs_params) or (needs_x and stats.count is not None):
         sums = kernels.grad_sums(dy, batch, stats, eps)
     if needs_x:
-        dx = kernels.grad_input(dy, batch, stats, weight, eps, None if stats.count is None else summed(sums))
+        dx = kernels.grad_input(dy, batch, stats, weight, eps, None if stats.count is None else summed(sums, group))
     sum_dy, sum_dy_xhat = sums
     return dx, sum_dy_xhat, sum_dy
-
-
-# Every sum over values on which statistics or derivatives depend comes through one of these two.
-
-
-def merged(moments: Moments) -> Moments:
-    """Return the statistics of the batches of all replicas together: of one replica, its own."""
-    return moments
-
-
-def summed(sums: Any) -> Any:
-    """Return sums over the values of all replicas: of one replica, its own."""
-    return sums

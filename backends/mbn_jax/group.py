@@ -1,0 +1,36 @@
+"""Groups of replicas as JAX has them: along an axis that ``vmap``, ``pmap`` or ``shard_map`` has a name for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+from jax import lax
+
+T = TypeVar("T")
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class AxisGroup:
+    """The replicas along a named axis."""
+
+    name: Any
+
+    @property
+    def rank(self) -> jax.Array:
+        """Which of them this one is."""
+        return lax.axis_index(self.name)
+
+    def gather(self, values: T) -> Sequence[T]:
+        """Return the values of all replicas. A number is the same for all, since their arrays have one shape."""
+        stacks = jax.tree.map(partial(_stacked, name=self.name), values)
+        return [
+            jax.tree.map(lambda stack, i=i: stack[i] if isinstance(stack, jax.Array) else stack, stacks)
+            for i in range(lax.psum(1, self.name))
+        ]
+
+
+def _stacked(value: Any, name: Any) -> Any:
+    return lax.all_gather(value, name) if isinstance(value, jax.Array) else value

@@ -1,0 +1,226 @@
+"""A batch that replicas share gives each of them its part of what the whole batch gives."""
+
+import importlib
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from thread_group import ThreadGroup
+
+import mbn
+from mbn import registry
+from mbn.contract import Backend
+from mbn.forward import forward, forward_vjp
+from mbn.masking import Masking
+from mbn.state import Params, Settings, State
+from mbn.step import compose
+
+C = 3
+RNG = np.random.default_rng(5)
+SHARDS = {"two": [20, 17], "three, one with one row": [1, 24, 12], "four, one of them empty": [9, 0, 20, 8]}
+STANDINS = Path(__file__).parents[1] / "standins"
+
+
+@pytest.fixture(params=["numpy", "numba", "torch", "strict", "cupy"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    if request.param == "cupy":
+
+        def stand_in() -> list[str]:
+            return [name for name in sys.modules if name.partition(".")[0] in ("cupy", "cuda_on_host", "mbn_cupy")]
+
+        for name in stand_in():
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.syspath_prepend(STANDINS)
+        registry._forget("cupy")
+        importlib.import_module("cupy")
+    return mbn.get_backend(request.param)
+
+
+def split(values: Any, sizes: list[int]) -> list[Any]:
+    """Return the parts of values along the first axis."""
+    starts = np.cumsum([0, *sizes])
+    return [values[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+
+
+def data(dtype: str, length: int | None) -> tuple[np.ndarray, np.ndarray]:
+    shape = (37, C) if length is None else (37, C, length)
+    x, dy = RNG.standard_normal((2, *shape))
+    x += 100 * np.arange(37).reshape(-1, *[1] * (x.ndim - 1)) / 37  # no shard has the mean of all
+    return x.astype(dtype), dy.astype(dtype)
+
+
+def vectors(backend: Backend, dtype: str) -> tuple[Params, State]:
+    weight, bias, mean = (backend.asarray(np.array(values), dtype) for values in ([1, 2, -3], [0, 1, 2], [5, 6, 7]))
+    var = backend.asarray(np.array([1, 2, 3]), dtype)
+    return Params(weight, bias), State(mean, var, backend.asarray(np.array(4), "int64"))
+
+
+def assert_near(part: Any, whole: Any, dtype: str) -> None:
+    tolerance = 3e-6 if dtype == "float32" else 1e-11
+    whole = np.asarray(whole, float)
+    np.testing.assert_allclose(np.asarray(part, float), whole, tolerance, tolerance * max(abs(whole).max(), 1))
+
+
+@pytest.mark.parametrize("sizes", SHARDS.values(), ids=SHARDS)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("length", [None, 5])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_replicas_agree_with_the_whole_batch(
+    backend: Backend, sizes: list[int], length: int | None, dtype: str, *, masked: bool
+) -> None:
+    x, dy = data(dtype, length)
+    mask = RNG.random((37,) if length is None else (37, length)) < 0.7 if masked else None
+    settings = Settings(C, dtype, 1e-5, 0.1, 1, 1)
+    params, state = vectors(backend, dtype)
+
+    def step(x: np.ndarray, dy: np.ndarray, mask: Any, group: Any = None) -> list[np.ndarray]:
+        x, dy = (backend.asarray(values, dtype) for values in (x, dy))
+        masking = None if mask is None else Masking(backend.asarray(mask), None, None)
+        run = partial(forward_vjp, backend, x, params, state, settings, training=True, masking=masking, group=group)
+        (y, pullback), after = run()
+        again, _ = forward(backend, x, params, state, settings, training=True, masking=masking, group=group)
+        np.testing.assert_array_equal(backend.to_numpy(again), backend.to_numpy(y))
+        return [backend.to_numpy(array) for array in (y, *pullback(dy), *after)]
+
+    y, dx, dweight, dbias, *statistics = step(x, dy, mask)
+    group = ThreadGroup(len(sizes))
+    parts = list(zip(split(x, sizes), split(dy, sizes), split(mask, sizes) if masked else [None] * 4, strict=False))
+    results = group.run(lambda rank: step(*parts[rank], group))
+    outputs, gradients, dweights, dbiases, *others = zip(*results, strict=True)
+    assert_near(np.concatenate(outputs), y, dtype)
+    assert_near(np.concatenate(gradients), dx, dtype)
+    assert_near(sum(dweights), dweight, dtype)
+    assert_near(sum(dbiases), dbias, dtype)
+    for statistic, of_replicas in zip(statistics, others, strict=True):
+        assert_near(of_replicas[0], statistic, dtype)
+        for other in of_replicas[1:]:
+            np.testing.assert_array_equal(other, of_replicas[0])
+
+
+def test_one_value_per_channel_of_all_replicas_is_refused(backend: Backend) -> None:
+    settings = Settings(C, "float32", 1e-5, 0.1, 1, 1)
+    params, state = vectors(backend, "float32")
+
+    def step(group: ThreadGroup) -> Any:
+        x = backend.asarray(np.full((1, C), group.rank), "float32")
+        return forward(backend, x, params, state, settings, training=True, group=group)
+
+    two, one = ThreadGroup(2), ThreadGroup(1)
+    two.run(lambda _: step(two))  # two values have a variance
+    with pytest.raises(ValueError, match="one value per channel"):
+        one.run(lambda _: step(one))
+
+
+def test_evaluation_asks_no_other_replica(backend: Backend) -> None:
+    settings = Settings(C, "float32", 1e-5, 0.1, 1, 1)
+    params, state = vectors(backend, "float32")
+    x = backend.asarray(data("float32", None)[0], "float32")
+    expected, _ = forward(backend, x, params, state, settings, training=False)
+    y, after = forward(backend, x, params, state, settings, training=False, group=object())
+    assert after is state
+    np.testing.assert_array_equal(backend.to_numpy(y), backend.to_numpy(expected))
+
+
+@pytest.mark.parametrize("seam", ["merged", "summed"])
+def test_each_part_of_the_seam_is_needed(seam: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compose, seam, lambda *arguments: arguments[-2])  # each replica for itself
+    with pytest.raises(AssertionError):
+        test_replicas_agree_with_the_whole_batch(mbn.get_backend("numpy"), [20, 17], None, "float32", masked=False)
+
+
+class TestTorch:
+    """Autograd, once and twice."""
+
+    @pytest.mark.parametrize("masked", [False, True])
+    @pytest.mark.parametrize("dtype", ["float32", "float64"])
+    def test_derivatives(self, dtype: str, *, masked: bool) -> None:
+        torch = pytest.importorskip("torch")
+        backend = mbn.get_backend("torch")
+        x, dy = data(dtype, 4)
+        v, mask = RNG.standard_normal(x.shape).astype(dtype), RNG.random((37, 4)) < 0.7
+        settings = Settings(C, dtype, 1e-5, 0.1, 1, 1)
+        (weight, bias), state = vectors(backend, dtype)
+        u = torch.tensor([1.0, -2.0, 0.5], dtype=weight.dtype)
+
+        def step(x: np.ndarray, dy: np.ndarray, v: np.ndarray, mask: np.ndarray, group: Any = None) -> list[Any]:
+            x, dy, v = (torch.from_numpy(values).requires_grad_() for values in (x, dy, v))
+            params = Params(weight.clone().requires_grad_(), bias.clone().requires_grad_())
+            masking = Masking(torch.from_numpy(mask), None, None) if masked else None
+            y, _ = forward(backend, x, params, state, settings, training=True, masking=masking, group=group)
+            first = torch.autograd.grad(y, (x, *params), dy, create_graph=True)
+            scalar = (first[0] * v).sum() + (first[1] * u).sum()
+            second = torch.autograd.grad(scalar, (x, dy, params.weight), create_graph=True)
+            third = torch.autograd.grad((second[0] * v).sum(), (x, params.weight))
+            return [tensor.detach().numpy() for tensor in (y, *first, *second, *third)]
+
+        whole = step(x, dy, v, mask)
+        sizes = [20, 16, 1]
+        group = ThreadGroup(3)
+        parts = list(zip(*(split(values, sizes) for values in (x, dy, v, mask)), strict=True))
+        results = zip(*group.run(lambda rank: step(*parts[rank], group)), strict=True)
+        for of_replicas, truth in zip(results, whole, strict=True):
+            is_vector = truth.ndim == 1
+            assert_near(sum(of_replicas) if is_vector else np.concatenate(of_replicas), truth, dtype)
+
+
+class TestJax:
+    """Replicas along a named axis, differentiated to any order."""
+
+    @pytest.mark.parametrize(("size", "masked"), [(2, True), (4, False)])
+    def test_derivatives(self, size: int, *, masked: bool) -> None:
+        jax = pytest.importorskip("jax")
+        from mbn_jax.group import AxisGroup  # noqa: PLC0415 - there may be no JAX
+
+        backend = mbn.get_backend("jax")
+        x, dy = (values[:36] for values in data("float32", 4))
+        v, mask = RNG.standard_normal(x.shape).astype("float32"), RNG.random((36, 4)) < 0.7
+        params, state = vectors(backend, "float32")
+        settings = Settings(C, "float32", 1e-5, 0.1, 1, 1)
+
+        def losses(group: Any, x: Any, params: Params, dy: Any, mask: Any) -> tuple[Any, Any]:
+            masking = Masking(mask, None, None) if masked else None
+            y, after = forward(backend, x, params, state, settings, training=True, masking=masking, group=group)
+            return (y * dy).sum(), (y, after)
+
+        def derivatives(group: Any, x: Any, dy: Any, v: Any, mask: Any) -> tuple[Any, ...]:
+            def gradients(x: Any, params: Params) -> tuple[Any, Any]:
+                return jax.grad(partial(losses, group), (0, 1), has_aux=True)(x, params, dy, mask)[0]
+
+            def scalar(x: Any, params: Params) -> Any:
+                dx, dparams = gradients(x, params)
+                return (dx * v).sum() + (dparams.weight * params.bias).sum()
+
+            _, (y, after) = losses(group, x, params, dy, mask)
+            dx, dparams = gradients(x, params)
+            forwards = jax.jvp(lambda x: gradients(x, params), (x,), (v,))[1]
+            (_, pullback), _ = forward_vjp(
+                backend,
+                x,
+                params,
+                state,
+                settings,
+                training=True,
+                group=group,
+                masking=Masking(mask, None, None) if masked else None,
+            )
+            return (
+                (y, dx, forwards[0], jax.grad(scalar)(x, params), pullback(dy)[0]),
+                (*dparams, forwards[1].weight, jax.grad(scalar, 1)(x, params).weight),
+                after,
+            )
+
+        x, dy, v, mask = map(jax.numpy.asarray, (x, dy, v, mask))
+        arrays, sums, after = jax.jit(partial(derivatives, None))(x, dy, v, mask)
+        shards = [values.reshape(size, -1, *values.shape[1:]) for values in (x, dy, v, mask)]
+        run = jax.jit(jax.vmap(partial(derivatives, AxisGroup("replicas")), axis_name="replicas"))
+        own_arrays, own_sums, own_after = run(*shards)
+        for own, whole in zip(own_arrays, arrays, strict=True):
+            assert_near(own.reshape(whole.shape), whole, "float32")
+        for own, whole in zip(own_sums, sums, strict=True):
+            assert_near(own.sum(0), whole, "float32")
+        for own, whole in zip(own_after, after, strict=True):
+            for replica in own:
+                assert_near(replica, whole, "float32")
