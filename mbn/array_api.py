@@ -87,7 +87,7 @@ class ArrayAPIKernels(Kernels):
 
         Sums of x and x**2 lose all their digits where the mean is large. Those of x - shift do not if the shift is near
         the mean: a value that counts is near enough to find the mean, and around that the second sums find the digits
-        that the first could not hold.
+        that the first could not hold. A constant channel is exact, since its deviations are 0.
         """
         x, sample_weight, _ = batch
         xp = _namespace(x)
@@ -99,9 +99,8 @@ class ArrayAPIKernels(Kernels):
             counts = _each(lambda part: xp.reshape(part, (1, -1)), _wide(sample_weight))
             count = _each(lambda part: part[0], _sum(counts))
         is_value = _leading(counts) > 0
-        heaviest = xp.argmax(_leading(counts)[0, :], keepdims=True)
-        shift = _each(lambda part: xp.take(part, heaviest, axis=1)[:, 0], rows)
-        shift = _where(xp.any(is_value), shift, 0.0)
+        largest = xp.max(xp.where(is_value, _leading(rows), -xp.inf), axis=1)  # a value that counts
+        shift = _exact(xp.where(xp.any(is_value), largest, 0.0))
 
         def deviations(shift: Number) -> Number:
             return _where(is_value, rows - _each(lambda part: part[:, None], shift), 0.0)
@@ -206,6 +205,13 @@ class ArrayAPIBackend(Backend):
     """The module of the library, as its arrays' ``__array_namespace__`` returns it."""
     kernels = ArrayAPIKernels()
 
+    def __init__(self, namespace: Any = None, name: str | None = None) -> None:
+        """Stand in for a library that has no backend; a class of its own has both as attributes."""
+        if namespace is not None:
+            self.namespace = namespace
+        if name is not None:
+            self.name = name  # type: ignore[misc]
+
     @property
     def version(self) -> str:
         return str(getattr(self.namespace, "__version__", "unknown"))
@@ -283,6 +289,11 @@ def _wide(x: Number) -> Number:
     return xp.astype(x, xp.float64) if _has_float64(xp, _device(x)) else Pair(xp.astype(x, xp.float32))
 
 
+def _exact(x: Array) -> Number:
+    """Return numbers that one part is enough for."""
+    return x if _has_float64(_namespace(x), _device(x)) else Pair(x)
+
+
 def _narrow(x: Number, dtype: Any) -> Array:
     x = x.hi if isinstance(x, Pair) else x
     return _namespace(x).astype(x, dtype)
@@ -353,7 +364,8 @@ def _xhat(batch: Batch, stats: Stats, eps: float) -> Number:
 
 def _invstd(var: Number, eps: float) -> Number:
     spread = _wide(var) + eps
-    return 1 / _sqrt(_where(_leading(spread) != 0, spread, float("inf")))
+    is_spread = _leading(spread) != 0
+    return _where(is_spread, 1 / _sqrt(_where(is_spread, spread, 1.0)), 0.0)
 
 
 def _sqrt(x: Number) -> Number:

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
@@ -60,6 +61,10 @@ _BUILT_IN = {
 }
 _HOST = "numpy"
 """The backend of data that has no framework yet."""
+_STANDARD = "array_api."
+"""What the names of backends begin with that stand in for a library which no backend is for; its module follows."""
+_CLAIMED = frozenset({*(known.framework for known in _BUILT_IN.values()), "jaxlib"})
+"""Packages whose arrays are a backend's own, or are refused."""
 _registered: dict[str, Known] = {}
 _loaded: dict[str, Backend] = {}
 _owners: dict[type, Backend] = {}
@@ -103,7 +108,8 @@ def register_backend(name: str, target: Target) -> None:
         message = f"a backend is registered by 'module:attribute', a Backend or its class, not {target!r}."
         raise TypeError(message)
     _registered[name] = Known(target, "register_backend")
-    _forget(name)
+    for stale in (name, *(loaded for loaded in list(_loaded) if loaded.startswith(_STANDARD))):
+        _forget(stale)
 
 
 def list_backends() -> list[str]:
@@ -250,12 +256,14 @@ def _find_owner(x: object) -> Backend:
         raise TypeError(message)
     kind = type(x)
     broken: BackendUnavailableError | None = None
+    may_be_refused = False
     # Only an array that nobody knows is worth a look at strangers' plug-ins, and their import: they come last.
     for name in chain.from_iterable(names() for names in (_candidates, _entry_points)):
         try:
             backend = get_backend(name)
         except BackendUnavailableError as error:  # it may not hide another, which comes after it
             broken = broken or error
+            may_be_refused |= name not in _BUILT_IN  # of those that are built in the framework is known
             continue
         try:
             owned = backend.owns(x)
@@ -265,15 +273,36 @@ def _find_owner(x: object) -> Backend:
             # As in _construct: nor may this one hide another.
             broken = broken or BackendUnavailableError(f"backend {name!r} is broken: {type(error).__name__}: {error}")
             broken.__cause__ = broken.__cause__ or error
+            may_be_refused = True
             continue
         if owned:
             _owners[kind] = backend
             return backend
+    library = None if may_be_refused else _standard_library(x)
+    if library is not None:
+        _owners[kind] = get_backend(f"{_STANDARD}{library}")
+        return _owners[kind]
     message = (
         f"no backend knows arrays of type {kind.__module__}.{kind.__qualname__}: {_way_in(x)}. Known backends: "
         f"{', '.join(list_backends())}; mbn.register_backend adds one."
     )
     raise TypeError(message) from broken
+
+
+def _standard_library(x: object) -> str | None:
+    """Return the module of a library that follows the array API standard and that no backend is for."""
+    kind = type(x)
+    if kind.__module__.partition(".")[0] in _CLAIMED or not hasattr(kind, "__dlpack__"):
+        return None
+    find = getattr(x, "__array_namespace__", None)
+    namespace: Any = None if find is None else find()
+    return str(namespace.__name__) if hasattr(namespace, "__array_namespace_info__") else None
+
+
+def _of_standard(name: str) -> Backend:
+    from mbn.array_api import ArrayAPIBackend  # noqa: PLC0415 - for strangers
+
+    return ArrayAPIBackend(importlib.import_module(name.removeprefix(_STANDARD)), name)
 
 
 def _preload(name: str) -> bool:
@@ -310,6 +339,8 @@ def _candidates() -> list[str]:
 
 def _load(name: str, *, may_import: bool = False) -> Backend:
     known = _BUILT_IN.get(name) or _registered.get(name) or _entry_points().get(name)
+    if known is None and name.startswith(_STANDARD):
+        known = Known(partial(_of_standard, name), "the array API standard")
     if known is None:
         raise BackendNotFoundError(_not_found(name))
     if not may_import and is_compiling():

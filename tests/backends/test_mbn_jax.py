@@ -312,6 +312,7 @@ import numpy as np
 from mbn.conformance import derivatives, oracle, ulp
 from mbn.state import Params, State
 from mbn_jax.backend import JaxBackend
+from steps import step
 
 backend, rng, errors = JaxBackend(), np.random.default_rng(0), {}
 for dtype in ("float64", "float32"):

@@ -51,14 +51,14 @@ def test_a_batch_without_values_gives_zeros_and_moves_nothing():
     state = State(jnp.full(3, 2.0), jnp.full(3, 3.0), jnp.asarray(1))
 
     @jax.jit
-    def step(x, weights):
+    def train(x, weights):
         def loss(x):
             y, after, _ = step(backend, x, Params(jnp.ones(3), jnp.ones(3)), state, **OPTIONS, weights=weights)
             return jnp.sum(y**2), (y, after)
 
         return jax.value_and_grad(loss, has_aux=True)(x)
 
-    (_, (y, after)), dx = step(jnp.full((8, 3), jnp.nan), jnp.zeros(8))
+    (_, (y, after)), dx = train(jnp.full((8, 3), jnp.nan), jnp.zeros(8))
     assert not np.any(y)
     assert not np.any(dx)
     assert_same(after, state._replace(num_batches_tracked=2))

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from jax_samples import OPTIONS, assert_same, batches, holds_values, jax, jnp, new_layer, new_state
+from jax_samples import OPTIONS, assert_same, backend, batches, holds_values, jax, jnp, new_layer, new_state
+from steps import step as step_of
 
 import mbn
 from mbn.state import Params, State
-from mbn_jax.backend import JaxBackend
 from mbn_jax.integration import compiled_step
 
 
@@ -209,7 +209,7 @@ def test_copies_outlive_a_donated_layer(rng):
 
 
 def loss(params, state, x, weights=None):
-    y, after = JaxBackend().batch_norm(x, params, state, **OPTIONS, weights=weights)
+    y, after, _ = step_of(backend, x, params, state, **OPTIONS, weights=weights)
     return jnp.sum(y**3), after
 
 
