@@ -250,7 +250,8 @@ class ArrayAPIBackend(Backend):
             device = devices[device]
         x = x.hi if isinstance(x, Pair) else x
         given = dtype or (dtype_name(x.dtype) if hasattr(x, "dtype") else None)
-        if given == "int64" and device is not None and given not in info.dtypes(device=device):
+        where = x.device if device is None and self.owns(x) else device
+        if given == "int64" and where is not None and given not in info.dtypes(device=where):
             dtype = "int32"  # of a count, which the device has no larger integers for
         return xp.asarray(x, dtype=None if dtype is None else getattr(xp, dtype), device=device)
 

@@ -48,8 +48,7 @@ class Population:
         batch = Batch(transposed(x) if settings.has_channels_last(x.ndim) else x, None, settings.dtype)
         kernels, batch = backend.kernels_for("moments", batch)
         moments, size = kernels.moments(batch), 1
-        # Whoever computes later would keep the batch until then.
-        backend.to_numpy(_vector(backend, moments.mean, settings, backend.device(x)))
+        backend.finish(*moments)  # until then they hold on to the batch
         while self._parts and self._parts[-1][0] == size:
             moments, size = _merged(backend, self._parts.pop()[1], moments), 2 * size
         self._parts.append((size, moments))

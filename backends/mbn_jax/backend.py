@@ -97,6 +97,9 @@ class JaxBackend(Backend):
 
         jax.tree_util.register_pytree_with_keys(layer_type, flatten_with_keys, unflatten, flatten_here)
 
+    def finish(self, *values: Any) -> None:
+        jax.block_until_ready(values)  # of traced ones there is nothing to wait for
+
     def stores(self, before: State, after: State) -> bool:
         traced = [leaf for leaf in after if isinstance(leaf, jax.core.Tracer)]
         if traced:

@@ -33,8 +33,13 @@ class Integration:
         """
         return x
 
-    def finish(self, *arrays: Array | None) -> None:
-        """Have arrays computed, where a framework would put that off and keep everything that they are made of."""
+    def finish(self, *values: Any) -> None:
+        """Have arrays, numbers, or statistics in the backend's own form computed now.
+
+        A framework that computes lazily has to do so, or it would keep all that they are made of. ``fit`` asks it for
+        the statistics of each batch, before the next batch is made, and ``stores`` for the state after a step, whose
+        graph would grow with every step. The graph of an output is its caller's.
+        """
 
     def register(self, layer_type: type, flatten: Callable[[Any], Any], unflatten: Callable[[Any, Any], Any]) -> None:
         """Learn of a class of layers, once, when the first of them binds to this backend.
@@ -58,6 +63,7 @@ class Integration:
         Raises:
             RuntimeError: ``after`` is part of a trace that ends before the layer does.
         """
+        self.finish(*after)
         return True
 
     def write(self, before: Held, after: Held) -> Held:  # noqa: ARG002 - for those who need it

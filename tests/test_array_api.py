@@ -1,0 +1,96 @@
+"""Arrays of a library that follows the array API standard: without a backend of their own, and without float64."""
+
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mbn
+from mbn import registry
+from mbn.array_api import ArrayAPIBackend
+from mbn.conformance import oracle, ulp
+
+xp = pytest.importorskip("array_api_strict", reason="comes with the plug-in")
+NARROW = next(device for device in xp.__array_namespace_info__().devices() if "no_x64" in repr(device))
+"""A device without 64-bit numbers."""
+
+
+@pytest.fixture
+def _unregistered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have no backend know these arrays."""
+    monkeypatch.setattr(registry, "_all_entry_points", dict)
+    monkeypatch.setattr(registry, "_loaded", {})
+    monkeypatch.setattr(registry, "_owners", {})
+    return
+
+
+def strangers(*shape: int) -> Any:
+    return xp.asarray(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
+
+
+@pytest.mark.usefixtures("_unregistered")
+def test_arrays_of_no_known_backend_are_normalised() -> None:
+    x, bn, twin = strangers(32, 4), mbn.BatchNorm1d(4), mbn.BatchNorm1d(4, backend="numpy")
+    y, pullback = bn.vjp(x, mask=xp.asarray(np.arange(32) > 3))
+    expected, of_twin = twin.vjp(np.from_dlpack(x), mask=np.arange(32) > 3)
+    np.testing.assert_allclose(np.from_dlpack(y), expected, 1e-6, 1e-6)
+    np.testing.assert_allclose(np.from_dlpack(pullback(y)[0]), of_twin(expected)[0], 1e-5, 1e-6)
+    assert bn.backend == "array_api.array_api_strict"
+    for other in (pickle.loads(pickle.dumps(bn)), mbn.BatchNorm1d(4, backend=bn.backend)):  # noqa: S301 - our own
+        assert type(other(x)) is type(x)
+    assert bn.backend not in mbn.list_backends()
+
+
+@pytest.mark.usefixtures("_unregistered")
+def test_a_backend_that_is_registered_later_takes_its_arrays() -> None:
+    x = strangers(8, 4)
+    mbn.BatchNorm1d(4)(x)
+    own = type("Own", (ArrayAPIBackend,), {"name": "own", "namespace": xp})
+    mbn.register_backend("own", own)
+    bn = mbn.BatchNorm1d(4)
+    bn(x)
+    assert bn.backend == "own"
+
+
+@pytest.mark.usefixtures("_unregistered")
+def test_arrays_of_a_broken_backend_are_refused() -> None:
+    mbn.register_backend("broken", "no_such_module:Backend")
+    with pytest.raises(TypeError, match="no backend knows arrays of type array_api_strict") as caught:
+        mbn.BatchNorm1d(4)(strangers(8, 4))
+    assert isinstance(caught.value.__cause__, mbn.BackendUnavailableError)
+
+
+@pytest.mark.usefixtures("_unregistered")
+@pytest.mark.parametrize("make", [np.ma.ones, lambda shape: np.ones(shape).view(np.matrix)], ids=["masked", "matrix"])
+def test_arrays_that_a_backend_refuses_are_refused(make: Any) -> None:
+    with pytest.raises(TypeError, match="no backend knows arrays of type numpy"):
+        mbn.BatchNorm1d(4)(make((8, 4)))
+
+
+@pytest.mark.usefixtures("_unregistered")
+def test_a_library_that_is_not_installed_is_named() -> None:
+    with pytest.raises(mbn.BackendUnavailableError, match=r"'array_api.no_such_library' .*No module named"):
+        mbn.get_backend("array_api.no_such_library")
+
+
+@pytest.mark.parametrize("offset", [0, 1e4])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("shape", [(7, 3), (301, 3), (20, 3, 31)])
+def test_without_float64_results_are_as_exact(shape: tuple[int, ...], offset: float, *, weighted: bool) -> None:
+    rng = np.random.default_rng(1)
+    x, dy = ((start + rng.standard_normal(shape)).astype(np.float32) for start in (offset, 0))
+    weights = rng.integers(0, 3, (shape[0], *shape[2:])).astype(np.float32) if weighted else None
+    bn = mbn.BatchNorm1d(3, backend="strict", device=NARROW)
+    given = xp.asarray(x, device=NARROW)
+    y, pullback = bn.vjp(given, sample_weight=None if weights is None else xp.asarray(weights, device=NARROW))
+    dx, *_ = pullback(xp.asarray(dy, device=NARROW))
+    truth = oracle.train(x, np.zeros(3), np.ones(3), momentum=0.1, eps=1e-5, weights=weights)
+    assert y.device == NARROW
+    assert ulp.error(np.from_dlpack(y), truth.y, "float32") <= 4
+    for actual, expected in ((bn.running_mean, truth.running_mean), (bn.running_var, truth.running_var)):
+        assert ulp.error(np.from_dlpack(actual), expected, "float32") <= 4
+    twin, of_twin = mbn.BatchNorm1d(3, backend="numpy").vjp(x, sample_weight=weights)
+    np.testing.assert_allclose(np.from_dlpack(dx), of_twin(dy)[0], 2e-6, 1e-7)
+    np.testing.assert_allclose(np.from_dlpack(y), twin, 1e-6, 1e-6)
