@@ -38,12 +38,14 @@ def forward(
     if out is not None:
         checks.out(backend, out, x)
     sample_weight = None if masking is None else masking.combined(backend, x, settings)
-    if 0 in shape and (group is None or not training):
-        return x if out is None else out, _counted(state, training=training)
+    if 0 in shape:
+        y, state, _ = _without_values(backend, x, params, state, settings, training, group)
+        return y if out is None else out, state
     swap = settings.has_channels_last(len(shape))
     batch = Batch(transposed(x) if swap else x, sample_weight, settings.dtype)
     target = transposed(out) if swap and out is not None else out
-    y, state, _ = _step(backend, batch, params, state, settings, training, target, group, keep=False)
+    kernels, batch = backend.kernels_for("train" if training else "evaluate", batch, target, (params, state))
+    y, state, _ = backend.forward(kernels, batch, params, state, settings, training, target, False, group)  # noqa: FBT003
     return (transposed(y) if swap else y) if out is None else out, state
 
 
@@ -66,41 +68,35 @@ def forward_vjp(
     checks.batch(backend, x, shape, settings, state, training=training and group is None)
     sample_weight = None if masking is None else masking.combined(backend, x, settings)
     held = Params(*(None if parameter is None else backend.copy(parameter) for parameter in params))
-    if 0 in shape and (group is None or not training):
-        return (x, Pullback(backend, x, held, None, sample_weight, settings)), _counted(state, training=training)
-    swap = settings.has_channels_last(len(shape))
-    batch = Batch(transposed(x) if swap else x, sample_weight, settings.dtype)
-    y, state, stats = _step(backend, batch, params, state, settings, training, None, group)
-    if not training:  # the running statistics may be written to before the pullback is called
-        stats = Stats(backend.copy(stats.mean), backend.copy(stats.var), None)
-    pullback = Pullback(backend, x, held, stats, sample_weight, settings, group if training else None)
-    return (transposed(y) if swap else y, pullback), state
+    if 0 in shape:
+        y, state, stats = _without_values(backend, x, params, state, settings, training, group)
+    else:
+        swap = settings.has_channels_last(len(shape))
+        batch = Batch(transposed(x) if swap else x, sample_weight, settings.dtype)
+        kernels, batch = backend.kernels_for("train" if training else "evaluate", batch, None, (params, state))
+        y, state, stats = backend.forward(kernels, batch, params, state, settings, training, None, True, group)  # noqa: FBT003
+        y = transposed(y) if swap else y
+        if not training:  # the running statistics may be written to before the pullback is called
+            stats = Stats(backend.copy(stats.mean), backend.copy(stats.var), None)
+    return (y, Pullback(backend, x, held, stats, sample_weight, settings, group if training else None)), state
 
 
-def _step(
+def _without_values(
     backend: Backend,
-    batch: Batch,
+    x: Array,
     params: Params,
     state: State,
     settings: Settings,
-    training: bool,  # noqa: FBT001 - in every call, where keywords cost
-    out: Array | None,
+    training: bool,  # noqa: FBT001 - as above
     group: Group | None,
-    *,
-    keep: bool = True,
-) -> tuple[Array, State, Stats]:
-    """Choose the kernels for a step, and do it."""
-    x = batch.x
-    is_empty = group is not None and 0 in x.shape
-    if is_empty:
-        batch, out = stand_in(backend, x, settings), None
-    kernels, batch = backend.kernels_for("train" if training else "evaluate", batch, out, (params, state))
-    y, state, stats = backend.forward(kernels, batch, params, state, settings, training, out, keep, group)
-    return emptied(y, x) if is_empty else y, state, stats
-
-
-def _counted(state: State, *, training: bool) -> State:
-    """Return the state after an empty batch: it has no statistics; torch counts it all the same."""
-    if not training or state.num_batches_tracked is None:
-        return state
-    return state._replace(num_batches_tracked=counted(state.num_batches_tracked))
+) -> tuple[Array, State, Stats | None]:
+    """Return output, state and statistics of an empty batch: it has none, but for those of other replicas."""
+    if not training:
+        return x, state, None
+    if group is None:  # torch counts it all the same
+        count = state.num_batches_tracked
+        return x, state if count is None else state._replace(num_batches_tracked=counted(count)), None
+    batch = stand_in(backend, x, settings)
+    kernels, batch = backend.kernels_for("train", batch, None, (params, state))
+    y, state, stats = backend.forward(kernels, batch, params, state, settings, training, None, True, group)  # noqa: FBT003
+    return emptied(y, x, settings), state, stats

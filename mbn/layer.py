@@ -232,32 +232,36 @@ class BatchNorm1d(Storage):
 
     def _run(self, run: Callable[..., tuple[Any, State]], x: Any, masking: Masking | None) -> Any:
         """Do with the layer's own parameters and state what ``run`` does, and store the new state."""
-        layer, backend, settings, before = self, self._backend, self._settings, self._state
+        settings = self._settings
         if not self._is_bound or settings.num_features is None:
-            layer, x = self._begin(x)
-            backend, settings, before = layer._backend, layer._settings, layer._state
-        else:
-            x = received(backend, "x", x, settings.dtype, self._device)
-        training = layer._uses_batch(before, self._training)
-        result, after = run(backend, x, layer._params, before, settings, training=training, masking=masking)
+            return self._first_run(run, x, masking)
+        return self._step(run, received(self._backend, "x", x, settings.dtype, self._device), masking)
+
+    def _step(self, run: Callable[..., tuple[Any, State]], x: Array, masking: Masking | None) -> Any:
+        backend, before = self._backend, self._state
+        training = self._uses_batch(before, self._training)
+        result, after = run(backend, x, self._params, before, self._settings, training=training, masking=masking)
         # A load or a move may have come in between: then what that has stored stays.
-        if after is not before and backend.stores(before, after) and layer._state is before:
-            state = backend.write(before, after) if layer._is_shared else after
-            object.__setattr__(layer, "_state", state)  # in every call, where that of the class costs
-        if layer is not self:
-            self._become(layer)
+        if after is not before and backend.stores(before, after) and self._state is before:
+            state = backend.write(before, after) if self._is_shared else after
+            object.__setattr__(self, "_state", state)  # in every call, where that of the class costs
         return result
 
     def _uses_batch(self, state: State, training: bool) -> bool:  # noqa: FBT001 - in every call, where keywords cost
         """Tell whether to normalise by the batch's own statistics."""
         return (training and not self._frozen) or state.running_mean is None
 
-    def _begin(self, x: Any) -> tuple[Self, Array]:
-        """Return a copy of this layer, bound as its first input says, and the input as an array of its backend."""
+    def _first_run(self, run: Callable[..., tuple[Any, State]], x: Any, masking: Masking | None) -> Any:
         if registry.is_compiling():
             raise RuntimeError(_OPEN_UNDER_A_COMPILER)
+        return registry.uncompiled(self._begin)(run, x, masking)
+
+    def _begin(self, run: Callable[..., tuple[Any, State]], x: Any, masking: Masking | None) -> Any:
+        """Have a copy meet the first input, and be what it is if the step succeeds."""
         layer = copy.copy(self)
-        return layer, registry.uncompiled(layer._meet)(x)
+        result = layer._step(run, layer._meet(x), masking)
+        self._become(layer)
+        return result
 
     def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002 - torch's signature
         """Switch to training, or to evaluation with ``mode=False``; return the layer."""

@@ -62,18 +62,16 @@ class Pullback:
         if self._stats is None:
             dx, dweight, dbias = dy, *(backend.asarray(np.zeros(shape[settings.axis]), settings.dtype, device),) * 2
         else:
-            swap = settings.has_channels_last(len(shape))
-            if swap:
-                x, dy = transposed(x), transposed(dy)
-            weight, stats, given = self._params.weight, self._stats, dy
-            batch = Batch(x, self._sample_weight, settings.dtype)
-            if 0 in shape:  # of a group
+            weight, stats, is_empty = self._params.weight, self._stats, 0 in shape
+            swap = settings.has_channels_last(len(shape)) and not is_empty
+            if is_empty:
                 batch = stand_in(backend, x, settings)
-                dy = batch.x
-            kernels, batch = backend.kernels_for("pullback", batch, dy, (weight, stats))
-            dx, dweight, dbias = backend.pullback(kernels, dy, batch, weight, stats, settings.eps, ALL, self._group)
-            dx = given if 0 in shape else dx
-            dx = transposed(dx) if swap else dx
+            else:
+                batch = Batch(transposed(x) if swap else x, self._sample_weight, settings.dtype)
+            given = batch.x if is_empty else transposed(dy) if swap else dy
+            kernels, batch = backend.kernels_for("pullback", batch, given, (weight, stats))
+            dx, dweight, dbias = backend.pullback(kernels, given, batch, weight, stats, settings.eps, ALL, self._group)
+            dx = dy if is_empty else transposed(dx) if swap else dx
         weight, bias = self._params
         # The sums may be wider than the parameters that they belong to.
         return (

@@ -16,10 +16,9 @@ class Host(HostBackend):
     name = "host"
     version = np.__version__
 
-    def __init__(self, passes: ModuleType, fast: ModuleType, *, compiled: bool) -> None:
-        """Make it of two modules; ``compiled`` says whether they leave other kernels nothing to be faster at."""
+    def __init__(self, passes: ModuleType, fast: ModuleType) -> None:
+        """Make it of a module of passes and one of whole steps."""
         self.kernels, self.fast, self.fused = HostKernels(passes), fast, HostKernels(passes, fast)
-        self.compiled = compiled
 
 
 @cache
@@ -28,9 +27,9 @@ def host() -> Host:
     try:
         from mbn_cpu import compiled, fused  # noqa: PLC0415 - as said
     except ModuleNotFoundError:
-        return Host(blocked, small, compiled=False)
+        return Host(blocked, small)
     except Exception as error:  # noqa: BLE001 - whatever is broken there, nobody has asked for it
         message = "Numba does not work here, which makes mbn slower: %s: %s"
         logging.getLogger("mbn.numba").warning(message, type(error).__name__, error)
-        return Host(blocked, small, compiled=False)
-    return Host(compiled, fused, compiled=True)
+        return Host(blocked, small)
+    return Host(compiled, fused)

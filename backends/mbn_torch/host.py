@@ -51,19 +51,16 @@ class HostBatch(NamedTuple):
     x: torch.Tensor
     sample_weight: torch.Tensor | None
     dtype: str
-    array: np.ndarray
-    """x, or a copy in float32 of halves."""
+    arrays: Batch
+    """The same as arrays; of halves, x is a copy in float32."""
 
     @classmethod
     def of(cls, batch: Batch) -> "HostBatch":
         """Return a batch whose values NumPy shares."""
-        x = batch.x
+        x, sample_weight, dtype = batch
         # Nothing of this is to be recorded.
-        return cls(*batch, as_array(_wide(x.detach() if x.requires_grad else x)))
-
-    def arrays(self) -> Batch:
-        """Return the batch as arrays."""
-        return Batch(self.array, as_array(self.sample_weight), self.dtype)
+        values = as_array(_wide(x.detach() if x.requires_grad else x))
+        return cls(x, sample_weight, dtype, Batch(values, as_array(sample_weight), dtype))
 
 
 class OnHost(TorchKernels):
@@ -82,7 +79,7 @@ class OnHost(TorchKernels):
 
     def moments(self, batch: HostBatch) -> Moments:
         with _limited():
-            return Moments(*map(_tensor, self._kernels.moments(batch.arrays())))
+            return Moments(*map(_tensor, self._kernels.moments(batch.arrays)))
 
     def normalize(
         self, batch: HostBatch, stats: Stats, params: Params, eps: float, out: torch.Tensor | None = None
@@ -90,14 +87,14 @@ class OnHost(TorchKernels):
         y = _like(batch.x) if out is None else out
         wide_y = room(y)
         with _limited():
-            self._kernels.normalize(batch.arrays(), as_array(stats), as_array(params), eps, _writable(wide_y))
+            self._kernels.normalize(batch.arrays, as_array(stats), as_array(params), eps, _writable(wide_y))
         return _narrow(wide_y, y)
 
     def grad_sums(
         self, dy: torch.Tensor, batch: HostBatch, stats: Stats, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         with _limited():
-            sum_dy, sum_dy_xhat = self._kernels.grad_sums(as_array(_wide(dy)), batch.arrays(), as_array(stats), eps)
+            sum_dy, sum_dy_xhat = self._kernels.grad_sums(as_array(_wide(dy)), batch.arrays, as_array(stats), eps)
         return _tensor(sum_dy), _tensor(sum_dy_xhat)
 
     def grad_input(
@@ -110,7 +107,7 @@ class OnHost(TorchKernels):
         sums: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
         sums = None if sums is None else tuple(map(as_array, sums))
-        arguments = as_array(_wide(dy)), batch.arrays(), as_array(stats), as_array(weight), eps, sums
+        arguments = as_array(_wide(dy)), batch.arrays, as_array(stats), as_array(weight), eps, sums
         with _limited():
             return _arranged(self._kernels.grad_input(*arguments), batch.x)
 
@@ -141,7 +138,7 @@ class OnHost(TorchKernels):
         vectors = Params(*map(as_array, params)), State(*map(as_array, state))
         with nullcontext() if self._is_at_once else _limited():
             _, state, stats = self._own.forward(
-                self._kernels, batch.arrays(), *vectors, settings, training, _writable(wide_y)
+                self._kernels, batch.arrays, *vectors, settings, training, _writable(wide_y)
             )
         return _narrow(wide_y, y), state, stats
 
@@ -149,7 +146,7 @@ class OnHost(TorchKernels):
         self, dy: torch.Tensor, batch: HostBatch, weight: torch.Tensor | None, stats: Stats, eps: float
     ) -> tuple[torch.Tensor, ...]:
         """Return the gradients of x, weight and bias."""
-        arguments = as_array(_wide(dy)), batch.arrays(), as_array(weight), as_array(stats), eps
+        arguments = as_array(_wide(dy)), batch.arrays, as_array(weight), as_array(stats), eps
         with nullcontext() if self._is_at_once else _limited():
             dx, *sums = self._own.pullback(self._kernels, *arguments)
         return _arranged(dx, batch.x), *map(_tensor, sums)

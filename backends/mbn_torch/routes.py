@@ -53,10 +53,9 @@ def _on_host(
     operation: Operation, batch: Batch, other: torch.Tensor | None, vectors: tuple[Any, ...]
 ) -> tuple[Kernels, HostBatch]:
     own, prepared = host(), HostBatch.of(batch)
-    arrays = prepared.arrays()
     if operation == "pullback":
         vectors = tuple(map(as_array, vectors))
-    is_fast = takes(own.fast, operation, arrays, None if other is None else as_array(room(other)), vectors)
+    is_fast = takes(own.fast, operation, prepared.arrays, None if other is None else as_array(room(other)), vectors)
     return OnHost.of(own, own.fused if is_fast else own.kernels), prepared
 
 

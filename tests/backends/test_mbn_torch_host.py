@@ -27,9 +27,9 @@ def kernels(request, monkeypatch):
     """Have the kernels with or without Numba, whatever is installed."""
     if request.param == "numba":
         pytest.importorskip("numba")
-        assert fastest.host().compiled
+        assert fastest.host().fast.__name__ == "mbn_cpu.fused"
     else:
-        own = fastest.Host(blocked, small, compiled=False)
+        own = fastest.Host(blocked, small)
         monkeypatch.setattr(routes, "host", lambda: own)
     return request.param
 
