@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mbn import files, placement
+from mbn import contract, files, placement
 from mbn.registry import get_backend, known_backends
 
 _ROOM = 2**20
@@ -190,12 +190,7 @@ def numpy_dtype(name: str) -> np.dtype:
     Raises:
         UsageError: it is bfloat16, and NumPy has none here.
     """
-    if name != "bfloat16":
-        return np.dtype(name)
     try:
-        import ml_dtypes  # noqa: PLC0415 - needed for this dtype alone
-    except ModuleNotFoundError as error:
-        message = "bfloat16 needs ml_dtypes, which is not installed: pip install ml_dtypes."
-        raise UsageError(message) from error
-    dtype: np.dtype = np.dtype(ml_dtypes.bfloat16)
-    return dtype
+        return contract.numpy_dtype(name)
+    except TypeError as error:
+        raise UsageError(str(error)) from error

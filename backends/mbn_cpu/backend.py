@@ -10,7 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from mbn.contract import Backend, Batch, Capabilities, Kernels, Moments, Operation, Stats, overlaps_itself
+from mbn.contract import (
+    Backend,
+    Batch,
+    Capabilities,
+    Kernels,
+    Moments,
+    Operation,
+    Stats,
+    numpy_dtype,
+    overlaps_itself,
+)
 from mbn.state import Params
 from mbn_cpu import extremes, vectors
 
@@ -136,7 +146,7 @@ class HostBackend(Backend):
         if device not in (None, "cpu"):
             message = f"NumPy's only device is 'cpu', not {device!r}."
             raise ValueError(message)
-        return np.asarray(x, _dtype(dtype))
+        return np.asarray(x, None if dtype is None else numpy_dtype(dtype))
 
     def to_numpy(self, x: Any) -> np.ndarray:
         return np.asarray(x)
@@ -204,14 +214,3 @@ def _has_room(x: np.ndarray, mean: vectors.Mean, weight: np.ndarray | None = Non
         or (weight is not None and vectors.is_wide(weight))
         or (not isinstance(mean, vectors.Pair) and vectors.is_wide(mean))
     )
-
-
-def _dtype(name: str | None) -> np.dtype | None:
-    if name != "bfloat16":
-        return None if name is None else np.dtype(name)
-    try:
-        import ml_dtypes  # noqa: PLC0415 - the only dtype that NumPy itself does not have
-    except ModuleNotFoundError as error:
-        message = "NumPy has bfloat16 through ml_dtypes, which is not installed: pip install ml_dtypes."
-        raise TypeError(message) from error
-    return np.dtype(ml_dtypes.bfloat16)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import cupy
 import numpy as np
 
-from mbn.contract import Backend, Batch, Capabilities, Kernels, overlaps_itself
+from mbn.contract import Backend, Batch, Capabilities, Kernels, numpy_dtype, overlaps_itself
 from mbn_cupy.kernels import CudaKernels
 
 _DTYPE_CHARACTERS = "?bhilqBHILQefdFD"
@@ -107,11 +107,7 @@ class CupyBackend(Backend):
 
 
 def _dtype(dtype: Any) -> np.dtype:
-    if dtype == "bfloat16" and _KNOWS_BFLOAT16:
-        import ml_dtypes  # noqa: PLC0415 - the only dtype that NumPy itself does not have
-
-        return np.dtype(ml_dtypes.bfloat16)
-    found = np.dtype(dtype)
+    found = numpy_dtype(dtype) if dtype == "bfloat16" and _KNOWS_BFLOAT16 else np.dtype(dtype)
     if found.char not in _DTYPE_CHARACTERS and not (found.name == "bfloat16" and _KNOWS_BFLOAT16):
         message = f"CuPy has no dtype {found}."
         raise TypeError(message)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from mbn.contract import Backend, Batch, Capabilities, Held, Kernels, Operation, dtype_name
+from mbn.contract import Backend, Batch, Capabilities, Held, Kernels, Operation, dtype_name, numpy_dtype
 from mbn.state import Params, State
 from mbn_torch import autograd, masks, overlaps, routes
 from mbn_torch.autograd import NOT_REGISTERED
@@ -80,7 +80,7 @@ class TorchBackend(Backend):
         if is_fake(x):
             raise ValueError(_NO_VALUES)
         if x.dtype == torch.bfloat16:
-            return x.detach().view(torch.int16).numpy(force=True).view(_numpy_bfloat16())
+            return x.detach().view(torch.int16).numpy(force=True).view(numpy_dtype("bfloat16"))
         return x.numpy(force=True)
 
     def from_dlpack(self, x: Any) -> torch.Tensor:
@@ -216,12 +216,3 @@ def _device(device: Any, usable: tuple[str, ...]) -> torch.device:
         message = f"Torch's devices here are {', '.join(usable)}, not {device!r}."
         raise ValueError(message)
     return found
-
-
-def _numpy_bfloat16() -> np.dtype:
-    try:
-        import ml_dtypes  # noqa: PLC0415 - the only dtype that NumPy itself does not have
-    except ModuleNotFoundError as error:
-        message = "NumPy has bfloat16 through ml_dtypes, which is not installed: pip install ml_dtypes."
-        raise TypeError(message) from error
-    return np.dtype(ml_dtypes.bfloat16)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Literal, Self, TypeAlias
 
 from mbn.contract.arrays import Arrays
+from mbn.contract.dtypes import dtype_name, layer_dtype, numpy_dtype
 from mbn.contract.integration import Held, Integration
 from mbn.contract.kernels import Kernels
 from mbn.contract.replicas import Group, merged, summed
@@ -18,8 +19,6 @@ from mbn.contract.values import (
     Moments,
     Stats,
     counted,
-    dtype_name,
-    layer_dtype,
     overlaps_itself,
     transposed,
 )
@@ -41,6 +40,7 @@ __all__ = [
     "dtype_name",
     "layer_dtype",
     "merged",
+    "numpy_dtype",
     "overlaps_itself",
     "summed",
     "transposed",

@@ -1,32 +1,16 @@
 """What passes between the frontend and a backend, and the few questions that both ask of arrays."""
 
-from collections.abc import Hashable
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+
+from mbn.contract.dtypes import dtype_name
 
 Array: TypeAlias = Any
 """An array of some framework; only the backend that owns it knows more."""
 
 _LIMITS = {f"int{bits}": (2 ** (bits - 1) - 1, bits - 1) for bits in (8, 16, 32, 64)}
 """The largest number of a dtype, and how far its sign is from its last bit."""
-_DTYPE_NAMES: dict[tuple[type, Hashable], str] = {}
-
-
-def dtype_name(dtype: Any) -> str:
-    """Return the name that NumPy, CuPy, JAX and Torch share for a dtype: ``"float32"`` for ``torch.float32``.
-
-    ``dtype`` is a dtype of any framework, a NumPy scalar type or a name.
-    """
-    key = type(dtype), dtype  # equal dtypes of two frameworks may refuse to be compared
-    name = _DTYPE_NAMES.get(key)
-    if name is None:
-        try:
-            name = np.dtype(dtype).name
-        except TypeError:  # torch.float32, array_api_strict.float32, "bfloat16": the last word is the name
-            name = str(dtype).rpartition(".")[2]
-        _DTYPE_NAMES[key] = name
-    return name
 
 
 def transposed(x: Array) -> Array:
@@ -60,11 +44,6 @@ def counted(count: Array) -> Array:
     """Return a count of batches after one more. At the largest integer of its dtype it stays, and does not wrap."""
     limit, sign = _LIMITS.get(dtype_name(count.dtype), (None, None))
     return count + 1 if limit is None else count - ((count - limit) >> sign)  # which is -1 below the limit
-
-
-def layer_dtype(dtype: str) -> str:
-    """Return the dtype of the parameters and statistics that an input of ``dtype`` needs."""
-    return "float64" if dtype == "float64" else "float32"
 
 
 class Capabilities(NamedTuple):

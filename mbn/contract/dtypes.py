@@ -1,0 +1,46 @@
+"""Dtypes by the names that all frameworks share."""
+
+from collections.abc import Hashable
+from typing import Any
+
+import numpy as np
+
+_DTYPE_NAMES: dict[tuple[type, Hashable], str] = {}
+
+
+def dtype_name(dtype: Any) -> str:
+    """Return the name that NumPy, CuPy, JAX and Torch share for a dtype: ``"float32"`` for ``torch.float32``.
+
+    ``dtype`` is a dtype of any framework, a NumPy scalar type or a name.
+    """
+    key = type(dtype), dtype  # equal dtypes of two frameworks may refuse to be compared
+    name = _DTYPE_NAMES.get(key)
+    if name is None:
+        try:
+            name = np.dtype(dtype).name
+        except TypeError:  # torch.float32, array_api_strict.float32, "bfloat16": the last word is the name
+            name = str(dtype).rpartition(".")[2]
+        _DTYPE_NAMES[key] = name
+    return name
+
+
+def layer_dtype(dtype: str) -> str:
+    """Return the dtype of the parameters and statistics that an input of ``dtype`` needs."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """Return NumPy's dtype of a name.
+
+    Raises:
+        TypeError: it is bfloat16, the only one that NumPy itself does not have, and ml_dtypes is not installed.
+    """
+    if name != "bfloat16":
+        return np.dtype(name)
+    try:
+        import ml_dtypes  # noqa: PLC0415 - needed for this dtype alone
+    except ModuleNotFoundError as error:
+        message = "NumPy has bfloat16 through ml_dtypes, which is not installed: pip install ml_dtypes."
+        raise TypeError(message) from error
+    dtype: np.dtype = np.dtype(ml_dtypes.bfloat16)
+    return dtype
