@@ -93,6 +93,7 @@ class HostKernels(Kernels):
                 dx[:, channels] = extremes.grad_input(kernel, dy, x, channels, mean, var, weight, eps, count, weights)
         return dx
 
+    @np.errstate(all="ignore")
     def sample_weights(
         self,
         shape: tuple[int, ...],
@@ -101,13 +102,14 @@ class HostKernels(Kernels):
         lengths: np.ndarray | None,
         sample_weight: np.ndarray | None,
     ) -> np.ndarray:
-        return vectors.combine_weights(shape, dtype, mask, lengths, sample_weight)
+        return vectors.FORMULAS.sample_weights(shape, dtype, mask, lengths, sample_weight)
 
+    @np.errstate(all="ignore")
     def merge(self, first: Moments, second: Moments) -> Moments:
-        return vectors.merge(first, second)
+        return vectors.FORMULAS.merge(first, second)
 
     def variance(self, moments: Moments, correction: int) -> vectors.Variance:
-        return vectors.variance(moments, correction)
+        return vectors.FORMULAS.variance(moments, correction)
 
     def step(
         self, momentum: float | None, num_batches_tracked: np.ndarray | None, count: float, correction: int

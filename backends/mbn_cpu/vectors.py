@@ -3,47 +3,24 @@
 What is computed once per channel has to be as exact as float64 can make it, whatever kernels pass over x.
 """
 
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 
 from mbn.contract import Moments
+from mbn_stats.formulas import Formulas, Mean, Pair, Scaled, Variance
 
 _LIMIT = np.iinfo(np.int64).max
 WIDE = np.float64
 
 
-class Pair(NamedTuple):
-    """A mean as the unevaluated sum of two float64 vectors: what float64 input needs to keep its last digits."""
-
-    hi: np.ndarray
-    lo: np.ndarray
-
-
-class Scaled(NamedTuple):
-    """Statistics beyond the range of float64, or that lose digits there: ``values * 2**exponent``."""
-
-    values: "Pair | np.ndarray"
-    """A mean as a pair, or a variance."""
-    exponent: np.ndarray
-    """The exponent of each channel, an integer; 0 where values are not scaled."""
-
-
-Mean: TypeAlias = Pair | Scaled | np.ndarray
-Variance: TypeAlias = Scaled | np.ndarray
-
 _LEAST, _MOST = 2.0**-900, 2.0**1000
 """Sums of squares between these have lost nothing: what is too small for float64 is nothing beside them."""
-FAR = 128
-"""The exponent of weights that are large, or negative that of small ones, beside which a correction is nothing."""
 FAR_SQUARE = 64.0
 """How many times its variance a channel's mean square may be around what deviations are taken from.
 
 An outlier is that far, hardly any other value; and then a second pass takes deviations from the mean.
 """
-TINY = float(np.finfo(WIDE).smallest_subnormal)
-_NOWHERE = np.iinfo(np.int16).min
-"""The exponent of 0: less than any other."""
 
 
 class Line(NamedTuple):
@@ -73,103 +50,31 @@ def line(
     return Line(center, scale.astype(dtype), shift.astype(dtype))
 
 
-@np.errstate(all="ignore")
-def combine_weights(
-    shape: tuple[int, ...],
-    dtype: str,
-    mask: np.ndarray | None,
-    lengths: np.ndarray | None,
-    sample_weight: np.ndarray | None,
-) -> np.ndarray:
-    """Return the sample weight (1 if None) where mask and lengths allow, else 0."""
-    result = np.ones(shape, dtype)
-    if sample_weight is not None:
-        result *= _row(sample_weight, len(shape))
-        if dtype == "float64":
-            result = _summable(result)
-    if mask is not None:
-        result *= _row(mask, len(shape))
-    if lengths is not None:
-        result *= np.arange(shape[1]) < lengths[:, None]
-    return result
+class HostFormulas(Formulas):
+    """The formulas on the host, where a branch may depend on values."""
+
+    def merge(self, first: Moments, second: Moments) -> Moments:
+        """Return the statistics of two batches together, in units if float64 has no room for them."""
+        if not isinstance(first.m2, Scaled) and not isinstance(second.m2, Scaled):
+            merged = self.merge_plain(first, second)
+            if np.all(in_range(merged.m2) | ((merged.m2 == 0) & _are_equal(first, second))):
+                return merged
+        return self.merge_scaled(first, second)
 
 
-@np.errstate(all="ignore")
-def merge(first: Moments, second: Moments) -> Moments:
-    """Return the statistics of two batches together.
-
-    Source: Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances, 1979,
-    equations 2.1.
-    """
-    if not isinstance(first.m2, Scaled) and not isinstance(second.m2, Scaled):
-        merged, difference = _merged(first, second)
-        if np.all(in_range(merged.m2) | ((merged.m2 == 0) & (difference == 0))):
-            return merged
-    return _merge_scaled(first, second)
+def _are_equal(first: Moments, second: Moments) -> np.ndarray:
+    """Return which means of two batches are equal."""
+    (hi, lo), (other_hi, other_lo) = first.mean, second.mean
+    return (other_hi - hi) + (other_lo - lo) == 0
 
 
-def _merged(first: Moments, second: Moments) -> tuple[Moments, np.ndarray]:
-    """Return the statistics of two batches together, and the difference of their means."""
-    (count, (hi, lo), m2), (more, (other_hi, other_lo), more_m2) = first, second
-    total = count + more
-    share = more / (total or 1)
-    difference = (other_hi - hi) + (other_lo - lo)
-    change = lo + difference * share
-    m2 = m2 + (more_m2 + difference * difference * (count * share))
-    return Moments(total, added(hi, change), m2), difference
-
-
-def _merge_scaled(first: Moments, second: Moments) -> Moments:
-    """Do what ``merge`` does in units in which no mean or standard deviation is much larger than 1."""
-    sizes, parts = [], []
-    for count, mean, m2 in (first, second):
-        pair, exponent = mean if isinstance(mean, Scaled) else (mean, np.zeros_like(mean.hi, np.intc))
-        squares, _ = m2 if isinstance(m2, Scaled) else (m2, exponent)
-        size = np.maximum(abs(pair.hi), np.sqrt(squares / (count or 1)))
-        sizes.append(np.where(size > 0, exponent_of(size) + exponent, _NOWHERE))
-        parts.append((count, pair, squares, exponent))
-    unit = np.maximum(*sizes).astype(np.intc)
-    unit[unit == _NOWHERE] = 0
-    (total, mean, m2), _ = _merged(
-        *(
-            Moments(count, scaled(pair, exponent - unit), np.ldexp(squares, 2 * (exponent - unit)))
-            for count, pair, squares, exponent in parts
-        )
-    )
-    return Moments(total, Scaled(mean, unit), Scaled(m2, 2 * unit))
-
-
-def variance(moments: Moments, correction: int) -> Variance:
-    """Return m2 / (count - correction), and 0 where weights add up to no more than the correction."""
-    count, _, m2 = moments
-    if isinstance(m2, Scaled):
-        return Scaled(variance(moments._replace(m2=m2.values), correction), m2.exponent)
-    return m2 / (count - correction) if count > correction else np.zeros_like(m2)
-
-
-def lerp(start: np.ndarray, end: Mean | Variance, weight: float | np.ndarray) -> np.ndarray:
-    """Return (1 - weight) * start + weight * end, computed in float64 and rounded once to the dtype of start."""
-    if weight == 0:
-        return start.copy()
-    end, exponent = end if isinstance(end, Scaled) else (end, None)
-    if isinstance(end, Pair):
-        end = end.hi + end.lo
-    share = weight * end
-    if exponent is not None:
-        share = np.ldexp(share, exponent)
-    return ((1 - weight) * start.astype(WIDE) + share).astype(start.dtype)
+FORMULAS = HostFormulas(np, np.ndarray)
+step, lerp = FORMULAS.step, FORMULAS.lerp
 
 
 def counted(num_batches_tracked: np.ndarray) -> np.ndarray:
     """Return the count of batches after one more, as ``mbn.contract.counted`` does for any framework's, but faster."""
     return num_batches_tracked if int(num_batches_tracked) == _LIMIT else num_batches_tracked + 1
-
-
-def step(momentum: float | None, num_batches_tracked: np.ndarray | None, count: float, correction: int) -> float:
-    """Return momentum or 1 / num_batches_tracked, and 0 where weights add up to ``correction`` or less."""
-    if count <= correction:
-        return 0.0
-    return 1 / num_batches_tracked if momentum is None else momentum
 
 
 def heaviest(x: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
@@ -265,21 +170,3 @@ def exponent_of(values: np.ndarray) -> np.ndarray:
 def scaled(pair: Pair, exponent: np.ndarray) -> Pair:
     """Return a pair times ``2**exponent``."""
     return Pair(np.ldexp(pair.hi, exponent), np.ldexp(pair.lo, exponent))
-
-
-def _summable(weights: np.ndarray) -> np.ndarray:
-    """Return weights in float64 times a power of two, if they need one for their sums to be in its range.
-
-    Means depend on nothing but their ratios, and so does a variance, corrected by 1 or not, while their sum stays far
-    above 1, or below it. One that would be lost beside the others stays a weight.
-    """
-    largest = int(exponent_of(weights.max(initial=0.0)))
-    if abs(largest) <= FAR:
-        return weights
-    near = np.ldexp(weights, (FAR if largest > 0 else -FAR) - largest)
-    return np.where(weights > 0, np.maximum(near, TINY), weights)
-
-
-def _row(values: np.ndarray, ndim: int) -> np.ndarray:
-    """Return values for each sample in the shape that broadcasts against an array of ndim axes."""
-    return values if values.ndim == ndim else values[:, None]

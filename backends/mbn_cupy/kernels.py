@@ -14,11 +14,12 @@ import numpy as np
 
 from mbn.contract import Batch, Kernels, Moments, Stats
 from mbn.state import Params, Settings, State
-from mbn_cupy import vectors
 from mbn_cupy.compilation import Variant, kernel
 from mbn_cupy.layout import THREADS, Cover, Layout, layout
-from mbn_cupy.vectors import WIDE, Mean, Pair, Scaled, Variance
+from mbn_cupy.vectors import FORMULAS
+from mbn_stats.formulas import Mean, Pair, Scaled, Variance
 
+WIDE = np.float64
 _NULL = 0
 """The pointer to an array that is not there."""
 _COLUMNS = 8
@@ -114,15 +115,15 @@ class CudaKernels(Kernels):
         sample_weight: cupy.ndarray | None,
     ) -> cupy.ndarray:
         with next(given.device for given in (mask, lengths, sample_weight) if given is not None):
-            return vectors.weights(shape, dtype, mask, lengths, sample_weight)
+            return FORMULAS.sample_weights(shape, dtype, mask, lengths, sample_weight)
 
     def merge(self, first: Moments, second: Moments) -> Moments:
         with _device_of(first.m2):
-            return vectors.merge(first, second)
+            return FORMULAS.merge(first, second)
 
     def variance(self, moments: Moments, correction: int) -> Variance:
         with _device_of(moments.m2):
-            return vectors.variance(moments, correction)
+            return FORMULAS.variance(moments, correction)
 
     def step(
         self,
@@ -133,11 +134,11 @@ class CudaKernels(Kernels):
     ) -> float | cupy.ndarray:
         given = [array for array in (num_batches_tracked, count) if isinstance(array, cupy.ndarray)]
         with given[0].device if given else nullcontext():
-            return vectors.step(momentum, num_batches_tracked, count, correction)
+            return FORMULAS.step(momentum, num_batches_tracked, count, correction)
 
     def lerp(self, start: cupy.ndarray, end: Mean | Variance, step: float | cupy.ndarray) -> cupy.ndarray:
         with start.device:
-            return vectors.lerp(start, end, step)
+            return FORMULAS.lerp(start, end, step)
 
 
 def _device_of(m2: Variance) -> cupy.cuda.Device:

@@ -10,7 +10,7 @@ import torch
 
 from mbn.contract import Backend, Batch, Capabilities, Held, Kernels, Operation, dtype_name, numpy_dtype
 from mbn.state import Params, State
-from mbn_torch import autograd, masks, overlaps, routes
+from mbn_torch import autograd, overlaps, routes
 from mbn_torch.autograd import NOT_REGISTERED
 from mbn_torch.formulas import FORMULAS
 from mbn_torch.kernels import TENSORS
@@ -106,7 +106,11 @@ class TorchBackend(Backend):
         return overlaps.conflict(out, x)
 
     def within(self, values: torch.Tensor, low: float, high: float) -> bool | None:
-        return masks.within(values, low, high)
+        if is_traced(values):
+            return None
+        if not values.is_floating_point():
+            values = values.to(torch.int64)
+        return bool(((values >= low) & (values < high)).all())
 
     def constant(self, x: torch.Tensor) -> torch.Tensor:
         return x.detach()

@@ -15,18 +15,17 @@ import torch
 
 from mbn.contract import Batch, Kernels, Moments, Stats
 from mbn.state import Params, Settings, State
-from mbn_cpu import pages, threads, vectors
+from mbn_cpu import pages, threads
 from mbn_cpu.fastest import Host
-from mbn_torch.vectors import Pair, Scaled, TorchKernels
+from mbn_stats.formulas import Pair, Scaled
+from mbn_torch.vectors import TorchKernels
 
 _has_versions = hasattr(torch._C, "_to_dlpack_versioned")  # noqa: SLF001 - Torch 2.9 and later
 
 
 _HALVES = torch.float16, torch.bfloat16
 _FORMS = Pair, Scaled
-_FORMS_IN_ARRAYS = vectors.Pair, vectors.Scaled
-"""The same two."""
-_KEPT = int, torch.Tensor, *_FORMS
+_KEPT = int, torch.Tensor
 
 
 class _Shared:
@@ -166,7 +165,7 @@ def as_array(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return np.from_dlpack(_Shared(value))
     if isinstance(value, _FORMS):
-        return _FORMS_IN_ARRAYS[_FORMS.index(type(value))](*map(as_array, value))
+        return type(value)(*map(as_array, value))
     if isinstance(value, Params | Stats):
         return type(value)(*map(as_array, value))
     return value
@@ -182,8 +181,8 @@ def _tensor(value: Any) -> Any:
     """Return an array, or all that a statistic consists of, as tensors; anything else is one, a count, or None."""
     if value is None or isinstance(value, _KEPT):
         return value
-    if isinstance(value, _FORMS_IN_ARRAYS):
-        return _FORMS[_FORMS_IN_ARRAYS.index(type(value))](*map(_tensor, value))
+    if isinstance(value, _FORMS):
+        return type(value)(*map(_tensor, value))
     return torch.from_numpy(np.asarray(value))
 
 

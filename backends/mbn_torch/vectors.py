@@ -5,39 +5,17 @@ order: nothing is written to, and no branch that is not taken turns a derivative
 """
 
 import math
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 
-from mbn.contract import Batch, Kernels, Moments
-from mbn_torch import masks
+from mbn.contract import Batch, Kernels
+from mbn_stats.formulas import FAR, FARTHEST, Formulas, Mean, Pair, Scaled, Variance
 
 WIDE = torch.float64
 
-FAR, FARTHEST = 400, 1000
-"""Exponents from which on squares may leave the range of float64, and those from which on powers have no inverse."""
 _NARROW_FAR = 100
-"""Exponents from which on products may leave the range of float32."""
-
-
-class Pair(NamedTuple):
-    """A mean as the unevaluated sum of two float64 vectors: what float64 input needs to keep its last digits."""
-
-    hi: torch.Tensor
-    lo: torch.Tensor
-
-
-class Scaled(NamedTuple):
-    """Statistics whose range is beyond that of float64: ``values * 2**exponent``, each channel in units of its own."""
-
-    values: "Pair | torch.Tensor"
-    """A mean as a pair, or a variance."""
-    exponent: torch.Tensor
-    """Integers; nearly always 0."""
-
-
-Mean: TypeAlias = Pair | Scaled | torch.Tensor
-Variance: TypeAlias = Scaled | torch.Tensor
+"""Exponents from which on products may leave the range of float32; beyond ``FAR`` squares leave that of float64."""
 
 
 def as_pair(mean: Pair | torch.Tensor) -> Pair:
@@ -190,98 +168,11 @@ def limited(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return values.clamp(-most, most).to(dtype)
 
 
-def divisor(count: Any) -> Any:
-    """Return what to divide sums by: the count, or 1 where that is 0 and so are the sums."""
-    return count.masked_fill(count == 0, 1) if isinstance(count, torch.Tensor) else count
-
-
 def invstd(var: torch.Tensor, eps: float | torch.Tensor) -> torch.Tensor:
     """Return 1 / sqrt(var + eps), and 0 with derivatives of 0 where var + eps is 0."""
     total = var.to(WIDE) + eps
     is_zero = total == 0
     return total.masked_fill(is_zero, 1).sqrt().reciprocal().masked_fill(is_zero, 0)
-
-
-def merge(first: Moments, second: Moments) -> Moments:
-    """Return the statistics of two batches together.
-
-    Source: Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances, 1979,
-    equations 2.1.
-    """
-    if isinstance(first.m2, Scaled) or isinstance(second.m2, Scaled):
-        return _merge_scaled(first, second)
-    (count, (hi, lo), m2), (more, (other_hi, other_lo), more_m2) = first, second
-    total = count + more
-    share = more / divisor(total)
-    difference = (other_hi - hi) + (other_lo - lo)
-    change = lo + difference * share
-    mean = hi + change
-    rest = change - (mean - hi)  # what rounding took off
-    return Moments(total, Pair(mean, rest), m2 + (more_m2 + difference * difference * (count * share)))
-
-
-def _merge_scaled(first: Moments, second: Moments) -> Moments:
-    """Do what ``merge`` does in units in which no value is large or all are small."""
-    sizes, parts = [], []
-    for count, mean, m2 in (first, second):
-        pair, exponent = mean if isinstance(mean, Scaled) else (mean, torch.zeros_like(mean.hi, dtype=torch.int64))
-        squares = m2.values if isinstance(m2, Scaled) else m2
-        size = torch.maximum(pair.hi.abs(), (squares / divisor(count)).sqrt())
-        sizes.append((exponent_of(size) + exponent).masked_fill(size == 0, -FARTHEST))
-        parts.append((count, pair, squares, exponent))
-    unit = torch.maximum(*sizes).clamp(-FARTHEST, FARTHEST)
-    unit = unit.masked_fill(unit.abs() <= FAR, 0)
-    total, mean, m2 = merge(
-        *(
-            Moments(
-                count,
-                Pair(*(scaled(part, exponent - unit) for part in pair)),
-                scaled(squares, 2 * (exponent - unit)),
-            )
-            for count, pair, squares, exponent in parts
-        )
-    )
-    return Moments(total, *in_units(*mean, m2, unit))
-
-
-def variance(moments: Moments, correction: int) -> Variance:
-    """Return m2 / (count - correction), and 0 where weights add up to less."""
-    _, _, m2 = moments
-    if isinstance(m2, Scaled):
-        return Scaled(variance(moments._replace(m2=m2.values), correction), m2.exponent)
-    excess = moments.count - correction
-    if not isinstance(excess, torch.Tensor):
-        return m2 / excess
-    is_missing = excess <= 0
-    return (m2 / excess.masked_fill(is_missing, 1)).masked_fill(is_missing, 0)
-
-
-def lerp(start: torch.Tensor, end: Mean | Variance, weight: float | torch.Tensor) -> torch.Tensor:
-    """Return (1 - weight) * start + weight * end, computed in float64 and rounded once to the dtype of start.
-
-    Statistics are no function of x to autograd: through them, each batch would hold on to the graphs of all before.
-    """
-    start = start.detach()
-    end, exponent = end if isinstance(end, Scaled) else (end, 0)
-    end = end.hi.detach() + end.lo.detach() if isinstance(end, Pair) else end.detach()
-    share = weight * end
-    if not isinstance(exponent, int):
-        share = scaled(share, exponent)
-    moved = ((1 - weight) * start.to(WIDE) + share).to(start.dtype)
-    # A batch that does not count leaves no trace, even of values that are not finite.
-    if isinstance(weight, torch.Tensor):
-        return torch.where(weight == 0, start, moved)
-    return start.clone() if weight == 0 else moved
-
-
-def step(
-    momentum: float | None, num_batches_tracked: torch.Tensor | None, count: Any, correction: int
-) -> float | torch.Tensor:
-    """Return momentum or 1 / num_batches_tracked, and 0 where weights add up to ``correction`` or less."""
-    weight = num_batches_tracked.to(WIDE).reciprocal() if momentum is None else momentum
-    if not isinstance(count, torch.Tensor):
-        return weight
-    return (~(count <= correction)).to(WIDE) * weight  # a count of NaN is to be seen in the statistics
 
 
 def heaviest(x: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
@@ -314,8 +205,29 @@ def widened(values: torch.Tensor, batch: Batch) -> torch.Tensor:
     return values.to(WIDE) if batch.dtype == "float64" else values
 
 
-class TorchKernels(Kernels):
-    """What all kernels of tensors have in common: the formulas on vectors."""
+class TorchFormulas(Formulas):
+    """The formulas on tensors, traced ones too: powers of two are made of bits, and statistics are detached."""
+
+    def wide(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(WIDE)
+
+    def rounded(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return x.to(like.dtype)
+
+    def constant(self, x: torch.Tensor) -> torch.Tensor:
+        return x.detach()
+
+    def copied(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    def exponent_of(self, x: torch.Tensor) -> torch.Tensor:
+        return exponent_of(x)
+
+    def scaled(self, x: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
+        return scaled(x, exponent)
+
+    def as_exponent(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(torch.int32)
 
     def sample_weights(
         self,
@@ -325,18 +237,35 @@ class TorchKernels(Kernels):
         lengths: torch.Tensor | None,
         sample_weight: torch.Tensor | None,
     ) -> torch.Tensor:
-        return masks.weights(shape, getattr(torch, dtype), mask, lengths, sample_weight)
+        """Return the sample weight where mask and lengths allow, else 0; NaN for what is none, under a trace."""
+        given = next(array for array in (mask, lengths, sample_weight) if array is not None)
+        result = torch.ones((), dtype=getattr(torch, dtype), device=given.device)
+        if sample_weight is not None:
+            result = _fitted(sample_weight.detach().to(result.dtype), shape)
+            result = result.masked_fill(result < 0, torch.nan)
+            if dtype == "float64":
+                result = self.summable(result)
+        if mask is not None:
+            result = torch.where(_fitted(mask, shape), result, 0)
+        if lengths is not None:
+            length = shape[-1]
+            lengths = lengths.to(torch.int64)[:, None]
+            result = torch.where(torch.arange(length, device=lengths.device) < lengths, result, 0)
+            result = result.masked_fill((lengths < 0) | (lengths > length), torch.nan)
+        return result.expand(shape)
 
-    def merge(self, first: Moments, second: Moments) -> Moments:
-        return merge(first, second)
 
-    def variance(self, moments: Moments, correction: int) -> Variance:
-        return variance(moments, correction)
+def _fitted(values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return (N,) or (N, L) values in a shape that broadcasts to that of the weights."""
+    return values[:, None] if values.ndim < len(shape) else values
 
-    def step(
-        self, momentum: float | None, num_batches_tracked: torch.Tensor | None, count: Any, correction: int
-    ) -> float | torch.Tensor:
-        return step(momentum, num_batches_tracked, count, correction)
 
-    def lerp(self, start: torch.Tensor, end: Mean | Variance, step: float | torch.Tensor) -> torch.Tensor:
-        return lerp(start, end, step)
+VECTORS = TorchFormulas(torch, torch.Tensor)
+divisor, variance = VECTORS.divisor, VECTORS.variance
+
+
+class TorchKernels(Kernels):
+    """What all kernels of tensors have in common: the formulas on vectors."""
+
+    merge, variance, step, lerp = VECTORS.merge, VECTORS.variance, VECTORS.step, VECTORS.lerp
+    sample_weights = VECTORS.sample_weights

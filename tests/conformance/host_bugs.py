@@ -25,11 +25,11 @@ def statistics_as_found() -> None:
 
 
 def merged_in_one_unit() -> None:
-    vectors._merge_scaled = lambda *moments: vectors._merged(*moments)[0]
+    vectors.FORMULAS.merge_scaled = vectors.FORMULAS.merge_plain
 
 
 def weights_as_they_are() -> None:
-    vectors._summable = lambda weights: weights
+    vectors.FORMULAS.summable = lambda weights: weights
 
 
 def narrow_in_a_wide_layer() -> None:

@@ -1,0 +1,199 @@
+"""Formulas on the statistics of channels, (C,) vectors in float64, in any namespace with the functions of NumPy.
+
+NumPy, CuPy and Torch bind one each when they are imported. No formula waits for a device: a branch depends on a sum of
+weights that is a number alone, never on an array. A number of values, an integer, needs none: it has been checked, and
+a compiler may have a symbol for it.
+"""
+
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from mbn.contract import Array, Moments
+
+FAR, FARTHEST = 400, 1000
+"""Exponents from which on squares may leave the range of float64, and those from which on powers have no inverse."""
+FAR_WEIGHT = 128
+"""The exponent of weights that are large, or negative that of small ones, beside which a correction is nothing."""
+TINY = float(np.finfo(np.float64).smallest_subnormal)
+
+
+class Pair(NamedTuple):
+    """A mean as the unevaluated sum of two float64 vectors: what float64 input needs to keep its last digits."""
+
+    hi: Array
+    lo: Array
+
+
+class Scaled(NamedTuple):
+    """Statistics beyond the range of float64, or that lose digits there: ``values * 2**exponent``."""
+
+    values: Pair | Array
+    """A mean as a pair, or a variance."""
+    exponent: Array
+    """The exponent of each channel's unit, an integer; nearly always 0."""
+
+
+Mean: TypeAlias = Pair | Scaled | Array
+Variance: TypeAlias = Scaled | Array
+
+
+class Formulas:
+    """The formulas in one namespace."""
+
+    def __init__(self, namespace: Any, array: type) -> None:
+        """Take a namespace with the functions of NumPy, and the class of its arrays."""
+        self.xp, self._array = namespace, array
+
+    # Where namespaces differ.
+
+    def wide(self, x: Array) -> Array:
+        """Return an array in float64."""
+        return x.astype(np.float64)
+
+    def rounded(self, x: Array, like: Array) -> Array:
+        """Return an array in the dtype of another."""
+        return x.astype(like.dtype)
+
+    def constant(self, x: Array) -> Array:
+        """Return what an array is to differentiation: a constant."""
+        return x
+
+    def copied(self, x: Array) -> Array:
+        """Return a copy."""
+        return x.copy()
+
+    def exponent_of(self, x: Array) -> Array:
+        """Return integers e that make ``abs(x) < 2**(e + 1)``, and about the least."""
+        return self.xp.frexp(x)[1]
+
+    def scaled(self, x: Array, exponent: Array) -> Array:
+        """Return ``x * 2**exponent``."""
+        return self.xp.ldexp(x, exponent)
+
+    def as_exponent(self, x: Array) -> Array:
+        """Return integers in the dtype of exponents."""
+        return x.astype(np.int32)
+
+    # The formulas.
+
+    def merge(self, first: Moments, second: Moments) -> Moments:
+        """Return the statistics of two batches together."""
+        is_scaled = isinstance(first.m2, Scaled) or isinstance(second.m2, Scaled)
+        return self.merge_scaled(first, second) if is_scaled else self.merge_plain(first, second)
+
+    def merge_plain(self, first: Moments, second: Moments) -> Moments:
+        """Return the statistics of two batches, which are not scaled, together.
+
+        Source: Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances,
+        1979, equations 2.1.
+        """
+        (count, (hi, lo), m2), (more, (other_hi, other_lo), more_m2) = first, second
+        total = count + more
+        share = more / self.divisor(total)
+        difference = (other_hi - hi) + (other_lo - lo)
+        change = lo + difference * share
+        mean = hi + change
+        rest = change - (mean - hi)  # what rounding took off
+        return Moments(total, Pair(mean, rest), m2 + (more_m2 + difference * difference * (count * share)))
+
+    def merge_scaled(self, first: Moments, second: Moments) -> Moments:
+        """Return the statistics of two batches together, in units in which no value is large or all are small."""
+        xp, sizes, parts = self.xp, [], []
+        for count, mean, m2 in (first, second):
+            pair, exponent = mean if isinstance(mean, Scaled) else (mean, self.as_exponent(xp.zeros_like(mean.hi)))
+            squares = m2.values if isinstance(m2, Scaled) else m2
+            size = xp.maximum(abs(pair.hi), xp.sqrt(squares / self.divisor(count)))
+            sizes.append(xp.where(size > 0, self.exponent_of(size) + exponent, -FARTHEST))
+            parts.append((count, pair, squares, exponent))
+        unit = xp.maximum(*sizes).clip(-FARTHEST, FARTHEST)
+        unit = self.as_exponent(xp.where(abs(unit) <= FAR, 0, unit))
+        total, mean, m2 = self.merge_plain(
+            *(
+                Moments(
+                    count,
+                    Pair(*(self.scaled(part, exponent - unit) for part in pair)),
+                    self.scaled(squares, 2 * (exponent - unit)),
+                )
+                for count, pair, squares, exponent in parts
+            )
+        )
+        return Moments(total, Scaled(mean, unit), Scaled(m2, 2 * unit))
+
+    def variance(self, moments: Moments, correction: int) -> Variance:
+        """Return m2 / (count - correction), and 0 where weights add up to no more than the correction."""
+        count, _, m2 = moments
+        if isinstance(m2, Scaled):
+            return Scaled(self.variance(moments._replace(m2=m2.values), correction), m2.exponent)
+        excess = count - correction
+        if not isinstance(excess, self._array):
+            return self.xp.zeros_like(m2) if isinstance(excess, float) and excess <= 0 else m2 / excess
+        is_missing = excess <= 0
+        return self.xp.where(is_missing, 0, m2 / self.xp.where(is_missing, 1, excess))
+
+    def step(self, momentum: float | None, num_batches_tracked: Array | None, count: Any, correction: int) -> Any:
+        """Return momentum or 1 / num_batches_tracked, and 0 where weights add up to ``correction`` or less."""
+        step = 1 / self.wide(num_batches_tracked) if momentum is None else momentum
+        if not isinstance(count, self._array):
+            return 0.0 if isinstance(count, float) and count <= correction else step
+        return step * self.wide(~(count <= correction))  # a count of NaN is to be seen in the statistics
+
+    def lerp(self, start: Array, end: Mean | Variance, step: float | Array) -> Array:
+        """Return (1 - step) * start + step * end, computed in float64 and rounded once to the dtype of start.
+
+        To differentiation it is a constant: each batch would hold on to the graphs of all before.
+        """
+        start, is_array = self.constant(start), isinstance(step, self._array)
+        if not is_array and step == 0:
+            return self.copied(start)
+        end, exponent = end if isinstance(end, Scaled) else (end, None)
+        end = self.constant(end.hi) + self.constant(end.lo) if isinstance(end, Pair) else self.constant(end)
+        share = step * end
+        if exponent is not None:
+            share = self.scaled(share, exponent)
+        moved = self.rounded((1 - step) * self.wide(start) + share, start)
+        # A batch that does not count leaves no trace, even of values that are not finite.
+        return self.xp.where(step == 0, start, moved) if is_array else moved
+
+    def sample_weights(
+        self,
+        shape: tuple[int, ...],
+        dtype: str,
+        mask: Array | None,
+        lengths: Array | None,
+        sample_weight: Array | None,
+    ) -> Array:
+        """Return the sample weight (1 if None) where mask and lengths allow, else 0."""
+        result = self.xp.ones(shape, dtype)
+        if sample_weight is not None:
+            result *= _row(sample_weight, len(shape))
+            if dtype == "float64":
+                result = self.summable(result)
+        if mask is not None:
+            result *= _row(mask, len(shape))
+        if lengths is not None:
+            result *= self.xp.arange(shape[1]) < lengths[:, None]
+        return result
+
+    def summable(self, weights: Array) -> Array:
+        """Return weights in float64 times a power of two, if they need one for their sums to be in its range.
+
+        Means depend on nothing but their ratios, and so does a variance, corrected by 1 or not, while their sum stays
+        far above 1, or below it. One that would be lost beside the others stays a weight.
+        """
+        if 0 in weights.shape:
+            return weights
+        exponent = self.exponent_of(weights.max())
+        near = self.scaled(weights, exponent.clip(-FAR_WEIGHT, FAR_WEIGHT) - exponent)
+        return self.xp.where((weights > 0) & (near == 0), TINY, near)
+
+    def divisor(self, count: Any) -> Any:
+        """Return what to divide sums by: the count, or 1 where that is 0 and so are the sums."""
+        if isinstance(count, self._array):
+            return self.xp.where(count == 0, 1, count)
+        return count or 1.0 if isinstance(count, float) else count
+
+
+def _row(values: Array, ndim: int) -> Array:
+    """Return values for each sample in the shape that broadcasts against an array of ndim axes."""
+    return values if values.ndim == ndim else values[:, None]
