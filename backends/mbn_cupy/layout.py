@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import cupy
 
+from mbn_common.strides import described
+
 THREADS = 256
 """In a block, at most: as in ``threads.cuh``."""
 _WARP = 32
@@ -75,16 +77,8 @@ def _layout(
     offsets: tuple[int, ...],
     weights_strides: tuple[int, ...] | None,
 ) -> Layout:
-    rows, channels, places = (*shape, 1)[:3]
-    strides = [tuple(stride // itemsize for stride in (*own, 0)[:3]) for own in all_strides]
-    if weights_strides is not None:
-        row, place = (*weights_strides, 0)[:2]
-        strides.append((row, 0, place))
-    # An axis of one has no stride, whatever is said of it.
-    strides = [(row * (rows > 1), channel * (channels > 1), place * (places > 1)) for row, channel, place in strides]
-    if rows == 1 or (places > 1 and all(row == places * place for row, _, place in strides)):  # one axis in two
-        strides = [(place, channel, 0) for _, channel, place in strides]
-        rows, places = rows * places, 1
+    own_strides = [tuple(stride // itemsize for stride in own) for own in all_strides]
+    (rows, channels, places), strides = described(shape, own_strides, weights_strides)
     row, channel, place = map(abs, strides[0])
     if (row < channel or channels == 1) if places == 1 else row < place:  # neighbours are places
         strides = [(place, channel, row) for row, channel, place in strides]

@@ -2,6 +2,6 @@
 
 import cupy
 
-from mbn_stats.formulas import Formulas
+from mbn_common.formulas import Formulas
 
 FORMULAS = Formulas(cupy, cupy.ndarray)

@@ -15,9 +15,9 @@ import torch
 
 from mbn.contract import Batch, Kernels, Moments, Stats
 from mbn.state import Params, Settings, State
+from mbn_common.formulas import Pair, Scaled
 from mbn_cpu import pages, threads
 from mbn_cpu.fastest import Host
-from mbn_stats.formulas import Pair, Scaled
 from mbn_torch.vectors import TorchKernels
 
 _has_versions = hasattr(torch._C, "_to_dlpack_versioned")  # noqa: SLF001 - Torch 2.9 and later

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mbn_common.strides import described
+
 ROWS, PLACES, CHANNELS = range(3)
 """The axes of a batch: what is summed over is rows, and in each of them places."""
 
@@ -71,16 +73,9 @@ def _tiling(
     itemsize: int,
     sums: bool,  # noqa: FBT001 - the key of a cache
 ) -> Tiling:
-    rows, channels, places = *shape, *(1,) * (3 - len(shape))
-    all_strides = [(of[0], of[2] if len(of) > 2 else 0, of[1]) for of in strides]  # noqa: PLR2004 - (N, C, L)
-    if weights is not None:
-        all_strides.append((weights[0], weights[1] if len(weights) > 1 else 0, 0))
-    if rows == 1 or all(of[ROWS] == of[PLACES] * places for of in all_strides):
-        rows, places = rows * places, 1
-        all_strides = [(of[PLACES], 0, of[CHANNELS]) if len(shape) > 2 else of for of in all_strides]  # noqa: PLR2004
+    (rows, channels, places), found = described(shape, strides, weights)
     extents = rows, places, channels
-    # That of an axis of one value says nothing.
-    all_strides = [tuple(s if size > 1 else 0 for s, size in zip(of, extents, strict=True)) for of in all_strides]
+    all_strides = [(of.row, of.position, of.channel) for of in found]
     units = [next((axis for axis in (CHANNELS, PLACES, ROWS) if of[axis] == 1), _NO_AXIS) for of in all_strides]
     count = len(strides)
     others = [s for of, unit in zip(all_strides[:count], units, strict=False) for a, s in enumerate(of) if a != unit]

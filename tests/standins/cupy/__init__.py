@@ -72,6 +72,10 @@ def zeros(shape, dtype=float):
     return stored(np.zeros(shape, dtype))
 
 
+def zeros_like(x):
+    return call(np.zeros_like, x)
+
+
 def ones(shape, dtype=float):
     return stored(np.ones(shape, dtype))
 

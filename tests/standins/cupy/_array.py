@@ -83,6 +83,9 @@ class ndarray:  # noqa: N801 - CuPy's name
     def max(self):
         return call(np.max, self)
 
+    def clip(self, low, high):
+        return call(np.clip, self, low, high)
+
     def astype(self, dtype, *, copy=True):
         if not copy and dtype == self.dtype:
             return self
@@ -130,6 +133,7 @@ for _name, _ufunc in {
 }.items():
     setattr(ndarray, f"__{_name}__", _operator(_ufunc))
 ndarray.__neg__ = lambda self: call(np.negative, self)
+ndarray.__invert__ = lambda self: call(np.invert, self)
 ndarray.__abs__ = lambda self: call(np.abs, self)
 
 

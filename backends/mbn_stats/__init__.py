@@ -1,1 +1,0 @@
-"""No backend: what those of NumPy, CuPy and Torch share of the arithmetic on statistics of channels."""
