@@ -29,20 +29,38 @@ _FEW = 4
 @loop
 def shifted_sums(x, w, last, c, length, lanes, shift, sums):
     """Write the weighted sums of x - shift and of its squares, (2, C)."""
+    _channel_sums(None, x, w, last, c, length, lanes, shift, sums)
+
+
+@loop
+def gradient_sums(dy, x, w, last, c, length, lanes, shift, sums):
+    """Write the sums of dy and of dy * (x - shift), (2, C)."""
+    _channel_sums(dy, x, w, last, c, length, lanes, shift, sums)
+
+
+@loop
+def _channel_sums(dy, x, w, last, c, length, lanes, shift, sums):
+    """Write the sums of one of the two above: ``dy`` is None, for which the compiler drops a branch, or an array.
+
+    ::
+
+        lanes >= L, or channels last    a row of sums has several samples      N, L, C: |c0 c1 c2|c0 c1 c2|...
+        lanes < L                       a row of sums is a part of a channel   N, C, L: |l0 l1 l2 l3|l4 l5 l6 l7|...
+    """
     width, inner = lanes * c, 1 if last else min(lanes, length)
-    total, squares, center = np.zeros(width), np.zeros(width), _spread(shift, width, inner)
+    total, products, center = np.zeros(width), np.zeros(width), _spread(shift, width, inner)
     sample = length * c if lanes < length else x.size
     if last or lanes >= length:
         if w.size:
-            _add_weighted_rows(x, w, last, c, length, width, sample, center, total, squares)
+            _add_weighted_rows(dy, x, w, last, c, length, width, sample, center, total, products)
         else:
-            _add_rows(x, width, sample, center, total, squares)
+            _add_rows(dy, x, width, sample, center, total, products)
     elif w.size:
-        _add_weighted_planes(x, w, c, length, lanes, shift, total, squares)
+        _add_weighted_planes(dy, x, w, c, length, lanes, shift, total, products)
     else:
-        _add_planes(x, c, length, lanes, shift, total, squares)
+        _add_planes(dy, x, c, length, lanes, shift, total, products)
     _collapse(total, lanes, inner, sums[0])
-    _collapse(squares, lanes, inner, sums[1])
+    _collapse(products, lanes, inner, sums[1])
 
 
 @loop
@@ -62,9 +80,11 @@ def parted_sums(x, w, last, c, length, lanes, shift, units, sums):
             for b in range(first, first + sample, _FEW * width):
                 rows = x[b : first + sample][: _FEW * width]
                 if w.size:
-                    _add_weighted_rows(rows, w[b // c :], last, c, length, width, rows.size, center, total, squares)
+                    _add_weighted_rows(
+                        None, rows, w[b // c :], last, c, length, width, rows.size, center, total, squares
+                    )
                 else:
-                    _add_rows(rows, width, rows.size, center, total, squares)
+                    _add_rows(None, rows, width, rows.size, center, total, squares)
                 _take_apart(total[: rows.size], of_total, parts[0], parts[1])
                 _take_apart(squares[: rows.size], of_squares, parts[2], parts[3])
     else:
@@ -74,9 +94,9 @@ def parted_sums(x, w, last, c, length, lanes, shift, units, sums):
             for start in range(0, length, _FEW * lanes):
                 values, k = x[row * length :][start:length][: _FEW * lanes], shift[channel:]
                 if w.size:
-                    _add_weighted_planes(values, w[place + start :], 1, values.size, lanes, k, total, squares)
+                    _add_weighted_planes(None, values, w[place + start :], 1, values.size, lanes, k, total, squares)
                 else:
-                    _add_planes(values, 1, values.size, lanes, k, total, squares)
+                    _add_planes(None, values, 1, values.size, lanes, k, total, squares)
                 _take_apart(total[:lanes], of_total[lane:], parts[0][lane:], parts[1][lane:])
                 _take_apart(squares[:lanes], of_squares[lane:], parts[2][lane:], parts[3][lane:])
     for i in range(4):
@@ -91,25 +111,6 @@ def _take_apart(sums, units, multiples, rests):
         multiples[k] += multiple
         rests[k] += sums[k] - multiple
         sums[k] = 0
-
-
-@loop
-def gradient_sums(dy, x, w, last, c, length, lanes, shift, sums):
-    """Write the sums of dy and of dy * (x - shift), (2, C)."""
-    width, inner = lanes * c, 1 if last else min(lanes, length)
-    total, products, center = np.zeros(width), np.zeros(width), _spread(shift, width, inner)
-    sample = length * c if lanes < length else x.size
-    if last or lanes >= length:
-        if w.size:
-            _add_counted_product_rows(dy, x, w, last, c, length, width, sample, center, total, products)
-        else:
-            _add_product_rows(dy, x, width, sample, center, total, products)
-    elif w.size:
-        _add_counted_product_planes(dy, x, w, c, length, lanes, shift, total, products)
-    else:
-        _add_product_planes(dy, x, c, length, lanes, shift, total, products)
-    _collapse(total, lanes, inner, sums[0])
-    _collapse(products, lanes, inner, sums[1])
 
 
 @loop
@@ -337,102 +338,75 @@ def _normalize_rows(x, y, width, center, scale, shift):
 
 
 @loop
-def _add_rows(x, width, sample, center, total, squares):
+def _add_rows(  # noqa: C901 - of two branches one is compiled
+    dy, x, width, sample, center, total, products
+):
     """Add up rows of ``width``, and in the end what each sample, so many values, has left over."""
     samples, rows, rest = x.size // sample, sample // width, sample % width
     if rest == 0:  # nothing between the rows of one sample and the next
         samples, rows, sample = 1, samples * rows, x.size
     for n in range(samples):
         first = n * sample
-        for r in range(0, rows - rows % 4, 4):  # four at a time: a quarter of the traffic of the sums
-            b = first + r * width
-            x0, x1 = x[b:][:width], x[b + width :][:width]
-            x2, x3 = x[b + 2 * width :][:width], x[b + 3 * width :][:width]
-            for k in range(width):
-                d0, d1, d2, d3 = x0[k] - center[k], x1[k] - center[k], x2[k] - center[k], x3[k] - center[k]
-                total[k] = (((total[k] + d0) + d1) + d2) + d3
-                squares[k] = (((squares[k] + d0 * d0) + d1 * d1) + d2 * d2) + d3 * d3
-        for r in range(rows - rows % 4, rows):
-            _add_row(x[first + r * width :][:width], center, total, squares)
+        if dy is None:  # four rows at a time: a quarter of the traffic of the sums
+            together = 4
+            for r in range(0, rows - rows % 4, 4):
+                b = first + r * width
+                x0, x1 = x[b:][:width], x[b + width :][:width]
+                x2, x3 = x[b + 2 * width :][:width], x[b + 3 * width :][:width]
+                for k in range(width):
+                    d0, d1, d2, d3 = x0[k] - center[k], x1[k] - center[k], x2[k] - center[k], x3[k] - center[k]
+                    total[k] = (((total[k] + d0) + d1) + d2) + d3
+                    products[k] = (((products[k] + d0 * d0) + d1 * d1) + d2 * d2) + d3 * d3
+        else:
+            together = 2
+            for r in range(0, rows - rows % 2, 2):
+                b = first + r * width
+                g0, g1, x0, x1 = dy[b:][:width], dy[b + width :][:width], x[b:][:width], x[b + width :][:width]
+                for k in range(width):
+                    total[k] = (total[k] + g0[k]) + g1[k]
+                    products[k] = (products[k] + g0[k] * (x0[k] - center[k])) + g1[k] * (x1[k] - center[k])
+        for r in range(rows - rows % together, rows):
+            _add_row(dy, x, first + r * width, width, center, total, products)
     if rest:
         for n in range(samples):
-            _add_row(x[(n + 1) * sample - rest :][:rest], center, total, squares)
+            _add_row(dy, x, (n + 1) * sample - rest, rest, center, total, products)
 
 
 @loop
-def _add_row(row, center, total, squares):
-    for k in range(row.size):
-        d = row[k] - center[k]
-        total[k] += d
-        squares[k] += d * d
+def _add_row(dy, x, first, size, center, total, products):
+    """Add up values one by one, from the first of so many on."""
+    row = x[first:][:size]
+    if dy is None:
+        for k in range(row.size):
+            d = row[k] - center[k]
+            total[k] += d
+            products[k] += d * d
+    else:
+        gradient = dy[first:][:size]
+        for k in range(row.size):
+            total[k] += gradient[k]
+            products[k] += gradient[k] * (row[k] - center[k])
 
 
 @loop
-def _add_planes(x, c, length, lanes, shift, total, squares):
+def _add_planes(dy, x, c, length, lanes, shift, total, products):
+    """Add up the values of each channel lane by lane, and in the end those that fill no row of lanes."""
     whole = length - length % lanes
-    for row in range(x.size // length):
-        k, values = shift[row % c], x[row * length :][:whole]
-        sums, other = total[row % c * lanes :][:lanes], squares[row % c * lanes :][:lanes]
-        for start in range(0, whole, lanes):
-            block = values[start:][:lanes]
-            for i in range(lanes):
-                d = block[i] - k
-                sums[i] += d
-                other[i] += d * d
-    for row in range(x.size // length):
-        k, values = shift[row % c], x[row * length + whole :][: length - whole]
-        for i in range(values.size):
-            d = values[i] - k
-            total[row % c * lanes + i] += d
-            squares[row % c * lanes + i] += d * d
-
-
-@loop
-def _add_product_rows(dy, x, width, sample, center, total, products):
-    """Add up rows as ``_add_rows`` does."""
-    samples, rows, rest = x.size // sample, sample // width, sample % width
-    if rest == 0:
-        samples, rows, sample = 1, samples * rows, x.size
-    for n in range(samples):
-        first = n * sample
-        for r in range(0, rows - rows % 2, 2):
-            b = first + r * width
-            g0, g1, x0, x1 = dy[b:][:width], dy[b + width :][:width], x[b:][:width], x[b + width :][:width]
-            for k in range(width):
-                total[k] = (total[k] + g0[k]) + g1[k]
-                products[k] = (products[k] + g0[k] * (x0[k] - center[k])) + g1[k] * (x1[k] - center[k])
-        for r in range(rows - rows % 2, rows):
-            b = first + r * width
-            _add_product_row(dy[b:][:width], x[b:][:width], center, total, products)
-    if rest:
-        for n in range(samples):
-            b = (n + 1) * sample - rest
-            _add_product_row(dy[b:][:rest], x[b:][:rest], center, total, products)
-
-
-@loop
-def _add_product_row(gradient, row, center, total, products):
-    for k in range(row.size):
-        total[k] += gradient[k]
-        products[k] += gradient[k] * (row[k] - center[k])
-
-
-@loop
-def _add_product_planes(dy, x, c, length, lanes, shift, total, products):
-    whole = length - length % lanes
-    for row in range(x.size // length):
-        k, gradient, values = shift[row % c], dy[row * length :][:whole], x[row * length :][:whole]
-        sums, other = total[row % c * lanes :][:lanes], products[row % c * lanes :][:lanes]
-        for start in range(0, whole, lanes):
-            g, block = gradient[start:][:lanes], values[start:][:lanes]
-            for i in range(lanes):
-                sums[i] += g[i]
-                other[i] += g[i] * (block[i] - k)
-    for row in range(x.size // length):
-        first, k = row * length + whole, shift[row % c]
-        for i in range(length - whole):
-            total[row % c * lanes + i] += dy[first + i]
-            products[row % c * lanes + i] += dy[first + i] * (x[first + i] - k)
+    for begin, end in ((0, whole), (whole, length)):
+        for row in range(x.size // length):
+            k, sums, other = shift[row % c], total[row % c * lanes :][:lanes], products[row % c * lanes :][:lanes]
+            for start in range(row * length + begin, row * length + end, lanes):
+                block = x[start : row * length + end][:lanes]
+                if dy is None:
+                    for i in range(block.size):
+                        d = block[i] - k
+                        sums[i] += d
+                        other[i] += d * d
+                else:
+                    gradient = dy[start : row * length + end][:lanes]
+                    for i in range(block.size):
+                        sums[i] += gradient[i]
+                        other[i] += gradient[i] * (block[i] - k)
 
 
 # With weights: what has none is replaced before anything is computed of it.
@@ -460,8 +434,8 @@ def _spread_weights(w, place, last, c, length, row):
 
 
 @loop
-def _add_weighted_rows(x, w, last, c, length, width, sample, center, total, squares):
-    """Add up rows as ``_add_rows`` does."""
+def _add_weighted_rows(dy, x, w, last, c, length, width, sample, center, total, products):
+    """Add up rows as ``_add_rows`` does. A gradient is not weighted: a weight of 0 alone matters to it."""
     row, whole = np.empty(width), sample - sample % width
     for begin, end in ((0, whole), (whole, sample)):
         for first in range(0, x.size, sample):
@@ -469,57 +443,41 @@ def _add_weighted_rows(x, w, last, c, length, width, sample, center, total, squa
                 values = x[b : first + end][:width]
                 weights = row[: values.size]
                 _spread_weights(w, b // c, last, c, length, weights)
-                for k in range(values.size):
-                    weight, d = weights[k], values[k] - center[k]
-                    d = d if weight != 0 else 0.0
-                    total[k] += weight * d
-                    squares[k] += weight * (d * d)
+                if dy is None:
+                    for k in range(values.size):
+                        weight, d = weights[k], values[k] - center[k]
+                        d = d if weight != 0 else 0.0
+                        total[k] += weight * d
+                        products[k] += weight * (d * d)
+                else:
+                    gradient = dy[b : first + end][:width]
+                    for k in range(values.size):
+                        g, d = gradient[k], values[k] - center[k]
+                        total[k] += g if weights[k] != 0 else 0.0
+                        products[k] += g * d if weights[k] != 0 else 0.0
 
 
 @loop
-def _add_weighted_planes(x, w, c, length, lanes, shift, total, squares):
-    whole = length - length % lanes
-    for begin, end in ((0, whole), (whole, length)):
-        for row in range(x.size // length):
-            k, sums, other = shift[row % c], total[row % c * lanes :][:lanes], squares[row % c * lanes :][:lanes]
-            for start in range(begin, end, lanes):
-                values, weights = x[row * length :][start:end][:lanes], w[row // c * length :][start:end][:lanes]
-                for i in range(values.size):
-                    weight, d = weights[i], values[i] - k
-                    d = d if weight != 0 else 0.0
-                    sums[i] += weight * d
-                    other[i] += weight * (d * d)
-
-
-@loop
-def _add_counted_product_rows(dy, x, w, last, c, length, width, sample, center, total, products):
-    """Add up rows as ``_add_rows`` does."""
-    row, whole = np.empty(width), sample - sample % width
-    for begin, end in ((0, whole), (whole, sample)):
-        for first in range(0, x.size, sample):
-            for b in range(first + begin, first + end, width):
-                gradient, values = dy[b : first + end][:width], x[b : first + end][:width]
-                weights = row[: values.size]
-                _spread_weights(w, b // c, last, c, length, weights)
-                for k in range(values.size):
-                    g, d = gradient[k], values[k] - center[k]
-                    total[k] += g if weights[k] != 0 else 0.0
-                    products[k] += g * d if weights[k] != 0 else 0.0
-
-
-@loop
-def _add_counted_product_planes(dy, x, w, c, length, lanes, shift, total, products):
+def _add_weighted_planes(dy, x, w, c, length, lanes, shift, total, products):
+    """Add up values as ``_add_planes`` does."""
     whole = length - length % lanes
     for begin, end in ((0, whole), (whole, length)):
         for row in range(x.size // length):
             k, sums, other = shift[row % c], total[row % c * lanes :][:lanes], products[row % c * lanes :][:lanes]
             for start in range(begin, end, lanes):
-                gradient, values = dy[row * length :][start:end][:lanes], x[row * length :][start:end][:lanes]
-                weights = w[row // c * length :][start:end][:lanes]
-                for i in range(values.size):
-                    g, d = gradient[i], values[i] - k
-                    sums[i] += g if weights[i] != 0 else 0.0
-                    other[i] += g * d if weights[i] != 0 else 0.0
+                values, weights = x[row * length :][start:end][:lanes], w[row // c * length :][start:end][:lanes]
+                if dy is None:
+                    for i in range(values.size):
+                        weight, d = weights[i], values[i] - k
+                        d = d if weight != 0 else 0.0
+                        sums[i] += weight * d
+                        other[i] += weight * (d * d)
+                else:
+                    gradient = dy[row * length :][start:end][:lanes]
+                    for i in range(values.size):
+                        g, d = gradient[i], values[i] - k
+                        sums[i] += g if weights[i] != 0 else 0.0
+                        other[i] += g * d if weights[i] != 0 else 0.0
 
 
 @loop
