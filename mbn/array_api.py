@@ -239,7 +239,7 @@ class ArrayAPIBackend(Backend):
     def asarray(self, x: Any, dtype: str | None = None, device: Any = None) -> Array:
         xp = self.namespace
         info = xp.__array_namespace_info__()
-        if dtype is not None and dtype not in (known := info.dtypes()):
+        if dtype not in (None, "int64") and dtype not in (known := info.dtypes()):
             message = f"{self.name} has no dtype {dtype}; it has {', '.join(known)}."
             raise TypeError(message)
         if isinstance(device, str):
@@ -251,8 +251,8 @@ class ArrayAPIBackend(Backend):
         x = x.hi if isinstance(x, Pair) else x
         given = dtype or (dtype_name(x.dtype) if hasattr(x, "dtype") else None)
         where = x.device if device is None and self.owns(x) else device
-        if given == "int64" and where is not None and given not in info.dtypes(device=where):
-            dtype = "int32"  # of a count, which the device has no larger integers for
+        if given == "int64" and given not in info.dtypes(device=where):
+            dtype = "int32"  # of a count, for which there are no larger integers
         return xp.asarray(x, dtype=None if dtype is None else getattr(xp, dtype), device=device)
 
     def to_numpy(self, x: Array) -> np.ndarray:

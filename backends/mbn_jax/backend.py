@@ -1,4 +1,4 @@
-"""JAX's verbs. Every verb is one compiled call and can be traced; so is the whole, which a training step calls."""
+"""JAX's border, kernels and hooks. Everything can be traced."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Torch's verbs, and its border with NumPy: neither a warning nor a refusal where the data can be brought over."""
+"""Torch's border with NumPy, and its hooks: neither a warning nor a refusal where the data can be brought over."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,6 +10,7 @@ import torch
 
 from mbn.contract import Backend, Batch, Capabilities, Held, Kernels, Operation, dtype_name, numpy_dtype
 from mbn.state import Params, State
+from mbn.threads import Exclusive
 from mbn_torch import autograd, overlaps, routes
 from mbn_torch.autograd import NOT_REGISTERED
 from mbn_torch.formulas import FORMULAS
@@ -181,7 +182,7 @@ class TorchBackend(Backend):
         return before
 
     def writing(self) -> AbstractContextManager[Any]:
-        return nullcontext() if torch.compiler.is_compiling() else super().writing()
+        return nullcontext() if torch.compiler.is_compiling() else Exclusive()
 
     def module(self, layer: Any, adopt: Callable[[Params, State], None]) -> BatchNorm1d:
         return BatchNorm1d(self, layer, adopt)

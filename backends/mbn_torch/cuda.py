@@ -2,7 +2,7 @@
 
 A step of training is three launches and evaluation is one, on the current stream of the tensors' own device. No host
 waits for a device, so that all of it can be captured in a CUDA graph. Beside the results there are a few vectors, and
-partial sums of at most some MiB. The verbs take and return what those of the other kernels do.
+partial sums of at most some MiB. The kernels take and return what the others do.
 """
 
 import struct

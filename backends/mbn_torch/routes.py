@@ -20,7 +20,16 @@ from mbn_torch.tracing import HOST, is_recorded, is_scripted, is_traced, is_tran
 def kernels_for(
     operation: Operation, batch: Batch, other: torch.Tensor | None = None, vectors: tuple[Any, ...] = ()
 ) -> tuple[Kernels, Batch | HostBatch]:
-    """Return the kernels for a call, and its batch as they read it."""
+    """Return the kernels for a call, and its batch as they read it.
+
+    | kernels | why they are there |
+    |---|---|
+    | FORMULAS | every transformation of Torch sees through them; the others are opaque to it |
+    | OnHost, fused steps | Numba's: 4.8 times as fast as its passes for (32, 64), 1.8 times for (1024, 256) |
+    | OnHost, passes | for all sizes; without Numba they are NumPy's |
+    | Triton | one launch for each pass; no GPU has been there to measure it |
+    | TENSORS | tensors that nothing else takes, to the bounds: FORMULAS fail 21 tests of the suite, up to 11 ulp |
+    """
     if is_transformed() or _is_followed(operation, batch, other, vectors):
         return FORMULAS, batch
     x, sample_weight, _ = batch

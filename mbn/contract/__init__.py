@@ -48,14 +48,28 @@ __all__ = [
 
 Operation: TypeAlias = Literal["train", "evaluate", "pullback", "moments"]
 """What a batch is for."""
-_OF_VERSION_1 = {"weights", "moments", "normalize", "grad_sums", "grad_input", "batch_norm", "batch_norm_residuals"}
+_OF_VERSION_1 = {"moments", "normalize", "grad_sums", "grad_input", "batch_norm", "batch_norm_residuals", "pullback"}
+_MOVED = {"Residuals": "Stats", "widened": "Batch.dtype"}
+"""Names of version 1, and what there is in their place."""
+
+
+def __getattr__(name: str) -> Any:
+    """Say of a name of version 1 what has become of it."""
+    if name in _MOVED:
+        message = (
+            f"{name} is of version 1 of mbn.contract; version 2 has {_MOVED[name]} in its place. "
+            "See 'From version 1 of the contract' in docs/backends.md."
+        )
+        raise ImportError(message)
+    message = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(message)
 
 
 class Backend(Arrays, Integration):
     """An array library, the kernels that compute on its arrays, and what its framework wants."""
 
     kernels: Kernels
-    """Those that serve every call; of several, those whose formulas on (C,) vectors read the statistics of all."""
+    """The kernels of every call. Of several, one whose formulas on vectors read the statistics of the others."""
     forward: Callable[..., tuple[Array, Any, Stats]]
     """``mbn.step.compose.forward`` as the framework runs it."""
     pullback: Callable[..., tuple[Array, Array, Array]]
@@ -64,10 +78,12 @@ class Backend(Arrays, Integration):
     def __init_subclass__(cls, **options: Any) -> None:
         """Refuse a class of the first contract, whose arithmetic was its own."""
         super().__init_subclass__(**options)
-        if found := sorted(_OF_VERSION_1 & vars(cls).keys()):
+        own = [kind for kind in cls.__mro__ if not issubclass(Backend, kind)]
+        if found := sorted(_OF_VERSION_1.intersection(*[{name for kind in own for name in vars(kind)}])):
             message = (
-                f"{cls.__qualname__} is written for version 1 of mbn.contract: it has {', '.join(found)}. In version 2 "
-                "a backend's arithmetic is a mbn.contract.Kernels of its own, its attribute kernels: docs/backends.md."
+                f"{cls.__qualname__} is written for version 1 of mbn.contract: it has {', '.join(found)}. Move these "
+                "to a subclass of mbn.contract.Kernels, and have the backend's attribute kernels be an instance of it; "
+                "see 'From version 1 of the contract' in docs/backends.md."
             )
             raise TypeError(message)
 

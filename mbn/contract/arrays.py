@@ -75,10 +75,10 @@ class Arrays(ABC):
         """Return a copy that changes with nothing else; of a parameter, one that nobody trains."""
 
     def flaw(self, name: str, x: Array) -> str | None:  # noqa: ARG002 - the signature for whoever has such arrays
-        """Say why the verbs cannot read ``x``, an own array that is called ``name``; None if they can.
+        """Say why the kernels cannot read ``x``, an own array that is called ``name``; None if they can.
 
         This is not asked of the x that is normalised, nor of parameters and statistics in a call, where it would cost
-        too much: there the verbs themselves raise a TypeError.
+        too much: there the kernels themselves raise a TypeError.
         """
         return None
 

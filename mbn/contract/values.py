@@ -7,7 +7,11 @@ import numpy as np
 from mbn.contract.dtypes import dtype_name
 
 Array: TypeAlias = Any
-"""An array of some framework; only the backend that owns it knows more."""
+"""An array of some framework.
+
+The frontend asks of it ``shape``, ``ndim`` and ``dtype``; ``mT`` or ``swapaxes``; basic slices, ``x[start:stop]``,
+``x[0, :]``, ``x[:0, ...]``; and ``x + x``. Of an integer scalar it asks ``int(x)``, ``x - 1`` and ``x >> 1``.
+"""
 
 _LIMITS = {f"int{bits}": (2 ** (bits - 1) - 1, bits - 1) for bits in (8, 16, 32, 64)}
 """The largest number of a dtype, and how far its sign is from its last bit."""
@@ -58,7 +62,7 @@ class Capabilities(NamedTuple):
     strided: bool
     """Arrays can have any memory order, and outputs keep that of x."""
     masks: bool = False
-    """Batches can have weights: the verbs take them."""
+    """Batches can have sample weights: the kernels take them."""
     autograd: bool = False
     """The framework differentiates through every call, backwards and forwards and again: ``grad``, ``jvp``."""
     vmap: bool = False
@@ -72,7 +76,7 @@ class Capabilities(NamedTuple):
     any_size: bool = False
     """Values, parameters and statistics may have any size: one beyond all others, or squares that no dtype holds."""
     out: bool = False
-    """Outputs can be written to an array of the caller's: the verbs take it."""
+    """Outputs can be written to an array of the caller's: the kernels take it."""
 
 
 class Batch(NamedTuple):
@@ -95,7 +99,7 @@ class Moments(NamedTuple):
     count: Any  # the field's name; tuple.count is of no use here
     """Values per channel, an int; of a weighted batch the sum of its weights, in a form of the backend's own."""
     mean: Any
-    """The mean, in whatever form the backend's other verbs read: it may carry more precision than x."""
+    """The mean, in whatever form the backend's other kernels read: it may carry more precision than x."""
     m2: Any
     """Sum of squared deviations from the mean, in the backend's own form too: ``variance`` reads it."""
 

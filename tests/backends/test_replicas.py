@@ -1,9 +1,7 @@
 """A batch that replicas share gives each of them its part of what the whole batch gives."""
 
 import importlib
-import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,31 +9,19 @@ import pytest
 from thread_group import ThreadGroup
 
 import mbn
-from mbn import registry
 from mbn.contract import Backend
 from mbn.forward import forward, forward_vjp
 from mbn.masking import Masking
 from mbn.state import Params, Settings, State
-from mbn.step import compose
 
 C = 3
-RNG = np.random.default_rng(5)
 SHARDS = {"two": [20, 17], "three, one with one row": [1, 24, 12], "four, one of them empty": [9, 0, 20, 8]}
-STANDINS = Path(__file__).parents[1] / "standins"
 
 
 @pytest.fixture(params=["numpy", "numba", "torch", "strict", "cupy"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+def backend(request: pytest.FixtureRequest) -> Backend:
     if request.param == "cupy":
-
-        def stand_in() -> list[str]:
-            return [name for name in sys.modules if name.partition(".")[0] in ("cupy", "cuda_on_host", "mbn_cupy")]
-
-        for name in stand_in():
-            monkeypatch.delitem(sys.modules, name)
-        monkeypatch.syspath_prepend(STANDINS)
-        registry._forget("cupy")
-        importlib.import_module("cupy")
+        request.getfixturevalue("cupy")
     return mbn.get_backend(request.param)
 
 
@@ -47,9 +33,13 @@ def split(values: Any, sizes: list[int]) -> list[Any]:
 
 def data(dtype: str, length: int | None) -> tuple[np.ndarray, np.ndarray]:
     shape = (37, C) if length is None else (37, C, length)
-    x, dy = RNG.standard_normal((2, *shape))
+    x, dy = np.random.default_rng(5).standard_normal((2, *shape))
     x += 100 * np.arange(37).reshape(-1, *[1] * (x.ndim - 1)) / 37  # no shard has the mean of all
     return x.astype(dtype), dy.astype(dtype)
+
+
+def a_mask(shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(6).random(shape) < 0.7
 
 
 def vectors(backend: Backend, dtype: str) -> tuple[Params, State]:
@@ -72,7 +62,7 @@ def test_replicas_agree_with_the_whole_batch(
     backend: Backend, sizes: list[int], length: int | None, dtype: str, *, masked: bool
 ) -> None:
     x, dy = data(dtype, length)
-    mask = RNG.random((37,) if length is None else (37, length)) < 0.7 if masked else None
+    mask = a_mask((37,) if length is None else (37, length)) if masked else None
     settings = Settings(C, dtype, 1e-5, 0.1, 1, 1)
     params, state = vectors(backend, dtype)
 
@@ -124,13 +114,6 @@ def test_evaluation_asks_no_other_replica(backend: Backend) -> None:
     np.testing.assert_array_equal(backend.to_numpy(y), backend.to_numpy(expected))
 
 
-@pytest.mark.parametrize("seam", ["merged", "summed"])
-def test_each_part_of_the_seam_is_needed(seam: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compose, seam, lambda *arguments: arguments[-2])  # each replica for itself
-    with pytest.raises(AssertionError):
-        test_replicas_agree_with_the_whole_batch(mbn.get_backend("numpy"), [20, 17], None, "float32", masked=False)
-
-
 class TestTorch:
     """Autograd, once and twice."""
 
@@ -140,7 +123,7 @@ class TestTorch:
         torch = pytest.importorskip("torch")
         backend = mbn.get_backend("torch")
         x, dy = data(dtype, 4)
-        v, mask = RNG.standard_normal(x.shape).astype(dtype), RNG.random((37, 4)) < 0.7
+        v, mask = np.sin(x), a_mask((37, 4))
         settings = Settings(C, dtype, 1e-5, 0.1, 1, 1)
         (weight, bias), state = vectors(backend, dtype)
         u = torch.tensor([1.0, -2.0, 0.5], dtype=weight.dtype)
@@ -176,7 +159,7 @@ class TestJax:
 
         backend = mbn.get_backend("jax")
         x, dy = (values[:36] for values in data("float32", 4))
-        v, mask = RNG.standard_normal(x.shape).astype("float32"), RNG.random((36, 4)) < 0.7
+        v, mask = np.sin(x), a_mask((36, 4))
         params, state = vectors(backend, "float32")
         settings = Settings(C, "float32", 1e-5, 0.1, 1, 1)
 
@@ -224,3 +207,23 @@ class TestJax:
         for own, whole in zip(own_after, after, strict=True):
             for replica in own:
                 assert_near(replica, whole, "float32")
+
+
+SEAMS = {
+    ("mbn.step.compose", "merged"): lambda: test_replicas_agree_with_the_whole_batch(
+        mbn.get_backend("numpy"), [20, 17], None, "float32", masked=False
+    ),
+    ("mbn.step.compose", "summed"): lambda: test_replicas_agree_with_the_whole_batch(
+        mbn.get_backend("numpy"), [20, 17], None, "float32", masked=False
+    ),
+    ("mbn_torch.autograd", "merged"): lambda: TestTorch().test_derivatives("float64", masked=False),
+    ("mbn_jax.batch", "summed"): lambda: TestJax().test_derivatives(2, masked=False),
+}
+
+
+@pytest.mark.parametrize("seam", SEAMS, ids=".".join)
+def test_each_part_of_the_seam_is_needed(seam: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    module, name = seam
+    monkeypatch.setattr(importlib.import_module(module), name, lambda *arguments: arguments[-2])  # each for itself
+    with pytest.raises(AssertionError):
+        SEAMS[seam]()
