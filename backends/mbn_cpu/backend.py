@@ -60,15 +60,14 @@ class HostKernels(Kernels):
         return y
 
     def grad_sums(self, dy: np.ndarray, batch: Batch, stats: Stats, eps: float) -> tuple[np.ndarray, np.ndarray]:
-        dy, x, weights = _widened(dy, batch), _widened(batch.x, batch), batch.sample_weight
-        mean, var, _ = stats
-        sums = self.passes.grad_sums(dy, x, mean, var, eps, weights)
-        if _has_room(x, mean):
+        dy, batch = _widened(dy, batch), batch._replace(x=_widened(batch.x, batch))
+        sums = self.passes.grad_sums(dy, batch, stats, eps)
+        if _has_room(batch.x, stats.mean):
             return sums
         with np.errstate(all="ignore"):
-            channels = extremes.of_sums(sums, var, eps)
+            channels = extremes.of_sums(sums, stats.var, eps)
             if channels is not None:
-                of_channels = extremes.grad_sums(self.passes.grad_sums, dy, x, channels, mean, var, eps, weights)
+                of_channels = extremes.grad_sums(self.passes.grad_sums, dy, batch, channels, stats, eps)
                 for total, own in zip(sums, of_channels, strict=True):
                     total[channels] = own
         return sums
@@ -82,15 +81,15 @@ class HostKernels(Kernels):
         eps: float,
         sums: tuple[np.ndarray, np.ndarray] | None,
     ) -> np.ndarray:
-        dy, x, weights, (mean, var, count) = np.asarray(dy), np.asarray(batch.x), batch.sample_weight, stats
-        dx = self.passes.grad_input(dy, x, mean, var, weight, eps, sums, count, weights)
-        if _has_room(x, mean, weight):
+        dy, batch = np.asarray(dy), batch._replace(x=np.asarray(batch.x))
+        dx = self.passes.grad_input(dy, batch, stats, weight, eps, sums)
+        if _has_room(batch.x, stats.mean, weight):
             return dx
         with np.errstate(all="ignore"):
-            channels = extremes.of_factors(sums, var, weight, eps, count)
+            channels = extremes.of_factors(sums, stats.var, weight, eps, stats.count)
             if channels is not None:
                 kernel = self.passes.grad_sums
-                dx[:, channels] = extremes.grad_input(kernel, dy, x, channels, mean, var, weight, eps, count, weights)
+                dx[:, channels] = extremes.grad_input(kernel, dy, batch, channels, stats, weight, eps)
         return dx
 
     @np.errstate(all="ignore")
@@ -216,5 +215,6 @@ def _has_room(x: np.ndarray, mean: vectors.Mean, weight: np.ndarray | None = Non
     return not (
         vectors.is_wide(x)
         or (weight is not None and vectors.is_wide(weight))
+        or isinstance(mean, vectors.Scaled)
         or (not isinstance(mean, vectors.Pair) and vectors.is_wide(mean))
     )

@@ -11,14 +11,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from mbn.contract import Moments
+from mbn.contract import Batch, Moments, Stats
 from mbn_cpu import threads, tiles
 from mbn_cpu.tiles import Columns, Form, Scratch, Tile
 from mbn_cpu.vectors import (
     WIDE,
     Line,
-    Mean,
-    Variance,
     added,
     as_pair,
     fold_rows,
@@ -26,6 +24,7 @@ from mbn_cpu.vectors import (
     invstd,
     is_far,
     is_wide,
+    projection,
     units,
 )
 
@@ -83,11 +82,9 @@ def normalize(
 
 
 @np.errstate(all="ignore")
-def grad_sums(
-    dy: np.ndarray, x: np.ndarray, mean: Mean, var: Variance, eps: float, weights: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def grad_sums(dy: np.ndarray, batch: Batch, stats: Stats, eps: float) -> tuple[np.ndarray, np.ndarray]:
     """Return the sums of dy and of dy * (x - mean) / sqrt(var + eps) for each channel, in float64."""
-    hi, lo = as_pair(mean)
+    hi, lo = as_pair(stats.mean)
     columns = Columns(hi)
 
     def terms(
@@ -100,50 +97,42 @@ def grad_sums(
             _clear(term, w)
             yield term
 
-    sum_dy, products = _sums(terms, x, dy, _against_x(weights), add_rows=fold_rows)
-    return sum_dy, (products - lo * sum_dy) * invstd(var, eps)
+    sum_dy, products = _sums(terms, batch.x, dy, _against_x(batch.sample_weight), add_rows=fold_rows)
+    return sum_dy, (products - lo * sum_dy) * invstd(stats.var, eps)
 
 
 @np.errstate(all="ignore")
 def grad_input(
     dy: np.ndarray,
-    x: np.ndarray,
-    mean: Mean,
-    var: Variance,
+    batch: Batch,
+    stats: Stats,
     weight: np.ndarray | None,
     eps: float,
     sums: tuple[np.ndarray, np.ndarray] | None,
-    count: float | None,
-    weights: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Return the gradient of x, in its dtype and memory order: scale * (dy - w * (mean_dy + xhat * mean_dy_xhat)).
+    """Return the gradient of x, in its dtype and memory order.
 
     Computed in float64 and rounded once: where the gradient is small its terms are not, and all digits of them cancel.
     """
-    scale = invstd(var, eps)
-    vectors = [scale if weight is None else scale * weight]
-    if sums is not None:
-        sum_dy, sum_dy_xhat = sums
-        hi, lo = as_pair(mean)
-        slope = scale * sum_dy_xhat / count
-        vectors += [hi, slope, sum_dy / count - lo * slope]
-    columns = Columns(*vectors)
+    x, weights, _ = batch
+    scale, shared = projection(stats, weight, eps, sums)
+    columns = Columns(scale) if shared is None else Columns(*shared)
     dx = np.empty_like(x)
 
     def write(
         scratch: Scratch, tile: Tile, dx: np.ndarray, dy: np.ndarray, x: np.ndarray, w: np.ndarray | None
     ) -> None:
         values = scratch.copy(dy, WIDE)
-        scale, *projection = columns.of(tile, x.shape)
-        if projection:
-            center, slope, average = projection
-            shared = scratch.copy(x, WIDE)
-            shared -= center
-            shared *= slope
-            shared += average
+        scale, *others = columns.of(tile, x.shape)
+        if others:
+            center, slope, average = others
+            projected = scratch.copy(x, WIDE)
+            projected -= center
+            projected *= slope
+            projected += average
             if w is not None:
-                shared *= w
-            values -= shared
+                projected *= w
+            values -= projected
         values *= scale
         _clear(values, w)
         dx[...] = values

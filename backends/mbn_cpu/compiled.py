@@ -10,14 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mbn.contract import Moments
+from mbn.contract import Batch, Moments, Stats
 from mbn_cpu import halves, loops, threads
 from mbn_cpu.tiles import Scratch
 from mbn_cpu.vectors import (
     WIDE,
     Line,
-    Mean,
-    Variance,
     added,
     as_pair,
     compute_dtype,
@@ -26,6 +24,7 @@ from mbn_cpu.vectors import (
     invstd,
     is_far,
     is_wide,
+    projection,
     units,
 )
 
@@ -160,41 +159,30 @@ def normalize(
     return y
 
 
-def grad_sums(
-    dy: np.ndarray, x: np.ndarray, mean: Mean, var: Variance, eps: float, weights: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def grad_sums(dy: np.ndarray, batch: Batch, stats: Stats, eps: float) -> tuple[np.ndarray, np.ndarray]:
     """Return the sums of dy and of dy * (x - mean) / sqrt(var + eps) for each channel, in float64."""
     with np.errstate(all="ignore"):
-        hi, lo = as_pair(mean)
-        sum_dy, products = _sums(loops.gradient_sums, (hi,), weights, x, dy)
-        return sum_dy, (products - lo * sum_dy) * invstd(var, eps)
+        hi, lo = as_pair(stats.mean)
+        sum_dy, products = _sums(loops.gradient_sums, (hi,), batch.sample_weight, batch.x, dy)
+        return sum_dy, (products - lo * sum_dy) * invstd(stats.var, eps)
 
 
 def grad_input(
     dy: np.ndarray,
-    x: np.ndarray,
-    mean: Mean,
-    var: Variance,
+    batch: Batch,
+    stats: Stats,
     weight: np.ndarray | None,
     eps: float,
     sums: tuple[np.ndarray, np.ndarray] | None,
-    count: float | None,
-    weights: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Return the gradient of x, in its dtype and memory order: scale * (dy - w * (mean_dy + xhat * mean_dy_xhat)).
+    """Return the gradient of x, in its dtype and memory order.
 
     Computed in float64 and rounded once: where the gradient is small its terms are not, and all digits of them cancel.
     """
+    x, weights, _ = batch
     with np.errstate(all="ignore"):
-        scale = invstd(var, eps)
-        center = slope = average = _NOTHING
-        if sums is not None:
-            sum_dy, sum_dy_xhat = sums
-            center, lo = as_pair(mean)
-            slope = scale * sum_dy_xhat / count
-            average = sum_dy / count - lo * slope
-        if weight is not None:
-            scale = scale * weight
+        scale, shared = projection(stats, weight, eps, sums)
+    center, slope, average = (_NOTHING,) * 3 if shared is None else shared[1:]
     dx = np.empty_like(x)
 
     def task(form: Form, sizes: tuple[int, int], dx: np.ndarray, x: np.ndarray, dy: np.ndarray, w: np.ndarray) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from mbn.contract import Moments
+from mbn.contract import Batch, Moments, Stats
 from mbn_cpu.vectors import WIDE, Line, Mean, Pair, Scaled, Variance, as_pair, exponent_of, in_range, invstd, scaled
 
 Sums: TypeAlias = tuple[np.ndarray, np.ndarray]
@@ -125,17 +125,11 @@ def normalize(
 
 
 def grad_sums(
-    kernel: Callable[..., Sums],
-    dy: np.ndarray,
-    x: np.ndarray,
-    channels: np.ndarray,
-    mean: Mean,
-    var: Variance,
-    eps: float,
-    weights: np.ndarray | None,
+    kernel: Callable[..., Sums], dy: np.ndarray, batch: Batch, channels: np.ndarray, stats: Stats, eps: float
 ) -> Sums:
     """Return the sums of dy and of dy * xhat of some channels."""
-    units = _units(channels, mean, var, eps)
+    x, weights, _ = batch
+    units = _units(channels, stats.mean, stats.var, eps)
     gradient, unit = _gradient(dy, channels, weights)
     sum_dy, sum_dy_xhat, power = _sums(kernel, gradient, _part(x, channels), units, weights)
     return np.ldexp(sum_dy, unit), np.ldexp(sum_dy_xhat, power + unit)
@@ -144,16 +138,15 @@ def grad_sums(
 def grad_input(
     kernel: Callable[..., Sums],
     dy: np.ndarray,
-    x: np.ndarray,
+    batch: Batch,
     channels: np.ndarray,
-    mean: Mean,
-    var: Variance,
+    stats: Stats,
     weight: np.ndarray | None,
     eps: float,
-    count: float | None,
-    weights: np.ndarray | None,
 ) -> np.ndarray:
     """Return the gradient of some channels of x, in float64; sums that are beyond the range are made again."""
+    x, weights, _ = batch
+    mean, var, count = stats
     units = _units(channels, mean, var, eps)
     gradient, unit = _gradient(dy, channels, weights)
     scale, power = units.scale, units.power + unit
@@ -214,7 +207,8 @@ def _sums(
     exponent = _largest_exponent(d, weights)
     d = np.ldexp(d, -_along(exponent, part), out=d)
     rest = np.ldexp(units.rest, -exponent)
-    sum_dy, products = kernel(gradient, d, Pair(np.zeros_like(rest), -rest), np.ones_like(rest), 0.0, weights)
+    stats = Stats(Pair(np.zeros_like(rest), -rest), np.ones_like(rest), None)
+    sum_dy, products = kernel(gradient, Batch(d, weights), stats, 0.0)
     return sum_dy, products * units.scale, exponent + units.exponent + units.power
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mbn.contract import Moments
+from mbn.contract import Moments, Stats
 from mbn_common.formulas import Formulas, Mean, Pair, Scaled, Variance
 
 _LIMIT = np.iinfo(np.int64).max
@@ -128,6 +128,30 @@ def invstd(var: Variance, eps: float) -> np.ndarray:
     if eps == 0:
         result[spread == 0] = 0
     return result
+
+
+class Projection(NamedTuple):
+    """The gradient of x as ``scale * (dy - w * ((x - center) * slope + average))``, in float64; each (C,)."""
+
+    scale: np.ndarray
+    center: np.ndarray
+    slope: np.ndarray
+    average: np.ndarray
+
+
+def projection(
+    stats: Stats, weight: np.ndarray | None, eps: float, sums: tuple[np.ndarray, np.ndarray] | None
+) -> tuple[np.ndarray, Projection | None]:
+    """Return the scale of a gradient, and how it depends on all values, if it does."""
+    mean, var, count = stats
+    spread = invstd(var, eps)
+    scale = spread if weight is None else spread * weight
+    if sums is None:
+        return scale, None
+    sum_dy, sum_dy_xhat = sums
+    center, rest = as_pair(mean)
+    slope = spread * sum_dy_xhat / count
+    return scale, Projection(scale, center, slope, sum_dy / count - rest * slope)
 
 
 def added(hi: np.ndarray, lo: np.ndarray) -> Pair:
