@@ -26,6 +26,10 @@ _OPEN_UNDER_A_COMPILER = (
 )
 
 
+_OWN = frozenset({"_training", "_frozen", "__qualname__", *Storage.__annotations__})
+"""The attributes of a layer that is of no subclass."""
+
+
 class BatchNorm1d(Storage):
     """Batch normalisation of (N, C) or (N, C, L) inputs, with the semantics of ``torch.nn.BatchNorm1d``.
 
@@ -232,15 +236,24 @@ class BatchNorm1d(Storage):
 
     def _run(self, run: Callable[..., tuple[Any, State]], x: Any, masking: Masking | None) -> Any:
         """Do with the layer's own parameters and state what ``run`` does, and store the new state."""
-        settings = self._settings
+        backend, settings, params, before = self._backend, self._settings, self._params, self._state
         if not self._is_bound or settings.num_features is None:
             return self._first_run(run, x, masking)
-        return self._step(run, received(self._backend, "x", x, settings.dtype, self._device), masking)
+        x = received(backend, "x", x, settings.dtype, self._device)
+        return self._step(run, x, masking, backend, settings, params, before)
 
-    def _step(self, run: Callable[..., tuple[Any, State]], x: Array, masking: Masking | None) -> Any:
-        backend, before = self._backend, self._state
+    def _step(
+        self,
+        run: Callable[..., tuple[Any, State]],
+        x: Array,
+        masking: Masking | None,
+        backend: Backend,
+        settings: Settings,
+        params: Params,
+        before: State,
+    ) -> Any:
         training = self._uses_batch(before, self._training)
-        result, after = run(backend, x, self._params, before, self._settings, training=training, masking=masking)
+        result, after = run(backend, x, params, before, settings, training=training, masking=masking)
         # A load or a move may have come in between: then what that has stored stays.
         if after is not before and backend.stores(before, after) and self._state is before:
             state = backend.write(before, after) if self._is_shared else after
@@ -259,8 +272,10 @@ class BatchNorm1d(Storage):
     def _begin(self, run: Callable[..., tuple[Any, State]], x: Any, masking: Masking | None) -> Any:
         """Have a copy meet the first input, and be what it is if the step succeeds."""
         layer = copy.copy(self)
-        result = layer._step(run, layer._meet(x), masking)
+        x = layer._meet(x)
+        result = layer._step(run, x, masking, layer._backend, layer._settings, layer._params, layer._state)
         self._become(layer)
+        self._hold({name: value for name, value in vars(layer).items() if name not in _OWN})  # those of a subclass
         return result
 
     def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002 - torch's signature

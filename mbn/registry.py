@@ -297,12 +297,20 @@ def _unknown(x: object, broken: BackendUnavailableError | None) -> str:
 
 def _standard_library(x: object) -> str | None:
     """Return the module of a library that follows the array API standard and that no backend is for."""
-    kind = type(x)
-    if kind.__module__.partition(".")[0] in _CLAIMED or not hasattr(kind, "__dlpack__"):
+    if any(_package(kind.__module__) in _CLAIMED for kind in type(x).__mro__) or not hasattr(x, "__dlpack__"):
         return None
-    find = getattr(x, "__array_namespace__", None)
-    namespace: Any = None if find is None else find()
-    return str(namespace.__name__) if hasattr(namespace, "__array_namespace_info__") else None
+    try:
+        namespace = x.__array_namespace__()  # type: ignore[attr-defined]
+    except Exception:  # noqa: BLE001 - whatever it is, it is no array of the standard
+        return None
+    name = getattr(namespace, "__name__", None)
+    if not isinstance(name, str) or _package(name) in _CLAIMED or not hasattr(namespace, "__array_namespace_info__"):
+        return None
+    return name
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def _of_standard(module: str, name: str) -> Backend:

@@ -63,10 +63,29 @@ def test_arrays_of_a_broken_backend_are_refused() -> None:
 
 
 @pytest.mark.usefixtures("_unregistered")
-@pytest.mark.parametrize("make", [np.ma.ones, lambda shape: np.ones(shape).view(np.matrix)], ids=["masked", "matrix"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        np.ma.ones,
+        lambda shape: np.ones(shape).view(np.matrix),
+        lambda shape: np.ma.ones(shape).view(type("OfOwn", (np.ma.MaskedArray,), {})),
+        lambda shape: np.ones(shape).view(type("OfOwn", (np.matrix,), {})),
+    ],
+    ids=["masked", "matrix", "subclass of masked", "subclass of matrix"],
+)
 def test_arrays_that_a_backend_refuses_are_refused(make: Any) -> None:
-    with pytest.raises(TypeError, match="no backend knows arrays of type numpy"):
+    with pytest.raises(TypeError, match="no backend knows arrays of type"):
         mbn.BatchNorm1d(4)(make((8, 4)))
+
+
+@pytest.mark.usefixtures("_unregistered")
+@pytest.mark.parametrize(
+    "namespace", [lambda _: 1 / 0, lambda _: object(), lambda _: np], ids=["broken", "none", "numpy"]
+)
+def test_arrays_of_a_doubtful_namespace_are_refused(namespace: Any) -> None:
+    kind = type("Strange", (), {"shape": (8, 4), "__dlpack__": None, "__array_namespace__": namespace})
+    with pytest.raises(TypeError, match="no backend knows arrays of type"):
+        mbn.BatchNorm1d(4)(kind())
 
 
 @pytest.mark.usefixtures("_unregistered")

@@ -9,6 +9,7 @@ import pytest
 
 import mbn
 from mbn.conformance.target import configured
+from mbn.convert import received
 
 torch = pytest.importorskip("torch", reason="the tests of foreign arrays need a second framework")
 
@@ -323,3 +324,27 @@ def test_nested_tensors_are_refused() -> None:
     for call in (bn, bn.vjp, lambda x: bn.fit([x], progress=False)):
         with pytest.raises(TypeError, match=r"nested.*to_padded_tensor"):
             call(x)
+
+
+def test_attributes_of_a_subclass_outlive_the_first_call() -> None:
+    class Layer(mbn.BatchNorm1d):
+        def reset_parameters(self) -> None:
+            super().reset_parameters()
+            self.gain = 1
+
+    bn = Layer(None)
+    bn(X)
+    assert bn.gain == 1
+
+
+def test_a_load_while_the_input_is_received_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    bn, other = mbn.BatchNorm1d(4, backend="numpy"), configured(mbn.BatchNorm1d(4), seed=3)
+
+    def load_first(*arguments: Any) -> Any:
+        bn.load_state_dict(other.state_dict())  # as another thread might
+        return received(*arguments)
+
+    monkeypatch.setattr("mbn.layer.received", load_first)
+    bn(X)
+    for key, value in other.state_dict().items():
+        np.testing.assert_array_equal(bn.state_dict()[key], value)

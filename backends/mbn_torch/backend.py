@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch.utils import _pytree as pytree
 
 from mbn.contract import Backend, Batch, Capabilities, Held, Kernels, Operation, dtype_name, numpy_dtype
 from mbn.state import Params, State
@@ -115,6 +116,10 @@ class TorchBackend(Backend):
 
     def constant(self, x: torch.Tensor) -> torch.Tensor:
         return x.detach()
+
+    def finish(self, *values: Any) -> None:
+        if any(is_fake(leaf) for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)):
+            raise ValueError(_NO_VALUES)
 
     def kernels_for(
         self,

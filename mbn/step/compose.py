@@ -62,9 +62,12 @@ def pullback(
             return gradients
     needs_x, *needs_params = needs
     dx, sums = None, (None, None)
-    if any(needs_params) or (needs_x and stats.count is not None):
+    is_constant = stats.count is None
+    # Another replica may need what this one does not, and waits for it.
+    if any(needs_params) or (not is_constant and (needs_x or group is not None)):
         sums = kernels.grad_sums(dy, batch, stats, eps)
+    every = None if is_constant or sums[0] is None else summed(sums, group)
     if needs_x:
-        dx = kernels.grad_input(dy, batch, stats, weight, eps, None if stats.count is None else summed(sums, group))
+        dx = kernels.grad_input(dy, batch, stats, weight, eps, every)
     sum_dy, sum_dy_xhat = sums
     return dx, sum_dy_xhat, sum_dy

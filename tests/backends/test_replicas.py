@@ -104,6 +104,22 @@ def test_one_value_per_channel_of_all_replicas_is_refused(backend: Backend) -> N
         one.run(lambda _: step(one))
 
 
+def test_not_a_number_on_one_replica_stays_in_its_channel(backend: Backend) -> None:
+    x, dy = data("float32", None)
+    x[3, 1] = np.nan
+    settings, group = Settings(C, "float32", 1e-5, 0.1, 1, 1), ThreadGroup(2)
+    params, state = vectors(backend, "float32")
+    parts = list(zip(split(x, [20, 17]), split(dy, [20, 17]), strict=True))
+
+    def step(rank: int) -> list[np.ndarray]:
+        own, gradient = (backend.asarray(values, "float32") for values in parts[rank])
+        (y, pullback), _ = forward_vjp(backend, own, params, state, settings, training=True, group=group)
+        return [backend.to_numpy(values) for values in (y, pullback(gradient)[0])]
+
+    for results in zip(*group.run(step), strict=True):
+        assert np.isnan(np.concatenate(results)).all(0).tolist() == [False, True, False]
+
+
 def test_evaluation_asks_no_other_replica(backend: Backend) -> None:
     settings = Settings(C, "float32", 1e-5, 0.1, 1, 1)
     params, state = vectors(backend, "float32")
@@ -116,6 +132,27 @@ def test_evaluation_asks_no_other_replica(backend: Backend) -> None:
 
 class TestTorch:
     """Autograd, once and twice."""
+
+    def test_a_replica_takes_part_whatever_it_needs(self) -> None:
+        torch = pytest.importorskip("torch")
+        backend, sizes = mbn.get_backend("torch"), [0, 20, 17]
+        settings, group = Settings(C, "float32", 1e-5, 0.1, 1, 1), ThreadGroup(3)
+        (weight, bias), state = vectors(backend, "float32")
+        x, dy = data("float32", None)
+
+        def step(x: np.ndarray, dy: np.ndarray, group: Any = None, *, needs_x: bool = True) -> Any:
+            x, dy = torch.from_numpy(x).requires_grad_(needs_x), torch.from_numpy(dy)
+            params = Params(weight.clone().requires_grad_(), bias)
+            y, _ = forward(backend, x, params, state, settings, training=True, group=group)
+            (y * dy).sum().backward()
+            return params.weight.grad, x.grad
+
+        dweight, dx = step(x, dy)
+        parts = list(zip(split(x, sizes), split(dy, sizes), strict=True))
+        own = group.run(lambda rank: step(*parts[rank], group, needs_x=rank != 1))
+        assert_near(sum(gradient for gradient, _ in own), dweight, "float32")
+        assert own[1][1] is None
+        assert_near(own[2][1], dx[20:], "float32")
 
     @pytest.mark.parametrize("masked", [False, True])
     @pytest.mark.parametrize("dtype", ["float32", "float64"])
