@@ -17,6 +17,12 @@ class AxisGroup:
     """The replicas along a named axis."""
 
     name: Any
+    """That of the axis, or a tuple of names."""
+
+    @property
+    def names(self) -> tuple[Any, ...]:
+        """The names of all axes that replicas are along."""
+        return self.name if isinstance(self.name, tuple) else (self.name,)
 
     @property
     def rank(self) -> jax.Array:

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, reshard
 
 from mbn_jax.channels import column
 from mbn_jax.forms import GPU, HOST, Form
+from mbn_jax.group import AxisGroup
 from mbn_jax.maps import Arrays, Levels, Map, result_type, vectorised
 
 Shape: TypeAlias = tuple[int, ...]
@@ -105,10 +106,19 @@ class LinearMap(Map):
         self, axis_data: Any, operands: Arrays, axes: Sequence[int | None], *, tree: Any, **parameters: Any
     ) -> tuple[list[jax.Array], list[int | None]]:
         operands, axes = list(operands), list(axes)
-        for i in range(len(tree.unflatten(operands)[0])):
+        arrays, residuals = tree.unflatten(operands)
+        # What has no axis is the same at every place along it, unless replicas along it add up.
+        has_axis = any(axis is not None for axis in axes) or _is_shared(residuals, axis_data.name)
+        for i in range(len(arrays) if has_axis else 0):
             if axes[i] is None:
                 operands[i], axes[i] = jnp.broadcast_to(operands[i], (axis_data.size, *operands[i].shape)), 0
         return super()._batch(axis_data, operands, axes, tree=tree, **parameters)
+
+
+def _is_shared(residuals: Any, axis: Any) -> bool:
+    """Tell whether residuals are of a group of replicas along an axis."""
+    leaves = jax.tree.leaves(residuals, is_leaf=lambda value: isinstance(value, AxisGroup))
+    return any(isinstance(leaf, AxisGroup) and axis in leaf.names for leaf in leaves)
 
 
 def _lying_as(kind: Any, x: jax.Array) -> jax.Array:
