@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any, ClassVar
@@ -119,12 +118,18 @@ class JaxBackend(Backend):
         return BatchNorm1d(layer, adopt)
 
 
-@dataclass(frozen=True)
 class JaxKernels(Kernels):
     """Kernels that can be traced, each of them one compiled call."""
 
-    group: AxisGroup | None = None
-    """The replicas that share their statistics, by which they are differentiated too."""
+    def __init__(self, group: AxisGroup | None = None) -> None:
+        """Make kernels of the replicas that share their statistics, by which they are differentiated too."""
+        self.group = group
+
+    @classmethod
+    @cache
+    def of(cls, group: AxisGroup) -> "JaxKernels":
+        """Return the kernels of a group, the same each time: JAX compiles for each."""
+        return cls(group)
 
     def moments(self, batch: Batch) -> Moments:
         x = jax.lax.stop_gradient(batch.x)  # what a batch is normalised by is differentiated with it, as a whole

@@ -1,7 +1,6 @@
 """A step and its pullback as JAX compiles them: each one program, whose numbers are arguments."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -58,9 +57,9 @@ def differentiate(
     return _compiled_pullback(*arrays, pullback=pullback, kernels=_of_group(kernels, group), dtype=dtype)
 
 
-def _of_group(kernels: Kernels, group: AxisGroup | None) -> Kernels:
+def _of_group(kernels: Any, group: AxisGroup | None) -> Kernels:
     """Return kernels whose derivatives pass the seam between replicas, where there are others."""
-    return kernels if group is None else replace(kernels, group=group)
+    return kernels if group is None else kernels.of(group)
 
 
 @partial(jax.jit, static_argnames=("forward", "kernels", "dtype", "correction", "training", "keep"))

@@ -380,7 +380,7 @@ def test_settings_that_change_during_a_load_stay(target: Target, num_features: i
 def test_modes_and_settings_that_change_during_the_first_call_stay(
     target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bn = mbn.BatchNorm1d(None)
+    bn = target.layer(None)
     stores = type(target.backend).stores
 
     def change_first(*arguments: Any) -> bool:
