@@ -124,7 +124,7 @@ class NothingLearntWithAGradient(Toy):
     def bind(self, forward: Any, pullback: Any) -> Any:
         def step(kernels: Any, batch: Any, params: Any, state: Any, *rest: Any) -> Any:
             y, after, stats = forward(kernels, batch, params, state, *rest)
-            *_, keep = rest
+            *_, keep, _ = rest
             return y, state if keep else after, stats
 
         return step, pullback
