@@ -193,7 +193,10 @@ BUGS = {
         "cuda/gradients.cu", "gradient *= back.after", "gradient *= 1", "test_gradients_of_the_size_of_the_values"
     ),
     "weights out of range": Bug(
-        "vectors.py", "result = _summable(result)", "pass", "test_sample_weights_of_any_size_in_float64"
+        "vectors.py",
+        "FORMULAS = Formulas(cupy, cupy.ndarray)",
+        "FORMULAS = Formulas(cupy, cupy.ndarray)\nFORMULAS.summable = lambda weights: weights",
+        "test_sample_weights_of_any_size_in_float64",
     ),
     "values without weight counted": Bug("cuda/threads.cuh", "values[place] > 0", "values[place] >= 0", "test_masks"),
     "a step without weights": Bug("cuda/moments.cu", "all.count <= correction", "all.count < 0", "test_masks"),
