@@ -6,7 +6,7 @@ or, where a library or a device has no float64, in pairs of float32, which have 
 Source: the Python array API standard, https://data-apis.org/array-api/latest.
 """
 
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -94,7 +94,7 @@ class ArrayAPIKernels(Kernels):
         rows = _each(_rows, _wide(x))
         if sample_weight is None:
             count = x.size // x.shape[1]
-            counts = xp.ones((1, count), dtype=_dtype_of(rows), device=_device(x))
+            counts = xp.ones((1, count), dtype=_dtype_of(rows), device=x.device)
         else:
             counts = _each(lambda part: xp.reshape(part, (1, -1)), _wide(sample_weight))
             count = _each(lambda part: part[0], _sum(counts))
@@ -159,13 +159,13 @@ class ArrayAPIKernels(Kernels):
         def aligned(values: Array) -> Array:
             return xp.reshape(values, (*values.shape, *[1] * (len(shape) - values.ndim)))
 
-        weights = xp.ones(shape, dtype=getattr(xp, dtype), device=_device(given))
+        weights = xp.ones(shape, dtype=getattr(xp, dtype), device=given.device)
         if sample_weight is not None:
             weights = weights * aligned(xp.astype(sample_weight, weights.dtype))
         if mask is not None:
             weights = xp.where(aligned(mask), weights, 0.0)
         if lengths is not None:
-            positions = xp.arange(shape[1], dtype=lengths.dtype, device=_device(given))
+            positions = xp.arange(shape[1], dtype=lengths.dtype, device=given.device)
             weights = xp.where(positions < aligned(lengths), weights, 0.0)
         return weights
 
@@ -216,7 +216,7 @@ class ArrayAPIBackend(Backend):
     def version(self) -> str:
         return str(getattr(self.namespace, "__version__", "unknown"))
 
-    @property
+    @cached_property
     def capabilities(self) -> Capabilities:
         info = self.namespace.__array_namespace_info__()
         floating = info.dtypes(kind="real floating")
@@ -259,7 +259,7 @@ class ArrayAPIBackend(Backend):
         return np.from_dlpack(x)
 
     def device(self, x: Array) -> Any:
-        return _device(x)
+        return x.device
 
     def copy(self, x: Array) -> Array:
         return self.namespace.asarray(x, copy=True)
@@ -273,10 +273,6 @@ def _namespace(x: Array) -> Any:
     return x.__array_namespace__()
 
 
-def _device(x: Array) -> Any:
-    return x.device
-
-
 @cache
 def _has_float64(xp: Any, device: Any) -> bool:
     return "float64" in xp.__array_namespace_info__().dtypes(device=device, kind="real floating")
@@ -287,12 +283,12 @@ def _wide(x: Number) -> Number:
     if isinstance(x, Pair):
         return x
     xp = _namespace(x)
-    return xp.astype(x, xp.float64) if _has_float64(xp, _device(x)) else Pair(xp.astype(x, xp.float32))
+    return xp.astype(x, xp.float64) if _has_float64(xp, x.device) else Pair(xp.astype(x, xp.float32))
 
 
 def _exact(x: Array) -> Number:
     """Return numbers that one part is enough for."""
-    return x if _has_float64(_namespace(x), _device(x)) else Pair(x)
+    return x if _has_float64(_namespace(x), x.device) else Pair(x)
 
 
 def _narrow(x: Number, dtype: Any) -> Array:
@@ -301,7 +297,7 @@ def _narrow(x: Number, dtype: Any) -> Array:
 
 
 def _leading(x: Number) -> Array:
-    """Return what comparisons go by."""
+    """Return the leading parts, by which numbers are compared."""
     return x.hi if isinstance(x, Pair) else x
 
 
@@ -310,7 +306,7 @@ def _dtype_of(x: Number) -> Any:
 
 
 def _each(function: Any, x: Number) -> Number:
-    """Return what a function that moves numbers makes of them."""
+    """Apply a function that rearranges numbers to each part of them."""
     return Pair(function(x.hi), function(x.lo + 0 * x.hi)) if isinstance(x, Pair) else function(x)
 
 

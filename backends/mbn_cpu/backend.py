@@ -31,7 +31,7 @@ class HostKernels(Kernels):
     def __init__(self, passes: ModuleType, at_once: ModuleType | None = None) -> None:
         """Take the four passes from a module, and whole steps from another, if any.
 
-        The passes take arrays one by one, and ``normalize`` a line. What is beyond their range is computed apart.
+        Of the passes, ``normalize`` takes a ``Line``. Channels beyond their range are computed apart.
         """
         self.passes = passes
         if at_once is not None:

@@ -109,7 +109,7 @@ def _widened(x: jax.Array, dtype: str) -> jax.Array:
 
 
 def argument(value: Any) -> Any:
-    """Return what stands for a Python number among the arguments of compiled code; anything else as it is."""
+    """Return a Python number as an argument of compiled code, and anything else as it is."""
     return number(value) if isinstance(value, int | float) else value
 
 

@@ -107,7 +107,7 @@ class LinearMap(Map):
     ) -> tuple[list[jax.Array], list[int | None]]:
         operands, axes = list(operands), list(axes)
         arrays, residuals = tree.unflatten(operands)
-        # What has no axis is the same at every place along it, unless replicas along it add up.
+        # A result of operands without the axis has none either, unless replicas along it add up.
         has_axis = any(axis is not None for axis in axes) or _is_shared(residuals, axis_data.name)
         for i in range(len(arrays) if has_axis else 0):
             if axes[i] is None:

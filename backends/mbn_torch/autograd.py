@@ -15,7 +15,7 @@ from torch.autograd import Function
 from mbn.contract import Batch, Group, Kernels, Stats, merged
 from mbn.state import Params, Settings, State
 from mbn_torch.formulas import FORMULAS
-from mbn_torch.group import differentiable
+from mbn_torch.group import Differentiable
 from mbn_torch.host import OnHost, tensors
 from mbn_torch.tracing import is_constant, is_recorded, is_scripted
 from mbn_torch.vectors import WIDE, variance
@@ -54,7 +54,7 @@ def bind(
                 raise RuntimeError(NOT_REGISTERED)
             # x is widened once, since what it gets of a gradient from each place is summed up in its dtype.
             wide = batch._replace(x=x.to(WIDE))
-            sharing = None if group is None else differentiable(group)
+            sharing = None if group is None else Differentiable(group)
             y, state, stats = forward(kernels, wide, params, state, settings, training, group=sharing)
             y = y.to(x.dtype)
             return y if out is None else out.copy_(y), state, stats
@@ -190,7 +190,7 @@ def _by_formulas(
     x = batch.x
     wide = batch._replace(x=x.to(WIDE))
     if stats.count is not None:
-        group = None if group is None else differentiable(group)
+        group = None if group is None else Differentiable(group)
         moments = merged(FORMULAS, FORMULAS.moments(wide), group)
         stats = Stats(moments.mean, variance(moments, 0), moments.count)
     dx, dweight, dbias = pullback(FORMULAS, dy.to(WIDE), wide, weight, stats, eps, needs, group)

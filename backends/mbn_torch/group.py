@@ -21,7 +21,7 @@ class Differentiable:
         self._group = group
 
     def gather(self, values: T) -> Sequence[T]:
-        """Return the values of all replicas, as functions of what they are made of there."""
+        """Return the values of all replicas, differentiable by the inputs of each."""
         leaves, tree = pytree.tree_flatten(values)
         gathered = _Gather.apply(self._group, *leaves)
         return [
@@ -44,7 +44,7 @@ class _Gather(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        # What each replica makes of my part adds to its gradient.
+        # The gradient of this replica's part is the sum of those that all replicas have for it.
         size = len(ctx.needs_input_grad) - 1
         is_needed = [index for index, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
         own = [gradients[start + index] for start in range(0, len(gradients), size) for index in is_needed]
@@ -56,8 +56,3 @@ class _Gather(Function):
         for index, gradient in zip(is_needed, found, strict=True):
             result[index] = gradient
         return None, *result
-
-
-def differentiable(group: Group) -> Group:
-    """Return a group whose values autograd follows."""
-    return Differentiable(group)

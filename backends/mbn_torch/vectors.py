@@ -237,7 +237,7 @@ class TorchFormulas(Formulas):
         lengths: torch.Tensor | None,
         sample_weight: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Return the sample weight where mask and lengths allow, else 0; NaN for what is none, under a trace."""
+        """Return the sample weight where mask and lengths allow, else 0; a traced weight below 0 gives NaN."""
         given = next(array for array in (mask, lengths, sample_weight) if array is not None)
         result = torch.ones((), dtype=getattr(torch, dtype), device=given.device)
         if sample_weight is not None:
@@ -265,7 +265,7 @@ divisor, variance = VECTORS.divisor, VECTORS.variance
 
 
 class TorchKernels(Kernels):
-    """What all kernels of tensors have in common: the formulas on vectors."""
+    """The base of all kernels of tensors: the formulas on vectors."""
 
     merge, variance, step, lerp = VECTORS.merge, VECTORS.variance, VECTORS.step, VECTORS.lerp
     sample_weights = VECTORS.sample_weights

@@ -20,7 +20,7 @@ def _missing(*_: Any) -> Any:
 
 
 class Transforms(NamedTuple):
-    """What a framework makes of functions."""
+    """The transformations of functions that a framework has."""
 
     grad: Callable[..., Any] = _missing
     """``grad(function)``: the gradient of a function whose result is a scalar, by its first argument (``autograd``)."""

@@ -1,4 +1,4 @@
-"""What a backend is: arrays at the border, kernels that compute, and the hooks of its framework.
+"""The contract of backends: arrays at the border, kernels that compute, and the hooks of its framework.
 
 This package has to stay free of frameworks, and is all of mbn that a backend may import, with the values of mbn.state,
 the number of mbn.threads and the arithmetic of mbn.array_api.
@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 Operation: TypeAlias = Literal["train", "evaluate", "pullback", "moments"]
-"""What a batch is for."""
+"""The purpose of a batch."""
 _OF_VERSION_1 = {"moments", "normalize", "grad_sums", "grad_input", "batch_norm", "batch_norm_residuals", "pullback"}
 _MOVED = {"Residuals": "Stats", "widened": "Batch.dtype"}
 """Names of version 1, and what there is in their place."""
@@ -97,7 +97,7 @@ class Backend(Arrays, Integration):
 
     def kernels_for(
         self,
-        operation: Operation,  # noqa: ARG002 - the signature for whoever has several
+        operation: Operation,  # noqa: ARG002 - the signature for backends with several kernels
         batch: Batch,
         other: Array | None = None,  # noqa: ARG002
         vectors: tuple[Any, ...] = (),  # noqa: ARG002
