@@ -19,7 +19,7 @@ from mbn_jax import batch as own
 from mbn_jax import integration, kernels
 from mbn_jax.channels import is_known
 from mbn_jax.group import AxisGroup
-from mbn_jax.integration import argument, eps_argument
+from mbn_jax.integration import argument, eps_argument, widened
 from mbn_jax.pairs import Pair, Square, Statistic, widest_dtype
 
 _ALIGNMENT = 16
@@ -132,7 +132,8 @@ class JaxKernels(Kernels):
         return cls(group)
 
     def moments(self, batch: Batch) -> Moments:
-        x = jax.lax.stop_gradient(batch.x)  # what a batch is normalised by is differentiated with it, as a whole
+        # The statistics that normalise a batch are differentiated together with the normalisation, by ``batch.py``.
+        x = jax.lax.stop_gradient(widened(batch.x, batch.dtype))
         moments = Moments(*kernels.moments(x, kernels.against(batch.sample_weight, x)))
         n = x.size // x.shape[1]
         return moments._replace(count=n) if batch.sample_weight is None and is_known(n) else moments

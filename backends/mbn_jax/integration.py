@@ -79,7 +79,7 @@ def compiled_step(
     keep: bool,
 ) -> tuple[jax.Array, State, Stats | None]:
     """Run a step of which nothing is static but the way that it takes: no momentum has it compiled anew."""
-    batch = Batch(_widened(x, dtype), sample_weight, dtype)
+    batch = Batch(widened(x, dtype), sample_weight, dtype)
     settings = Settings(None, dtype, eps, momentum, 1, correction)
     y, state, stats = forward(kernels, batch, params, state, settings, training, None, keep, kernels.group)
     return y.astype(x.dtype), state, stats
@@ -98,12 +98,12 @@ def _compiled_pullback(
     kernels: Kernels,
     dtype: str,
 ) -> tuple[jax.Array, ...]:
-    batch = Batch(_widened(x, dtype), sample_weight, dtype)
-    dx, *gradients = pullback(kernels, _widened(dy, dtype), batch, weight, stats, eps)
+    batch = Batch(widened(x, dtype), sample_weight, dtype)
+    dx, *gradients = pullback(kernels, widened(dy, dtype), batch, weight, stats, eps)
     return dx.astype(x.dtype), *(gradient.astype(widest_dtype()) for gradient in gradients)
 
 
-def _widened(x: jax.Array, dtype: str) -> jax.Array:
+def widened(x: jax.Array, dtype: str) -> jax.Array:
     """Return x in float64 if a layer is: the results have to be as exact as its vectors are."""
     return x.astype(np.float64) if dtype == "float64" else x
 
