@@ -26,11 +26,11 @@ from typing import Any
 import measure
 from benchmarks import gpu
 
-from mbn.bench.measurement import Timed
-from mbn.console import console, milliseconds, not_run, print_filled, table
-from mbn.isolation import NotRun
+from mbn.commands.bench.measurement import Timed
+from mbn.commands.bench.peers import ENVIRONMENT
+from mbn.commands.output import console, milliseconds, not_run, print_filled, table
+from mbn.commands.processes import NotRun
 from mbn.registry import known_backends
-from mbn_peers import ENVIRONMENT
 
 _PARALLEL_FROM = 8
 """Cores, from which on each conformance run gets several."""

@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-import mbn_peers
-from mbn.bench import plot
-from mbn.bench.measurement import LIMIT
-from mbn.bench.report import TITLES
-from mbn.bench.workloads import MODES
-from mbn.console import milliseconds
+from mbn.commands.bench import peers, plot
+from mbn.commands.bench.measurement import LIMIT
+from mbn.commands.bench.report import TITLES
+from mbn.commands.bench.workloads import MODES
+from mbn.commands.output import milliseconds
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "asv_bench" / "results"
@@ -183,7 +182,7 @@ def _draw(times: dict[tuple[str, ...], float], mode: str, title: str) -> Figure:
             name: 1e3 * time for (name, of, at), time in times.items() if (of, at) == (mode, shape) and name != LIMIT
         }
         limit = times.get((LIMIT, mode, shape))
-        plot.draw(panel, shape, measured, measured.keys() - mbn_peers.PEERS, limit and 1e3 * limit)
+        plot.draw(panel, shape, measured, measured.keys() - peers.PEERS, limit and 1e3 * limit)
     return figure
 
 
@@ -199,7 +198,7 @@ def _ordered(names: Iterable[Any]) -> list[Any]:
 
 
 def _name(subject: str) -> str:
-    return subject if subject in mbn_peers.PEERS else f"**{subject}**"
+    return subject if subject in peers.PEERS else f"**{subject}**"
 
 
 def _number(value: float | None, text: Callable[[float], str]) -> str:

@@ -10,11 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from measured import DOCS, RESULTS, Run, machine, runs, table
 
-import mbn_peers
-from mbn.bench import plot
-from mbn.bench.measurement import LIMIT
-from mbn.bench.report import TITLES
-from mbn.console import milliseconds
+from mbn.commands.bench import peers, plot
+from mbn.commands.bench.measurement import LIMIT
+from mbn.commands.bench.report import TITLES
+from mbn.commands.output import milliseconds
 
 SECONDS, TIMES_IDEAL, PEAK = (f"gpu.Step.track_{name}" for name in ("seconds", "times_ideal", "peak"))
 _LARGE = "(1048576, 256)", "(4096, 256, 1024)"
@@ -146,5 +145,5 @@ def _draw(times: dict[tuple[str, str], float], title: str, inputs: list[str]) ->
         panel.set_visible(False)
     for panel, x in zip(panels, inputs, strict=False):
         measured = {name: 1e3 * time for (name, of), time in times.items() if of == x}
-        plot.draw(panel, x, measured, measured.keys() - mbn_peers.PEERS, None)
+        plot.draw(panel, x, measured, measured.keys() - peers.PEERS, None)
     return figure

@@ -2,7 +2,6 @@
 
 from mbn import functional
 from mbn.convert import asarray, to_numpy
-from mbn.folding import fold_linear
 from mbn.interop import (
     from_flax,
     from_keras,
@@ -15,7 +14,6 @@ from mbn.interop import (
     to_torch,
 )
 from mbn.layer import BatchNorm1d
-from mbn.portable import ConversionWarning
 from mbn.registry import (
     BackendNotFoundError,
     BackendUnavailableError,
@@ -26,6 +24,8 @@ from mbn.registry import (
     use_backend,
 )
 from mbn.state import Params, State
+from mbn.state.snapshot import ConversionWarning
+from mbn.step.folding import fold_linear
 from mbn.threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
@@ -63,6 +63,6 @@ __all__ = [
 
 def show_versions() -> None:
     """Print the versions of Python, mbn and the frameworks, and the known backends; it never raises."""
-    from mbn import versions  # noqa: PLC0415 - importlib.metadata is not needed to normalise
+    from mbn.commands import versions  # noqa: PLC0415 - importlib.metadata is not needed to normalise
 
     versions.show_versions()

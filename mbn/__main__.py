@@ -2,6 +2,6 @@
 
 import sys
 
-from mbn.cli import main
+from mbn.commands.cli import main
 
 sys.exit(main())

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from mbn import checks, registry
 from mbn.contract import Backend, dtype_name, layer_dtype
 from mbn.convert import received, received_vectors
-from mbn.forward import forward, forward_vjp
-from mbn.masking import Masking
-from mbn.pullback import Pullback
 from mbn.state import Params, Settings, State
+from mbn.step.forward import forward, forward_vjp
+from mbn.step.masks import Masking
+from mbn.step.pullback import Pullback
 
 
 class BatchNormResult(NamedTuple):
@@ -105,7 +105,7 @@ def batch_norm_vjp(
     Args: as :func:`batch_norm`.
 
     Returns:
-        Its result, and ``pullback(dy) -> (dx, dweight, dbias)``; see :class:`mbn.pullback.Pullback`.
+        Its result, and ``pullback(dy) -> (dx, dweight, dbias)``; see :class:`mbn.step.pullback.Pullback`.
 
     Raises:
         TypeError, ValueError: as :func:`batch_norm`.

@@ -10,15 +10,16 @@ from functools import partial
 from os import PathLike
 from typing import Any, Self
 
-from mbn import checks, fitting, folding, registry
+from mbn import checks, registry
 from mbn.contract import Array, Backend
 from mbn.convert import place_of, received, received_vectors
-from mbn.forward import forward, forward_vjp
-from mbn.masking import Masking
-from mbn.portable import Portable
-from mbn.pullback import Pullback
 from mbn.state import Params, Settings, State, versioned
-from mbn.storage import Fixed, Storage, of_class
+from mbn.state.snapshot import Portable
+from mbn.state.storage import Fixed, Storage, of_class
+from mbn.step import folding, population
+from mbn.step.forward import forward, forward_vjp
+from mbn.step.masks import Masking
+from mbn.step.pullback import Pullback
 
 _OPEN_UNDER_A_COMPILER = (
     "a layer that takes its backend or num_features from its first input cannot do so inside torch.compile or "
@@ -190,7 +191,7 @@ class BatchNorm1d(Storage):
             x, mask, lengths, sample_weight: as in a call.
 
         Returns:
-            The output, and ``pullback(dy) -> (dx, dweight, dbias)``; see :class:`mbn.pullback.Pullback`.
+            The output, and ``pullback(dy) -> (dx, dweight, dbias)``; see :class:`mbn.step.pullback.Pullback`.
 
         Raises:
             TypeError, ValueError, RuntimeError: as in a call.
@@ -324,17 +325,17 @@ class BatchNorm1d(Storage):
         checks.flag("progress", progress)
         is_one = hasattr(batches, "shape")
         if is_one:
-            batches = fitting.Slices(batches, self._settings)
+            batches = population.Slices(batches, self._settings)
         # An open layer stays open until there are statistics; any other may change meanwhile, its mode say.
         layer = copy.copy(self) if self.num_features is None or not self._is_bound else self
-        population = fitting.Population()
-        with closing(fitting.inputs(batches, progress=progress)) as inputs:
+        whole = population.Population()
+        with closing(population.inputs(batches, progress=progress)) as inputs:
             for batch in inputs:
                 x = layer._meet(batch)
-                population.add(layer._backend, x, layer._settings)
+                whole.add(layer._backend, x, layer._settings)
                 del batch, x  # before the next one is made
-        entries = population.statistics(layer._backend, layer._settings, layer._device)
-        count = layer._own("num_batches_tracked", 1 if is_one else population.num_batches)
+        entries = whole.statistics(layer._backend, layer._settings, layer._device)
+        count = layer._own("num_batches_tracked", 1 if is_one else whole.num_batches)
         self._become(layer, {**entries, "num_batches_tracked": count})
         return self
 
@@ -380,7 +381,7 @@ class BatchNorm1d(Storage):
             OSError: the file cannot be written; what was there is still there.
             AttributeError: the layer has no arrays yet.
         """
-        from mbn import files  # noqa: PLC0415 - its imports take longer than all others of mbn together
+        from mbn.state import files  # noqa: PLC0415 - its imports take longer than all others of mbn together
 
         files.write(path, self._pack())
 
@@ -398,7 +399,7 @@ class BatchNorm1d(Storage):
             TypeError: the backend has no such dtype.
             BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
         """
-        from mbn import files  # noqa: PLC0415 - as above
+        from mbn.state import files  # noqa: PLC0415 - as above
 
         return cls._unpack(files.read(path), backend, device)
 
@@ -434,7 +435,7 @@ class BatchNorm1d(Storage):
             TypeError: an argument that the checkpoint tells, or that a layer does not have.
             BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
         """
-        from mbn import checkpoints  # noqa: PLC0415 - as above
+        from mbn.state import checkpoints  # noqa: PLC0415 - as above
 
         entries, arguments, label = checkpoints.read(path, prefix, settings)
         layer = cls(**arguments, backend=backend, device=device)

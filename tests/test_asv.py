@@ -132,7 +132,7 @@ def test_the_quick_check_finds_a_slowdown(tmp_path):
     checkout = tmp_path / "checkout"
     git(tmp_path, "clone", "--quiet", str(ROOT), str(checkout))
     backend = checkout / "backends" / "mbn_numpy" / "__init__.py"
-    slow = "import time\nimport mbn.forward\nrun = mbn.forward.forward\n"
+    slow = "import time\nimport mbn.step.forward\nrun = mbn.step.forward.forward\n"
     slow += "mbn.layer.forward = lambda *args, **kwargs: (time.sleep(0.01), run(*args, **kwargs))[1]\n"
     backend.write_text(backend.read_text() + slow)
     git(checkout, "commit", "--all", "-m", "Sleep")

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 import mbn
-from mbn.bench import measurement
-from mbn.bench.workloads import Workload
+from mbn.commands.bench import measurement
+from mbn.commands.bench.workloads import Workload
 
 ASV_BENCH = Path(__file__).parents[1] / "asv_bench"
 IS_BENCHMARK = re.compile("(time|timeraw|peakmem|track)_").match

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 
 import mbn
-from mbn import files, placement, registry
-from mbn.cli import main
-from mbn.compare import command, process, worker
+from mbn import registry
+from mbn.commands import availability
+from mbn.commands.cli import main
+from mbn.commands.compare import command, process, worker
 from mbn.conformance import runner
+from mbn.state import files
 from mbn_numpy.backend import NumpyBackend
 
 
@@ -53,7 +55,7 @@ def plug_ins(monkeypatch):
         monkeypatch.setitem(registry._registered, backend.name, registry.Known(backend, "a test"))
     monkeypatch.setitem(registry._registered, "nowhere", registry.Known("mbn_nowhere:Backend", "a test"))
     monkeypatch.setattr(process, "run", worker.outcomes)
-    monkeypatch.setattr(placement, "refusal", placement.refusal_in_this_process)
+    monkeypatch.setattr(availability, "refusal", availability.refusal_in_this_process)
 
 
 def compare(tmp_path, *arguments):
@@ -252,7 +254,7 @@ def test_bad_usage_of_other_commands_is_one_line(capsys, command, message):
 def test_unknown_backend_is_refused_before_the_suite_is_imported():
     code = """
 import sys
-from mbn.cli import main
+from mbn.commands.cli import main
 code = main(["conform", "nope"])
 sys.exit("pytest" in sys.modules or code)
 """
@@ -531,5 +533,5 @@ def test_help(capsys, command):
 
 
 def test_the_core_imports_nothing_of_this():
-    code = "import sys, mbn; sys.exit(not {'rich', 'mbn.cli', 'mbn.compare', 'mbn.listing'}.isdisjoint(sys.modules))"
+    code = "import sys, mbn; sys.exit(not {'rich', 'mbn.commands'}.isdisjoint(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0  # noqa: S603 - our own code

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save, save_file
 
 import mbn
-from mbn import files
 from mbn.conformance.target import configured
+from mbn.state import files
 
 Change = Callable[[dict[str, Any], dict[str, np.ndarray]], Any]
 

@@ -23,8 +23,8 @@ from hypothesis.extra.numpy import arrays
 from safetensors.numpy import save_file
 
 import mbn
-from mbn import files
 from mbn.conformance.target import configured
+from mbn.state import files
 
 X = np.random.default_rng(3).standard_normal((5, 4)).astype(np.float32)
 

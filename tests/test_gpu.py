@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from mbn.bench.measurement import Timed
-from mbn.bench.messages import Preparation, Prepared
-from mbn.isolation import NotRun
+from mbn.commands.bench.measurement import Timed
+from mbn.commands.bench.messages import Preparation, Prepared
+from mbn.commands.processes import NotRun
 
 ASV_BENCH = Path(__file__).parents[1] / "asv_bench"
 LARGE, SMALL = "(1048576, 256) float32", "(32, 64) float32"

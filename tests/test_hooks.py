@@ -45,7 +45,7 @@ def notes():
 @pytest.fixture
 def layer_type(monkeypatch):
     """Give a class of layers that no backend has seen."""
-    monkeypatch.setattr("mbn.storage._introduced", set())
+    monkeypatch.setattr("mbn.state.storage._introduced", set())
     return type("Layer", (mbn.BatchNorm1d,), {})
 
 
@@ -66,9 +66,9 @@ def test_the_first_input_introduces_as_well(notes, layer_type):
 
 
 def test_a_pickle_introduces_its_class_in_another_process(notes, monkeypatch):
-    monkeypatch.setattr("mbn.storage._introduced", set())
+    monkeypatch.setattr("mbn.state.storage._introduced", set())
     pickled = pickle.dumps(mbn.BatchNorm1d(4, backend=notes))
-    monkeypatch.setattr("mbn.storage._introduced", set())
+    monkeypatch.setattr("mbn.state.storage._introduced", set())
     notes.registered.clear()
     pickle.loads(pickled)  # noqa: S301 - its own
     assert [kind for kind, _, _ in notes.registered] == [mbn.BatchNorm1d]

@@ -14,7 +14,7 @@ from toy import Toy
 
 import mbn
 from mbn import registry
-from mbn.cli import main
+from mbn.commands.cli import main
 from mbn_numpy.backend import NumpyBackend
 
 

@@ -80,7 +80,7 @@ def test_show_versions_never_raises(capsys: pytest.CaptureFixture[str], monkeypa
         raise RuntimeError("broken metadata")
 
     monkeypatch.setattr("importlib.metadata.version", broken)
-    monkeypatch.setattr("mbn.versions.list_backends", broken)
+    monkeypatch.setattr("mbn.commands.versions.list_backends", broken)
     mbn.show_versions()
     printed = capsys.readouterr().out
     assert "python: 3." in printed

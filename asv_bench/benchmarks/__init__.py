@@ -4,5 +4,5 @@ asv imports all of these modules in one process, so none of them may import a fr
 process that asv starts for one benchmark with one set of parameters. So no two frameworks' threads are ever timed
 together. Parameters must stay what they are, or the history of a benchmark ends.
 
-What is measured is defined in ``mbn.bench``, and so is the same as what ``mbn bench`` measures.
+What is measured is defined in ``mbn.commands.bench``, and so is the same as what ``mbn bench`` measures.
 """

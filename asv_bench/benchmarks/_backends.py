@@ -5,8 +5,8 @@ NotImplementedError from ``setup`` as "n/a".
 """
 
 import mbn
-from mbn.bench.subjects import Layer, subject
-from mbn.bench.workloads import Workload
+from mbn.commands.bench.subjects import Layer, subject
+from mbn.commands.bench.workloads import Workload
 
 NAMES = ["numpy", "numba", "torch", "jax", "cupy"]
 """Not ``mbn.list_backends()``: that depends on what is installed, and parameters must not."""

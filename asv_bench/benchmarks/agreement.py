@@ -3,7 +3,7 @@
 import numpy as np
 
 import mbn
-from mbn.bench.workloads import Workload
+from mbn.commands.bench.workloads import Workload
 from mbn.conformance import derivatives, oracle, ulp
 from mbn.contract import Array
 

@@ -7,11 +7,11 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from mbn.bench.measurement import LIMIT, Timed
-from mbn.bench.messages import Preparation, Prepared, Turn
-from mbn.bench.workloads import MODES as DEFAULT_MODES
-from mbn.bench.workloads import PASSES, PULLBACK, Workload
-from mbn.isolation import NotRun, Process
+from mbn.commands.bench.measurement import LIMIT, Timed
+from mbn.commands.bench.messages import Preparation, Prepared, Turn
+from mbn.commands.bench.workloads import MODES as DEFAULT_MODES
+from mbn.commands.bench.workloads import PASSES, PULLBACK, Workload
+from mbn.commands.processes import NotRun, Process
 
 SUBJECTS = ["cupy", "torch", "jax", "torch.nn", "flax.nnx", LIMIT]
 MODES = [*DEFAULT_MODES, PULLBACK]
@@ -57,13 +57,13 @@ def measure(subjects: Iterable[str], inputs: dict[str, Input], device: str) -> I
     """
     found: Outcomes = {}
     for subject in subjects:
-        process = Process("mbn.bench.worker")
+        process = Process("mbn.commands.bench.worker")
         for name, given in inputs.items():
             outcome = _outcome(process, f"{subject}:{device}", given, modes(subject, given))
             found[subject, name] = outcome
             if isinstance(outcome, NotRun) and outcome.broken:
                 process.close()
-                process = Process("mbn.bench.worker")
+                process = Process("mbn.commands.bench.worker")
         process.close()
         yield found
 

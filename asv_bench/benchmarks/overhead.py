@@ -3,7 +3,7 @@
 from timeit import timeit
 
 import mbn
-from mbn.bench.workloads import Workload
+from mbn.commands.bench.workloads import Workload
 from mbn.contract import Batch
 from mbn.state import Settings
 

@@ -3,14 +3,13 @@
 That takes minutes, and is done once, before asv asks for the single numbers.
 """
 
-import mbn_peers
-from mbn.bench import measurement
-from mbn.bench.measurement import Measurement, Timed
-from mbn.bench.workloads import MODES, SHAPES, Workload
+from mbn.commands.bench import measurement, peers
+from mbn.commands.bench.measurement import Measurement, Timed
+from mbn.commands.bench.workloads import MODES, SHAPES, Workload
 
 from ._backends import NAMES
 
-SUBJECTS = [*NAMES, *mbn_peers.PEERS]
+SUBJECTS = [*NAMES, *peers.PEERS]
 
 
 class _SideBySide:

@@ -1,6 +1,6 @@
 """Time of a step by backend, layout, dtype and mask: what ``asv continuous`` compares two commits by."""
 
-from mbn.bench.workloads import MODES, Workload
+from mbn.commands.bench.workloads import MODES, Workload
 
 from ._backends import NAMES, layer
 

@@ -281,7 +281,7 @@ def interrupted(target: Target, at: int, change: Callable[[], object]) -> int:
 
     Counted are the lines of a layer and of the backend: all others give values and store none.
     """
-    names, lines = ("mbn.layer", "mbn.storage", type(target.backend).__module__), 0
+    names, lines = ("mbn.layer", "mbn.state.storage", type(target.backend).__module__), 0
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
         nonlocal lines

@@ -10,9 +10,9 @@ from thread_group import ThreadGroup
 
 import mbn
 from mbn.contract import Backend
-from mbn.forward import forward, forward_vjp
-from mbn.masking import Masking
 from mbn.state import Params, Settings, State
+from mbn.step.forward import forward, forward_vjp
+from mbn.step.masks import Masking
 
 C = 3
 SHARDS = {"two": [20, 17], "three, one with one row": [1, 24, 12], "four, one of them empty": [9, 0, 20, 8]}

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-import mbn_peers
-from mbn import placement, registry, usage
-from mbn.bench import clocks, measurement, worker
-from mbn.cli import main
+from mbn import registry
+from mbn.commands import availability, options
+from mbn.commands.bench import clocks, measurement, peers, worker
+from mbn.commands.cli import main
 from mbn_numpy.backend import NumpyBackend
 
 
@@ -34,12 +34,12 @@ class Here:
 def quick(monkeypatch):
     """Workers in this process, and as few calls as can be."""
     monkeypatch.setattr(measurement, "Process", Here)
-    monkeypatch.setattr(placement, "refusal", placement.refusal_in_this_process)
+    monkeypatch.setattr(availability, "refusal", availability.refusal_in_this_process)
     monkeypatch.setattr(measurement, "ROUNDS", 2)
     monkeypatch.setattr(clocks, "TURN", 0)
     monkeypatch.setattr(worker, "_SETTLE", 0)
-    peers = {name: mbn_peers.PEERS[name] for name in ("formula", "copy")}
-    monkeypatch.setattr(mbn_peers, "PEERS", peers)
+    peers = {name: peers.PEERS[name] for name in ("formula", "copy")}
+    monkeypatch.setattr(peers, "PEERS", peers)
 
 
 def bench(tmp_path, *arguments):
@@ -75,7 +75,7 @@ def test_in_real_processes(tmp_path):
     assert max(map(len, ended.stdout.splitlines())) <= 80
     assert "\x1b" not in ended.stdout
     subjects = {row["subject"]: row for row in json.loads(path.read_text())["subjects"]}
-    assert list(subjects) == ["numpy", *mbn_peers.PEERS]
+    assert list(subjects) == ["numpy", *peers.PEERS]
     for name in ("numpy", "formula", "copy"):
         assert subjects[name]["status"] == "ran", subjects[name]
         assert len(subjects[name]["seconds_by_round"]["train"]) == measurement.ROUNDS
@@ -123,7 +123,7 @@ def test_who_can_not_run_has_a_line_that_says_why(tmp_path, capsys):
 
 @pytest.mark.usefixtures("quick")
 def test_who_fails_gives_exit_code_1(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(mbn_peers.PEERS, "formula", "mbn_peers.formula:Nonsense")
+    monkeypatch.setitem(peers.PEERS, "formula", "mbn.commands.bench.peers.formula:Nonsense")
     code, written = bench(tmp_path, "--backends", "numpy", "--shape", "4,3")
     assert code == 1
     assert written["subjects"][1]["status"] == "failed"
@@ -178,8 +178,8 @@ def test_a_mode_that_has_to_be_asked_for(tmp_path):
 @pytest.mark.parametrize("backends", [(), ("--backends", "numpy")])
 def test_no_such_device_is_one_line(capsys, monkeypatch, backends):
     monkeypatch.setattr(measurement, "Process", Here)
-    monkeypatch.setattr(placement, "refusal", placement.refusal_in_this_process)
-    monkeypatch.setattr(usage, "known_backends", lambda: {"numpy": None})
+    monkeypatch.setattr(availability, "refusal", availability.refusal_in_this_process)
+    monkeypatch.setattr(options, "known_backends", lambda: {"numpy": None})
     assert "no backend here has a device 'cuda'" in refused(capsys, "--shape", "4,3", "--device", "cuda", *backends)
 
 
@@ -208,5 +208,5 @@ def test_bfloat16_without_ml_dtypes(capsys, monkeypatch):
 
 
 def test_plot_without_matplotlib(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(usage.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(options.importlib.util, "find_spec", lambda _: None)
     assert "pip install matplotlib" in refused(capsys, "--shape", "4,3", "--plot", str(tmp_path / "p.png"))

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mbn.bench import measurement, memory, record, report
-from mbn.bench.clocks import HostClock
-from mbn.bench.measurement import Measurement, Timed
-from mbn.bench.messages import Preparation, Prepared, Turn
-from mbn.bench.worker import Worker
-from mbn.bench.workloads import MODES, Workload
-from mbn.console import console
-from mbn.isolation import NotRun
+from mbn.commands.bench import measurement, memory, record, report
+from mbn.commands.bench.clocks import HostClock
+from mbn.commands.bench.measurement import Measurement, Timed
+from mbn.commands.bench.messages import Preparation, Prepared, Turn
+from mbn.commands.bench.worker import Worker
+from mbn.commands.bench.workloads import MODES, Workload
+from mbn.commands.output import console
+from mbn.commands.processes import NotRun
 
 MEBIBYTE = 2**20
 
@@ -150,7 +150,7 @@ def test_what_a_worker_can_not_do(spec, workload, broken, words):
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "mbn_peers.formula", None)
+    monkeypatch.setitem(sys.modules, "mbn.commands.bench.peers.formula", None)
     answer = Worker().answer(Preparation("formula", Workload((4, 3)), ("train",)))
     assert not answer.broken
     assert "is not installed" in answer.why

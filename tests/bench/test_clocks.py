@@ -7,12 +7,12 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from mbn.bench import clocks
-from mbn.bench.clocks import EventClock, HostClock, QueueClock
-from mbn.bench.messages import Preparation, Turn
-from mbn.bench.subjects import Subject, subject
-from mbn.bench.worker import Worker
-from mbn.bench.workloads import PASSES, PULLBACK, Workload
+from mbn.commands.bench import clocks
+from mbn.commands.bench.clocks import EventClock, HostClock, QueueClock
+from mbn.commands.bench.messages import Preparation, Turn
+from mbn.commands.bench.subjects import Subject, subject
+from mbn.commands.bench.worker import Worker
+from mbn.commands.bench.workloads import PASSES, PULLBACK, Workload
 
 MEBIBYTE = 2**20
 
@@ -101,7 +101,7 @@ def test_passes_of_forward_and_backward_add_up():
 
 
 def test_values_repeat_where_they_are_too_many_to_draw(monkeypatch):
-    monkeypatch.setattr("mbn.bench.workloads._DRAWN", 8)
+    monkeypatch.setattr("mbn.commands.bench.workloads._DRAWN", 8)
     x = Workload((5, 4)).x()
     assert x.shape == (5, 4)
     np.testing.assert_array_equal(x.ravel()[8:16], x.ravel()[:8])
@@ -133,7 +133,7 @@ class Queued(Subject):
 
 
 def test_a_worker_times_by_the_clock_of_its_subject(monkeypatch):
-    monkeypatch.setattr("mbn.bench.worker.subject", lambda _, workload: Queued(workload))
+    monkeypatch.setattr("mbn.commands.bench.worker.subject", lambda _, workload: Queued(workload))
     worker = Worker()
     assert worker.answer(Preparation("queued", Workload((64, 8)), ("train",))).memory == {"train": None}
     assert len(worker._subjects) == 32
@@ -149,7 +149,7 @@ def test_a_worker_times_what_a_clock_has_captured(monkeypatch):
         def captured(self, call):
             return lambda: [call() for _ in range(2)]
 
-    monkeypatch.setattr("mbn.bench.worker.subject", lambda _, workload: Queued(workload))
+    monkeypatch.setattr("mbn.commands.bench.worker.subject", lambda _, workload: Queued(workload))
     monkeypatch.setattr(Queued, "clock", property(lambda self: Capturing(self.work), lambda *_: None), raising=False)
     worker = Worker()
     worker.answer(Preparation("queued", Workload((64, 8)), ("train",), captured=True))
@@ -176,7 +176,7 @@ class Pool:
 
 @pytest.fixture
 def cupy_clock(monkeypatch):
-    """mbn_peers' clock for CuPy, on a CuPy that only notes what it is asked for."""
+    """mbn.commands.bench.peers' clock for CuPy, on a CuPy that only notes what it is asked for."""
     log, device, pool = [], Device(1e-3), Pool()
 
     class Event:
@@ -219,11 +219,11 @@ def cupy_clock(monkeypatch):
         get_elapsed_time=lambda start, end: 1e3 * (end.at - start.at),
     )
     monkeypatch.setitem(sys.modules, "cupy", cupy)
-    monkeypatch.delitem(sys.modules, "mbn_peers.cupy", raising=False)
-    from mbn_peers.cupy import Clock  # noqa: PLC0415 - over the CuPy of this test
+    monkeypatch.delitem(sys.modules, "mbn.commands.bench.peers.cupy", raising=False)
+    from mbn.commands.bench.peers.cupy import Clock  # noqa: PLC0415 - over the CuPy of this test
 
     yield Clock(SimpleNamespace(device=SimpleNamespace(use=lambda: log.append("use")))), log, device, pool
-    monkeypatch.delitem(sys.modules, "mbn_peers.cupy")
+    monkeypatch.delitem(sys.modules, "mbn.commands.bench.peers.cupy")
 
 
 def test_cupy_is_timed_by_its_events(cupy_clock):
@@ -260,7 +260,7 @@ def test_memory_beyond_arrays_is_what_the_pool_grew_by_less_outputs(cupy_clock):
 def test_torch_is_timed_by_its_events(monkeypatch):
     import torch  # noqa: PLC0415 - which may not be there
 
-    from mbn_peers.torch import Clock  # noqa: PLC0415 - the same
+    from mbn.commands.bench.peers.torch import Clock  # noqa: PLC0415 - the same
 
     device = Device(1e-3)
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import mbn
-import mbn_peers
-from mbn.bench.subjects import arrays, subject
-from mbn.bench.workloads import MODES, PULLBACK, Workload
+from mbn.commands.bench import peers
+from mbn.commands.bench.subjects import arrays, subject
+from mbn.commands.bench.workloads import MODES, PULLBACK, Workload
 
 WORKLOADS = [
     Workload((64, 8)),
@@ -21,7 +21,7 @@ WORKLOADS = [
     Workload((64, 8, 4), masked=True),
     Workload((64, 4, 8), axis=-1),
 ]
-SPECS = [*mbn.list_backends(), *(peer for peer in mbn_peers.PEERS if peer != "copy")]
+SPECS = [*mbn.list_backends(), *(peer for peer in peers.PEERS if peer != "copy")]
 
 
 def outputs(spec, workload, mode):

@@ -6,14 +6,14 @@ import sys
 import numpy as np
 import pytest
 
-from mbn.compare import examples, process, record
-from mbn.compare.comparison import compare, verdict
-from mbn.compare.messages import Job, Measured
-from mbn.compare.reference import reference
-from mbn.compare.report import format_ulp
-from mbn.console import essence
-from mbn.isolation import NotRun
-from mbn.usage import UsageError
+from mbn.commands.compare import examples, process, record
+from mbn.commands.compare.comparison import compare, verdict
+from mbn.commands.compare.messages import Job, Measured
+from mbn.commands.compare.reference import reference
+from mbn.commands.compare.report import format_ulp
+from mbn.commands.options import UsageError
+from mbn.commands.output import essence
+from mbn.commands.processes import NotRun
 
 
 @pytest.fixture(scope="module")

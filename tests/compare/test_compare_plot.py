@@ -6,13 +6,13 @@ from importlib import import_module
 import numpy as np
 import pytest
 
-from mbn.compare import examples
-from mbn.compare.comparison import compare
-from mbn.compare.messages import Measured
-from mbn.compare.reference import reference
+from mbn.commands.compare import examples
+from mbn.commands.compare.comparison import compare
+from mbn.commands.compare.messages import Measured
+from mbn.commands.compare.reference import reference
 
 pytest.importorskip("matplotlib")
-plot = import_module("mbn.compare.plot")
+plot = import_module("mbn.commands.compare.plot")
 
 
 @pytest.mark.parametrize("names", [["numpy"], ["numpy", "torch", "jax", "cupy", "a-plug-in:with-a-long-device:0"]])

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mbn.compare import worker
+from mbn.commands.compare import worker
 
 
 class Framework:

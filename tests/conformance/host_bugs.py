@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from planted import Bug, conform
 
-from mbn import contract, fitting
+from mbn import contract
+from mbn.step import population
 from mbn_cpu import backend, blocked, extremes, small, vectors
 
 
@@ -37,7 +38,7 @@ def narrow_in_a_wide_layer() -> None:
 
 
 def narrow_batches_fitted() -> None:
-    fitting.Batch = lambda x, weights, _: contract.Batch(x, weights)
+    population.Batch = lambda x, weights, _: contract.Batch(x, weights)
 
 
 def summed_as_they_come() -> None:

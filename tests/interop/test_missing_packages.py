@@ -25,7 +25,7 @@ def test_what_is_no_layer_is_refused(package, given):
 
 @pytest.mark.parametrize("package", CONVERSIONS)
 def test_without_a_package_the_way_to_it_is_named(package, monkeypatch):
-    monkeypatch.delitem(sys.modules, f"mbn_interop.{package}", raising=False)
+    monkeypatch.delitem(sys.modules, f"mbn.interop.{package}", raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     for convert in CONVERSIONS[package]:
         with pytest.raises(ImportError, match=f"{package} is not installed.*pip install {package}"):

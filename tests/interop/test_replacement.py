@@ -286,7 +286,7 @@ def test_replaced_models_compile_and_copy():
 
 
 def test_without_torch_it_says_how_to_get_it(monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("mbn_interop.")]:
+    for name in [name for name in sys.modules if name.startswith("mbn.interop.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ImportError, match="pip install torch"):

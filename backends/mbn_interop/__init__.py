@@ -1,1 +1,0 @@
-"""What other packages call batch normalisation, and how it differs from ours. No backend."""

@@ -1,0 +1,87 @@
+"""The command: options to a workload, a workload to a report, and an exit code.
+
+Everything that can be refused is refused before any work is done.
+"""
+
+import argparse
+import io
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from mbn.commands import options
+from mbn.commands.bench import measurement, record, report
+from mbn.commands.bench.measurement import Measurement
+from mbn.commands.bench.workloads import MODES, PULLBACK, Workload
+from mbn.commands.options import UsageError
+from mbn.commands.output import console
+from mbn.commands.processes import NotRun
+
+_MEASURED, _FAILED, _NOTHING_RAN = 0, 1, 2
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure as the options say, and return the exit code.
+
+    Raises:
+        UsageError: an option cannot be honoured.
+        BackendNotFoundError: a backend has an unknown name.
+    """
+    backends = options.backends(args.backends)
+    options.check_files({"--json": args.json, "--plot": args.plot})
+    options.check_plot(args.plot)
+    workload = _workload(args)
+    modes = tuple(mode for mode in (*MODES, PULLBACK) if mode in (args.modes or MODES))
+    if args.device:
+        backends = _on_device(args.device, backends)
+    else:
+        options.check_runnable(backends)
+    result = _measure(workload, measurement.subjects(backends, args.device), modes)
+    outputs = {}
+    if args.json:
+        outputs[args.json] = record.to_json(result).encode()
+    if args.plot and result.timed:
+        from mbn.commands.bench import plot  # noqa: PLC0415 - matplotlib is an extra
+
+        picture = io.BytesIO()
+        plot.save(result, picture)
+        outputs[args.plot] = picture.getvalue()
+    try:
+        report.show(console(), result)
+    finally:  # that nobody reads is no reason to lose it
+        options.write(outputs)
+    if not any(spec in result.timed for spec in backends):
+        return _NOTHING_RAN
+    return _FAILED if any(isinstance(s, NotRun) and s.broken for s in result.subjects.values()) else _MEASURED
+
+
+def _on_device(device: str, backends: list[str]) -> list[str]:
+    """Return those of the backends that have a device, there, and say who is left out."""
+    specs = [options.on_device(spec, device) for spec in backends]
+    found = measurement.placed(specs)
+    if not found:
+        message = f"no backend here has a device {device!r}. `mbn backends` says which devices there are."
+        raise UsageError(message)
+    left_out = [spec.partition(":")[0] for spec in specs if spec not in found]
+    if left_out:
+        console().print(f"Not on {device}, and so left out: {', '.join(left_out)}.\n", highlight=False)
+    return found
+
+
+def _measure(workload: Workload, specs: list[str], modes: tuple[str, ...]) -> Measurement:
+    columns = TextColumn("{task.description:<12}"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console(stderr=True)) as bar:
+        task = bar.add_task("", total=len(specs) * (measurement.ROUNDS + 1))
+
+        def advance(spec: str) -> None:
+            bar.update(task, advance=1, description=spec)
+
+        return measurement.measure(workload, specs, modes, advance)
+
+
+def _workload(args: argparse.Namespace) -> Workload:
+    workload = Workload(args.shape, args.dtype, args.axis, args.masked)
+    options.check_memory(workload.shape, options.numpy_dtype(workload.dtype))
+    if workload.size <= workload.num_features:
+        message = f"shape {workload.shape} has one value per channel; training takes more."
+        raise UsageError(message)
+    return workload

@@ -1,0 +1,43 @@
+"""flax: an ``nnx.BatchNorm`` as it is by default, with its fast variance, in a step that is compiled as mbn's is."""
+
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+from flax import nnx
+
+import mbn
+from mbn.commands.bench.calls import Call
+from mbn.commands.bench.peers.jax import JaxSubject, Steps
+from mbn.commands.bench.workloads import FORWARD, Workload
+
+
+class Module(JaxSubject):
+    """``flax.nnx.BatchNorm``. Its channels are last, where flax has them; x has the same size whatever its axis."""
+
+    version = flax.__version__
+
+    def __init__(self, workload: Workload, device: str | None) -> None:
+        if workload.masked or workload.dtype == "float64":
+            message = "no step of nnx.BatchNorm with a mask or float64 is measured"
+            raise NotImplementedError(message)
+        self.workload, self._device = workload, device
+        self.device = str(next(iter(self.x.devices())))
+        module = nnx.BatchNorm(workload.num_features, dtype=self.x.dtype, rngs=nnx.Rngs(0))
+        graph, self._params, self._state = nnx.split(module, nnx.Param, ...)
+
+        def forward(params: Any, state: Any, x: Any, *, training: bool) -> tuple[Any, Any]:
+            module = nnx.merge(graph, params, state, copy=True)  # by value: its variables are of this trace
+            y = module(x, use_running_average=not training)
+            return y, nnx.split(module, nnx.Param, ...)[2]
+
+        self._steps = Steps(forward, {})
+
+    def call(self, mode: str) -> Call:
+        dy = None if mode in FORWARD else self.dy
+        return self._steps.call(mode, self._params, self._state, self.x, dy)
+
+    def own(self, host: np.ndarray) -> jax.Array:
+        array: jax.Array = mbn.asarray(np.moveaxis(host, self.workload.axis, -1), backend="jax", device=self._device)
+        return array

@@ -1,0 +1,75 @@
+"""A measurement for people: readable at 80 columns, in colour or piped, with nothing cut off; ASCII alone."""
+
+from rich.console import Console
+from rich.table import Table
+
+from mbn.commands.bench.measurement import Measurement, Timed
+from mbn.commands.bench.workloads import PULLBACK
+from mbn.commands.output import milliseconds, not_run, print_filled, table
+from mbn.commands.processes import NotRun
+
+_EXPLANATION = """\
+Medians over rounds in which everyone had a turn, each in a process of its own.
+"x copy": against one copy of x, the limit. "MiB more": the peak of memory in a
+call beyond inputs and outputs. "ms first": the first call, with compilation.
+"""
+TITLES = {
+    "train": "Training, forward",
+    "eval": "Evaluation",
+    "backward": "Training, forward and backward",
+    PULLBACK: "Training, backward alone",
+}
+_MEBIBYTE = 2**20
+
+
+def show(console: Console, measurement: Measurement) -> None:
+    """Print who ran and who did not, and a table for each mode."""
+    reasons = {spec: [found] for spec, found in measurement.subjects.items() if isinstance(found, NotRun)}
+    print_filled(console, _who(measurement), not_run("subject", reasons))
+    if not measurement.timed:
+        return
+    console.print(_description(measurement), style="bold")
+    console.print(_EXPLANATION)
+    for mode in measurement.modes:
+        console.print(TITLES[mode], style="bold")
+        print_filled(console, _times(measurement, mode))
+
+
+def _description(measurement: Measurement) -> str:
+    workload = measurement.workload
+    parts = [f"x of {workload.shape} {workload.dtype}"]
+    parts += [f"axis {workload.axis}"] if workload.axis != 1 else []
+    parts += ["every third place masked"] if workload.masked else []
+    return ", ".join(parts)
+
+
+def _who(measurement: Measurement) -> Table:
+    made = table("subject", "version", "device")
+    for spec, timed in measurement.timed.items():
+        made.add_row(spec, timed.prepared.version, timed.prepared.device)
+    return made
+
+
+def _times(measurement: Measurement, mode: str) -> Table:
+    fastest = measurement.fastest_peer(mode)
+    made = table("subject", numbers=("ms", f"x {fastest or 'peer'}", "x copy", "MiB more", "ms first"))
+    for spec, timed in measurement.timed.items():
+        made.add_row(
+            spec,
+            milliseconds(timed.median(mode)),
+            _ratio(measurement, timed, mode, fastest),
+            _ratio(measurement, timed, mode, measurement.limit),
+            _mebibytes(timed.prepared.memory[mode]),
+            milliseconds(timed.prepared.first_call[mode]),
+            style="dim" if spec in measurement.peers else None,
+        )
+    return made
+
+
+def _ratio(measurement: Measurement, timed: Timed, mode: str, peer: str | None) -> str:
+    other = measurement.timed.get(peer or "")
+    return f"{timed.ratio(mode, other):.2f}" if other else "-"
+
+
+def _mebibytes(number: int | None) -> str:
+    return "-" if number is None else f"{number / _MEBIBYTE:.1f}"

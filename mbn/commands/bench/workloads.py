@@ -1,0 +1,86 @@
+"""What is measured, defined once for ``mbn bench`` and for asv: arrays, and what is done with them.
+
+The numbers are the same on every run.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from mbn.commands.options import numpy_dtype
+
+MODES = ("train", "eval", "backward")
+"""A training step's forward pass, evaluation, and a training step forward and backward."""
+FORWARD = ("train", "eval")
+PULLBACK = "pullback"
+"""The backward pass of a training step alone, which is not measured unless it is asked for."""
+PASSES = {"train": 3, "eval": 2, "backward": 8, PULLBACK: 5}
+"""How often each mode has to go through memory of x's size, where that is larger than any cache.
+
+Training reads x twice and writes y once; evaluation does each once; a backward pass reads dy and x twice and writes dx.
+"""
+
+SHAPES = ((32, 64), (1024, 256), (65536, 256), (1048576, 16), (4096, 64, 16), (256, 128, 1024))
+"""What the project's own figures are taken on: what fits a core's caches, all caches, and neither; narrow and wide."""
+
+_SMALLER = 16
+_DRAWN = 2**25
+"""Values at most; beyond that they repeat, since to draw them takes longer than all else."""
+
+
+class Workload(NamedTuple):
+    """An input of batch normalisation."""
+
+    shape: tuple[int, ...]
+    """Of x: (N, C), (N, C, L), or with an axis of -1 (N, L, C)."""
+    dtype: str = "float32"
+    axis: int = 1
+    """Where the channels are: 1 or -1."""
+    masked: bool = False
+    """Every third place holds no value."""
+    transposed: bool = False
+    """x is not contiguous in memory: its last two axes are stored the other way round."""
+
+    @property
+    def num_features(self) -> int:
+        """The number of channels."""
+        return self.shape[self.axis]
+
+    @property
+    def size(self) -> int:
+        """The number of values."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The size of x in bytes."""
+        return self.size * numpy_dtype(self.dtype).itemsize
+
+    def x(self) -> np.ndarray:
+        """Return the input: N(0, 1)."""
+        return self._array(0)
+
+    def dy(self) -> np.ndarray:
+        """Return a gradient of the output: N(0, 1) too, and laid out as x is."""
+        return self._array(1)
+
+    def mask(self) -> np.ndarray | None:
+        """Return which places hold a value, (N,) or (N, L); None where all do."""
+        if not self.masked:
+            return None
+        places = [size for axis, size in enumerate(self.shape) if axis != self.axis % len(self.shape)]
+        return np.arange(np.prod(places)).reshape(places) % 3 > 0
+
+    def smaller(self) -> "Workload":
+        """Return the same with fewer rows: enough to do all that is done once, such as compiling."""
+        rows = self.shape[0]
+        return self._replace(shape=(max(rows // _SMALLER, min(rows, 2)), *self.shape[1:]))
+
+    def _array(self, seed: int) -> np.ndarray:
+        shape = (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
+        size = min(self.size, _DRAWN)
+        drawn = np.random.default_rng(seed).standard_normal(size, dtype=np.float32)
+        values: np.ndarray = drawn.astype(numpy_dtype(self.dtype), copy=False)
+        x = values.reshape(shape) if size == self.size else np.resize(values, shape)
+        return x.swapaxes(-1, -2) if self.transposed else x

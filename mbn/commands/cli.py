@@ -1,0 +1,247 @@
+"""The command line: what is asked for is said in one place, and done elsewhere.
+
+A wrong request ends with one line on standard error and exit code 2, never with a traceback.
+"""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import mbn
+from mbn.commands import options
+from mbn.commands.bench import command as bench
+from mbn.commands.bench.workloads import MODES, PULLBACK
+from mbn.commands.compare import command as compare
+from mbn.commands.options import DTYPES, UsageError
+from mbn.commands.output import checked_output
+from mbn.registry import BackendNotFoundError, BackendUnavailableError
+
+_COMPARE = """\
+Run training and evaluation steps of the same BatchNorm1d on every backend, each in a process of its own, and measure
+outputs and running statistics against an exact reference, and the backends against each other.
+
+Without --shape or --input, the examples are three easy textbook ones and a hard one, whose mean is 10 000 standard
+deviations.
+
+Errors are in ulp (units in the last place) of the terms a result is added from. The bounds: outputs 4 ulp in float32
+and float64, 1 ulp in float16 and bfloat16; running statistics 2 ulp in float32, 4 ulp in float64. Every backend
+evaluates from the reference's running statistics, so that no error is counted twice.
+"""
+_COMPARE_EXITS = "exit codes: 0 agreement; 1 a disagreement, or a backend failed; 2 bad usage, or no backend could run"
+_BENCH = """\
+Time BatchNorm1d on every backend, and the batch norms of other packages beside it: torch.nn.BatchNorm1d, flax's
+nnx.BatchNorm under jit, the NumPy formula that everyone writes, and a copy of the input, which is the limit. Each has
+a process of its own, which holds its own arrays; they are taken in turn, over several rounds.
+
+Modes: train (forward), eval, backward (training, forward and backward), and if asked for pullback (the backward pass
+alone). On backends whose framework has gradients these are the framework's; on JAX each step is compiled.
+
+With --device, every backend that has this device is measured there, beside its peers and a copy within the device; who
+has none is left out. On a GPU times are taken by CUDA's events; for JAX, which has none, by many calls that are waited
+for together.
+"""
+_BENCH_EXITS = "exit codes: 0 measured; 1 measured, but a subject failed; 2 bad usage, or no backend could run"
+_CONFORM = """\
+Hold a backend to the contract: run the conformance suite that every backend of mbn must pass. Whatever else is given
+goes to pytest: `mbn conform numpy -x -k float16`.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    parser, command = _parser(), ""
+    try:
+        with checked_output():
+            args, rest = parser.parse_known_args(_joined(sys.argv[1:] if arguments is None else arguments))
+            command = f" {args.command}"
+            if rest and args.command != "conform":
+                parser.error(f"unrecognized arguments: {' '.join(rest)}")
+            args.pytest_args = rest
+            return int(args.run(args))
+    except (UsageError, BackendNotFoundError) as error:
+        message = str(error)
+    except MemoryError as error:
+        message = f"there is too little memory: {error}"
+    print(f"mbn{command}: {' '.join(message.splitlines())}", file=sys.stderr)
+    return 2
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """Return arguments with ``--shape -1,3`` as one of them, or argparse takes -1,3 for an option that it has not."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and joined[-1] == "--shape" and argument[:1] == "-" and argument[1:2].isdigit():
+            joined[-1] = f"--shape={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mbn", description="Batch normalisation with the same numbers on every array library."
+    )
+    parser.add_argument("--version", action="version", version=f"mbn {mbn.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_compare(commands)
+    _add_bench(commands)
+    _add_backends(commands)
+    _add_conform(commands)
+    return parser
+
+
+def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="compare the backends with an exact reference and with each other",
+        description=_COMPARE,
+        epilog=_COMPARE_EXITS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_backend_option(parser)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--shape", type=_shape, metavar="N,C[,L]", help="compare on seeded random data of this shape")
+    source.add_argument("--input", type=_file, metavar="FILE", help="compare on the array(s) of a .npy or .npz file")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, metavar="DTYPE", help=f"{', '.join(DTYPES)} (default: the file's, or float32)"
+    )
+    _add_files(parser, "draw the agreement")
+    parser.set_defaults(run=compare.run)
+
+
+def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="time the backends and their peers on a shape",
+        description=_BENCH,
+        epilog=_BENCH_EXITS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--shape", type=_shape, metavar="N,C[,L]", required=True, help="of x; N,L,C with --axis -1")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", metavar="DTYPE", help=f"{', '.join(DTYPES)} (default: float32)"
+    )
+    parser.add_argument("--axis", type=int, choices=(1, -1), default=1, help="where the channels are (default: 1)")
+    parser.add_argument("--modes", type=_modes, metavar="A,B", help=f"{', '.join(MODES)} (default: all), {PULLBACK}")
+    parser.add_argument("--masked", action="store_true", help="mask every third place")
+    _add_backend_option(parser)
+    parser.add_argument(
+        "--device", type=_device, metavar="DEVICE", help="measure on this device alone: cuda, cuda:1, cpu"
+    )
+    _add_files(parser, "draw the times")
+    parser.set_defaults(run=bench.run)
+
+
+def _add_backend_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backends",
+        type=_names,
+        metavar="A,B",
+        help="NAME or NAME:DEVICE, separated by commas: numpy,torch:cuda (default: every known backend)",
+    )
+
+
+def _add_files(parser: argparse.ArgumentParser, picture: str) -> None:
+    parser.add_argument("--json", type=_file, metavar="FILE", help="write everything that was measured as JSON")
+    parser.add_argument("--plot", type=_png, metavar="FILE.png", help=f"{picture} (needs mbn[plot])")
+
+
+def _add_backends(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    text = "list the known backends: what they can do, or why they cannot be used here"
+    parser = commands.add_parser("backends", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    parser.set_defaults(run=_backends)
+
+
+def _add_conform(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "conform",
+        help="run the conformance suite on a backend",
+        description=_CONFORM,
+        usage="%(prog)s NAME[:DEVICE] [--device DEVICE] [--json FILE] [--junit-xml FILE] [pytest options]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", metavar="NAME", help="the backend, or NAME:DEVICE")
+    parser.add_argument(
+        "--device", type=_device, metavar="DEVICE", help="where its arrays are, as in NAME:DEVICE: cuda, cuda:1"
+    )
+    parser.add_argument("--json", type=_file, metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--junit-xml", type=_file, metavar="FILE", help="write the results as JUnit XML")
+    parser.set_defaults(run=_conform)
+
+
+def _backends(_: argparse.Namespace) -> int:
+    from mbn.commands import backends  # noqa: PLC0415 - one command's own
+
+    backends.show()
+    return 0
+
+
+def _conform(args: argparse.Namespace) -> int:
+    (spec,) = options.backends([options.on_device(args.name, args.device)])
+    missing = [module for module in ("pytest", "hypothesis", "ml_dtypes") if importlib.util.find_spec(module) is None]
+    if missing:
+        message = (
+            f"the suite needs {' and '.join(missing)}, not installed here: pip install {' '.join(missing)}, or "
+            "'.[conformance]' where mbn's sources are."
+        )
+        raise UsageError(message)
+    options.check_files({"--json": args.json, "--junit-xml": args.junit_xml})
+    from mbn.conformance import runner  # noqa: PLC0415 - which needs these
+    from mbn.conformance.target import Target  # noqa: PLC0415 - as above
+
+    try:
+        Target.parse(spec)
+    except (BackendUnavailableError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    code = runner.run(spec, json=args.json, junit_xml=args.junit_xml, pytest_args=args.pytest_args)
+    return 2 if code == runner.UNUSABLE else code
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        message = f"{text!r} is no list of backends, such as numpy,torch:cuda"
+        raise argparse.ArgumentTypeError(message)
+    return list(dict.fromkeys(names))
+
+
+def _device(text: str) -> str:
+    if not text:
+        message = "'' is no device: it needs a name, cpu say"
+        raise argparse.ArgumentTypeError(message)
+    return text
+
+
+def _modes(text: str) -> list[str]:
+    modes = text.split(",")
+    if not set(modes) <= {*MODES, PULLBACK}:
+        message = f"{text!r} are no modes, such as {','.join(MODES)}"
+        raise argparse.ArgumentTypeError(message)
+    return modes
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    message = f"{text!r} is no shape N,C or N,C,L of sizes of at least 1, such as 256,32"
+    try:
+        shape = tuple(int(size) for size in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(message) from error
+    if len(shape) not in (2, 3) or min(shape) < 1:
+        raise argparse.ArgumentTypeError(message)
+    return shape
+
+
+def _file(text: str) -> Path:
+    if not text:
+        message = "'' is no file: it needs a name"
+        raise argparse.ArgumentTypeError(message)
+    return Path(text)
+
+
+def _png(text: str) -> Path:
+    if not text.lower().endswith(".png"):
+        message = f"{text!r}: the picture is a PNG, FILE.png"
+        raise argparse.ArgumentTypeError(message)
+    return Path(text)

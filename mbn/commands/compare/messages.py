@@ -1,0 +1,34 @@
+"""What the processes of a comparison tell each other: plain data."""
+
+from collections.abc import Mapping
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+
+from mbn.commands.compare.examples import Example
+from mbn.commands.processes import NotRun
+
+QUANTITIES = ("train_output", "eval_output", "running_mean", "running_var")
+"""What is compared."""
+
+
+class Job(NamedTuple):
+    """What a backend is asked: to run an example."""
+
+    example: Example
+    statistics: tuple[np.ndarray, np.ndarray]
+    """The running mean and variance to evaluate with."""
+
+
+class Measured(NamedTuple):
+    """What a backend answers when it ran."""
+
+    version: str
+    device: str
+    arrays: Mapping[str, np.ndarray]
+    """By quantity."""
+    seconds: Mapping[str, float]
+    """The time of a call, by mode: train, eval."""
+
+
+Outcome: TypeAlias = Measured | NotRun

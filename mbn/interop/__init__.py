@@ -1,0 +1,243 @@
+"""Layers from and to the batch norms of other packages.
+
+The conventions differ, and a conversion has to be right about each: evaluation gives the same output, and training goes
+on in the same way. What has no exact counterpart is said in a :class:`mbn.ConversionWarning`; what would change the
+output is refused. What a package's layers look like is known to the modules of this package alone, which imports it.
+"""
+
+import importlib
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from mbn import checks
+from mbn.contract import Backend
+from mbn.layer import BatchNorm1d
+from mbn.state.snapshot import ConversionWarning, Portable
+
+
+def from_torch(module: Any, *, backend: str | Backend | None = None, device: Any = None) -> BatchNorm1d:
+    """Return a layer that does what a ``torch.nn.BatchNorm1d`` does, with copies of its tensors.
+
+    Args:
+        module: the module; or a ``torch.nn.SyncBatchNorm``, without its other processes. Its mode is taken over.
+        backend, device: as of a new layer. By default the layer stays open, and takes those of its first input.
+
+    The layer is float64 if any of the tensors is, else float32, which has all values of the halves; so it is from every
+    package. A ``torch.nn.LazyBatchNorm1d`` that has met no input gives a layer that has met none.
+
+    Raises:
+        ImportError: torch is not installed.
+        TypeError: the module is something else.
+        ValueError: the module is on the meta device.
+        BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
+    """
+    return _layer(_converter("torch").read(module), backend, device)
+
+
+def to_torch(bn: BatchNorm1d) -> Any:
+    """Return a ``torch.nn.BatchNorm1d``, on the CPU, that does what a layer does, with copies of its arrays.
+
+    Raises:
+        ImportError: torch is not installed.
+    """
+    return _foreign(_converter("torch").write(_packed("to_torch", bn)))
+
+
+def from_flax(
+    module: Any, variables: Any = None, *, backend: str | Backend | None = None, device: Any = None
+) -> BatchNorm1d:
+    """Return a layer that does what a batch norm of flax does, with copies of its arrays.
+
+    Args:
+        module: a ``flax.nnx.BatchNorm``; or a ``flax.linen.BatchNorm``, with ``variables``.
+        variables: the collections ``params`` and ``batch_stats`` of a linen module, as far as it has them: those of
+            this module alone, not of the model.
+        backend, device: as in :func:`from_torch`.
+
+    The layer keeps the biased variance, as flax does: ``correction=0``. It is in training mode if the module is; where
+    that leaves the mode to its calls, in evaluation mode.
+
+    Raises:
+        ImportError: flax is not installed.
+        TypeError, ValueError: the module is something else, its channels are not on axis 1 or -1, or the variables are
+            those of another module.
+        BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
+    """
+    return _layer(_converter("flax").read(module, variables), backend, device)
+
+
+def to_flax(bn: BatchNorm1d, *, linen: bool = False) -> Any:
+    """Return a ``flax.nnx.BatchNorm`` that does what a layer does, with copies of its arrays.
+
+    Args:
+        bn: the layer.
+        linen: return a ``flax.linen.BatchNorm`` and its variables instead, ``(module, {"params", "batch_stats"})``.
+
+    The module takes variances in two passes (``use_fast_variance=False``), which is right for large means too.
+
+    Raises:
+        ImportError: flax is not installed.
+        ValueError: it has no such layer: one without running statistics; or JAX has no float64 here.
+    """
+    return _foreign(_converter("flax").write(_packed("to_flax", bn), linen=checks.flag("linen", linen)))
+
+
+def from_keras(layer: Any, *, backend: str | Backend | None = None, device: Any = None) -> BatchNorm1d:
+    """Return a layer that does what a ``keras.layers.BatchNormalization`` does, with copies of its weights.
+
+    Args:
+        layer: a layer that has been built; or its ``get_weights()``, which are taken for those of a layer with Keras's
+            default arguments: gamma and beta, or neither, then moving mean and moving variance.
+        backend, device: as in :func:`from_torch`.
+
+    The layer keeps the biased variance, as Keras does: ``correction=0``. It is in evaluation mode, as Keras is unless a
+    call says otherwise. One that is not trainable is frozen.
+
+    Raises:
+        ImportError: keras is not installed.
+        TypeError, ValueError: the layer is something else, not built, or its channels are not on axis 1 or the last.
+        BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
+    """
+    return _layer(_converter("keras").read(layer), backend, device)
+
+
+def to_keras(bn: BatchNorm1d, *, ndim: int = 2) -> Any:
+    """Return a ``keras.layers.BatchNormalization``, built, that does what a layer does, with copies of its arrays.
+
+    Args:
+        bn: the layer. Its mode is not taken over: Keras is told with each call.
+        ndim: how many axes inputs have, 2 or 3, since Keras builds a layer for one number of them.
+
+    Its ``get_weights()`` are the weights in Keras's order.
+
+    Raises:
+        ImportError: keras is not installed.
+        ValueError: it has no such layer: one without running statistics; or Keras's backend has no float64 here.
+    """
+    return _foreign(_converter("keras").write(_packed("to_keras", bn), ndim))
+
+
+def from_onnx(
+    source: Any,
+    which: str | Iterable[Any],
+    *,
+    backend: str | Backend | None = None,
+    device: Any = None,
+) -> BatchNorm1d:
+    """Return a layer that does what a BatchNormalization node of ONNX does.
+
+    Args:
+        source: an ``onnx.ModelProto``, with the name of a node, or of its output, for ``which``; or an
+            ``onnx.NodeProto``, with its initializers (``onnx.TensorProto``) for ``which``.
+        which: as above.
+        backend, device: as in :func:`from_torch`.
+
+    The layer keeps the biased variance, as ONNX says: ``correction=0``. Its mode is that of the node.
+
+    Raises:
+        ImportError: onnx is not installed.
+        TypeError, ValueError: there is no such node, it is another operator, or a weight is neither an initializer nor
+            a constant, or in a file that has not been loaded.
+        BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
+    """
+    return _layer(_converter("onnx").read(source, which), backend, device)
+
+
+def to_onnx(bn: BatchNorm1d, model: Any = None, node: str | None = None) -> Any:
+    """Return a BatchNormalization node of ONNX that does what a layer does in evaluation mode.
+
+    Args:
+        bn: the layer.
+        model: an ``onnx.ModelProto``, to return a copy of it in which ``node`` is this layer. The node keeps its mode,
+            and its weights their types.
+        node: the name of a BatchNormalization node of ``model``, or of its output.
+
+    Returns:
+        ``(node, initializers)``, from an input ``"x"`` to an output ``"y"``, for version 9 of the operators and later;
+        or, given a model, a model.
+
+    Raises:
+        ImportError: onnx is not installed.
+        TypeError, ValueError: there is no such node, or it has another number of channels; or ONNX has no such layer:
+            one without running statistics, or with an ``eps`` or ``momentum`` beyond float32.
+    """
+    return _foreign(_converter("onnx").write(_packed("to_onnx", bn), model, node))
+
+
+def replace_batchnorm(model: Any, *, back: bool = False) -> Any:
+    """Make every ``torch.nn.BatchNorm1d`` of a torch model one of ours, which computes the same, or back.
+
+    Each stays the same object, with the same parameters and statistics, mode, hooks and names: an optimizer keeps its
+    hold, and a module that is used in several places stays one. The layer behind it is ``module.layer``. Others stay
+    what they are: ``BatchNorm2d`` or ``SyncBatchNorm``, and subclasses, which a warning names. Parameters and
+    statistics in halves become float32, with a warning.
+
+    Args:
+        model: a ``torch.nn.Module``, maybe itself a batch norm.
+        back: make ``torch.nn.BatchNorm1d`` of ours. Whatever torch has nothing for is named in a warning.
+
+    Returns:
+        The model.
+
+    Raises:
+        ImportError: torch is not installed.
+        TypeError, ValueError: it is no module, or one in it has no counterpart: a ``LazyBatchNorm1d`` before its first
+            input; of ours, one with ``axis=-1``. The model is unchanged.
+    """
+    _converter("torch")  # which says what is missing
+    replacement = importlib.import_module("mbn.interop.replacement")
+    if checks.flag("back", back):
+        return _foreign(replacement.to_theirs(model, BatchNorm1d._pack))
+    return _foreign(replacement.to_ours(model, _module))
+
+
+def _converter(package: str) -> Any:
+    """Return the module that knows a package.
+
+    Raises:
+        ImportError: the package is not installed.
+    """
+    try:
+        return importlib.import_module(f"mbn.interop.{package}")
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        message = f"{package} is not installed, so there are no layers of it to convert: pip install {package}."
+        raise ImportError(message) from error
+
+
+def _layer(read: tuple[Portable, list[str]], backend: str | Backend | None, device: Any) -> BatchNorm1d:
+    """Return the layer that a converter has read, and say what it is not."""
+    portable, notes = read
+    layer = BatchNorm1d._unpack(portable, backend, device)
+    _warn(notes)
+    return layer
+
+
+def _packed(function: str, bn: Any) -> Portable:
+    """Return all that a layer is.
+
+    Raises:
+        TypeError: it is none.
+    """
+    checks.layer(function, bn, BatchNorm1d)
+    packed: Portable = bn._pack()
+    return packed
+
+
+def _module(portable: Portable, backend: str) -> Any:
+    """Return a module of a backend that does what a layer does."""
+    return BatchNorm1d._unpack(portable, backend, None).as_module()
+
+
+def _foreign(written: tuple[Any, list[str]]) -> Any:
+    """Return what a converter has written, and say what it is not."""
+    result, notes = written
+    _warn(notes)
+    return result
+
+
+def _warn(notes: list[str]) -> None:
+    for note in notes:
+        warnings.warn(note, ConversionWarning, stacklevel=4)

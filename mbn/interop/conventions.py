@@ -1,0 +1,116 @@
+"""What several packages have in common: from each it has to be converted alike, and said in the same words."""
+
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from mbn.contract import dtype_name
+from mbn.state.snapshot import Portable
+
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+_ROUNDING = 2.0**-24
+"""That of a float32, relatively."""
+
+
+def complement(momentum: Any) -> float:
+    """Return the weight of the new value from that of the old one, or the other way round, in decimal.
+
+    So 0.99 is 0.01 and 0.01 is 0.99, in the precision of the number that is given. In binary neither is.
+
+    Raises:
+        ValueError: it is not finite.
+    """
+    if not np.isfinite(momentum):
+        message = f"momentum is the weight of the old value and is finite, not {momentum}."
+        raise ValueError(message)
+    return float(1 - Fraction(str(momentum)))
+
+
+def portable(
+    arrays: Mapping[str, Any],
+    to_numpy: Callable[[Any], np.ndarray] = np.asarray,
+    *,
+    training: bool,
+    frozen: bool = False,
+    num_batches_tracked: int = 0,
+    **arguments: Any,
+) -> tuple[Portable, list[str]]:
+    """Return a layer from another package's arrays, and what of these it does not have in the same way.
+
+    Args:
+        arrays: weight, bias, running_mean and running_var, each (C,) or None for none.
+        to_numpy: brings one to NumPy, in any dtype that has all its values.
+        training, frozen, num_batches_tracked: as those of the layer.
+        arguments: those of the layer, but for what the arrays say.
+
+    Raises:
+        TypeError: an array is not made of floating-point numbers.
+    """
+    given = {key: value for key, value in arrays.items() if value is not None}
+    dtypes = {key: dtype_name(value.dtype) for key, value in given.items()}
+    for key, name in dtypes.items():
+        if name not in _DTYPES:
+            message = f"{key} is {name}; there are layers from {', '.join(_DTYPES)}: convert it to one of these."
+            raise TypeError(message)
+    dtype = "float64" if "float64" in dtypes.values() else "float32"
+    entries = {key: to_numpy(value).astype(dtype) for key, value in given.items()}
+    notes = []
+    others = [f"{key} ({name})" for key, name in dtypes.items() if name != dtype]
+    if others:
+        notes.append(f"{', '.join(others)}: the layer keeps all parameters and statistics in {dtype}.")
+    if "bias" in entries and "weight" not in entries:
+        entries = {"weight": np.ones_like(entries["bias"]), **entries}
+        notes.append("weight: there is none, only a bias; the layer has one too, of ones, which training changes.")
+    if "running_mean" in entries:
+        entries["num_batches_tracked"] = np.asarray(num_batches_tracked, np.int64)
+    arguments |= {
+        "dtype": dtype,
+        "affine": "weight" in entries,
+        "bias": "bias" in entries or "weight" not in entries,
+        "track_running_stats": "running_mean" in entries,
+    }
+    return Portable(arguments, entries, training=training, frozen=frozen), notes
+
+
+def old_weight(
+    layer: Portable, package: str, default: float, rounded: Callable[[str, float], Any] = lambda _, value: value
+) -> tuple[float, list[str]]:
+    """Return ``momentum`` as the weight of the old value, for a package that keeps the biased variance; and notes.
+
+    Args:
+        layer: the layer.
+        package: what messages call it.
+        default: its own momentum, for a layer that has none.
+        rounded: makes of a number the one that the package keeps, given its name.
+
+    Raises:
+        ValueError: the package always has running statistics, and the layer has none.
+    """
+    momentum, notes = layer.arguments["momentum"], []
+    if not layer.arguments["track_running_stats"]:
+        message = (
+            f"{package} evaluates by running statistics, and with track_running_stats=False the layer has none: its "
+            "output would be another. fit() a layer that has them."
+        )
+        raise ValueError(message)
+    old = default if momentum is None else rounded("momentum", complement(momentum))
+    if momentum is None:
+        notes.append(
+            f"momentum=None, the average over all batches: {package} has none, and gets its own default, {default}."
+        )
+    elif abs(complement(old) - momentum) > _ROUNDING * abs(momentum):
+        notes.append(f"momentum={momentum}: {package} weighs the old value, and keeps that as {old}.")
+    if layer.arguments["correction"] == 1:
+        notes.append(
+            f"running_var, correction=1: {package} averages biased variances. It gets the layer's average of unbiased "
+            "ones as it is, so evaluation gives the same; training on averages biased ones into it."
+        )
+    return old, notes
+
+
+def frozen(layer: Portable, package: str) -> list[str]:
+    """Return what to say of a frozen layer where nothing can be."""
+    return [f"freeze(): {package} has nothing like it; its evaluation mode does the same."] * layer.frozen

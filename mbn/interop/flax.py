@@ -1,0 +1,147 @@
+"""The batch norms of flax, which are two: an nnx module holds its arrays, a linen one is given them with each call."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen, nnx
+
+from mbn.contract import dtype_name
+from mbn.interop import conventions
+from mbn.state.snapshot import Portable
+
+_MOMENTUM = 0.99
+_KEYS = {"weight": ("params", "scale"), "bias": ("params", "bias")} | {
+    f"running_{name}": ("batch_stats", name) for name in ("mean", "var")
+}
+"""By torch's key: the collection and the name in flax."""
+
+
+def read(module: Any, variables: Any) -> tuple[Portable, list[str]]:
+    """Return a layer that does what a module does, with its variables if it is a linen one, and what it does otherwise.
+
+    Where a module leaves the mode to its calls, the layer is in evaluation mode.
+    """
+    _check(module, variables)
+    arrays = _held(module) if isinstance(module, nnx.BatchNorm) else _given(module, variables)
+    layer, notes = conventions.portable(
+        arrays,
+        training=module.use_running_average is False,
+        num_features=np.size(arrays["running_mean"]),
+        eps=float(module.epsilon),
+        momentum=conventions.complement(module.momentum),
+        axis=_axis(module.axis),
+        correction=0,
+    )
+    if module.dtype is not None and dtype_name(module.dtype) != layer.arguments["dtype"]:
+        notes.append(
+            f"dtype={dtype_name(module.dtype)}: flax computes in it and gives outputs of it; those of the layer have "
+            "the dtype of its input."
+        )
+    if module.axis_name is not None:
+        notes.append(
+            f"axis_name={module.axis_name!r}: the layer takes the statistics of its batch, not of all devices."
+        )
+    return layer, notes
+
+
+def write(layer: Portable, *, linen: bool) -> tuple[Any, list[str]]:
+    """Return a module that does what a layer does, with variables if it is a linen one, and what it does otherwise."""
+    arguments = layer.arguments
+    momentum, notes = conventions.old_weight(layer, "flax", _MOMENTUM)
+    arrays = {key: _own(layer.entries[key]) for key in _KEYS if key in layer.entries}
+    settings = {
+        "use_running_average": layer.frozen or not layer.training,
+        "axis": arguments["axis"],
+        "momentum": momentum,
+        "epsilon": arguments["eps"],
+        "param_dtype": jnp.dtype(arguments["dtype"]),
+        "use_scale": "weight" in arrays,
+        "use_bias": "bias" in arrays,
+        "use_fast_variance": False,  # which loses what a layer keeps where means are large
+    }
+    notes += conventions.frozen(layer, "flax")
+    return (_linen if linen else _nnx)(arguments["num_features"], settings, arrays), notes
+
+
+def _nnx(num_features: int, settings: dict[str, Any], arrays: dict[str, jax.Array]) -> nnx.BatchNorm:
+    module = nnx.BatchNorm(num_features, **settings, rngs=nnx.Rngs(0))
+    for key, array in arrays.items():
+        name = _KEYS[key][1]
+        setattr(module, name, type(getattr(module, name))(array))  # not written to, which would keep its dtype
+    return module
+
+
+def _linen(
+    _: int, settings: dict[str, Any], arrays: dict[str, jax.Array]
+) -> tuple[linen.BatchNorm, dict[str, dict[str, jax.Array]]]:
+    variables: dict[str, dict[str, jax.Array]] = {}
+    for key, array in arrays.items():
+        collection, name = _KEYS[key]
+        variables.setdefault(collection, {})[name] = array
+    return linen.BatchNorm(**settings), variables
+
+
+def _check(module: Any, variables: Any) -> None:
+    if not isinstance(module, nnx.BatchNorm | linen.BatchNorm):
+        message = f"from_flax takes a flax.nnx.BatchNorm or flax.linen.BatchNorm, not {type(module).__name__}."
+        raise TypeError(message)
+    if type(module).__call__ not in (nnx.BatchNorm.__call__, linen.BatchNorm.__call__):
+        message = f"{type(module).__name__} has a __call__ of its own, which a layer may not do: make a layer by hand."
+        raise TypeError(message)
+    if isinstance(module, linen.BatchNorm) and not isinstance(variables, Mapping):
+        message = "a linen module has no arrays: give its variables, {'params': {...}, 'batch_stats': {...}}, as well."
+        raise TypeError(message)
+    if isinstance(module, nnx.BatchNorm) and variables is not None:
+        message = "an nnx module has its own arrays: leave the variables out."
+        raise TypeError(message)
+
+
+def _held(module: nnx.BatchNorm) -> dict[str, jax.Array | None]:
+    """Return the arrays of an nnx module, by torch's keys."""
+    held = {key: jax.tree.leaves(getattr(module, name)) for key, (_, name) in _KEYS.items()}
+    return {key: _valued(key, *leaves) if leaves else None for key, leaves in held.items()}
+
+
+def _given(module: linen.BatchNorm, variables: Mapping[str, Any]) -> dict[str, jax.Array | None]:
+    """Return the arrays of the variables of a linen module, by torch's keys."""
+    absent = {key for key, used in (("weight", module.use_scale), ("bias", module.use_bias)) if not used}
+    needed = [place for key, place in _KEYS.items() if key not in absent]
+    variables = linen.meta.unbox(variables)
+    given = [(collection, name) for collection in variables for name in variables[collection]]
+    if set(given) != set(needed):
+        described = [", ".join("/".join(place) for place in sorted(places)) for places in (given, needed)]
+        message = f"variables are {described[0] or 'empty'}; this module has {described[1]}: give those of it alone."
+        raise ValueError(message)
+    return {
+        key: None if key in absent else _valued(key, variables[collection][name])
+        for key, (collection, name) in _KEYS.items()
+    }
+
+
+def _valued(key: str, array: Any) -> Any:
+    if not isinstance(array, jax.Array | np.ndarray):
+        message = f"{key} has no values, it is a {type(array).__name__}: initialise the module."
+        raise TypeError(message)
+    return array
+
+
+def _axis(axis: Any) -> int:
+    axes = tuple(np.atleast_1d(axis).tolist())
+    if axes not in ((1,), (-1,)):
+        message = f"axis is {axis}; a layer has its channels on axis 1 or -1: transpose or reshape inputs."
+        raise ValueError(message)
+    return axes[0]
+
+
+def _own(array: np.ndarray) -> jax.Array:
+    result = jnp.array(array)
+    if result.dtype != array.dtype:
+        message = (
+            "the layer is float64, which takes the 64-bit mode of JAX: jax.config.update('jax_enable_x64', True). Or "
+            "convert it: bn.to(dtype='float32')."
+        )
+        raise ValueError(message)
+    return result

@@ -1,0 +1,146 @@
+"""The batch norm of Keras, on whatever backend Keras has: only NumPy's arrays may go in or out."""
+
+from typing import Any
+
+import keras
+import numpy as np
+
+from mbn.interop import conventions
+from mbn.state.snapshot import Portable
+
+_MOMENTUM = 0.99
+_KEYS = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
+"""By torch's key: the name in Keras, in the order of Keras's weights."""
+
+
+def read(layer: Any) -> tuple[Portable, list[str]]:
+    """Return a layer that does what one of Keras does in inference, and what it does in another way."""
+    if isinstance(layer, list | tuple):
+        return _read_weights(layer)
+    _check(layer)
+    axis = _axis(layer)
+    arrays = {key: getattr(layer, name) for key, name in _KEYS.items()}
+    result, notes = conventions.portable(
+        arrays,
+        _to_numpy,
+        training=False,
+        frozen=not layer.trainable,
+        num_features=int(np.prod(layer.moving_mean.shape)),
+        eps=layer.epsilon,
+        momentum=conventions.complement(layer.momentum),
+        axis=axis,
+        correction=0,
+    )
+    return result, notes + _notes(layer, result)
+
+
+def write(layer: Portable, ndim: int) -> tuple[keras.layers.BatchNormalization, list[str]]:
+    """Return a layer of Keras, built for so many axes, that does what a layer does, and what it does in another way."""
+    arguments = layer.arguments
+    if ndim not in (2, 3):
+        message = f"ndim is 2 for inputs of (N, C) or 3 for those with a length, not {ndim!r}."
+        raise ValueError(message)
+    momentum, notes = conventions.old_weight(layer, "Keras", _MOMENTUM)
+    tensors = {name: _own(layer.entries[key]) for key, name in _KEYS.items() if key in layer.entries}
+    result = keras.layers.BatchNormalization(
+        axis=arguments["axis"],
+        momentum=momentum,
+        epsilon=arguments["eps"],
+        center="beta" in tensors,
+        scale="gamma" in tensors,
+        dtype=arguments["dtype"],
+        trainable=not layer.frozen,
+    )
+    shape = [None] * ndim
+    shape[arguments["axis"]] = arguments["num_features"]
+    result.build(tuple(shape))
+    for name, tensor in tensors.items():
+        getattr(result, name).assign(tensor)
+    if layer.frozen and arguments["affine"]:
+        notes.append("freeze(): trainable=False of Keras keeps gamma and beta, weight and bias, from training as well.")
+    return result, notes
+
+
+def _read_weights(weights: Any) -> tuple[Portable, list[str]]:
+    """Return a layer with the weights of one of Keras that has Keras's default arguments."""
+    arrays = [np.asarray(weight) for weight in weights]
+    if len(arrays) not in (2, 4):
+        message = (
+            f"there are {len(arrays)} weights; a layer of Keras has gamma, beta, moving mean and moving variance, or "
+            "the last two. Of another, give the layer itself."
+        )
+        raise ValueError(message)
+    return conventions.portable(
+        dict(zip(list(_KEYS)[-len(arrays) :], arrays, strict=True)),
+        training=False,
+        num_features=arrays[-1].size,
+        eps=1e-3,
+        momentum=conventions.complement(_MOMENTUM),
+        axis=-1,
+        correction=0,
+    )
+
+
+def _check(layer: Any) -> None:
+    kind, name = keras.layers.BatchNormalization, type(layer).__name__
+    if not isinstance(layer, kind):
+        message = f"from_keras takes a keras.layers.BatchNormalization or its get_weights(), not {name}."
+        raise TypeError(message)
+    if type(layer).call is not kind.call:
+        message = f"{name} has a call of its own, which a layer may not do: give its get_weights() if it does."
+        raise TypeError(message)
+    if not layer.built:
+        message = "the layer has no weights yet: call it, or build it for a shape, layer.build((None, C))."
+        raise ValueError(message)
+
+
+def _axis(layer: keras.layers.BatchNormalization) -> int:
+    """Return the axis of the channels, 1 or -1, from one that Keras counts in either direction."""
+    ndim = layer.input_spec.ndim
+    axis: int = layer.axis if layer.axis == -1 else layer.axis % ndim
+    if axis in (1, -1):
+        return axis
+    if axis == ndim - 1:
+        return -1
+    message = (
+        f"axis is {layer.axis} of {ndim}; a layer has its channels on axis 1 or the last: transpose or reshape inputs."
+    )
+    raise ValueError(message)
+
+
+def _notes(layer: keras.layers.BatchNormalization, result: Portable) -> list[str]:
+    """Return what a layer of Keras has that the result has not."""
+    notes = []
+    if layer.compute_dtype != result.arguments["dtype"]:
+        notes.append(
+            f"dtype policy {layer.dtype_policy.name}: Keras takes inputs and gives outputs of {layer.compute_dtype}; "
+            "those of the layer have the dtype of its input."
+        )
+    if getattr(layer, "renorm", False):  # not every version of Keras has it
+        notes.append("renorm: the layer trains by plain batch normalisation.")
+    if layer.synchronized:
+        notes.append("synchronized: the layer takes the statistics of its own batch, not of those of all replicas.")
+    notes += [
+        f"{name}: the layer has none."
+        for name in ("gamma_regularizer", "beta_regularizer", "gamma_constraint", "beta_constraint")
+        if getattr(layer, name) is not None
+    ]
+    if result.frozen and result.arguments["affine"]:
+        notes.append("trainable=False: the layer is frozen, which holds its statistics and not weight and bias.")
+    return notes
+
+
+def _own(array: np.ndarray) -> Any:
+    """Return an array of Keras's backend."""
+    tensor = keras.ops.convert_to_tensor(array)
+    if keras.backend.standardize_dtype(tensor.dtype) != array.dtype:
+        message = (
+            f"the layer is float64, which Keras does not have here, on {keras.backend.backend()} (JAX takes "
+            "jax.config.update('jax_enable_x64', True) for it). Or convert it: bn.to(dtype='float32')."
+        )
+        raise ValueError(message)
+    return tensor
+
+
+def _to_numpy(variable: Any) -> np.ndarray:
+    return keras.ops.convert_to_numpy(variable.value)  # the variable itself is no array to NumPy 2

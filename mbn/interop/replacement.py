@@ -1,0 +1,106 @@
+"""The batch norms of a Torch model into ours, and back, where they are.
+
+Whoever holds a module or a tensor of it, an optimizer, a hook or another module, has to hold the right one afterwards.
+So modules keep their identity and change their class, as Torch's own lazy modules do. What cannot be converted is
+refused before the first of them changes.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from mbn.interop.torch import read, write
+from mbn.state.snapshot import Portable
+from mbn_torch.module import BatchNorm1d
+
+_THEIRS = ("num_features", "eps", "momentum")
+"""The attributes of their modules that are none of ours, which has them from its layer."""
+_OURS = ("layer", "_backend", "_adopt")
+"""And the other way round."""
+
+
+def to_ours(model: Any, make: Callable[[Portable, str], BatchNorm1d]) -> tuple[torch.nn.Module, list[str]]:
+    """Make ours of the batch norms in a model; return it, and what is not as it was.
+
+    Args:
+        model: the model.
+        make: returns a module that does what a layer does, given the name of its backend.
+    """
+    found, notes = [], []
+    for name, module in _modules(model, torch.nn.BatchNorm1d | torch.nn.LazyBatchNorm1d):
+        if isinstance(module, torch.nn.LazyBatchNorm1d):
+            message = f"{name} takes its number of channels from its first input: call the model on one before."
+            raise ValueError(message)  # noqa: TRY004 - of a type that will do, later
+        if _is_plain(module, torch.nn.BatchNorm1d):
+            layer, losses = read(_valued(module))
+            found.append((module, make(layer, "torch"), getattr(torch, layer.arguments["dtype"])))
+            notes += [f"{name}: {loss}" for loss in losses]
+        elif not isinstance(module, BatchNorm1d):
+            notes.append(f"{name} stays what it is, since {type(module).__name__} may do more than a BatchNorm1d.")
+    for module, ours, dtype in found:
+        ours.momentum = module.momentum  # it keeps what says whether it moves its statistics, too
+        _turn(module, BatchNorm1d, {key: vars(ours)[key] for key in _OURS}, without=_THEIRS)
+        module.to(dtype)  # the layer takes the tensors of the module, too
+    return model, notes
+
+
+def to_theirs(model: Any, pack: Callable[[Any], Portable]) -> tuple[torch.nn.Module, list[str]]:
+    """Make ``torch.nn.BatchNorm1d`` of ours in a model; return it, and what is not as it was.
+
+    Args:
+        model: the model.
+        pack: returns all that a layer is.
+    """
+    found, notes = [], []
+    for name, module in _modules(model, BatchNorm1d):
+        if not _is_plain(module, BatchNorm1d):
+            notes.append(f"{name} stays what it is, since {type(module).__name__} may do more than a BatchNorm1d.")
+            continue
+        if module.layer.axis == -1:
+            message = f"{name} has axis=-1, and torch has the channels on axis 1: its output would be another."
+            raise ValueError(message)
+        theirs, losses = write(pack(_valued(module).layer)._replace(training=module.training))
+        found.append((module, theirs))
+        notes += [f"{name}: {loss}" for loss in losses]
+    for module, theirs in found:
+        attributes = {key: vars(theirs)[key] for key in (*_THEIRS, "training")}
+        _turn(module, torch.nn.BatchNorm1d, attributes, without=_OURS)
+    return model, notes
+
+
+def _modules(model: Any, kinds: Any) -> Iterator[tuple[str, Any]]:
+    """Iterate over the modules of some kinds in a model, each once, with a name for messages."""
+    if not isinstance(model, torch.nn.Module):
+        message = f"replace_batchnorm takes a torch.nn.Module, not {type(model).__name__}."
+        if hasattr(model, "as_module"):
+            message = (
+                "replace_batchnorm takes a torch.nn.Module, not mbn.BatchNorm1d: as_module() makes one of a layer."
+            )
+        raise TypeError(message)
+    return (
+        (name or type(module).__name__, module) for name, module in model.named_modules() if isinstance(module, kinds)
+    )
+
+
+def _valued(module: Any) -> Any:
+    """Return the module, or one with its arguments and values of its own where it is on the meta device."""
+    if not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        return module
+    copied = copy.deepcopy(module).to_empty(device="cpu")
+    copied.reset_parameters()
+    return copied
+
+
+def _is_plain(module: Any, kind: type) -> bool:
+    """Tell whether a module is of this very class, and its forward that of the class."""
+    return type(module) is kind and "forward" not in vars(module)
+
+
+def _turn(module: Any, kind: type, attributes: dict[str, Any], *, without: tuple[str, ...]) -> None:
+    """Give a module another class, with the attributes of that."""
+    for key in without:
+        del vars(module)[key]
+    vars(module).update(attributes)
+    module.__class__ = kind

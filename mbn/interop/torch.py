@@ -1,0 +1,109 @@
+"""The batch norms of torch: ``torch.nn.BatchNorm1d``, and what is one on a single process or after its first input."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from mbn.interop import conventions
+from mbn.state.snapshot import Portable
+
+
+def read(module: Any) -> tuple[Portable, list[str]]:
+    """Return a layer that does what a module does, and what it does in another way."""
+    _check(module)
+    arrays = {key: getattr(module, key) for key in ("weight", "bias", "running_mean", "running_var")}
+    tensors = [tensor for tensor in arrays.values() if tensor is not None]
+    if any(tensor.is_meta for tensor in tensors):
+        message = "the module is on the meta device, where tensors have no values: give it some, to_empty() and load."
+        raise ValueError(message)
+    lazy = any(map(is_lazy, tensors))
+    notes, momentum = [], module.momentum
+    count, losses = _count(None if lazy else module.num_batches_tracked)
+    notes += losses
+    if isinstance(module, nn.SyncBatchNorm):
+        notes.append("SyncBatchNorm: the layer takes the statistics of its own batch, not of those of all processes.")
+    if module.running_mean is not None and not module.track_running_stats:
+        notes.append(
+            "track_running_stats=False with running statistics, which are used in evaluation and not updated: the "
+            "layer has momentum=0."
+        )
+        momentum = 0.0
+    layer, converted = conventions.portable(
+        arrays,
+        _to_numpy,
+        training=module.training,
+        num_batches_tracked=count,
+        num_features=None if lazy else tensors[0].numel() if tensors else module.num_features or None,
+        eps=module.eps,
+        momentum=momentum,
+        axis=1,
+        correction=1,
+    )
+    return layer._replace(entries={}) if lazy else layer, notes + converted
+
+
+def write(layer: Portable) -> tuple[nn.BatchNorm1d, list[str]]:
+    """Return a module that does what a layer does, and what it does in another way."""
+    arguments = layer.arguments
+    notes = conventions.frozen(layer, "torch")
+    if arguments["axis"] == -1:
+        notes.append("axis=-1: torch has the channels on axis 1, so inputs of (N, L, C) have to be transposed for it.")
+    if arguments["correction"] == 0 and arguments["track_running_stats"]:
+        notes.append(
+            "running_var, correction=0: torch averages unbiased variances. It gets the layer's average of biased ones "
+            "as it is, so evaluation gives the same; training on averages unbiased ones into it."
+        )
+    if arguments["eps"] == 0:
+        notes.append("eps=0: some versions of torch refuse to train with it.")
+    module = nn.BatchNorm1d(
+        arguments["num_features"],
+        arguments["eps"],
+        arguments["momentum"],
+        arguments["affine"],
+        arguments["track_running_stats"],
+        dtype=getattr(torch, arguments["dtype"]),
+    )
+    if not arguments["bias"]:
+        module.register_parameter("bias", None)  # not every version of torch has an argument for it
+    module.load_state_dict({key: torch.tensor(value) for key, value in layer.entries.items()})
+    return module.train(layer.training and not layer.frozen), notes
+
+
+def _count(count: Tensor | None) -> tuple[int, list[str]]:
+    """Return a count of batches, and what to say of one between two integers, as averaged models have."""
+    if count is None:
+        return 0, []
+    if count.numel() != 1 or not 0 <= count.item() < 2**63:
+        message = (
+            f"num_batches_tracked is {count.tolist()}; it counts batches: one number, at least 0 and below 2**63. "
+            "Give the module one: module.num_batches_tracked = torch.tensor(0), say."
+        )
+        raise ValueError(message)
+    number = int(count)
+    return number, [f"num_batches_tracked={count.item()}: a layer counts whole batches, {number}."] * (count != number)
+
+
+def _check(module: Any) -> None:
+    name = type(module).__name__
+    if not isinstance(module, nn.BatchNorm1d | nn.LazyBatchNorm1d | nn.SyncBatchNorm):
+        message = f"from_torch takes a torch.nn.BatchNorm1d, not {name}."
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):  # noqa: SLF001 - all of them and no others
+            message += (
+                " One for more axes does the same on (N, C, L), with the others as one: load its state_dict() into a "
+                "layer, and reshape inputs."
+            )
+        raise TypeError(message)
+    if type(module).forward not in (nn.BatchNorm1d.forward, nn.SyncBatchNorm.forward):
+        message = (
+            f"{name} has a forward of its own, which a layer may not do: load its state_dict() into one if it does. "
+            "What as_module() has made has its layer as .layer."
+        )
+        raise TypeError(message)
+
+
+def _to_numpy(tensor: Tensor) -> np.ndarray:
+    """Return values in float64, which has those of all others."""
+    return np.zeros(0) if is_lazy(tensor) else tensor.detach().to("cpu", torch.float64).numpy()

@@ -1,0 +1,190 @@
+"""One layer's entries out of a whole model's checkpoint.
+
+A checkpoint may come from anywhere, so nothing in it is ever run; and of one that is large no more is read than needed.
+"""
+
+import json
+import re
+import textwrap
+import zipfile
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mbn import checks
+from mbn.contract import dtype_name
+from mbn.state import Params, State, batch_norms, few, files, groups, prefixes
+
+_NAMES = (*Params._fields, *State._fields)
+_SETTINGS = ("eps", "momentum", "axis", "correction", "track_running_stats")
+"""The arguments of a layer that a checkpoint does not tell."""
+
+
+def under(entries: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], int | None, str]:
+    """Return the entries that begin with a prefix, without it; their version, None if they do not say; and the prefix.
+
+    Raises:
+        TypeError: the prefix is no string.
+        ValueError: there are none, or there are in several dictionaries.
+    """
+    if not isinstance(prefix, str):
+        message = f"prefix is a str, the part of the names of entries before 'weight', not {type(prefix).__name__}."
+        raise TypeError(message)
+    found = {}
+    for path, group in groups(entries):
+        for tried in dict.fromkeys([prefix, prefix + "." * (prefix != "" and prefix[-1] != ".")]):
+            rest = tried[len(path) :] if path and tried.startswith(path) else tried
+            if any(rest + name in group for name in _NAMES):
+                found[path] = group, rest
+                break
+    if len(found) > 1:
+        message = (
+            f"there are entries that begin with {prefix!r} in several dictionaries: begin the prefix with one of "
+            f"{few(repr(path) for path in found)}."
+        )
+        raise ValueError(message)
+    if not found:
+        raise ValueError(_not_found(entries, prefix))
+    ((group, start),) = found.values()
+    version = getattr(group, "_metadata", {}).get(start.rstrip("."), {}).get("version")
+    chosen = {key[len(start) :]: group[key] for key in group if isinstance(key, str) and key.startswith(start)}
+    return chosen, version, start
+
+
+def read(
+    path: str | PathLike[str], prefix: str, settings: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Return the entries of a layer in a file, the arguments of the layer, and what messages put before an entry.
+
+    Raises:
+        OSError, ImportError, ValueError, TypeError: see :meth:`mbn.BatchNorm1d.from_checkpoint`.
+    """
+    for name in settings:
+        if name not in _SETTINGS:
+            message = f"{name} is no setting of a layer from a checkpoint, which are {', '.join(_SETTINGS)}."
+            raise TypeError(message)
+    path = Path(path)
+    with path.open("rb") as file:
+        start = file.read(9)
+    try:
+        model = (_torch_entries if files.is_of_torch(start) else _safetensors_entries)(path, start)
+        entries, _, full = under(model, prefix)
+        taken = {key: value() if callable(value) else value for key, value in entries.items() if key in _NAMES}
+        return taken, {**settings, **_arguments(entries, taken, settings, model)}, f"{path}: {full}"
+    except ValueError as error:
+        message = f"{path}: {error}"
+        raise ValueError(message) from error
+
+
+def _arguments(
+    entries: Mapping[str, Any], taken: Mapping[str, Any], settings: Mapping[str, Any], model: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments of a layer with these entries of a model."""
+    tracked = checks.flag("track_running_stats", settings.get("track_running_stats", True))
+    needed = ["running_mean", "running_var"] * tracked + ["weight"] * ("bias" in taken or not tracked)
+    missing = [name for name in needed if name not in taken]
+    unexpected = [key for key in entries if key not in _NAMES or (not tracked and key in State._fields)]
+    if missing or unexpected:
+        problems = [f"they lack {few(missing)}"] * bool(missing) + [f"they have {few(unexpected)}"] * bool(unexpected)
+        hint = " Without running statistics: track_running_stats=False." * (missing == ["running_mean", "running_var"])
+        message = f"the entries with this prefix are not those of one batch norm: {' and '.join(problems)}.{hint}"
+        message += batch_norms(model)
+        raise ValueError(message)
+    name, first = next((name, taken[name]) for name in ("running_mean", "weight") if name in taken)
+    if len(first.shape) != 1:
+        message = f"{name} has shape {tuple(first.shape)}; a batch norm's is (C,)."
+        raise ValueError(message)
+    dtypes = {dtype_name(value.dtype) for value in taken.values()}
+    return {
+        "num_features": int(first.shape[0]),
+        "dtype": "float64" if "float64" in dtypes else "float32",
+        "affine": "weight" in taken,
+        "bias": "bias" in taken or "weight" not in taken,
+    }
+
+
+def _torch_entries(path: Path, _: bytes) -> Mapping[str, Any]:
+    try:
+        import torch  # noqa: PLC0415 - for files of its own alone
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        message = f"{path} is a file of torch.save, and torch is not installed: pip install torch; or save safetensors."
+        raise ImportError(message) from error
+    try:
+        entries = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError:
+        raise
+    except Exception as error:  # whatever damage and strange objects make of it
+        text = str(error) or type(error).__name__
+        if found := re.search(r"GLOBAL (\S+)", text):
+            message = (
+                f"torch cannot load it by weights_only=True, which takes tensors and no objects, and it has "
+                f"{found[1]} or is damaged. Of a model save the entries alone: torch.save(model.state_dict(), path)."
+            )
+        else:
+            found = re.search(r"WeightsUnpickler error: (.*)", text)
+            message = (
+                "it is damaged, or torch cannot load it by weights_only=True, which takes tensors and no objects "
+                f"({textwrap.shorten(found[1] if found else text, 120)})."
+            )
+        raise ValueError(message) from error
+    if not isinstance(entries, Mapping):
+        message = f"it holds a {type(entries).__name__}, and no state_dict."
+        raise ValueError(message)  # noqa: TRY004 - of the file
+    return entries
+
+
+def _safetensors_entries(path: Path, start: bytes) -> dict[str, Callable[[], np.ndarray]]:
+    """Return what reads each entry."""
+    from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - as in mbn.state.files
+
+    if start[:1] == b"{":
+        message = "it is text, the index of a checkpoint in several files maybe: give the file that has the entries."
+        raise ValueError(message)
+    try:
+        with safe_open(path, framework="np") as file:
+            is_layer = files.KEY in (file.metadata() or {})
+            names = list(file.keys())
+    except SafetensorError as error:
+        message = f"it is damaged, or neither safetensors nor of torch.save ({error})."
+        raise ValueError(message) from error
+    if is_layer:
+        message = "it is a layer of BatchNorm1d.save, with its eps and momentum: mbn.BatchNorm1d.load(path)."
+        raise ValueError(message)
+
+    def entry(name: str) -> np.ndarray:
+        with safe_open(path, framework="np") as file:
+            if file.get_slice(name).get_dtype() != "BF16":  # NumPy has none
+                array: np.ndarray = file.get_tensor(name)
+                return array
+        with path.open("rb") as raw:
+            size = int.from_bytes(raw.read(8), "little")
+            described = json.loads(raw.read(size))[name]
+            begin, end = described["data_offsets"]
+            raw.seek(8 + size + begin)
+            halves = np.frombuffer(raw.read(end - begin), "<u2").astype(np.uint32)
+        return (halves << 16).view(np.float32).reshape(described["shape"])
+
+    return {name: lambda name=name: entry(name) for name in names}  # type: ignore[misc]
+
+
+def _not_found(entries: Mapping[Any, Any], prefix: str) -> str:
+    """Return what to say where no entries begin with a prefix: which prefixes there are, the nearest ones first."""
+    known = prefixes(entries)
+    message = f"no entries begin with {prefix!r}." if prefix else "there are no entries of a layer alone."
+    if not known:
+        keys = [key for _, group in groups(entries) for key, value in group.items() if not isinstance(value, Mapping)]
+        return f"{message} There are no running statistics in it, but {few(keys) or 'nothing'}."
+    if not prefix:
+        message += " Of a whole model, prefix= says which entries are the layer's."
+    bare = prefix.rstrip(".")
+    same_end = [name for name in known if re.search(rf"(^|\.){re.escape(bare)}\.?$", name)] if bare else []
+    nearest = dict.fromkeys([*same_end, *get_close_matches(prefix, list(known), n=3, cutoff=0.5)])
+    if nearest:
+        message += f" Did you mean {few((repr(name) for name in nearest), 3)}?"
+    return message + batch_norms(entries)

@@ -1,0 +1,291 @@
+"""Layers in files: safetensors, with what a layer is besides its arrays in the metadata.
+
+A file may come from anywhere, so nothing in it is ever run, and nothing of it is used before all of it has been
+checked. Whoever is interrupted while writing must find the old file or the new one, whole. Equal layers make equal
+files.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import reprlib
+import secrets
+import stat
+import zlib
+from collections.abc import Iterator, Mapping
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from types import NoneType
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from mbn import checks
+from mbn.state.snapshot import Portable
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+KEY = "mbn.BatchNorm1d"
+"""That of the only entry of the metadata, so that nothing hangs on an order; its value is JSON."""
+VERSION = 1
+
+_DESCRIPTION = {"version": (int,), "checksum": (int,), "arguments": (dict,), "training": (bool,), "frozen": (bool,)}
+_ARGUMENTS = {
+    "num_features": (int,),
+    "dtype": (str,),
+    "eps": (float,),
+    "momentum": (float, NoneType),
+    "axis": (int,),
+    "correction": (int,),
+    "affine": (bool,),
+    "track_running_stats": (bool,),
+    "bias": (bool,),
+}
+_DTYPES = {"float32": "F32", "float64": "F64", "int64": "I64"}
+"""Their names in safetensors."""
+
+
+_CHECKPOINT = "mbn.BatchNorm1d.from_checkpoint(path, prefix)."
+
+
+def is_of_torch(start: bytes) -> bool:
+    """Tell by its first 9 bytes whether a file is one of ``torch.save``."""
+    return start[:2] == b"PK" or (start[:1] == b"\x80" and start[8:] != b"{")
+
+
+def write(path: str | PathLike[str], portable: Portable) -> None:
+    """Write a file in one step, as all others see it.
+
+    Raises:
+        OSError: it cannot be written; nothing has changed.
+    """
+    from safetensors.numpy import save  # noqa: PLC0415 - a layer that is not saved does without
+
+    entries = {
+        key: np.asarray(portable.entries[key], dtype, order="C")
+        for key, (dtype, _) in _expected(portable.arguments).items()
+    }
+    described: dict[str, Any] = {
+        "version": VERSION,
+        "arguments": portable.arguments,
+        "training": portable.training,
+        "frozen": portable.frozen,
+    }
+    described["checksum"] = _checksum(described, entries)
+    replace(path, save(entries, {KEY: json.dumps(described, sort_keys=True)}))
+
+
+def read(path: str | PathLike[str]) -> Portable:
+    """Return what a file holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is damaged, something else, or of a later version.
+    """
+    from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - as above
+
+    path = Path(path)
+    with path.open("rb") as raw:  # Python's own errors name the file
+        start = raw.read(9)
+    try:
+        with safe_open(path, framework="np") as file:
+            return _checked(file)
+    except SafetensorError as error:
+        hint = f" If it is of torch.save: {_CHECKPOINT}" if is_of_torch(start) else ""
+        message = f"{path} holds no layer: it is damaged or no safetensors file ({error}).{hint}"
+        raise ValueError(message) from error
+    except ValueError as error:
+        message = f"{path} holds no layer that can be loaded: {error}"
+        raise ValueError(message) from error
+
+
+def _checked(file: Any) -> Portable:
+    """Return what an open safetensors file holds, with no array read before it is known to belong there."""
+    described = _described((file.metadata() or {}).get(KEY))
+    arguments = described["arguments"]
+    expected = _expected(arguments)
+    needed = {key: f"{_DTYPES[dtype]} of shape {shape}" for key, (dtype, shape) in expected.items()}
+    slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
+    given = {key: f"{entry.get_dtype()} of shape {tuple(entry.get_shape())}" for key, entry in slices.items()}
+    for key in {**needed, **given}:
+        if needed.get(key) != given.get(key):
+            message = f"its {key} is {given.get(key, 'absent')}, and should be {needed.get(key, 'absent')}."
+            raise ValueError(message)
+    entries = {key: file.get_tensor(key) for key in expected}
+    checksum = described.pop("checksum")
+    if checksum != _checksum(described, entries):
+        message = "it is damaged: its checksum is that of something else."
+        raise ValueError(message)
+    if entries.get("num_batches_tracked", 0) < 0:
+        message = f"its num_batches_tracked counts batches and is at least 0, not {entries['num_batches_tracked']}."
+        raise ValueError(message)
+    return Portable(arguments, entries, training=described["training"], frozen=described["frozen"])
+
+
+def _described(text: str | None) -> dict[str, Any]:
+    """Return what a layer is besides its arrays."""
+    if text is None:
+        message = f"it is not from BatchNorm1d.save. Of a checkpoint: {_CHECKPOINT}"
+        raise ValueError(message)
+    try:
+        described = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        message = f"its description is damaged ({error})."
+        raise ValueError(message) from error
+    version = described.get("version") if isinstance(described, dict) else None
+    if type(version) is int and version != VERSION:
+        message = f"its format is version {version}, and this mbn reads version {VERSION}: install a newer mbn."
+        raise ValueError(message)
+    _check_types("description", described, _DESCRIPTION)
+    arguments = described["arguments"]
+    _check_types("list of arguments", arguments, _ARGUMENTS)
+    for name in ("num_features", "eps", "momentum", "axis", "correction"):
+        getattr(checks, name)(arguments[name])
+    if arguments["dtype"] not in {"float32", "float64"}:
+        message = f"its dtype is {reprlib.repr(arguments['dtype'])}, and should be float32 or float64."
+        raise ValueError(message)
+    if described["frozen"]:
+        checks.tracked(arguments["track_running_stats"], "freeze")
+    result: dict[str, Any] = described
+    return result
+
+
+def _check_types(what: str, values: Any, types: Mapping[str, tuple[type, ...]]) -> None:
+    """Check that there is exactly what there should be, each of its type."""
+    wrong = sorted(values.keys() ^ types.keys()) if isinstance(values, dict) else [reprlib.repr(values)]
+    if wrong:
+        message = f"its {what} has too much or too little: {reprlib.repr(wrong)}."
+        raise ValueError(message)
+    for name, allowed in types.items():
+        if type(values[name]) not in allowed:
+            message = f"its {name} is {reprlib.repr(values[name])}, and should be of type {allowed[0].__name__}."
+            raise ValueError(message)
+
+
+def _expected(arguments: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return dtype and shape of each array of a layer."""
+    vector = arguments["dtype"], (arguments["num_features"],)
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {}
+    if arguments["affine"]:
+        expected["weight"] = vector
+    if arguments["affine"] and arguments["bias"]:
+        expected["bias"] = vector
+    if arguments["track_running_stats"]:
+        expected |= {"running_mean": vector, "running_var": vector, "num_batches_tracked": ("int64", ())}
+    return expected
+
+
+def _checksum(described: Mapping[str, Any], entries: Mapping[str, np.ndarray]) -> int:
+    """Return a number that damage to anything changes."""
+    checksum = zlib.crc32(json.dumps(described, sort_keys=True).encode())
+    for value in entries.values():
+        checksum = zlib.crc32(value.astype(value.dtype.newbyteorder("<")).tobytes(), checksum)
+    return checksum
+
+
+def replace(path: str | PathLike[str], data: bytes) -> None:
+    """Write a file beside the one to be replaced, and give it its name when all of it has reached the disk.
+
+    Raises:
+        OSError: it cannot be written; nothing has changed.
+    """
+    path = Path(os.path.realpath(Path(path)))
+    mode = _mode(path)
+    _clear_up(path)
+    with _beside(path, mode) as (beside, file):
+        if mode is not None:
+            beside.chmod(mode)  # as it was, whatever the umask
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        if fcntl is None:
+            file.close()  # where files have no such locks, open ones cannot be renamed
+        beside.replace(path)
+    with contextlib.suppress(OSError):  # not every system opens folders, and the file is there in any case
+        _sync_folder(path.parent)
+
+
+def check_replaceable(path: str | PathLike[str], size: int) -> None:
+    """See whether a file of so many bytes could be written now.
+
+    Raises:
+        OSError: it could not.
+    """
+    path = Path(os.path.realpath(Path(path)))
+    with _beside(path, _mode(path)) as (beside, file):
+        file.write(bytes(size))
+        file.flush()
+        beside.unlink()
+
+
+@contextlib.contextmanager
+def _beside(path: Path, mode: int | None) -> Iterator[tuple[Path, BinaryIO]]:
+    """Make a file beside another, locked as long as it is written; unless it gets another name, it goes in the end."""
+    while True:
+        beside = path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}.tmp")
+        try:
+            with open(beside, "xb", opener=partial(os.open, mode=0o666 if mode is None else mode)) as file:
+                _lock(file.fileno())
+                if beside.exists():  # or it was taken for a leftover before it was locked
+                    yield beside, file
+                    return
+        except BaseException:  # an interrupt too
+            with contextlib.suppress(OSError):
+                beside.unlink()
+            raise
+
+
+def _clear_up(path: Path) -> None:
+    """Remove what processes that were killed have left beside a file, and nothing that is still written to."""
+    if fcntl is None:
+        return
+    for leftover in path.parent.glob(f"{_prefix(path)}*.tmp"):
+        with contextlib.suppress(OSError):  # it is locked, has got its name, or belongs to someone else
+            descriptor = os.open(leftover, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                leftover.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    if fcntl is not None:
+        with contextlib.suppress(OSError):  # a file system without locks, where nothing is cleared up either
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+def _prefix(path: Path) -> str:
+    """Return how the names of unfinished files begin that are to get the name of this one."""
+    return f".mbn-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}-"
+
+
+def _mode(path: Path) -> int | None:
+    """Return the permissions of a file that may be written to; None where there is no file yet.
+
+    Raises:
+        OSError: it can't be replaced, or has no folder.
+    """
+    try:
+        with path.open("r+b", buffering=0) as file:
+            mode = os.fstat(file.fileno()).st_mode
+    except FileNotFoundError:
+        path.parent.stat()
+        return None
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return stat.S_IMODE(mode)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
