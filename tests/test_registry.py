@@ -134,7 +134,7 @@ def test_empty_environment_variable_is_no_choice(monkeypatch: pytest.MonkeyPatch
 
 def test_framework_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)  # what the import system takes for "not there"
-    for module in ("mbn_torch.backend", "mbn_torch.kernels"):
+    for module in ("mbn_torch.backend", "mbn_torch.kernels.eager"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     registry._loaded.pop("torch", None)
     with pytest.raises(

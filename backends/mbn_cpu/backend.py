@@ -22,7 +22,8 @@ from mbn.contract import (
     overlaps_itself,
 )
 from mbn.state import Params
-from mbn_cpu import extremes, vectors
+from mbn_cpu import channel_stats
+from mbn_cpu.kernels import out_of_range
 
 
 class HostKernels(Kernels):
@@ -40,21 +41,21 @@ class HostKernels(Kernels):
     def moments(self, batch: Batch) -> Moments:
         x, weights = _widened(batch.x, batch), batch.sample_weight
         found = self.passes.moments(x, weights)
-        if not vectors.is_wide(x):
+        if not channel_stats.is_wide(x):
             return found
         with np.errstate(all="ignore"):
-            return extremes.moments(self.passes.moments, x, weights, found)
+            return out_of_range.moments(self.passes.moments, x, weights, found)
 
     @np.errstate(all="ignore")
     def normalize(
         self, batch: Batch, stats: Stats, params: Params, eps: float, out: np.ndarray | None = None
     ) -> np.ndarray:
         x, weights, (mean, var, _), (weight, bias) = np.asarray(batch.x), batch.sample_weight, stats, params
-        line = vectors.line(mean, var, weight, bias, eps, vectors.compute_dtype(x))
-        channels = extremes.of_line(line, mean, var, weight, eps)
+        line = channel_stats.line(mean, var, weight, bias, eps, channel_stats.compute_dtype(x))
+        channels = out_of_range.of_line(line, mean, var, weight, eps)
         if channels is None:
             return self.passes.normalize(x, line, weights, out)
-        values = extremes.normalize(x, channels, mean, var, weight, bias, eps, weights)  # before x is written to
+        values = out_of_range.normalize(x, channels, mean, var, weight, bias, eps, weights)  # before x is written to
         y = self.passes.normalize(x, line, weights, out)
         y[:, channels] = values
         return y
@@ -65,9 +66,9 @@ class HostKernels(Kernels):
         if _has_room(batch.x, stats.mean):
             return sums
         with np.errstate(all="ignore"):
-            channels = extremes.of_sums(sums, stats.var, eps)
+            channels = out_of_range.of_sums(sums, stats.var, eps)
             if channels is not None:
-                of_channels = extremes.grad_sums(self.passes.grad_sums, dy, batch, channels, stats, eps)
+                of_channels = out_of_range.grad_sums(self.passes.grad_sums, dy, batch, channels, stats, eps)
                 for total, own in zip(sums, of_channels, strict=True):
                     total[channels] = own
         return sums
@@ -86,10 +87,10 @@ class HostKernels(Kernels):
         if _has_room(batch.x, stats.mean, weight):
             return dx
         with np.errstate(all="ignore"):
-            channels = extremes.of_factors(sums, stats.var, weight, eps, stats.count)
+            channels = out_of_range.of_factors(sums, stats.var, weight, eps, stats.count)
             if channels is not None:
                 kernel = self.passes.grad_sums
-                dx[:, channels] = extremes.grad_input(kernel, dy, batch, channels, stats, weight, eps)
+                dx[:, channels] = out_of_range.grad_input(kernel, dy, batch, channels, stats, weight, eps)
         return dx
 
     @np.errstate(all="ignore")
@@ -101,23 +102,23 @@ class HostKernels(Kernels):
         lengths: np.ndarray | None,
         sample_weight: np.ndarray | None,
     ) -> np.ndarray:
-        return vectors.FORMULAS.sample_weights(shape, dtype, mask, lengths, sample_weight)
+        return channel_stats.FORMULAS.sample_weights(shape, dtype, mask, lengths, sample_weight)
 
     @np.errstate(all="ignore")
     def merge(self, first: Moments, second: Moments) -> Moments:
-        return vectors.FORMULAS.merge(first, second)
+        return channel_stats.FORMULAS.merge(first, second)
 
-    def variance(self, moments: Moments, correction: int) -> vectors.Variance:
-        return vectors.FORMULAS.variance(moments, correction)
+    def variance(self, moments: Moments, correction: int) -> channel_stats.Variance:
+        return channel_stats.FORMULAS.variance(moments, correction)
 
     def step(
         self, momentum: float | None, num_batches_tracked: np.ndarray | None, count: float, correction: int
     ) -> float:
-        return vectors.step(momentum, num_batches_tracked, count, correction)
+        return channel_stats.step(momentum, num_batches_tracked, count, correction)
 
     @np.errstate(all="ignore")
-    def lerp(self, start: np.ndarray, end: vectors.Mean | vectors.Variance, step: float) -> np.ndarray:
-        return vectors.lerp(start, end, step)
+    def lerp(self, start: np.ndarray, end: channel_stats.Mean | channel_stats.Variance, step: float) -> np.ndarray:
+        return channel_stats.lerp(start, end, step)
 
 
 class HostBackend(Backend):
@@ -207,14 +208,16 @@ def _rounded(pullback: Callable[..., Any], kernels: Kernels, dy: Any, batch: Bat
 def _widened(values: np.ndarray, batch: Batch) -> np.ndarray:
     """Return an array in the shape of x with as many digits as statistics are to have."""
     values = np.asarray(values)
-    return values.astype(vectors.WIDE) if batch.dtype == "float64" and not vectors.is_wide(values) else values
+    return (
+        values.astype(channel_stats.WIDE) if batch.dtype == "float64" and not channel_stats.is_wide(values) else values
+    )
 
 
-def _has_room(x: np.ndarray, mean: vectors.Mean, weight: np.ndarray | None = None) -> bool:
+def _has_room(x: np.ndarray, mean: channel_stats.Mean, weight: np.ndarray | None = None) -> bool:
     """Tell whether float64 holds all that is made of x: no vector has the range of float64, which that of x has not."""
     return not (
-        vectors.is_wide(x)
-        or (weight is not None and vectors.is_wide(weight))
-        or isinstance(mean, vectors.Scaled)
-        or (not isinstance(mean, vectors.Pair) and vectors.is_wide(mean))
+        channel_stats.is_wide(x)
+        or (weight is not None and channel_stats.is_wide(weight))
+        or isinstance(mean, channel_stats.Scaled)
+        or (not isinstance(mean, channel_stats.Pair) and channel_stats.is_wide(mean))
     )

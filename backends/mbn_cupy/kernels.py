@@ -14,10 +14,10 @@ import numpy as np
 
 from mbn.contract import Batch, Kernels, Moments, Stats
 from mbn.state import Params, Settings, State
-from mbn_common.formulas import Mean, Pair, Scaled, Variance
+from mbn_common.channel_stats import Mean, Pair, Scaled, Variance
+from mbn_cupy.channel_stats import FORMULAS
 from mbn_cupy.compilation import Variant, kernel
-from mbn_cupy.layout import THREADS, Cover, Layout, layout
-from mbn_cupy.vectors import FORMULAS
+from mbn_cupy.launches import THREADS, Cover, Layout, layout
 
 WIDE = np.float64
 _NULL = 0

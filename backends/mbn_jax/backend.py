@@ -15,12 +15,13 @@ from jax.tree_util import GetAttrKey
 
 from mbn.contract import Backend, Batch, Capabilities, Kernels, Moments, Stats, dtype_name
 from mbn.state import Params, State
-from mbn_jax import batch as own
-from mbn_jax import integration, kernels
-from mbn_jax.channels import is_known
+from mbn_jax import integration
 from mbn_jax.group import AxisGroup
 from mbn_jax.integration import argument, eps_argument, widened
-from mbn_jax.pairs import Pair, Square, Statistic, widest_dtype
+from mbn_jax.kernels import own_statistics as own
+from mbn_jax.kernels import passes
+from mbn_jax.kernels.channel_sums import is_known
+from mbn_jax.kernels.pairs import Pair, Square, Statistic, widest_dtype
 
 _ALIGNMENT = 16
 """What compiled code asks of its arguments on a GPU, in bytes. On the CPU JAX copies what does not comply."""
@@ -134,21 +135,21 @@ class JaxKernels(Kernels):
     def moments(self, batch: Batch) -> Moments:
         # The statistics that normalise a batch are differentiated together with the normalisation, by ``batch.py``.
         x = jax.lax.stop_gradient(widened(batch.x, batch.dtype))
-        moments = Moments(*kernels.moments(x, kernels.against(batch.sample_weight, x)))
+        moments = Moments(*passes.moments(x, passes.against(batch.sample_weight, x)))
         n = x.size // x.shape[1]
         return moments._replace(count=n) if batch.sample_weight is None and is_known(n) else moments
 
     def normalize(self, batch: Batch, stats: Stats, params: Params, eps: float | Square, out: None = None) -> jax.Array:  # noqa: ARG002 - JAX has none
         x, (mean, var, count), (weight, bias) = batch.x, stats, params
-        weights = kernels.against(batch.sample_weight, x)
+        weights = passes.against(batch.sample_weight, x)
         if count is None:
-            return kernels.normalize(x, mean, var, weight, bias, eps_argument(eps), weights)
+            return passes.normalize(x, mean, var, weight, bias, eps_argument(eps), weights)
         given = own.batch(x, mean, var, argument(count), eps_argument(eps), weights, self.group)
         return own.normalize(given, weight, bias)
 
     def grad_sums(self, dy: jax.Array, batch: Batch, stats: Stats, eps: float | Square) -> tuple[jax.Array, jax.Array]:
         x, (mean, var, _) = batch.x, stats
-        return own.grad_sums(dy, x, mean, var, eps_argument(eps), kernels.against(batch.sample_weight, x))
+        return own.grad_sums(dy, x, mean, var, eps_argument(eps), passes.against(batch.sample_weight, x))
 
     def grad_input(
         self,
@@ -160,8 +161,8 @@ class JaxKernels(Kernels):
         sums: tuple[jax.Array, jax.Array] | None,
     ) -> jax.Array:
         x, (mean, var, count) = batch.x, stats
-        weights = kernels.against(batch.sample_weight, x)
-        return kernels.grad_input(dy, x, mean, var, weight, eps_argument(eps), sums, argument(count), weights)
+        weights = passes.against(batch.sample_weight, x)
+        return passes.grad_input(dy, x, mean, var, weight, eps_argument(eps), sums, argument(count), weights)
 
     def pullback(
         self, dy: jax.Array, batch: Batch, weight: jax.Array | None, stats: Stats, eps: Square
@@ -170,7 +171,7 @@ class JaxKernels(Kernels):
         x, (mean, var, count) = batch.x, stats
         if count is None:
             return None
-        weights = kernels.against(batch.sample_weight, x)
+        weights = passes.against(batch.sample_weight, x)
         return own.pullback(dy, own.batch(x, mean, var, argument(count), eps, weights, self.group), weight)
 
     def sample_weights(
@@ -181,25 +182,25 @@ class JaxKernels(Kernels):
         lengths: jax.Array | None,
         sample_weight: jax.Array | None,
     ) -> jax.Array:
-        return kernels.combine_weights(shape, dtype, mask, lengths, sample_weight)
+        return passes.combine_weights(shape, dtype, mask, lengths, sample_weight)
 
     def merge(self, first: Moments, second: Moments) -> Moments:
-        merged = Moments(*kernels.merge(*map(argument, first), *map(argument, second)))
+        merged = Moments(*passes.merge(*map(argument, first), *map(argument, second)))
         if isinstance(first.count, int) and isinstance(second.count, int):
             return merged._replace(count=first.count + second.count)
         return merged
 
     def variance(self, moments: Moments, correction: int) -> Square:
-        return kernels.variance(moments.m2, argument(moments.count), correction)
+        return passes.variance(moments.m2, argument(moments.count), correction)
 
     def step(
         self, momentum: float | Pair | None, num_batches_tracked: jax.Array | None, count: int | Pair, correction: int
     ) -> float | Pair | jax.Array:
-        step = kernels.reciprocal(num_batches_tracked) if momentum is None else momentum
-        return step if isinstance(count, int) else kernels.step(argument(step), count, correction)
+        step = passes.reciprocal(num_batches_tracked) if momentum is None else momentum
+        return step if isinstance(count, int) else passes.step(argument(step), count, correction)
 
     def lerp(self, start: jax.Array, end: Statistic, step: float | Pair | jax.Array) -> jax.Array:
-        return kernels.lerp(start, end, argument(step))
+        return passes.lerp(start, end, argument(step))
 
 
 JaxBackend.kernels = JaxKernels()

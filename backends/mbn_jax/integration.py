@@ -10,7 +10,7 @@ import numpy as np
 from mbn.contract import Batch, Kernels, Stats
 from mbn.state import Params, Settings, State
 from mbn_jax.group import AxisGroup
-from mbn_jax.pairs import Square, number, squared, widest_dtype
+from mbn_jax.kernels.pairs import Square, number, squared, widest_dtype
 
 
 def step(

@@ -4,8 +4,8 @@ from typing import ClassVar
 
 import numba
 
-from mbn_cpu import compiled, fused
 from mbn_cpu.backend import HostBackend, HostKernels
+from mbn_cpu.kernels import numba_passes, numba_steps
 
 
 class NumbaBackend(HostBackend):
@@ -13,4 +13,4 @@ class NumbaBackend(HostBackend):
 
     name: ClassVar[str] = "numba"
     version = numba.__version__
-    kernels, fast, fused = HostKernels(compiled), fused, HostKernels(compiled, fused)
+    kernels, fast, numba_steps = HostKernels(numba_passes), numba_steps, HostKernels(numba_passes, numba_steps)

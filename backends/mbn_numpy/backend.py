@@ -4,8 +4,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from mbn_cpu import blocked, small
 from mbn_cpu.backend import HostBackend, HostKernels
+from mbn_cpu.kernels import numpy_passes, numpy_steps
 
 
 class NumpyBackend(HostBackend):
@@ -13,4 +13,4 @@ class NumpyBackend(HostBackend):
 
     name: ClassVar[str] = "numpy"
     version = np.__version__
-    kernels, fast, fused = HostKernels(blocked), small, HostKernels(blocked, small)
+    kernels, fast, fused = HostKernels(numpy_passes), numpy_steps, HostKernels(numpy_passes, numpy_steps)

@@ -12,12 +12,13 @@ from torch.utils import _pytree as pytree
 from mbn.contract import Backend, Batch, Capabilities, Held, Kernels, Operation, dtype_name, numpy_dtype
 from mbn.state import Params, State
 from mbn.threads import Exclusive
-from mbn_torch import autograd, overlaps, routes
-from mbn_torch.autograd import NOT_REGISTERED
-from mbn_torch.formulas import FORMULAS
-from mbn_torch.kernels import TENSORS
+from mbn_torch import integration, memory_overlap
+from mbn_torch.integration import NOT_REGISTERED
+from mbn_torch.kernels import choice
+from mbn_torch.kernels.eager import TENSORS
+from mbn_torch.kernels.traceable import FORMULAS
 from mbn_torch.module import BatchNorm1d
-from mbn_torch.tracing import is_backward, is_constant, is_fake, is_scripted, is_traced, is_transformed
+from mbn_torch.private import is_backward, is_constant, is_fake, is_scripted, is_traced, is_transformed
 
 _NO_VALUES = (
     "a tensor on the meta device, or of FakeTensorMode, has no values to bring elsewhere. A layer gets some by its "
@@ -105,7 +106,7 @@ class TorchBackend(Backend):
         return f"{name} is a tensor of layout {x.layout}, whose values are not all in memory. Give {name}.to_dense()."
 
     def conflict(self, out: torch.Tensor, x: torch.Tensor) -> str | None:
-        return overlaps.conflict(out, x)
+        return memory_overlap.conflict(out, x)
 
     def within(self, values: torch.Tensor, low: float, high: float) -> bool | None:
         if is_traced(values):
@@ -128,7 +129,7 @@ class TorchBackend(Backend):
         other: torch.Tensor | None = None,
         vectors: tuple[Any, ...] = (),
     ) -> tuple[Kernels, Any]:
-        kernels, prepared = routes.kernels_for(operation, batch, other, vectors)
+        kernels, prepared = choice.kernels_for(operation, batch, other, vectors)
         if kernels is FORMULAS or kernels is TENSORS:
             self._check_layouts(x=batch.x)
             if operation in {"train", "evaluate"}:
@@ -139,7 +140,7 @@ class TorchBackend(Backend):
     def bind(
         self, forward: Callable[..., Any], pullback: Callable[..., Any]
     ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        return autograd.bind(routes.kernels_for, forward, pullback)
+        return integration.bind(choice.kernels_for, forward, pullback)
 
     def _check_layouts(self, **tensors: torch.Tensor | None) -> None:
         for name, tensor in tensors.items():

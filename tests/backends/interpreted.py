@@ -16,8 +16,8 @@ import triton.language as tl
 from hypothesis import HealthCheck, settings
 from triton.runtime import interpreter
 
-from mbn_torch import cuda, routes
-from mbn_torch.tracing import HOST, place
+from mbn_torch.kernels import choice, gpu
+from mbn_torch.private import HOST, place
 
 settings.register_profile(
     "interpreted",
@@ -87,5 +87,5 @@ interpreter._patch_lang_tensor = _with_indices
 interpreter.GridExecutor.__call__ = _alone
 interpreter._convert_float = _converted
 interpreter.ReduceOps.sum = _sum
-routes.place = lambda *values: 0 if place(*values) == HOST else None
-routes._on_gpu = lambda index: cuda.TRITON  # noqa: ARG005 - there is one
+choice.place = lambda *values: 0 if place(*values) == HOST else None
+choice._on_gpu = lambda index: gpu.TRITON  # noqa: ARG005 - there is one

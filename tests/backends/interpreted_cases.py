@@ -17,10 +17,10 @@ from mbn.conformance import oracle, ulp
 from mbn.contract import Batch, Stats
 from mbn.state import Params, Settings
 from mbn.step import compose
-from mbn_torch import tiles, triton_kernels
-from mbn_torch.cuda import TRITON
-from mbn_torch.kernels import TENSORS
-from mbn_torch.vectors import scaled, separate
+from mbn_torch.channel_stats import scaled, separate
+from mbn_torch.kernels import triton_kernels, triton_tiles
+from mbn_torch.kernels.eager import TENSORS
+from mbn_torch.kernels.gpu import TRITON
 
 BOUNDS = {torch.float16: 6e-4, torch.bfloat16: 5e-3, torch.float32: 1.2e-7, torch.float64: 1e-14}
 """Of outputs and gradients of x, relative to the largest: a rounding, where two results fall on two sides."""
@@ -136,11 +136,11 @@ def test_offsets_beyond_32_bits():
 
 
 def test_programs_that_share_more_tiles_than_there_are(monkeypatch):
-    monkeypatch.setattr(tiles, "_MANY", {True: 3, False: 2})
-    tiles._tiling.cache_clear()
+    monkeypatch.setattr(triton_tiles, "_MANY", {True: 3, False: 2})
+    triton_tiles._tiling.cache_clear()
     for shape in ((9001, 3), (40, 2, 700)):
         assert_agreement(sample(*shape), sample(*shape, seed=1))
-    tiles._tiling.cache_clear()
+    triton_tiles._tiling.cache_clear()
 
 
 @pytest.mark.parametrize(("dtype", "power"), POWERS)
@@ -160,13 +160,13 @@ def test_statistics_in_float64_of_narrower_values():
 
 def test_one_value_that_dwarfs_the_rest_costs_no_digits():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "_MANY", {True: 1, False: 1})  # one after another
-        tiles._tiling.cache_clear()
+        patch.setattr(triton_tiles, "_MANY", {True: 1, False: 1})  # one after another
+        triton_tiles._tiling.cache_clear()
         x = torch.ones(1000, 8, dtype=torch.float64)
         x[0] = torch.tensor([3.22e6, 12147.75, 1e10, 188.2, 4.2e8, 1129002.5, 1e6, 7.7e11])
         bn = mbn.BatchNorm1d(8, dtype="float64", momentum=1.0, backend="torch")
         bn(x)
-    tiles._tiling.cache_clear()
+    triton_tiles._tiling.cache_clear()
     exact = oracle.train(x.numpy(), np.zeros(8), np.ones(8), momentum=1.0, eps=1e-5)
     for actual, expected in zip(
         (bn.running_mean, bn.running_var), (exact.running_mean, exact.running_var), strict=True

@@ -13,7 +13,7 @@ import pytest
 
 import mbn
 from mbn.conformance import oracle, strategies, ulp
-from mbn_cpu import threads
+from mbn_cpu import thread_pool
 
 BACKENDS = ["numpy", "numba"]
 SHAPES = [
@@ -81,9 +81,9 @@ def assert_same_bits(given, expected):
 def test_bits_do_not_depend_on_threads(backend, shape, dtype, monkeypatch, *, masked):
     x, dy = draw(shape, dtype), draw(shape, dtype, 1)
     masking = {"mask": np.arange(x.size // shape[1]).reshape(shape[:1] + shape[2:]) % 3 > 0} if masked else {}
-    monkeypatch.setattr(threads, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(thread_pool, "get_num_threads", lambda: 1)
     alone = step(backend, x, dy, **masking)
-    monkeypatch.setattr(threads, "get_num_threads", lambda: 5)
+    monkeypatch.setattr(thread_pool, "get_num_threads", lambda: 5)
     assert_same_bits(step(backend, x, dy, **masking), alone)
 
 
@@ -231,16 +231,16 @@ def test_small_calls_start_no_thread():
 class TestThreads:
     @pytest.fixture(autouse=True)
     def many(self, monkeypatch):
-        monkeypatch.setattr(threads, "get_num_threads", lambda: 4)
-        monkeypatch.setattr(threads, "num_processors", lambda: 4)
-        monkeypatch.setattr(threads, "_pool", None)
+        monkeypatch.setattr(thread_pool, "get_num_threads", lambda: 4)
+        monkeypatch.setattr(thread_pool, "num_processors", lambda: 4)
+        monkeypatch.setattr(thread_pool, "_pool", None)
         yield
-        if threads._pool is not None:
-            threads._pool.shutdown()
+        if thread_pool._pool is not None:
+            thread_pool._pool.shutdown()
 
     def test_each_task_runs_once(self):
         done = []
-        threads.run(done.append, 1000)
+        thread_pool.run(done.append, 1000)
         assert sorted(done) == list(range(1000))
 
     def test_the_caller_works_alone_where_no_thread_starts(self, monkeypatch):
@@ -250,7 +250,7 @@ class TestThreads:
         monkeypatch.setattr(threading.Thread, "start", start)
         names = []
         for _ in range(2):
-            threads.run(lambda _: names.append(threading.current_thread().name), 50)
+            thread_pool.run(lambda _: names.append(threading.current_thread().name), 50)
         assert names == [threading.current_thread().name] * 100
 
     def test_a_helper_that_is_refused_and_begins_all_the_same_is_waited_for(self, monkeypatch):
@@ -270,24 +270,24 @@ class TestThreads:
             done.append(i)
 
         with Pool(1) as pool:
-            monkeypatch.setattr(threads, "_executor", lambda: pool)
-            threads.run(task, 8)
+            monkeypatch.setattr(thread_pool, "_executor", lambda: pool)
+            thread_pool.run(task, 8)
             assert sorted(done) == list(range(8))
 
     def test_several_threads_share_the_tasks(self):
         barrier = threading.Barrier(4, timeout=30)
-        threads.run(lambda _: barrier.wait(), 4)
+        thread_pool.run(lambda _: barrier.wait(), 4)
 
     def test_no_more_threads_than_said(self):
         names = set()
-        with threads.limited(1):
-            threads.run(lambda _: names.add(threading.current_thread().name), 100)
+        with thread_pool.limited(1):
+            thread_pool.run(lambda _: names.add(threading.current_thread().name), 100)
         assert names == {threading.current_thread().name}
 
     def test_tasks_see_the_context_of_the_caller(self):
         seen = []
         with np.errstate(over="raise"):
-            threads.run(lambda _: seen.append(np.geterr()["over"]), 50)
+            thread_pool.run(lambda _: seen.append(np.geterr()["over"]), 50)
         assert set(seen) == {"raise"}
 
     @pytest.mark.parametrize("error", [ValueError, IndexError, KeyboardInterrupt])
@@ -300,8 +300,8 @@ class TestThreads:
             done.append(i)
 
         with pytest.raises(error):
-            threads.run(task, 100_000)
+            thread_pool.run(task, 100_000)
         after = len(done)
         assert after < 100_000
-        threads.run(lambda _: None, 100)
+        thread_pool.run(lambda _: None, 100)
         assert len(done) == after

@@ -304,7 +304,7 @@ def test_cupy_has_bfloat16_from_version_14_on(cupy, monkeypatch):
 
 
 def test_an_item_is_as_wide_as_shape_order_and_alignment_let_it_be(cupy):
-    from mbn_cupy.layout import layout  # noqa: PLC0415 - which needs CuPy, or what stands for it
+    from mbn_cupy.launches import layout  # noqa: PLC0415 - which needs CuPy, or what stands for it
 
     def item(x, *others):
         found = layout((x, *others), None)

@@ -18,8 +18,8 @@ import mbn
 from mbn.conformance import oracle, ulp
 from mbn.contract import Batch, Stats
 from mbn.state import Params, State
-from mbn_jax import channels, kernels, maps, pairs
 from mbn_jax.integration import compiled_step
+from mbn_jax.kernels import channel_sums, pairs, passes, primitives
 
 
 def exact(value):
@@ -104,8 +104,8 @@ def test_moments_against_fsum(rng, shape, offset):
 @pytest.mark.parametrize("shape", [(-1, 1), (1, 1, -1)])
 def test_every_value_is_summed_once(n, shape):
     x = jnp.arange(n, dtype=jnp.float32).reshape(shape)
-    with maps.enable_x64(True):  # noqa: FBT003 - its only argument
-        (total,) = jax.jit(lambda x: channels.channel_sums(channels.rows(x).astype("float64")))(x)
+    with primitives.enable_x64(True):  # noqa: FBT003 - its only argument
+        (total,) = jax.jit(lambda x: channel_sums.channel_sums(channel_sums.rows(x).astype("float64")))(x)
     assert np.asarray(total) == n * (n - 1) // 2
 
 
@@ -132,7 +132,7 @@ def test_outlier_as_the_first_value(rng, outlier):
 
 
 @pytest.mark.parametrize("outlier", [1e5, 1e12, 1e18])
-@pytest.mark.parametrize(("n", "weighted"), [(kernels.FAR + 3, False), (5000, True)])
+@pytest.mark.parametrize(("n", "weighted"), [(passes.FAR + 3, False), (5000, True)])
 def test_a_first_value_that_no_digits_are_to_spare_for(rng, n, weighted, outlier):
     x = rng.standard_normal((n, 1)).astype(np.float32)
     x[0] = outlier

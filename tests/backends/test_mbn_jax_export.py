@@ -8,8 +8,8 @@ from jax_samples import assert_same, jax, jnp, new_state
 
 import mbn
 from mbn.state import Params
-from mbn_jax.channels import careful_sums
-from mbn_jax.maps import usual_rules
+from mbn_jax.kernels.channel_sums import careful_sums
+from mbn_jax.kernels.primitives import usual_rules
 
 export = pytest.importorskip("jax.export")
 

@@ -7,7 +7,7 @@ import pytest
 from jax_samples import jax, jnp
 
 import mbn
-from mbn_jax import kernels, maps, runs
+from mbn_jax.kernels import gpu_sums, passes, primitives
 
 SHAPES = [
     (1, 3),
@@ -27,7 +27,7 @@ SHAPES = [
 @pytest.fixture(autouse=True)
 def _in_64_bits():
     """Lower as a ``Map`` does."""
-    with maps.enable_x64(True):  # noqa: FBT003 - its only argument
+    with primitives.enable_x64(True):  # noqa: FBT003 - its only argument
         yield
 
 
@@ -38,14 +38,14 @@ def channels_of(x):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_value_is_summed_once(shape):
     x = np.arange(math.prod(shape), dtype=np.float64).reshape(shape)
-    one, other = jax.jit(runs.channel_sums)(x, -2 * x)
+    one, other = jax.jit(gpu_sums.channel_sums)(x, -2 * x)
     np.testing.assert_array_equal(one, channels_of(x).sum(1))
     np.testing.assert_array_equal(other, -2 * channels_of(x).sum(1))
 
 
 def moments_of(x, weights=None):
     """Return mean and variance in the form for GPUs, in float64."""
-    parts = jax.jit(kernels._moments_on_gpu)(x, weights)
+    parts = jax.jit(passes._moments_on_gpu)(x, weights)
     mean, rest, unit, var, var_rest, var_unit = (np.asarray(part, np.float64) for part in parts)
     return (mean + rest) * unit, (var + var_rest) * var_unit**2
 
@@ -53,9 +53,9 @@ def moments_of(x, weights=None):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("offset", [0, 1e6])
 @pytest.mark.parametrize("outlier", [None, 1e9])
-@pytest.mark.parametrize("far", [kernels.FAR, 500])
+@pytest.mark.parametrize("far", [passes.FAR, 500])
 def test_moments_against_fsum(rng, monkeypatch, shape, offset, outlier, far):
-    monkeypatch.setattr(kernels, "FAR", far)
+    monkeypatch.setattr(passes, "FAR", far)
     x = (offset + rng.standard_normal(shape)).astype(np.float32)
     if outlier is not None:
         x[0] = outlier
@@ -66,9 +66,9 @@ def test_moments_against_fsum(rng, monkeypatch, shape, offset, outlier, far):
         np.testing.assert_allclose(var[c] * channel.size, math.fsum((channel - exact) ** 2), rtol=2.0**-33)
 
 
-@pytest.mark.parametrize("far", [kernels.FAR, 500])
+@pytest.mark.parametrize("far", [passes.FAR, 500])
 def test_constant_channels_have_no_variance(monkeypatch, far):
-    monkeypatch.setattr(kernels, "FAR", far)
+    monkeypatch.setattr(passes, "FAR", far)
     mean, var = moments_of(jnp.full((1100, 2, 3), 0.1, jnp.float32))
     np.testing.assert_array_equal(mean, np.float32(0.1))
     assert not np.any(var)

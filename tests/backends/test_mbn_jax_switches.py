@@ -7,7 +7,7 @@ import pytest
 from jax_samples import jax, jnp, new_layer
 
 import mbn
-from mbn_jax.maps import enable_x64
+from mbn_jax.kernels.primitives import enable_x64
 
 SWITCHES = {
     "no jit": [jax.disable_jit],

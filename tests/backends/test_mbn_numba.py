@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import mbn
-from mbn_cpu import compilation, fastest, halves, loops
+from mbn_cpu.kernels import installed, numba_compilation, numba_float16, numba_loops
 
 _STEP = """
 import logging, sys
@@ -45,7 +45,7 @@ def test_nothing_is_said_of_what_others_compile(caplog):
     def double(x):
         return 2 * x
 
-    with caplog.at_level(logging.INFO, logger=compilation.logger.name):
+    with caplog.at_level(logging.INFO, logger=numba_compilation.logger.name):
         double(1)
     assert caplog.records == []
 
@@ -53,7 +53,7 @@ def test_nothing_is_said_of_what_others_compile(caplog):
 _CALLS = """
 import sys
 import numpy as np
-from mbn_cpu.compilation import compiled
+from mbn_cpu.kernels.numba_compilation import compiled
 
 @compiled
 def doubled(x):
@@ -143,13 +143,13 @@ def test_code_of_another_signature_is_not_run(tmp_path):
 def test_a_broken_numba_is_told_and_leaves_torch_its_other_kernels(monkeypatch, caplog):
     class Broken:
         def find_spec(self, name, *_):
-            if name == "mbn_cpu.compiled":
+            if name == "mbn_cpu.kernels.numba_passes":
                 raise OSError("could not load libllvmlite.so")
 
-    monkeypatch.delitem(sys.modules, "mbn_cpu.compiled", raising=False)
-    monkeypatch.delattr("mbn_cpu.compiled", raising=False)
+    monkeypatch.delitem(sys.modules, "mbn_cpu.kernels.numba_passes", raising=False)
+    monkeypatch.delattr("mbn_cpu.kernels.numba_passes", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
-    assert fastest.host.__wrapped__().fast.__name__ == "mbn_cpu.small"
+    assert installed.host.__wrapped__().fast.__name__ == "mbn_cpu.kernels.numpy_steps"
     (said,) = caplog.messages
     assert said == "Numba does not work here, which makes mbn slower: OSError: could not load libllvmlite.so"
 
@@ -158,10 +158,10 @@ def test_without_a_folder_for_the_cache_each_process_compiles_and_says_so(monkey
     def no_folder(_):
         raise RuntimeError("cannot cache function: no locator available")
 
-    monkeypatch.setattr(compilation, "_Cache", no_folder)
-    monkeypatch.setattr(compilation, "_warned", [])
+    monkeypatch.setattr(numba_compilation, "_Cache", no_folder)
+    monkeypatch.setattr(numba_compilation, "_warned", [])
     for _ in range(2):
-        assert compilation.compiled(lambda x: x[0] + 1)(np.ones(1)) == 2
+        assert numba_compilation.compiled(lambda x: x[0] + 1)(np.ones(1)) == 2
     (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert said.startswith("Numba's cache cannot be used (RuntimeError: cannot cache function: no locator available)")
 
@@ -177,7 +177,14 @@ def test_read_only_and_unusual_arrays_compile_nothing_more(shape):
 
     run(x)
     run(np.asfortranarray(x))
-    compiled = [loops.train, loops.pull_back, loops.evaluate, loops.shifted_sums, loops.normalize, loops.input_gradient]
+    compiled = [
+        numba_loops.train,
+        numba_loops.pull_back,
+        numba_loops.evaluate,
+        numba_loops.shifted_sums,
+        numba_loops.normalize,
+        numba_loops.input_gradient,
+    ]
     before = [function.signatures for function in compiled]
     frozen = x.copy()
     frozen.flags.writeable = False
@@ -223,7 +230,7 @@ def test_what_has_no_weight_is_left_out_of_every_loop(shape, dtype, order, *, tr
 def test_every_half_is_widened_exactly():
     bits = np.arange(1 << 16, dtype=np.uint16)
     values = np.empty(bits.size, np.float32)
-    halves.widen(bits, values.view(np.uint32), values)
+    numba_float16.widen(bits, values.view(np.uint32), values)
     np.testing.assert_array_equal(values, bits.view(np.float16).astype(np.float32))
     numbers = ~np.isnan(values)
     np.testing.assert_array_equal(np.signbit(values[numbers]), bits[numbers] >= 1 << 15)
@@ -235,7 +242,7 @@ def test_halves_are_rounded_to_the_nearest_and_ties_to_even():
     places = np.arange(1 << 20, dtype=np.uint32)[:, None] << 12
     bits = (places + np.array([-1, 0, 1]).astype(np.uint32)).reshape(-1)
     rounded = np.empty(bits.size, np.uint16)
-    halves.narrow(bits, rounded)
+    numba_float16.narrow(bits, rounded)
     expected = bits.view(np.float32).astype(np.float16)
     np.testing.assert_array_equal(rounded.view(np.float16), expected)
     numbers = ~np.isnan(expected)

@@ -11,12 +11,13 @@ from torch_samples import relative_error, sample
 
 import mbn
 from mbn.contract import Batch
-from mbn_cpu import blocked, fastest, pages, small, threads
+from mbn_cpu import huge_pages, thread_pool
+from mbn_cpu.kernels import installed, numpy_passes, numpy_steps
 
 torch = pytest.importorskip("torch")
 backend = mbn.get_backend("torch")
-host, routes = import_module("mbn_torch.host"), import_module("mbn_torch.routes")
-TENSORS = import_module("mbn_torch.kernels").TENSORS
+host, routes = import_module("mbn_torch.kernels.cpu"), import_module("mbn_torch.kernels.choice")
+TENSORS = import_module("mbn_torch.kernels.eager").TENSORS
 
 SHAPES = [(32, 8), (700, 40), (130, 12, 33), (9, 4, 5000), (70_000, 8), (150, 16, 256)]
 """Some for each way: small, for Torch's operations, and for passes in tiles."""
@@ -27,9 +28,9 @@ def kernels(request, monkeypatch):
     """Have the kernels with or without Numba, whatever is installed."""
     if request.param == "numba":
         pytest.importorskip("numba")
-        assert fastest.host().fast.__name__ == "mbn_cpu.fused"
+        assert installed.host().fast.__name__ == "mbn_cpu.kernels.numba_steps"
     else:
-        own = fastest.Host(blocked, small)
+        own = installed.Host(numpy_passes, numpy_steps)
         monkeypatch.setattr(routes, "host", lambda: own)
     return request.param
 
@@ -161,14 +162,14 @@ def test_inference_mode(shape):
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_number_of_threads_is_that_of_torch(num_threads, monkeypatch):
     seen = []
-    run = threads.run
+    run = thread_pool.run
 
     def watched(*args, **kwargs):
-        seen.append(threads._num_threads())
+        seen.append(thread_pool._num_threads())
         run(*args, **kwargs)
 
-    monkeypatch.setattr(threads, "run", watched)
-    monkeypatch.setattr(threads, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(thread_pool, "run", watched)
+    monkeypatch.setattr(thread_pool, "get_num_threads", lambda: 2)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(num_threads)
@@ -221,14 +222,14 @@ def test_without_versions_of_dlpack(monkeypatch):
 def test_advice_on_memory_changes_no_value(size):
     x = torch.arange(size, dtype=torch.int64).to(torch.uint8)
     expected = x.clone()
-    pages.advise(x.data_ptr(), x.nbytes)
+    huge_pages.advise(x.data_ptr(), x.nbytes)
     assert torch.equal(x, expected)
 
 
 def test_no_memory_of_the_system_to_advise(monkeypatch):
-    monkeypatch.delattr(pages.mmap, "MADV_HUGEPAGE", raising=False)
-    monkeypatch.setattr(pages, "_madvise", pages._madvise.__wrapped__)
-    assert pages._madvise() is None
+    monkeypatch.delattr(huge_pages.mmap, "MADV_HUGEPAGE", raising=False)
+    monkeypatch.setattr(huge_pages, "_madvise", huge_pages._madvise.__wrapped__)
+    assert huge_pages._madvise() is None
     test_advice_on_memory_changes_no_value(1 << 22)
 
 

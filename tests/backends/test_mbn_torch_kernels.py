@@ -18,7 +18,7 @@ import mbn
 torch = pytest.importorskip("torch")
 
 from mbn.contract import Batch  # noqa: E402
-from mbn_torch import kernels, routes  # noqa: E402 - there may be no Torch
+from mbn_torch.kernels import choice, eager  # noqa: E402 - there may be no Torch
 
 BOUNDS = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 3e-7, torch.float64: 1e-12}
 SHAPES = [(50, 3), (50, 3, 2), (9, 3), (1, 3, 7)]
@@ -27,16 +27,16 @@ SHAPES = [(50, 3), (50, 3, 2), (9, 3), (1, 3, 7)]
 @pytest.fixture(autouse=True)
 def only_these(monkeypatch):
     """Have no others chosen, and return how many blocks these have seen."""
-    monkeypatch.setattr(routes, "place", lambda *_: None)
-    assert routes.kernels_for("moments", Batch(torch.ones(2, 2)))[0] is kernels.TENSORS
-    numbers, split = [], kernels._split
+    monkeypatch.setattr(choice, "place", lambda *_: None)
+    assert choice.kernels_for("moments", Batch(torch.ones(2, 2)))[0] is eager.TENSORS
+    numbers, split = [], eager._split
 
     def counted(*arguments):
         blocks = list(split(*arguments))
         numbers.append(len(blocks))
         return iter(blocks)
 
-    monkeypatch.setattr(kernels, "_split", counted)
+    monkeypatch.setattr(eager, "_split", counted)
     yield numbers
     assert numbers
 
@@ -56,8 +56,8 @@ def _layer(dtype="float32", *, training=True):
 
 def _few_rows(monkeypatch):
     """Have blocks of two rows of 3 channels and 2 places, and runs of three blocks."""
-    monkeypatch.setattr(kernels, "CPU_BLOCK", 12)
-    monkeypatch.setattr(kernels, "RUN", 3)
+    monkeypatch.setattr(eager, "CPU_BLOCK", 12)
+    monkeypatch.setattr(eager, "RUN", 3)
 
 
 @pytest.mark.parametrize("blocks", ["one", "many"])

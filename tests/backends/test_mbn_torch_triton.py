@@ -21,9 +21,9 @@ from triton.compiler import ASTSource  # noqa: E402
 from mbn.contract import Batch  # noqa: E402
 from mbn.state import Settings  # noqa: E402
 from mbn.step import compose  # noqa: E402
-from mbn_torch import cuda, routes, triton_kernels  # noqa: E402
-from mbn_torch.kernels import TENSORS  # noqa: E402
-from mbn_torch.tracing import HOST, place  # noqa: E402
+from mbn_torch.kernels import choice, gpu, triton_kernels  # noqa: E402
+from mbn_torch.kernels.eager import TENSORS  # noqa: E402
+from mbn_torch.private import HOST, place  # noqa: E402
 
 HERE = Path(__file__).parent
 NAMES = (
@@ -108,7 +108,7 @@ class _Launcher(SimpleNamespace):
 @pytest.fixture
 def recorder(monkeypatch):
     kept = _Recorder()
-    monkeypatch.setattr(cuda, "triton_kernels", kept)
+    monkeypatch.setattr(gpu, "triton_kernels", kept)
     return kept
 
 
@@ -132,13 +132,13 @@ def _run(recorder, shape, dtype, order=None, *, weighted=False, expanded=False):
     settings = Settings(x.shape[1], "float64" if narrow == torch.float64 else "float32", 1e-5, 0.1, 1, 1)
     batch, params = Batch(x, weights, settings.dtype), mbn.Params(weight, bias)
     launches = []
-    _, _, stats = compose.forward(cuda.TRITON, batch, params, state, settings, training=True)
+    _, _, stats = compose.forward(gpu.TRITON, batch, params, state, settings, training=True)
     launches.append(recorder.launches[:])
     recorder.launches.clear()
-    compose.pullback(cuda.TRITON, dy, batch, weight, stats, 1e-5)
+    compose.pullback(gpu.TRITON, dy, batch, weight, stats, 1e-5)
     launches.append(recorder.launches[:])
     recorder.launches.clear()
-    compose.forward(cuda.TRITON, batch, params, state, settings, training=False)
+    compose.forward(gpu.TRITON, batch, params, state, settings, training=False)
     launches.append(recorder.launches[:])
     recorder.launches.clear()
     return launches
@@ -236,27 +236,27 @@ def test_everything_compiles(recorder, batch, weighted):
 
 
 def test_without_triton(monkeypatch):
-    monkeypatch.setitem(sys.modules, "mbn_torch.cuda", None)
-    monkeypatch.delattr("mbn_torch.cuda")
-    routes._on_gpu.cache_clear()
-    assert routes._on_gpu(0) is None
-    routes._on_gpu.cache_clear()
+    monkeypatch.setitem(sys.modules, "mbn_torch.kernels.gpu", None)
+    monkeypatch.delattr("mbn_torch.kernels.gpu")
+    choice._on_gpu.cache_clear()
+    assert choice._on_gpu(0) is None
+    choice._on_gpu.cache_clear()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_where_triton_does_not_work():
-    routes._on_gpu.cache_clear()
+    choice._on_gpu.cache_clear()
     with pytest.warns(RuntimeWarning, match="Triton does not work"):
-        assert routes._on_gpu(0) is None
-    routes._on_gpu.cache_clear()
+        assert choice._on_gpu(0) is None
+    choice._on_gpu.cache_clear()
 
 
 def test_places(monkeypatch):
     x = torch.ones(2)
     assert place(x, None, x) == HOST
     assert place(x, torch.empty(2, device="meta")) is None
-    monkeypatch.setattr(routes, "place", lambda *_: 3)
-    monkeypatch.setattr(routes, "_on_gpu", {3: cuda.TRITON}.get)
-    assert routes.kernels_for("moments", Batch(x))[0] is cuda.TRITON
-    monkeypatch.setattr(routes, "_on_gpu", {3: None}.get)
-    assert routes.kernels_for("moments", Batch(x))[0] is TENSORS
+    monkeypatch.setattr(choice, "place", lambda *_: 3)
+    monkeypatch.setattr(choice, "_on_gpu", {3: gpu.TRITON}.get)
+    assert choice.kernels_for("moments", Batch(x))[0] is gpu.TRITON
+    monkeypatch.setattr(choice, "_on_gpu", {3: None}.get)
+    assert choice.kernels_for("moments", Batch(x))[0] is TENSORS

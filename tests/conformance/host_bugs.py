@@ -13,24 +13,25 @@ from planted import Bug, conform
 
 from mbn import contract
 from mbn.step import population
-from mbn_cpu import backend, blocked, extremes, small, vectors
+from mbn_cpu import backend, channel_stats
+from mbn_cpu.kernels import numpy_passes, numpy_steps, out_of_range
 
 
 def nowhere(function: str) -> Callable[[], None]:
     """Return what plants that no channel is found beyond the range."""
-    return partial(setattr, extremes, function, lambda *_: None)
+    return partial(setattr, out_of_range, function, lambda *_: None)
 
 
 def statistics_as_found() -> None:
-    extremes.moments = lambda _kernel, _x, _weights, found: found
+    out_of_range.moments = lambda _kernel, _x, _weights, found: found
 
 
 def merged_in_one_unit() -> None:
-    vectors.FORMULAS.merge_scaled = vectors.FORMULAS.merge_plain
+    channel_stats.FORMULAS.merge_scaled = channel_stats.FORMULAS.merge_plain
 
 
 def weights_as_they_are() -> None:
-    vectors.FORMULAS.summable = lambda weights: weights
+    channel_stats.FORMULAS.summable = lambda weights: weights
 
 
 def narrow_in_a_wide_layer() -> None:
@@ -42,15 +43,15 @@ def narrow_batches_fitted() -> None:
 
 
 def summed_as_they_come() -> None:
-    blocked.units = lambda sums, _: np.zeros_like(sums)
+    numpy_passes.units = lambda sums, _: np.zeros_like(sums)
 
 
 def one_order_of_bytes() -> None:
-    blocked.is_wide = small.is_wide = lambda x: x.dtype == np.float64
+    numpy_passes.is_wide = numpy_steps.is_wide = lambda x: x.dtype == np.float64
 
 
 def summed_around_outliers() -> None:
-    blocked.is_far, small.FAR_SQUARE = lambda *_: False, np.inf
+    numpy_passes.is_far, numpy_steps.FAR_SQUARE = lambda *_: False, np.inf
 
 
 BUGS = {

@@ -34,101 +34,101 @@ def in_64_bits(plant: Callable[[], None]) -> Callable[[], None]:
 
 
 def means_in_one_unit() -> None:
-    from mbn_jax import kernels, pairs  # noqa: PLC0415
+    from mbn_jax.kernels import pairs, passes  # noqa: PLC0415
 
     def as_they_are(value, dtype):
         return pairs.Scaled(
-            pairs.as_pair(pairs.times(value.pair, value.unit), dtype), kernels.jnp.ones_like(value.unit, dtype)
+            pairs.as_pair(pairs.times(value.pair, value.unit), dtype), passes.jnp.ones_like(value.unit, dtype)
         )
 
-    kernels.in_own_units = as_they_are
+    passes.in_own_units = as_they_are
 
 
 def variances_in_one_unit() -> None:
-    from mbn_jax import kernels, pairs  # noqa: PLC0415
+    from mbn_jax.kernels import pairs, passes  # noqa: PLC0415
 
     def as_they_are(square, unit, dtype):
-        return [*pairs.as_pair(pairs.times(pairs.times(square, unit), unit), dtype), kernels.jnp.ones_like(unit, dtype)]
+        return [*pairs.as_pair(pairs.times(pairs.times(square, unit), unit), dtype), passes.jnp.ones_like(unit, dtype)]
 
-    kernels._square_in_own_units = as_they_are
+    passes._square_in_own_units = as_they_are
 
 
 def one_factor() -> None:
-    from mbn_jax import kernels, maps  # noqa: PLC0415
+    from mbn_jax.kernels import passes, primitives  # noqa: PLC0415
 
     def product(invstd, weight):
-        scale = kernels.plain(invstd) * (1 if weight is None else weight)
-        return [kernels.jnp.ones_like(scale), scale]
+        scale = passes.plain(invstd) * (1 if weight is None else weight)
+        return [passes.jnp.ones_like(scale), scale]
 
-    kernels._FACTORS = maps.Map("factors", product)
+    passes._FACTORS = primitives.Map("factors", product)
 
 
 def factors_for_a_weight_of_1() -> None:
-    from mbn_jax import kernels, maps  # noqa: PLC0415
+    from mbn_jax.kernels import passes, primitives  # noqa: PLC0415
 
-    own, where = kernels._factors, kernels.jnp.where
+    own, where = passes._factors, passes.jnp.where
 
     def without_0(invstd, weight):
         first, second = own(invstd, where(weight == 0, 1, weight))
         return [first, where(weight == 0, 0, second)]
 
-    kernels._FACTORS = maps.Map("factors", without_0)
+    passes._FACTORS = primitives.Map("factors", without_0)
 
 
 def squares_as_found() -> None:
-    from mbn_jax import kernels  # noqa: PLC0415
+    from mbn_jax.kernels import passes  # noqa: PLC0415
 
-    kernels._leaves_range = lambda squares, *_: kernels.jnp.any(squares < 0)
+    passes._leaves_range = lambda squares, *_: passes.jnp.any(squares < 0)
 
 
 def weights_as_they_are() -> None:
-    from mbn_jax import kernels  # noqa: PLC0415
+    from mbn_jax.kernels import passes  # noqa: PLC0415
 
-    kernels._in_range = lambda weights: weights
+    passes._in_range = lambda weights: weights
 
 
 def narrow_sums_in_evaluation() -> None:
-    from mbn_jax import batch  # noqa: PLC0415
+    from mbn_jax.kernels import own_statistics  # noqa: PLC0415
 
     def narrow(dy, given):
         x, weights, mean, invstd, _ = given
-        xhat = batch.kernels.affine(x, mean, invstd, None, None, weights)
-        dy = batch.kernels.unmasked(dy, weights)
-        return [dy, *map(batch.channel_sum, (dy, dy * xhat))]
+        xhat = own_statistics.kernels.affine(x, mean, invstd, None, None, weights)
+        dy = own_statistics.kernels.unmasked(dy, weights)
+        return [dy, *map(own_statistics.channel_sum, (dy, dy * xhat))]
 
-    whole = batch._sums
-    batch._sums = lambda *rest: narrow(*rest[1:3]) if rest[2].count is None else whole(*rest)
+    whole = own_statistics._sums
+    own_statistics._sums = lambda *rest: narrow(*rest[1:3]) if rest[2].count is None else whole(*rest)
 
 
 def last_run_dropped() -> None:
-    from mbn_jax import runs  # noqa: PLC0415
+    from mbn_jax.kernels import gpu_sums  # noqa: PLC0415
 
-    in_runs = runs._in_runs
+    in_runs = gpu_sums._in_runs
 
     def whole_runs(x, axis):
-        run = min(runs.RUN, x.shape[axis])
+        run = min(gpu_sums.RUN, x.shape[axis])
         whole = x.shape[axis] // run * run
         return in_runs(x.at[(slice(None),) * axis + (slice(whole, None),)].set(0), axis)
 
-    runs._in_runs = whole_runs
+    gpu_sums._in_runs = whole_runs
 
 
 def deviations_from_nothing() -> None:
-    from mbn_jax import kernels  # noqa: PLC0415
+    from mbn_jax.kernels import passes  # noqa: PLC0415
 
-    kernels._first_few = lambda x: kernels.jnp.zeros(x.shape[1], "float64")
+    passes._first_few = lambda x: passes.jnp.zeros(x.shape[1], "float64")
 
 
 def channels_mixed_up() -> None:
-    from mbn_jax import forms, kernels  # noqa: PLC0415
+    from mbn_jax.kernels import layouts, passes  # noqa: PLC0415
 
-    kernels.GPU = forms.GPU._replace(place=lambda vector, ndim: forms.GPU.place(vector[::-1], ndim))
+    passes.GPU = layouts.GPU._replace(place=lambda vector, ndim: layouts.GPU.place(vector[::-1], ndim))
 
 
 def factors_in_any_order() -> None:
-    from mbn_jax import kernels  # noqa: PLC0415
+    from mbn_jax.kernels import passes  # noqa: PLC0415
 
-    kernels._multiplied = lambda values, first, second: values * first * second
+    passes._multiplied = lambda values, first, second: values * first * second
 
 
 BUGS = {

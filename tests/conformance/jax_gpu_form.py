@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, settings
 from jax.interpreters import mlir
 
 import mbn
-from mbn_jax.maps import Map
+from mbn_jax.kernels.primitives import Map
 
 mbn.get_backend("jax")  # makes the maps
 MAPS = [value for value in gc.get_objects() if isinstance(value, Map) and value.on_gpu is not None]

@@ -231,7 +231,7 @@ def results(case: Case, backend: str) -> dict[str, np.ndarray]:
 def _wide_enough(backend: str, case: Case) -> AbstractContextManager[Any]:
     if backend != "jax" or "float64" not in (case.dtype, case.layer):
         return nullcontext()
-    from mbn_jax.maps import enable_x64  # noqa: PLC0415 - NumPy alone is enough for the other backends
+    from mbn_jax.kernels.primitives import enable_x64  # noqa: PLC0415 - NumPy alone is enough for the other backends
 
     return enable_x64(True)  # noqa: FBT003 - its only argument
 

@@ -23,7 +23,7 @@ import mbn
 nnx = pytest.importorskip("flax.nnx")
 linen = pytest.importorskip("flax.linen")
 jax = pytest.importorskip("jax")
-enable_x64 = import_module("mbn_jax.maps").enable_x64
+enable_x64 = import_module("mbn_jax.kernels.primitives").enable_x64
 
 BACKENDS = ["numpy", "jax"]
 

@@ -211,7 +211,7 @@ def test_a_layer_without_statistics_is_refused():
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="the others have it")
 def test_float64_needs_a_backend_that_has_it():
     pytest.importorskip("jax", reason="the switch is JAX's")
-    enable_x64 = import_module("mbn_jax.maps").enable_x64
+    enable_x64 = import_module("mbn_jax.kernels.primitives").enable_x64
     bn = layer(correction=0, dtype="float64", backend="numpy")
     with enable_x64(new_val=False), pytest.raises(ValueError, match="float64.*jax_enable_x64.*float32"):
         mbn.to_keras(bn)

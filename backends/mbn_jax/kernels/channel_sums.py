@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mbn_jax.pairs import two_sum
+from mbn_jax.kernels.pairs import two_sum
 
 RUN = 16
 """Values that are added one after the other: few enough for XLA to unroll, and so to vectorise over the channels."""

@@ -14,11 +14,11 @@ from torch.autograd import Function
 
 from mbn.contract import Batch, Group, Kernels, Stats, merged
 from mbn.state import Params, Settings, State
-from mbn_torch.formulas import FORMULAS
+from mbn_torch.channel_stats import WIDE, variance
 from mbn_torch.group import Differentiable
-from mbn_torch.host import OnHost, tensors
-from mbn_torch.tracing import is_constant, is_recorded, is_scripted
-from mbn_torch.vectors import WIDE, variance
+from mbn_torch.kernels.cpu import OnHost, tensors
+from mbn_torch.kernels.traceable import FORMULAS
+from mbn_torch.private import is_constant, is_recorded, is_scripted
 
 Needs: TypeAlias = tuple[bool, bool, bool]
 Gradients: TypeAlias = tuple[torch.Tensor | None, ...]

@@ -17,7 +17,7 @@ from typing import Any
 from mbn.threads import get_num_threads, num_processors
 
 _pool: Executor | None = None
-_limit: ContextVar[int | None] = ContextVar("mbn_cpu.threads.limited", default=None)
+_limit: ContextVar[int | None] = ContextVar("mbn_cpu.thread_pool.limited", default=None)
 
 
 @contextmanager

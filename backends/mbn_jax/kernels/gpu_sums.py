@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from mbn_jax.channels import careful_sums, in_pairs, is_known, of_pairs, sums
+from mbn_jax.kernels.channel_sums import careful_sums, in_pairs, is_known, of_pairs, sums
 
 RUN = 31
 """Values that are reduced at a time: from 32 on XLA has another way."""

@@ -6,8 +6,8 @@ from types import ModuleType
 
 import numpy as np
 
-from mbn_cpu import blocked, small
 from mbn_cpu.backend import HostBackend, HostKernels
+from mbn_cpu.kernels import numpy_passes, numpy_steps
 
 
 class Host(HostBackend):
@@ -25,11 +25,11 @@ class Host(HostBackend):
 def host() -> Host:
     """Return the backend, compiled by Numba where that can be imported, which is first done here: it takes long."""
     try:
-        from mbn_cpu import compiled, fused  # noqa: PLC0415 - as said
+        from mbn_cpu.kernels import numba_passes, numba_steps  # noqa: PLC0415 - as said
     except ModuleNotFoundError:
-        return Host(blocked, small)
+        return Host(numpy_passes, numpy_steps)
     except Exception as error:  # noqa: BLE001 - whatever is broken there, nobody has asked for it
         message = "Numba does not work here, which makes mbn slower: %s: %s"
         logging.getLogger("mbn.numba").warning(message, type(error).__name__, error)
-        return Host(blocked, small)
-    return Host(compiled, fused)
+        return Host(numpy_passes, numpy_steps)
+    return Host(numba_passes, numba_steps)

@@ -15,10 +15,10 @@ import numpy as np
 from jax.interpreters import ad
 from jax.sharding import NamedSharding, reshard
 
-from mbn_jax.channels import column
-from mbn_jax.forms import GPU, HOST, Form
 from mbn_jax.group import AxisGroup
-from mbn_jax.maps import Arrays, Levels, Map, result_type, vectorised
+from mbn_jax.kernels.channel_sums import column
+from mbn_jax.kernels.layouts import GPU, HOST, Form
+from mbn_jax.kernels.primitives import Arrays, Levels, Map, result_type, vectorised
 
 Shape: TypeAlias = tuple[int, ...]
 

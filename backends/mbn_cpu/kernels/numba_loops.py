@@ -13,8 +13,8 @@ Vectors are (C,), in float64 if nothing else is said.
 
 import numpy as np
 
-from mbn_cpu.compilation import compiled, loop
-from mbn_cpu.vectors import FAR_SQUARE
+from mbn_cpu.channel_stats import FAR_SQUARE
+from mbn_cpu.kernels.numba_compilation import compiled, loop
 
 _WIDTH = 256
 """Values that make a loop long enough."""
@@ -67,8 +67,8 @@ def _channel_sums(dy, x, w, last, c, length, lanes, shift, sums):
 def parted_sums(x, w, last, c, length, lanes, shift, units, sums):
     """Write the sums of ``shifted_sums`` in parts, (4, C): of each, multiples that add up exactly, and the rest.
 
-    ``mbn_cpu.vectors.units`` makes the units, (2, C), that tell them apart. However many values come after one beside
-    which they are small, no more than a few of them are added to it.
+    ``mbn_cpu.channel_stats.units`` makes the units, (2, C), that tell them apart. However many values come after one
+    beside which they are small, no more than a few of them are added to it.
     """
     width, inner = lanes * c, 1 if last else min(lanes, length)
     few, parts, center = np.zeros((2, width)), np.zeros((4, width)), _spread(shift, width, inner)
@@ -200,7 +200,7 @@ def train(x, y, last, c, length, lanes, weight, bias, running, share, eps, corre
         value, mean = stats[0, channel], sums[0, channel] / n
         m2 = sums[1, channel] - sums[0, channel] * mean
         var, hi = m2 / n, value + mean
-        lo = mean - (hi - value)  # as mbn_cpu.vectors.added has them
+        lo = mean - (hi - value)  # as mbn_cpu.channel_stats.added has them
         stats[0, channel], stats[1, channel], stats[2, channel] = hi, lo, var
         if running.size:
             new[0, channel], new[1, channel] = running[0, channel], running[1, channel]
@@ -262,7 +262,7 @@ def evaluate(x, y, last, c, length, weight, bias, running_mean, running_var, eps
 
 @compiled
 def _is_far(sums, n):
-    """Tell what ``mbn_cpu.vectors.is_far`` does."""
+    """Tell what ``mbn_cpu.channel_stats.is_far`` does."""
     far = False
     for channel in range(sums.shape[1]):
         total, squares = sums[0, channel], sums[1, channel]

@@ -13,7 +13,7 @@ import torch
 
 from mbn.contract import Batch, Moments, Stats
 from mbn.state import Params
-from mbn_torch.vectors import (
+from mbn_torch.channel_stats import (
     FAR,
     WIDE,
     Mean,

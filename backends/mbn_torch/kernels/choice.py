@@ -10,11 +10,11 @@ import torch
 from mbn.contract import Batch, Kernels, Operation, Stats
 from mbn.state import Params
 from mbn_cpu.backend import takes
-from mbn_cpu.fastest import host
-from mbn_torch.formulas import FORMULAS
-from mbn_torch.host import HostBatch, OnHost, as_array, room
-from mbn_torch.kernels import TENSORS
-from mbn_torch.tracing import HOST, is_recorded, is_scripted, is_traced, is_transformed, place
+from mbn_cpu.kernels.installed import host
+from mbn_torch.kernels.cpu import HostBatch, OnHost, as_array, room
+from mbn_torch.kernels.eager import TENSORS
+from mbn_torch.kernels.traceable import FORMULAS
+from mbn_torch.private import HOST, is_recorded, is_scripted, is_traced, is_transformed, place
 
 
 def kernels_for(
@@ -75,14 +75,14 @@ def _on_gpu(index: int) -> Kernels | None:
     Not all builds of Torch bring it; it needs a C compiler, and a card that is not too old for it.
     """
     try:
-        from mbn_torch import cuda  # noqa: PLC0415 - a quarter of a second, for those alone who have a GPU
+        from mbn_torch.kernels import gpu  # noqa: PLC0415 - a quarter of a second, for those alone who have a GPU
 
         one = torch.ones((1, 1), device=torch.device("cuda", index))
-        cuda.TRITON.normalize(Batch(one), Stats(one[0], one[0], None), Params(None, None), 0.0)
+        gpu.TRITON.normalize(Batch(one), Stats(one[0], one[0], None), Params(None, None), 0.0)
     except ModuleNotFoundError:
         return None
     except Exception as error:  # noqa: BLE001 - whatever it is, there are kernels that work
         message = f"Triton does not work with this GPU, which makes mbn slower: {type(error).__name__}: {error}"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
         return None
-    return cuda.TRITON
+    return gpu.TRITON

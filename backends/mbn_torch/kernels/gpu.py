@@ -13,9 +13,9 @@ import triton.language as tl
 
 from mbn.contract import Batch, Moments, Stats
 from mbn.state import Params, Settings, State
-from mbn_torch import triton_kernels
-from mbn_torch.tiles import Tiling, tiling
-from mbn_torch.vectors import WIDE, TorchKernels, heaviest, in_units, lifted, separate
+from mbn_torch.channel_stats import WIDE, TorchKernels, heaviest, in_units, lifted, separate
+from mbn_torch.kernels import triton_kernels
+from mbn_torch.kernels.triton_tiles import Tiling, tiling
 
 _COMPUTE = {torch.float16: tl.float32, torch.bfloat16: tl.float32, torch.float32: tl.float32, torch.float64: tl.float64}
 """What outputs are computed in."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from mbn.contract import Batch, Kernels
-from mbn_common.formulas import FAR, FARTHEST, Formulas, Mean, Pair, Scaled, Variance
+from mbn_common.channel_stats import FAR, FARTHEST, Formulas, Mean, Pair, Scaled, Variance
 
 WIDE = torch.float64
 

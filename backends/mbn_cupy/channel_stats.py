@@ -2,6 +2,6 @@
 
 import cupy
 
-from mbn_common.formulas import Formulas
+from mbn_common.channel_stats import Formulas
 
 FORMULAS = Formulas(cupy, cupy.ndarray)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from mbn_jax import channels, runs
+from mbn_jax.kernels import channel_sums, gpu_sums
 
 _DEVICES = ContextVar("devices", default=1)
 
@@ -58,7 +58,7 @@ def _form(
         if not is_spread():
             return sums(*terms, **options)
         parts = jax.vmap(jax.vmap(lambda *block: sums(*block, **options)))(*terms)
-        return channels.careful_sums([part.reshape(-1, part.shape[-1]) for part in parts], (0,))
+        return channel_sums.careful_sums([part.reshape(-1, part.shape[-1]) for part in parts], (0,))
 
     return Form(view_of_blocks, place, sums_of_blocks)
 
@@ -66,12 +66,12 @@ def _form(
 def _blocks(x: jax.Array) -> jax.Array:
     """Return x with two axes more in front, of its blocks along N and along L: no device has a part of two of them."""
     n, c, *length = x.shape
-    count, *along = (math.gcd(size, _DEVICES.get()) if channels.is_known(size) else 1 for size in (n, *length))
+    count, *along = (math.gcd(size, _DEVICES.get()) if channel_sums.is_known(size) else 1 for size in (n, *length))
     if not length:
         return x.reshape(count, 1, n // count, c)
     x = x.reshape(count, n // count, c, along[0], length[0] // along[0])
     return x.transpose(0, 3, 1, 2, 4)
 
 
-HOST = _form(channels.rows, lambda vector, ndim: vector, channels.channel_sums)  # noqa: ARG005
-GPU = _form(lambda x: x, channels.column, runs.channel_sums)
+HOST = _form(channel_sums.rows, lambda vector, ndim: vector, channel_sums.channel_sums)  # noqa: ARG005
+GPU = _form(lambda x: x, channel_sums.column, gpu_sums.channel_sums)

@@ -9,8 +9,7 @@ import torch
 
 from mbn.contract import Batch, Moments, Stats
 from mbn.state import Params
-from mbn_torch.tracing import is_scripted
-from mbn_torch.vectors import (
+from mbn_torch.channel_stats import (
     FAR,
     WIDE,
     Mean,
@@ -32,6 +31,7 @@ from mbn_torch.vectors import (
     units_of,
     weighed,
 )
+from mbn_torch.private import is_scripted
 
 
 class Formulas(TorchKernels):

@@ -7,9 +7,9 @@ import numpy as np
 
 from mbn.contract import Batch, Stats
 from mbn.state import Params, Settings, State
-from mbn_cpu import loops
-from mbn_cpu.compiled import Form, flat, readable
-from mbn_cpu.vectors import Pair, counted, step
+from mbn_cpu.channel_stats import Pair, counted, step
+from mbn_cpu.kernels import numba_loops
+from mbn_cpu.kernels.numba_passes import Form, flat, readable
 
 _SIZE = 1 << 19
 """Values up to which this is the faster way."""
@@ -46,7 +46,7 @@ def train(
     share = float(step(momentum, num_batches_tracked, n, correction)) if is_tracked else 0.0
     arrays = flat(x), flat(y)
     sizes = form.last, c, length, form.lanes
-    new, found, is_beyond = loops.train(*arrays, *sizes, *_vectors(params), running, share, eps, correction)
+    new, found, is_beyond = numba_loops.train(*arrays, *sizes, *_vectors(params), running, share, eps, correction)
     if is_beyond:
         return None
     if is_tracked:
@@ -64,7 +64,7 @@ def evaluate(
     _, c, length = form.shape
     statistics = readable(state.running_mean), readable(state.running_var)
     arrays = flat(x), flat(y)
-    is_beyond = loops.evaluate(*arrays, form.last, c, length, *_vectors(params), *statistics, settings.eps)
+    is_beyond = numba_loops.evaluate(*arrays, form.last, c, length, *_vectors(params), *statistics, settings.eps)
     return None if is_beyond else y
 
 
@@ -80,7 +80,7 @@ def pullback(
     sizes = form.last, c, length, form.lanes
     vectors = _vector(weight), readable(hi), readable(lo), readable(var)
     sums = np.empty((2, c), np.float64 if weight is None else np.float32)
-    loops.pull_back(*arrays, *sizes, *vectors, count or 0, eps, sums)
+    numba_loops.pull_back(*arrays, *sizes, *vectors, count or 0, eps, sums)
     return dx, sums[1], sums[0]
 
 

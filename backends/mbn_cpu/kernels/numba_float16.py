@@ -8,7 +8,7 @@ Source: IEEE 754-2008, sections 3.4 and 4.3.1.
 
 import numpy as np
 
-from mbn_cpu.compilation import compiled
+from mbn_cpu.kernels.numba_compilation import compiled
 
 _ALL_BUT_SIGN = np.uint32(0x7FFFFFFF)
 _INFINITY = np.uint32(0x7F800000)

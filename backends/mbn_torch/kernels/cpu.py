@@ -15,10 +15,10 @@ import torch
 
 from mbn.contract import Batch, Kernels, Moments, Stats
 from mbn.state import Params, Settings, State
-from mbn_common.formulas import Pair, Scaled
-from mbn_cpu import pages, threads
-from mbn_cpu.fastest import Host
-from mbn_torch.vectors import TorchKernels
+from mbn_common.channel_stats import Pair, Scaled
+from mbn_cpu import huge_pages, thread_pool
+from mbn_cpu.kernels.installed import Host
+from mbn_torch.channel_stats import TorchKernels
 
 _has_versions = hasattr(torch._C, "_to_dlpack_versioned")  # noqa: SLF001 - Torch 2.9 and later
 
@@ -157,7 +157,7 @@ def tensors(stats: Stats) -> Stats:
 
 
 def _limited() -> AbstractContextManager[None]:
-    return threads.limited(torch.get_num_threads())
+    return thread_pool.limited(torch.get_num_threads())
 
 
 def as_array(value: Any) -> Any:
@@ -215,5 +215,5 @@ def _narrow(wide: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def _like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Return a new tensor like x, to be written to."""
     y = torch.empty_like(x, dtype=dtype)
-    pages.advise(y.data_ptr(), y.nbytes)
+    huge_pages.advise(y.data_ptr(), y.nbytes)
     return y

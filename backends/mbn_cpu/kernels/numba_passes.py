@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mbn.contract import Batch, Moments, Stats
-from mbn_cpu import halves, loops, threads
-from mbn_cpu.tiles import Scratch
-from mbn_cpu.vectors import (
+from mbn_cpu import thread_pool
+from mbn_cpu.channel_stats import (
     WIDE,
     Line,
     added,
@@ -27,6 +26,8 @@ from mbn_cpu.vectors import (
     projection,
     units,
 )
+from mbn_cpu.kernels import numba_float16, numba_loops
+from mbn_cpu.kernels.numpy_tiles import Scratch
 
 _CHUNK = 1 << 18
 """Values that one task takes: enough to be worth a thread's while."""
@@ -128,20 +129,20 @@ def _multiple(number: int, of: int) -> int:
 def moments(x: np.ndarray, weights: np.ndarray | None = None) -> Moments:
     """Return count, mean (a Pair) and m2 (float64) of each channel of x, (N, C) or (N, C, L).
 
-    As in :func:`mbn_cpu.blocked.moments`: sums of d = x - shift and d², and of float64 again around its mean.
+    As in ``numpy_passes.moments``: sums of d = x - shift and d², and of float64 again around its mean.
     """
     with np.errstate(all="ignore"):
         shift = heaviest(x, weights)
         count = x.size // x.shape[1] if weights is None else fold_rows(weights.flatten().astype(WIDE))
         divisor = count or 1  # without any weight the sums are 0 as well
-        total, squares = sums = _sums(loops.shifted_sums, (shift,), weights, x)
+        total, squares = sums = _sums(numba_loops.shifted_sums, (shift,), weights, x)
         if is_wide(x):
             shift += total / divisor
-            parts = _sums(loops.parted_sums, (shift, units(sums, divisor)), weights, x)
+            parts = _sums(numba_loops.parted_sums, (shift, units(sums, divisor)), weights, x)
             total, squares = parts[::2] + parts[1::2]
         elif is_far(squares, squares - total * (total / divisor)):
             shift += total / divisor
-            total, squares = _sums(loops.shifted_sums, (shift,), weights, x)
+            total, squares = _sums(numba_loops.shifted_sums, (shift,), weights, x)
         mean = total / divisor
         return Moments(count, added(shift, mean), squares - total * mean)
 
@@ -153,7 +154,7 @@ def normalize(
     y = np.empty_like(x) if out is None else out
 
     def task(form: Form, sizes: tuple[int, int], y: np.ndarray, x: np.ndarray, w: np.ndarray) -> None:
-        loops.normalize(x, w, y, form.last, *sizes, *line)
+        numba_loops.normalize(x, w, y, form.last, *sizes, *line)
 
     _each(task, y, weights, x)
     return y
@@ -163,7 +164,7 @@ def grad_sums(dy: np.ndarray, batch: Batch, stats: Stats, eps: float) -> tuple[n
     """Return the sums of dy and of dy * (x - mean) / sqrt(var + eps) for each channel, in float64."""
     with np.errstate(all="ignore"):
         hi, lo = as_pair(stats.mean)
-        sum_dy, products = _sums(loops.gradient_sums, (hi,), batch.sample_weight, batch.x, dy)
+        sum_dy, products = _sums(numba_loops.gradient_sums, (hi,), batch.sample_weight, batch.x, dy)
         return sum_dy, (products - lo * sum_dy) * invstd(stats.var, eps)
 
 
@@ -186,7 +187,7 @@ def grad_input(
     dx = np.empty_like(x)
 
     def task(form: Form, sizes: tuple[int, int], dx: np.ndarray, x: np.ndarray, dy: np.ndarray, w: np.ndarray) -> None:
-        loops.input_gradient(dy, x, w, dx, form.last, *sizes, center, slope, average, scale)
+        numba_loops.input_gradient(dy, x, w, dx, form.last, *sizes, center, slope, average, scale)
 
     _each(task, dx, weights, x, dy)
     return dx
@@ -202,9 +203,9 @@ def _sums(
     """Return the sums that a loop makes of arrays in the shape of x, (2, C), or (4, C) in parts."""
     compute = compute_dtype(x)
     finer = _PRECISION if compute == WIDE else 1
-    form = Form.of(x, finer if loop is loops.gradient_sums else 1)
+    form = Form.of(x, finer if loop is numba_loops.gradient_sums else 1)
     chunks = form.chunks(_CHUNK // finer)
-    partial = np.empty((len(chunks), 4 if loop is loops.parted_sums else 2, form.shape[1]))
+    partial = np.empty((len(chunks), 4 if loop is numba_loops.parted_sums else 2, form.shape[1]))
 
     def add(i: int) -> None:
         chunk = chunks[i]
@@ -213,7 +214,7 @@ def _sums(
             sizes = form.sizes(chunk)
             loop(*pieces, form.weights(weights, chunk), form.last, *sizes, form.lanes, *vectors, partial[i])
 
-    threads.run(add, len(chunks), at_least=_SHARE)
+    thread_pool.run(add, len(chunks), at_least=_SHARE)
     return fold_rows(partial)
 
 
@@ -235,7 +236,7 @@ def _each(
             if not is_direct:
                 _store(scratch, filled, part)
 
-    threads.run(fill, len(chunks), at_least=_SHARE)
+    thread_pool.run(fill, len(chunks), at_least=_SHARE)
 
 
 def _piece(scratch: Scratch, part: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -246,7 +247,7 @@ def _piece(scratch: Scratch, part: np.ndarray, dtype: np.dtype) -> np.ndarray:
         return scratch.copy(part, dtype).reshape(-1)
     values = scratch.empty((part.size,), dtype)
     bits = part if _is_plain(part, part.dtype) else scratch.copy(part, part.dtype)
-    halves.widen(readable(bits.reshape(-1).view(np.uint16)), values.view(np.uint32), values)
+    numba_float16.widen(readable(bits.reshape(-1).view(np.uint16)), values.view(np.uint32), values)
     return values
 
 
@@ -255,7 +256,7 @@ def _store(scratch: Scratch, values: np.ndarray, part: np.ndarray) -> None:
     if part.dtype == np.float16:
         is_plain = _is_plain(part, part.dtype)
         rounded = part.reshape(-1) if is_plain else scratch.empty((part.size,), part.dtype)
-        halves.narrow(values.view(np.uint32), rounded.view(np.uint16))
+        numba_float16.narrow(values.view(np.uint32), rounded.view(np.uint16))
         if is_plain:
             return
         values = rounded

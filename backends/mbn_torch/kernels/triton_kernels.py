@@ -5,13 +5,13 @@ adds to memory that another writes to. A value of weight 0 is replaced before an
 64 bits. Numbers of float64 come as the bits of an integer, since Triton would round them to float32.
 
 x has rows, places and channels; tiles of positions (a row and a place) by channels are shared out over axis 1 of the
-grid, blocks of channels over axis 0. ``mbn_torch.tiles`` says how. No result depends on how but in its last bits.
+grid, blocks of channels over axis 0. ``triton_tiles`` says how. No result depends on how but in its last bits.
 """
 
 import triton
 import triton.language as tl
 
-from mbn_torch.triton_numbers import (
+from mbn_torch.kernels.triton_arithmetic import (
     FAR,
     FARTHEST,
     as_dtype,

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from mbn.contract import overlaps_itself
-from mbn_torch.tracing import is_recorded, is_traced
+from mbn_torch.private import is_recorded, is_traced
 
 
 def conflict(out: torch.Tensor, x: torch.Tensor) -> str | None:  # noqa: PLR0911 - a reason each

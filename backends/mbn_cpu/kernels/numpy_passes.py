@@ -12,9 +12,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from mbn.contract import Batch, Moments, Stats
-from mbn_cpu import threads, tiles
-from mbn_cpu.tiles import Columns, Form, Scratch, Tile
-from mbn_cpu.vectors import (
+from mbn_cpu import thread_pool
+from mbn_cpu.channel_stats import (
     WIDE,
     Line,
     added,
@@ -27,6 +26,8 @@ from mbn_cpu.vectors import (
     projection,
     units,
 )
+from mbn_cpu.kernels import numpy_tiles
+from mbn_cpu.kernels.numpy_tiles import Columns, Form, Scratch, Tile
 
 _SHARE = 4
 """Tiles that are worth a thread of their own, which takes some of the time of one to wake up."""
@@ -77,7 +78,7 @@ def normalize(
         if values is not y:
             y[...] = values
 
-    _each(write, tiles.for_values(x, y), y, x, _against_x(weights))
+    _each(write, numpy_tiles.for_values(x, y), y, x, _against_x(weights))
     return y
 
 
@@ -137,7 +138,7 @@ def grad_input(
         _clear(values, w)
         dx[...] = values
 
-    _each(write, tiles.for_values(x, dx, dy), dx, dy, x, _against_x(weights))
+    _each(write, numpy_tiles.for_values(x, dx, dy), dx, dy, x, _against_x(weights))
     return dx
 
 
@@ -188,7 +189,7 @@ def _sums(
     ``terms`` yields those of a tile; one may be used up for the next, and by ``add_rows``. One after another is the
     fastest way to add up rows, and enough where sums have parts or float64 is more than is asked for.
     """
-    rows = _rows(tiles.for_sums(arrays[0]), *arrays)
+    rows = _rows(numpy_tiles.for_sums(arrays[0]), *arrays)
     partial = np.empty((len(rows), num, arrays[0].shape[1]))
 
     def add(scratch: Scratch, totals: np.ndarray, tile: Tile, *own: np.ndarray | None) -> None:
@@ -219,16 +220,16 @@ def _run(task: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> Non
         with Scratch.taken() as scratch:
             task(scratch, *arguments[i])
 
-    threads.run(run, len(arguments), at_least=_SHARE)
+    thread_pool.run(run, len(arguments), at_least=_SHARE)
 
 
 def _rows(form: Form, *arrays: np.ndarray | None) -> list[list[Place]]:
     """Return all tiles of arrays, in lists of those that cover all channels."""
     parts = zip(*(form.parts(array) if array is not None else repeat(None) for array in arrays), strict=False)
     return [
-        [(tile, *(None if array is None else tiles.of(array, tile) for array in part)) for tile in row]
+        [(tile, *(None if array is None else numpy_tiles.of(array, tile) for array in part)) for tile in row]
         for part in parts
-        for row in tiles.cut(part[0].shape)
+        for row in numpy_tiles.cut(part[0].shape)
     ]
 
 

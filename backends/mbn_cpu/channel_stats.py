@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mbn.contract import Moments, Stats
-from mbn_common.formulas import Formulas, Mean, Pair, Scaled, Variance
+from mbn_common.channel_stats import Formulas, Mean, Pair, Scaled, Variance
 
 _LIMIT = np.iinfo(np.int64).max
 WIDE = np.float64

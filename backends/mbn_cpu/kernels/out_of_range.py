@@ -12,7 +12,19 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from mbn.contract import Batch, Moments, Stats
-from mbn_cpu.vectors import WIDE, Line, Mean, Pair, Scaled, Variance, as_pair, exponent_of, in_range, invstd, scaled
+from mbn_cpu.channel_stats import (
+    WIDE,
+    Line,
+    Mean,
+    Pair,
+    Scaled,
+    Variance,
+    as_pair,
+    exponent_of,
+    in_range,
+    invstd,
+    scaled,
+)
 
 Sums: TypeAlias = tuple[np.ndarray, np.ndarray]
 

@@ -15,12 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mbn_jax import runs
-from mbn_jax.channels import RUN, column, is_known, once
-from mbn_jax.forms import GPU, HOST, Form, is_spread
-from mbn_jax.linear import Shape, channel_sum, spread
-from mbn_jax.maps import Map
-from mbn_jax.pairs import (
+from mbn_jax.kernels import gpu_sums
+from mbn_jax.kernels.channel_sums import RUN, column, is_known, once
+from mbn_jax.kernels.layouts import GPU, HOST, Form, is_spread
+from mbn_jax.kernels.linear_primitives import Shape, channel_sum, spread
+from mbn_jax.kernels.pairs import (
     NOTHING,
     Pair,
     Scaled,
@@ -43,6 +42,7 @@ from mbn_jax.pairs import (
     wider,
     widest_dtype,
 )
+from mbn_jax.kernels.primitives import Map
 
 FAR = 1 << 20
 """How many times its variance a channel's mean square may be, around what deviations are taken from.
@@ -206,7 +206,7 @@ def _first_few(x: jax.Array) -> jax.Array:
         return first
     rows = min(few, x.shape[0])
     values = wide(x[:rows] if x.ndim == 2 else x[:rows, :, : -(-few // rows)])  # noqa: PLR2004 - (N, C)
-    (total,) = runs.channel_sums(values - column(first, x.ndim))  # 0 for a constant channel
+    (total,) = gpu_sums.channel_sums(values - column(first, x.ndim))  # 0 for a constant channel
     return first + total / (values.size // x.shape[1])
 
 

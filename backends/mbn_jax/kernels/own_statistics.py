@@ -19,13 +19,13 @@ import numpy as np
 from jax import lax
 
 from mbn.contract import summed
-from mbn_jax import kernels
-from mbn_jax.channels import column, once
-from mbn_jax.forms import GPU, HOST, Form
 from mbn_jax.group import AxisGroup
-from mbn_jax.linear import Arrays, LinearMap, Shape, are_transposes, channel_sum, spread
-from mbn_jax.maps import Map
-from mbn_jax.pairs import Pair, Scaled, Square, Statistic, as_pair, as_scaled, wide
+from mbn_jax.kernels import passes
+from mbn_jax.kernels.channel_sums import column, once
+from mbn_jax.kernels.layouts import GPU, HOST, Form
+from mbn_jax.kernels.linear_primitives import Arrays, LinearMap, Shape, are_transposes, channel_sum, spread
+from mbn_jax.kernels.pairs import Pair, Scaled, Square, Statistic, as_pair, as_scaled, wide
+from mbn_jax.kernels.primitives import Map
 
 
 class Batch(NamedTuple):
@@ -52,14 +52,14 @@ def batch(
     """Return values with their own statistics, or those of all replicas."""
     mean, var, count = lax.stop_gradient((mean, var, count))
     dtype = mean.unit.dtype
-    return Batch(x, weights, mean, kernels.invstd(var, eps, dtype), kernels.divisor(as_pair(count, dtype)), group)
+    return Batch(x, weights, mean, passes.invstd(var, eps, dtype), passes.divisor(as_pair(count, dtype)), group)
 
 
 @jax.custom_jvp
 def normalize(batch: Batch, weight: jax.Array | None, bias: jax.Array | None) -> jax.Array:
     """Return xhat * weight + bias in x's dtype."""
     x, weights, mean, invstd, *_ = batch
-    return kernels.affine(x, mean, invstd, weight, bias, weights).astype(x.dtype)
+    return passes.affine(x, mean, invstd, weight, bias, weights).astype(x.dtype)
 
 
 @normalize.defjvp
@@ -82,8 +82,8 @@ def grad_sums(
     dy: jax.Array, x: jax.Array, mean: Statistic, var: Statistic, eps: Square, weights: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """Return the sums of dy and dy * xhat for each channel, xhat by any statistics."""
-    compute = kernels.compute_dtype(x, mean)
-    given = Batch(x, weights, as_scaled(mean, compute), kernels.invstd(var, eps, compute), None)
+    compute = passes.compute_dtype(x, mean)
+    given = Batch(x, weights, as_scaled(mean, compute), passes.invstd(var, eps, compute), None)
     return _grad_sums(dy.astype(compute), given)
 
 
@@ -105,8 +105,8 @@ _GRAD_SUMS = Map("grad_sums", partial(_sums_in_float64, HOST), partial(_sums_in_
 def _grad_sums_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
     def by_definition(dy: jax.Array, given: Batch) -> tuple[jax.Array, jax.Array]:
         x, weights, mean, invstd, *_ = given
-        dy = kernels.unmasked(dy, weights)
-        return channel_sum(dy), channel_sum(dy * kernels.affine(x, mean, invstd, None, None, weights))
+        dy = passes.unmasked(dy, weights)
+        return channel_sum(dy), channel_sum(dy * passes.affine(x, mean, invstd, None, None, weights))
 
     return _grad_sums(*primals), jax.jvp(by_definition, primals, tangents)[1]
 
@@ -114,7 +114,7 @@ def _grad_sums_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple
 @jax.custom_jvp
 def _standardize(batch: Batch) -> jax.Array:
     """Return xhat, and 0 where the weight of x is."""
-    return kernels.affine(batch.x, batch.mean, batch.invstd, None, None, batch.weights)
+    return passes.affine(batch.x, batch.mean, batch.invstd, None, None, batch.weights)
 
 
 @_standardize.defjvp
@@ -125,7 +125,7 @@ def _standardize_jvp(primals: tuple[Batch], tangents: tuple[Batch]) -> tuple[jax
 @jax.custom_jvp
 def _scale(batch: Batch) -> jax.Array:
     """Return s."""
-    return kernels.plain(batch.invstd)
+    return passes.plain(batch.invstd)
 
 
 @_scale.defjvp
@@ -158,7 +158,7 @@ def _weigh(v: jax.Array, batch: Batch) -> jax.Array:
 
 def _direction(v: jax.Array, batch: Batch) -> jax.Array:
     """Return a direction in the dtype computed in, without what it has where the weight of x is 0."""
-    return kernels.unmasked(v.astype(batch.mean.unit.dtype), batch.weights)
+    return passes.unmasked(v.astype(batch.mean.unit.dtype), batch.weights)
 
 
 def _vector(batch: Batch, value: jax.Array | None, default: float) -> jax.Array:
@@ -175,7 +175,7 @@ def _push(form: Form, arrays: Arrays, residuals: tuple[Batch, jax.Array], shape:
     dweight, dbias = map(wide, parameters)
     unexplained = wide(v) - _line(*(_share(total, batch) for total in sums), rest, batch)
     change = _steepened(unexplained, batch, weight) + _line(dbias, dweight, rest, batch)
-    return [kernels.unmasked(change, batch.weights).astype(v.dtype)]
+    return [passes.unmasked(change, batch.weights).astype(v.dtype)]
 
 
 def _push_derivative(
@@ -204,7 +204,7 @@ def _pull(form: Form, arrays: Arrays, residuals: tuple[Batch, jax.Array], shape:
     if batch.weights is not None:
         explained *= wide(batch.weights)
     dx = _steepened(wide(dy) - explained, batch, weight)
-    return [kernels.unmasked(dx, batch.weights).astype(dy.dtype), dweight.astype(dy.dtype), dbias.astype(dy.dtype)]
+    return [passes.unmasked(dx, batch.weights).astype(dy.dtype), dweight.astype(dy.dtype), dbias.astype(dy.dtype)]
 
 
 def _pull_derivative(
@@ -242,9 +242,9 @@ def _sums(
     view, weights = form.view, form.view(batch.weights)
     unit, invstd = _units(batch)
     x, center = wide(view(batch.x)), form.place(once(_center(batch)), v.ndim)
-    deviation = x - center if unit is None else kernels.difference(x, center, form.place(once(unit), v.ndim))
-    deviation = kernels.unmasked(deviation, weights)
-    v = kernels.unmasked(wide(view(v)), weights)
+    deviation = x - center if unit is None else passes.difference(x, center, form.place(once(unit), v.ndim))
+    deviation = passes.unmasked(deviation, weights)
+    v = passes.unmasked(wide(view(v)), weights)
     if factor is not None:
         v *= view(factor)
     if batch.count is None:
@@ -281,14 +281,14 @@ def _line(constant: jax.Array, slope: jax.Array, rest: jax.Array, batch: Batch) 
     """Return constant + slope * xhat in float64: where it is nearly all of a v, their difference has digits left."""
     unit, invstd = _units(batch)
     x, center = wide(batch.x), _placed(_center(batch), batch)
-    deviation = x - center if unit is None else kernels.difference(x, center, _placed(unit, batch))
+    deviation = x - center if unit is None else passes.difference(x, center, _placed(unit, batch))
     slope *= invstd
     return deviation * _placed(slope, batch) + _placed(constant - rest * slope, batch)
 
 
 def _steepened(change: jax.Array, batch: Batch, weight: jax.Array) -> jax.Array:
     """Return a change of xhat, in float64, times s * weight."""
-    first, second = (wide(factor) for factor in kernels.factors(batch.invstd, weight))
+    first, second = (wide(factor) for factor in passes.factors(batch.invstd, weight))
     if batch.mean.unit.dtype == np.float64:
         return change * _placed(first, batch) * _placed(second, batch)
     return change * _placed(first * second, batch)

@@ -18,7 +18,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mbn_jax.forms import over
+from mbn_jax.kernels.layouts import over
 
 try:
     from jax import enable_x64

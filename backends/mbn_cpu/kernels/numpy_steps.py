@@ -8,7 +8,7 @@ import numpy as np
 
 from mbn.contract import Batch, Stats
 from mbn.state import Params, Settings, State
-from mbn_cpu.vectors import FAR_SQUARE, WIDE, Pair, counted, invstd, is_wide, lerp, step
+from mbn_cpu.channel_stats import FAR_SQUARE, WIDE, Pair, counted, invstd, is_wide, lerp, step
 
 _SIZE = 1 << 14
 """Values up to which this is the faster way."""
