@@ -13,4 +13,4 @@ class NumbaBackend(HostBackend):
 
     name: ClassVar[str] = "numba"
     version = numba.__version__
-    kernels, fast, numba_steps = HostKernels(numba_passes), numba_steps, HostKernels(numba_passes, numba_steps)
+    kernels, fast, fused = HostKernels(numba_passes), numba_steps, HostKernels(numba_passes, numba_steps)

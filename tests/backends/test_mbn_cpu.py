@@ -145,9 +145,9 @@ def test_a_fork_has_a_pool_of_its_own(backend):
 import os, threading
 import numpy as np
 import mbn
-from mbn_cpu import threads
+from mbn_cpu import thread_pool
 
-threads.get_num_threads = lambda: 3
+thread_pool.get_num_threads = lambda: 3
 x = np.random.default_rng(0).standard_normal((500_000, 7), dtype=np.float32)
 bn = mbn.BatchNorm1d(7, backend={backend!r}).eval()
 expected = bn(x).tobytes()

@@ -38,8 +38,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(measurement, "ROUNDS", 2)
     monkeypatch.setattr(clocks, "TURN", 0)
     monkeypatch.setattr(worker, "_SETTLE", 0)
-    peers = {name: peers.PEERS[name] for name in ("formula", "copy")}
-    monkeypatch.setattr(peers, "PEERS", peers)
+    monkeypatch.setattr(measurement, "PEERS", {name: peers.PEERS[name] for name in ("formula", "copy")})
 
 
 def bench(tmp_path, *arguments):
@@ -75,7 +74,7 @@ def test_in_real_processes(tmp_path):
     assert max(map(len, ended.stdout.splitlines())) <= 80
     assert "\x1b" not in ended.stdout
     subjects = {row["subject"]: row for row in json.loads(path.read_text())["subjects"]}
-    assert list(subjects) == ["numpy", *peers.PEERS]
+    assert list(subjects) == ["numpy", *measurement.PEERS]
     for name in ("numpy", "formula", "copy"):
         assert subjects[name]["status"] == "ran", subjects[name]
         assert len(subjects[name]["seconds_by_round"]["train"]) == measurement.ROUNDS
