@@ -1,18 +1,10 @@
 """Batch normalisation, once, for every Python array library."""
 
+from typing import TYPE_CHECKING, Any
+
 from mbn import functional
 from mbn.convert import asarray, to_numpy
-from mbn.interop import (
-    from_flax,
-    from_keras,
-    from_onnx,
-    from_torch,
-    replace_batchnorm,
-    to_flax,
-    to_keras,
-    to_onnx,
-    to_torch,
-)
+from mbn.functional import fold_linear
 from mbn.layer import BatchNorm1d
 from mbn.registry import (
     BackendNotFoundError,
@@ -24,9 +16,21 @@ from mbn.registry import (
     use_backend,
 )
 from mbn.state import Params, State
-from mbn.state.snapshot import ConversionWarning
-from mbn.step.folding import fold_linear
 from mbn.threads import get_num_threads, set_num_threads
+
+if TYPE_CHECKING:
+    from mbn.interop import (
+        ConversionWarning,
+        from_flax,
+        from_keras,
+        from_onnx,
+        from_torch,
+        replace_batchnorm,
+        to_flax,
+        to_keras,
+        to_onnx,
+        to_torch,
+    )
 
 __version__ = "0.1.0"
 
@@ -65,4 +69,18 @@ def show_versions() -> None:
     """Print the versions of Python, mbn and the frameworks, and the known backends; it never raises."""
     from mbn.commands import versions  # noqa: PLC0415 - importlib.metadata is not needed to normalise
 
-    versions.show_versions()
+    versions.show(__version__, __file__)
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is about other packages' layers when it is first asked for."""
+    if name in __all__:
+        from mbn import interop  # noqa: PLC0415 - as said
+
+        return getattr(interop, name)
+    message = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(message)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from mbn.contract import Array, Backend, Batch, Capabilities, Kernels, Moments, Stats, dtype_name
-from mbn.state import Params
+from mbn.contract import Array, Backend, Batch, Capabilities, Kernels, Moments, Params, Stats, dtype_name
 
 _SPLIT = 4097.0
 """2**12 + 1: takes the digits of a float32 apart into two halves."""

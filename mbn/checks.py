@@ -11,8 +11,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from mbn.contract import Array, Backend, dtype_name
-from mbn.state import Params, Settings, State
+from mbn.contract import Array, Backend, Params, Settings, State, dtype_name
 
 _INPUT_DTYPES = {
     "float32": frozenset({"float16", "bfloat16", "float32"}),

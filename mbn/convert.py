@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from mbn import checks, registry
-from mbn.contract import Array, Backend, dtype_name, layer_dtype
-from mbn.state import Params, State
+from mbn.contract import Array, Backend, Params, State, dtype_name, layer_dtype
 
 _HOST_MEMORY = frozenset({1, 3, 11})
 """DLPack's numbers for memory that the host can address: kDLCPU, kDLCUDAHost and kDLROCMHost."""

@@ -7,10 +7,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from mbn import checks, registry
-from mbn.contract import Backend, dtype_name, layer_dtype
+from mbn.contract import Array, Backend, Params, Settings, State, dtype_name, layer_dtype
 from mbn.convert import received, received_vectors
-from mbn.state import Params, Settings, State
+from mbn.layer import BatchNorm1d
+from mbn.step import folding
 from mbn.step.forward import forward, forward_vjp
 from mbn.step.masks import Masking
 from mbn.step.pullback import Pullback
@@ -116,6 +119,38 @@ def batch_norm_vjp(
         forward_vjp, x, params, state, training, momentum, eps, axis, correction, masking, backend
     )
     return BatchNormResult(y, state.running_mean, state.running_var), pullback
+
+
+def fold_linear(weight: Any, bias: Any, bn: BatchNorm1d) -> tuple[Array, Array]:
+    """Return weight and bias of the dense layer that does what one does with ``bn`` in evaluation mode behind it.
+
+    Args:
+        weight: (C, in), as ``torch.nn.Linear`` has it; of a (in, C) kernel, as flax and Keras have it, the transpose.
+        bias: (C,), or None for none.
+        bn: the layer; it is not changed.
+
+    Returns:
+        Arrays of the layer's backend, (C, in) and (C,), in the dtypes of ``weight`` and ``bias``; in that of ``weight``
+        without a bias. Each is as exact as an output of the layer.
+
+    Raises:
+        TypeError: another framework's array, or a dtype that the layer does not take.
+        ValueError: a wrong shape or device, or a layer without running statistics.
+
+    Source: Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference,
+    2018 (arXiv:1712.05877), section 3.2.
+    """
+    checks.layer("fold_linear", bn, BatchNorm1d)
+    registry.check_uncompiled("folding a layer")
+    checks.tracked(bn.track_running_stats, "fold_linear")
+    params, state = bn.params, bn.state
+    backend, device = (registry.owner_of(weight), None) if bn.backend is None else (bn._storage.backend, bn.device)
+    weight = received(backend, "weight", weight, bn.dtype, device)
+    if bias is None:
+        bias = backend.asarray(np.zeros(state.running_mean.shape), dtype_name(weight.dtype), backend.device(weight))
+    bias = received(backend, "bias", bias, bn.dtype, device)
+    checks.linear(backend, weight, bias, bn.num_features, bn.dtype)
+    return folding.fold_linear(bn._evaluated, params, state, weight, bias)
 
 
 def _run(

@@ -4,18 +4,24 @@ A call that fails must leave the layer as it was, whatever it was about to learn
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
+from operator import is_
 from os import PathLike
+from types import MappingProxyType
 from typing import Any, Self
 
+import numpy as np
+
 from mbn import checks, registry
-from mbn.contract import Array, Backend
-from mbn.convert import place_of, received, received_vectors
-from mbn.state import Params, Settings, State, versioned
-from mbn.state.snapshot import Portable
-from mbn.state.storage import Fixed, Storage, of_class
+from mbn.contract import Array, Backend, Params, Settings, State
+from mbn.convert import asarray, place_of, received, received_vectors
+from mbn.state.attributes import Entry, Fixed, of_class
+from mbn.state.keys import IncompatibleKeys, versioned
+from mbn.state.snapshot import Snapshot
+from mbn.state.storage import Storage
 from mbn.step import folding, population
 from mbn.step.forward import forward, forward_vjp
 from mbn.step.masks import Masking
@@ -25,13 +31,14 @@ _OPEN_UNDER_A_COMPILER = (
     "a layer that takes its backend or num_features from its first input cannot do so inside torch.compile or "
     "torch.export: make it with both, mbn.BatchNorm1d(C, backend='torch'), or call it once before."
 )
-
-
-_OWN = frozenset({"_training", "_frozen", "__qualname__", *Storage.__annotations__})
+_OWN = frozenset({"_storage", "_training", "_frozen", "__qualname__"})
 """The attributes of a layer that is of no subclass."""
+_NOTHING: Mapping[str, Array] = MappingProxyType({})
+_introduced: set[tuple[type, str]] = set()
+"""The classes of layers, and the names of the backends that know of them."""
 
 
-class BatchNorm1d(Storage):
+class BatchNorm1d:
     """Batch normalisation of (N, C) or (N, C, L) inputs, with the semantics of ``torch.nn.BatchNorm1d``.
 
     In training, each channel is normalised by its own mean and biased variance over all other axes, and the running
@@ -79,7 +86,7 @@ class BatchNorm1d(Storage):
         correction: int = 1,
         backend: str | Backend | None = None,
     ) -> None:
-        self._settings = Settings(
+        settings = Settings(
             num_features=checks.num_features(num_features),
             dtype=checks.statistics_dtype(dtype),
             eps=checks.eps(eps),
@@ -87,22 +94,20 @@ class BatchNorm1d(Storage):
             axis=checks.axis(axis),
             correction=checks.correction(correction),
         )
-        self._affine = checks.flag("affine", affine)
-        self._track_running_stats = checks.flag("track_running_stats", track_running_stats)
-        self._training = True
-        self._has_bias = checks.flag("bias", bias)
+        has = (
+            checks.flag("affine", affine),
+            checks.flag("bias", bias),
+            checks.flag("track_running_stats", track_running_stats),
+        )
         checks.device_index(device)
-        self._frozen = False
-        self._is_shared = False
-        self._params = Params(None, None)
-        self._state = State(None, None, None)
+        self._training, self._frozen = True, False
         # By this name, torch's containers refuse what is no module: there is no other way into that message.
         self.__qualname__ = f"{type(self).__qualname__} (put its as_module() into the model)"
         chosen = registry.get_backend(backend) if backend is not None else registry.chosen_backend()
+        # Until the first input chooses, the state is NumPy's.
+        self._storage = Storage(chosen or registry.get_backend(), device, settings, *has)
         if chosen is not None:
-            self._bind(chosen, device)
-        else:  # until the first input chooses, the state is NumPy's
-            self._is_bound, self._backend, self._device = False, registry.get_backend(), device
+            self._become(*self._storage.moved(chosen, device))
         if self.num_features is not None:
             try:
                 self.reset_parameters()
@@ -116,10 +121,70 @@ class BatchNorm1d(Storage):
             raise AttributeError(checks.no_attribute(name, kind))
         object.__setattr__(self, name, value)
 
+    weight = Entry("The scale, (C,), or None. Set it to an array or to one number for all channels.")
+    bias = Entry("The shift, (C,), or None. Set it to an array or to one number for all channels.")
+    running_mean = Entry("The running mean, (C,), or None. Set it to an array or to one number for all channels.")
+    running_var = Entry("The running variance, (C,), or None. Set it to an array or to one number for all channels.")
+    num_batches_tracked = Entry("The number of batches trained on, an integer scalar, or None. Settable.")
+
+    num_features = Fixed[int | None](
+        lambda layer: layer._storage.settings.num_features,
+        "The number of channels, or None while the first input has yet to tell.",
+        "Make another layer: BatchNorm1d(num_features)",
+    )
+    dtype = Fixed[str](
+        lambda layer: layer._storage.settings.dtype,
+        "The name of the dtype of parameters and statistics: float32 or float64.",
+        "Move the layer: bn.to(dtype=...)",
+    )
+    device = Fixed[Any](
+        lambda layer: layer._storage.device,
+        "Where parameters and statistics are, in the backend's words, or None where that binds nobody.",
+        "Move the layer: bn.to(device=...)",
+    )
+    backend = Fixed[str | None](
+        lambda layer: layer._storage.backend.name if layer._storage.is_bound else None,
+        "The name of the backend, or None while the first input has yet to choose it.",
+        "Move the layer: bn.to(backend=...)",
+    )
+    params = Fixed[Params](
+        lambda layer: layer._storage.num_features and layer._storage.params,
+        "Weight and bias, for :meth:`apply`.",
+        "Set its weight and bias, or load_state_dict()",
+    )
+    state = Fixed[State](
+        lambda layer: layer._storage.num_features and layer._storage.state,
+        "The running statistics and the count of batches, for :meth:`apply`.",
+        "Set its running_mean, running_var and num_batches_tracked, or load_state_dict()",
+    )
+    affine = Fixed[bool](
+        lambda layer: layer._storage.affine,
+        "Whether there is a weight.",
+        "Make another layer, BatchNorm1d(..., affine=...), and load what fits: "
+        "load_state_dict(bn.state_dict(), strict=False)",
+    )
+    track_running_stats = Fixed[bool](
+        lambda layer: layer._storage.track_running_stats,
+        "Whether there are running statistics.",
+        "freeze() keeps the running statistics as they are, and train() normalises by those of each batch; to be "
+        "without them, make another layer, BatchNorm1d(..., track_running_stats=False), and load what fits: "
+        "load_state_dict(bn.state_dict(), strict=False)",
+    )
+    axis = Fixed[int](
+        lambda layer: layer._storage.settings.axis,
+        "The axis of the channels, 1 or -1.",
+        "Make another layer, BatchNorm1d(..., axis=...), and load_state_dict(bn.state_dict())",
+    )
+    correction = Fixed[int](
+        lambda layer: layer._storage.settings.correction,
+        "What running_var takes off the number of values, 1 or 0.",
+        "Make another layer, BatchNorm1d(..., correction=...), and load_state_dict(bn.state_dict())",
+    )
+
     @property
     def eps(self) -> float:
         """What is added to the variance."""
-        return self._settings.eps
+        return self._storage.settings.eps
 
     @eps.setter
     def eps(self, value: float) -> None:
@@ -128,22 +193,11 @@ class BatchNorm1d(Storage):
     @property
     def momentum(self) -> float | None:
         """The weight of the new value in the running statistics, or None for the average over all batches."""
-        return self._settings.momentum
+        return self._storage.settings.momentum
 
     @momentum.setter
     def momentum(self, value: float | None) -> None:
         self._configure(momentum=checks.momentum(value))
-
-    axis = Fixed[int](
-        lambda layer: layer._settings.axis,
-        "The axis of the channels, 1 or -1.",
-        "Make another layer, BatchNorm1d(..., axis=...), and load_state_dict(bn.state_dict())",
-    )
-    correction = Fixed[int](
-        lambda layer: layer._settings.correction,
-        "What running_var takes off the number of values, 1 or 0.",
-        "Make another layer, BatchNorm1d(..., correction=...), and load_state_dict(bn.state_dict())",
-    )
 
     @property
     def training(self) -> bool:
@@ -221,11 +275,11 @@ class BatchNorm1d(Storage):
         Raises:
             TypeError, ValueError: as in a call, and for parameters or statistics of a wrong shape or dtype.
         """
-        training, num_features, settings = checks.flag("training", training), self._channels(), self._settings
+        storage = self._storage
+        training, num_features, settings = checks.flag("training", training), storage.num_features, storage.settings
         if type(params) is not Params or type(state) is not State:
             params, state = checks.parts(params, state)
-        backend = self._backend if self._is_bound else registry.owner_of(x)
-        device = self._device if self._is_bound else None
+        backend, device = (storage.backend, storage.device) if storage.is_bound else (registry.owner_of(x), None)
         dtype, device = place_of(backend, params, state, settings.dtype, device)
         if dtype != settings.dtype:
             settings = settings._replace(dtype=dtype)
@@ -237,28 +291,23 @@ class BatchNorm1d(Storage):
 
     def _run(self, run: Callable[..., tuple[Any, State]], x: Any, masking: Masking | None) -> Any:
         """Do with the layer's own parameters and state what ``run`` does, and store the new state."""
-        backend, settings, params, before = self._backend, self._settings, self._params, self._state
-        if not self._is_bound or settings.num_features is None:
-            return self._first_run(run, x, masking)
-        x = received(backend, "x", x, settings.dtype, self._device)
-        return self._step(run, x, masking, backend, settings, params, before)
-
-    def _step(
-        self,
-        run: Callable[..., tuple[Any, State]],
-        x: Array,
-        masking: Masking | None,
-        backend: Backend,
-        settings: Settings,
-        params: Params,
-        before: State,
-    ) -> Any:
+        storage = self._storage
+        backend, settings, before = storage.backend, storage.settings, storage.state
+        if not storage.is_bound or settings.num_features is None:
+            if registry.is_compiling():
+                raise RuntimeError(_OPEN_UNDER_A_COMPILER)
+            return registry.uncompiled(self._first_run)(run, x, masking)
+        x = received(backend, "x", x, settings.dtype, storage.device)
         training = self._uses_batch(before, self._training)
-        result, after = run(backend, x, params, before, settings, training=training, masking=masking)
+        result, after = run(backend, x, storage.params, before, settings, training=training, masking=masking)
         # A load or a move may have come in between: then what that has stored stays.
-        if after is not before and backend.stores(before, after) and self._state is before:
-            state = backend.write(before, after) if self._is_shared else after
-            object.__setattr__(self, "_state", state)  # in every call, where that of the class costs
+        if (
+            after is not before
+            and backend.stores(before, after)
+            and self._storage is storage
+            and storage.state is before
+        ):
+            storage.state = backend.write(before, after) if storage.is_shared else after
         return result
 
     def _uses_batch(self, state: State, training: bool) -> bool:  # noqa: FBT001 - in every call, where keywords cost
@@ -266,17 +315,12 @@ class BatchNorm1d(Storage):
         return (training and not self._frozen) or state.running_mean is None
 
     def _first_run(self, run: Callable[..., tuple[Any, State]], x: Any, masking: Masking | None) -> Any:
-        if registry.is_compiling():
-            raise RuntimeError(_OPEN_UNDER_A_COMPILER)
-        return registry.uncompiled(self._begin)(run, x, masking)
-
-    def _begin(self, run: Callable[..., tuple[Any, State]], x: Any, masking: Masking | None) -> Any:
-        """Have a copy meet the first input, and be what it is if the step succeeds."""
-        layer = copy.copy(self)
-        x = layer._meet(x)
-        result = layer._step(run, x, masking, layer._backend, layer._settings, layer._params, layer._state)
-        self._become(layer)
-        self._hold({name: value for name, value in vars(layer).items() if name not in _OWN})  # those of a subclass
+        """Have a copy meet the first input and take its step, and be what the copy is if that succeeds."""
+        storage, entries, x = self._storage.met(x)
+        layer = self._trial(storage, entries)
+        result = layer._run(run, x, masking)
+        self._become(layer._storage)
+        self.__dict__.update({name: value for name, value in vars(layer).items() if name not in _OWN})  # a subclass's
         return result
 
     def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002 - torch's signature
@@ -324,19 +368,25 @@ class BatchNorm1d(Storage):
         checks.tracked(self.track_running_stats, "fit")
         checks.flag("progress", progress)
         is_one = hasattr(batches, "shape")
+        storage = self._storage
         if is_one:
-            batches = population.Slices(batches, self._settings)
+            batches = population.Slices(batches, storage.settings)
         # An open layer stays open until there are statistics; any other may change meanwhile, its mode say.
-        layer = copy.copy(self) if self.num_features is None or not self._is_bound else self
+        is_open = not storage.is_bound or storage.settings.num_features is None
         whole = population.Population()
         with closing(population.inputs(batches, progress=progress)) as inputs:
             for batch in inputs:
-                x = layer._meet(batch)
-                whole.add(layer._backend, x, layer._settings)
+                before = storage if is_open else self._storage
+                storage, entries, x = before.met(batch)
+                if storage is not before:
+                    storage = self._trial(storage, entries)._storage
+                whole.add(storage.backend, x, storage.settings)
                 del batch, x  # before the next one is made
-        entries = whole.statistics(layer._backend, layer._settings, layer._device)
-        count = layer._own("num_batches_tracked", 1 if is_one else whole.num_batches)
-        self._become(layer, {**entries, "num_batches_tracked": count})
+        if not is_open:
+            storage = self._storage
+        statistics = whole.statistics(storage.backend, storage.settings, storage.device)
+        count = storage.own("num_batches_tracked", 1 if is_one else whole.num_batches)
+        self._become(storage, {**statistics, "num_batches_tracked": count})
         return self
 
     def fold(self) -> tuple[Array, Array]:
@@ -349,7 +399,11 @@ class BatchNorm1d(Storage):
             ValueError: the layer has no running statistics.
         """
         checks.tracked(self.track_running_stats, "fold")
-        return folding.fold(self)
+        registry.check_uncompiled("folding a layer")
+        return folding.fold(self._evaluated, self.params, self.state)
+
+    def _evaluated(self, params: Params, state: State, x: Any) -> Array:
+        return self.apply(params, state, x, training=False)[0]
 
     def as_module(self) -> Any:
         """Return a module of the layer's framework, a ``torch.nn.Module`` or ``flax.nnx.Module``, that does its work.
@@ -362,14 +416,15 @@ class BatchNorm1d(Storage):
             TypeError: the layer's framework has no modules, or the layer has no backend yet.
             ImportError: it has, but in a package that is not installed.
         """
-        channels = self._channels()
-        if not self._is_bound:
+        storage = self._storage
+        channels = storage.num_features
+        if not storage.is_bound:
             message = f"the layer has no backend yet, and so no modules: BatchNorm1d({channels}, backend='torch')."
             raise TypeError(message)
         own = copy.copy(self)  # which stays where it is when this layer moves
-        own._is_shared = True
-        module = self._backend.module(own, partial(_adopt, (own, self)))
-        self._params, self._state, self._is_shared = own._params, own._state, True
+        own._storage.is_shared = True
+        module = storage.backend.module(own, partial(_adopt, (own, self)))
+        self._storage = storage.with_(params=own.params, state=own.state, is_shared=True)
         return module
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -383,7 +438,7 @@ class BatchNorm1d(Storage):
         """
         from mbn.state import files  # noqa: PLC0415 - its imports take longer than all others of mbn together
 
-        files.write(path, self._pack())
+        files.write(path, self._snapshot())
 
     @of_class
     def load(cls, path: str | PathLike[str], *, backend: str | Backend | None = None, device: Any = None) -> Self:
@@ -401,7 +456,7 @@ class BatchNorm1d(Storage):
         """
         from mbn.state import files  # noqa: PLC0415 - as above
 
-        return cls._unpack(files.read(path), backend, device)
+        return cls._from_snapshot(files.read(path), backend, device)
 
     @of_class
     def from_checkpoint(
@@ -439,44 +494,236 @@ class BatchNorm1d(Storage):
 
         entries, arguments, label = checkpoints.read(path, prefix, settings)
         layer = cls(**arguments, backend=backend, device=device)
-        layer._load(entries, label, model=entries)
+        layer._become(layer._storage, layer._storage.loading(entries, label, model=entries)[0])
         return layer
+
+    def parameters(self) -> Iterator[Array]:
+        """Iterate over the weight and the bias, as far as there are any."""
+        return (parameter for parameter in self.params if parameter is not None)
+
+    def reset_parameters(self) -> None:
+        """Set the weight to 1 and the bias to 0, and reset the running statistics."""
+        self._store({**self._storage.initial_parameters(), **self._storage.initial_statistics()})
+
+    def reset_running_stats(self) -> None:
+        """Set the running mean to 0, the running variance to 1 and the count of batches to 0."""
+        self._store(self._storage.initial_statistics())
+
+    def state_dict(self, *, backend: str | Backend | None = None) -> OrderedDict[str, Array]:
+        """Return copies of the parameters and statistics under torch's keys, in torch's order and with its version.
+
+        Args:
+            backend: whose arrays they are to be; by default the layer's own. ``torch.nn.BatchNorm1d`` loads Torch's.
+
+        Raises:
+            BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
+        """
+        _ = self._storage.num_features
+        with self._storage.backend.writing():
+            storage = copy.copy(self._storage)  # as it is at one moment, whatever other threads do to the layer
+            entries = {key: storage.backend.copy(value) for key, value in storage.entries.items()}
+        if backend is not None:
+            entries = {key: asarray(value, backend=backend) for key, value in entries.items()}
+        return versioned(entries)
+
+    def load_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        strict: bool = True,  # noqa: FBT001, FBT002 - torch's signature
+        *,
+        prefix: str = "",
+    ) -> IncompatibleKeys:
+        """Take over copies of the entries of a state_dict, from this class or from ``torch.nn.BatchNorm1d``.
+
+        Args:
+            state_dict: arrays of any known framework by torch's keys. A layer with ``num_features=None`` takes its
+                number of features from them. As in torch, ``num_batches_tracked`` may be missing and is then kept,
+                unless the state_dict says that it is of version 2.
+            strict: refuse missing and unexpected keys; otherwise load what fits and return the rest.
+            prefix: what comes before ``weight`` in the entries of this layer, where they are those of a whole model:
+                ``"module.encoder.bn1."``. The last point may be left out. Dictionaries of state_dicts are looked into.
+
+        Raises:
+            TypeError: not a mapping, or entries that are not real numbers.
+            ValueError: missing, unexpected or misshapen entries. The layer is unchanged.
+        """
+        if not isinstance(state_dict, Mapping):
+            message = f"state_dict is a mapping from names to arrays, not {type(state_dict).__name__}."
+            if isinstance(state_dict, str | PathLike):
+                message += (
+                    " From a file: mbn.BatchNorm1d.from_checkpoint(path, prefix), or .load(path) of one of save()."
+                )
+            elif hasattr(state_dict, "state_dict"):
+                message += " Give what its state_dict() returns."
+            raise TypeError(message)
+        registry.check_uncompiled("loading a layer")
+        strict, entries, version, start = checks.flag("strict", strict), state_dict, None, ""
+        if prefix:
+            from mbn.state import checkpoints  # noqa: PLC0415 - for whole models
+
+            entries, version, start = checkpoints.under(state_dict, prefix)
+        storage = self._storage
+        if storage.settings.num_features is None:
+            storage = self._trial(storage.with_features_of(entries, state_dict))._storage
+        loaded, incompatible = storage.loading(entries, start, model=state_dict, strict=strict, version=version)
+        self._become(storage, loaded)
+        return incompatible
+
+    def to(self, device: Any = None, dtype: Any = None, *, backend: str | Backend | None = None) -> Self:
+        """Move the layer with its state to another backend, device or dtype; return it.
+
+        By position a device comes first, or a dtype alone, as in torch. Without a device the layer stays on the GPU
+        where it is if the other backend's framework uses that too, and is on the default device of the backend
+        otherwise.
+
+        Raises:
+            BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
+            TypeError, ValueError: the backend has no such dtype or device. The layer is unchanged.
+        """
+        registry.check_uncompiled("moving a layer")
+        checks.device_index(device)
+        if dtype is None and checks.is_dtype(device):
+            device, dtype = None, device
+        elif isinstance(device, Backend) or (isinstance(device, str) and device in registry.list_backends()):
+            message = f"to() takes a device or dtype by position, and a backend by name: bn.to(backend={device!r})."
+            raise TypeError(message)
+        storage = self._storage
+        target = storage.backend if backend is None else registry.get_backend(backend)
+        if device is None and target is storage.backend:
+            device = storage.device
+        elif device is None and storage.is_bound:
+            device = storage.device_on(target)
+        settings = None if dtype is None else storage.settings._replace(dtype=checks.statistics_dtype(dtype))
+        with storage.backend.writing():  # so that all arrays are of one moment
+            chosen = target if storage.is_bound or backend is not None else None
+            self._become(*self._storage.moved(chosen, device, settings))
+        return self
 
     def __repr__(self) -> str:
         """Return torch's text and what this layer adds to it."""
-        axis = f", axis={self.axis}" if self.axis != 1 else ""
-        correction = f", correction={self.correction}" if self.correction != 1 else ""
-        return (
-            f"BatchNorm1d({self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
-            f"bias={self.affine and self._has_bias}, track_running_stats={self.track_running_stats}{axis}{correction}, "
-            f"backend={self.backend!r})"
-        )
+        names = ["eps", "momentum", "affine", "bias", "track_running_stats"]
+        names += ["axis"] * (self.axis != 1) + ["correction"] * (self.correction != 1) + ["backend"]
+        shown = {name: getattr(self, name) for name in names if name != "bias"}
+        shown["bias"] = self.affine and self._storage.has_bias
+        return f"BatchNorm1d({self.num_features}, {', '.join(f'{name}={shown[name]!r}' for name in names)})"
 
-    def _pack(self) -> Portable:
+    def _snapshot(self) -> Snapshot:
         """Return all that the layer is, but for where it is."""
-        with self._backend.writing():  # as it is at one moment, whatever other threads do to it
+        with self._storage.backend.writing():  # as it is at one moment, whatever other threads do to it
             layer = copy.copy(self)
             held = layer.state_dict()
+        storage = layer._storage
         arguments = {
-            **layer._settings._asdict(),
-            "affine": layer.affine,
-            "track_running_stats": layer.track_running_stats,
-            "bias": layer._has_bias,
+            **storage.settings._asdict(),
+            "affine": storage.affine,
+            "track_running_stats": storage.track_running_stats,
+            "bias": storage.has_bias,
         }
-        entries = {key: layer._backend.to_numpy(value) for key, value in held.items()}
-        return Portable(arguments, entries, training=layer.training, frozen=layer._frozen)
+        entries = {key: storage.backend.to_numpy(value) for key, value in held.items()}
+        return Snapshot(arguments, entries, training=layer.training, frozen=layer._frozen)
+
+    def _store(self, entries: Mapping[str, Array]) -> None:
+        """Hold these arrays in the places of others, all of them or, if that fails, none."""
+        storage = self._storage
+        if any(name in entries for name in Params._fields):
+            self._become(storage, entries)
+        else:
+            state = storage.state._replace(**entries)
+            storage.state = storage.backend.write(storage.state, state) if storage.is_shared else state
+
+    def _trial(self, storage: Storage, entries: Mapping[str, Array] = _NOTHING) -> Self:
+        """Return a copy of the layer that holds a storage, with entries in it, or new ones for channels new to it."""
+        layer = copy.copy(self)
+        layer._become(storage, entries)
+        if self.num_features is None and layer.num_features is not None:
+            layer.reset_parameters()
+        return layer
+
+    def _become(self, trial: Storage, entries: Mapping[str, Array] = _NOTHING) -> None:
+        """Hold what a storage does, the layer's own or another, with entries in the places of its arrays; or nothing.
+
+        Only what somebody else holds is written to, since that one has to see it: parameters that a framework's
+        optimizers train, and the statistics that are shared with a module. All at once, and back if anything fails.
+        ``eps`` and ``momentum`` stay, which others may have set since the storage was made.
+        """
+        backend, (params, state) = trial.backend, (trial.params, trial.state)
+        parameters = {
+            key: backend.parameter(entries[key], current) for key, current in params._asdict().items() if key in entries
+        }
+        statistics = {key: entries[key] for key in State._fields if key in entries}
+        after = *params._replace(**parameters), *state._replace(**statistics)
+        before = *params, *(state if trial.is_shared else after[len(params) :])
+        if trial.is_bound:
+            self._introduce(backend, after)
+        with backend.writing():
+            old = self._storage
+            kept = tuple(backend.copy(array) if backend.owns(array) else array for array in before)
+            try:
+                held = backend.write(before, after)
+                self._storage = trial.with_(
+                    settings=trial.settings._replace(eps=old.settings.eps, momentum=old.settings.momentum),
+                    params=Params(*held[: len(params)]),
+                    state=State(*held[len(params) :]),
+                    is_shared=trial.is_shared and all(map(is_, held, before)),
+                )
+            except BaseException:  # an interrupt too
+                backend.write(before, kept)
+                self._storage = old
+                raise
+
+    def _configure(self, **settings: Any) -> None:
+        """Replace settings that may change at any time, while another thread loads or moves the layer too."""
+        with self._storage.backend.writing():
+            self._storage.settings = self._storage.settings._replace(**settings)
+
+    def _introduce(self, backend: Backend, arrays: Iterable[Array | None]) -> None:
+        """Look up now what a compiler could not look up in a call; tell the backend of this class, once."""
+        kind = type(self)
+        for array in arrays:
+            if array is not None:
+                registry.owner_of(array)  # Torch has a class for parameters
+        if (kind, backend.name) not in _introduced:
+            registry.owner_of(backend.asarray(np.zeros(0, np.float32)))
+            _introduced.add((kind, backend.name))
+            backend.register(kind, kind._flatten, kind._unflatten)
+
+    def _flatten(self) -> tuple[tuple[Params, State], tuple[tuple[tuple[str, Any], ...], ...]]:
+        """Return the layer's arrays, and all else that it is."""
+        own, storage = vars(self).copy(), vars(self._storage).copy()
+        del own["_storage"], storage["is_shared"]
+        arrays = storage.pop("params"), storage.pop("state")
+        return arrays, (tuple(storage.items()), tuple(sorted(own.items())))
 
     @classmethod
-    def _unpack(cls, portable: Portable, backend: str | Backend | None, device: Any) -> Self:
+    def _unflatten(cls, rest: tuple[tuple[tuple[str, Any], ...], ...], arrays: tuple[Params, State]) -> Self:
+        """Return a layer again, whatever stands for its arrays."""
+        layer = cls.__new__(cls)
+        (storage, own), (params, state) = rest, arrays
+        layer.__dict__.update(own, _storage=Storage(**dict(storage), params=params, state=state))
+        return layer
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is to be pickled or copied: the layer as it is at one moment."""
+        return {**vars(self), "_storage": copy.copy(self._storage)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what was pickled or copied, in what may be another process."""
+        self.__dict__.update(state if "_storage" in state else Storage.of_attributes(state))
+        if self._storage.is_bound:
+            self._introduce(self._storage.backend, self._storage.entries.values())
+
+    @classmethod
+    def _from_snapshot(cls, snapshot: Snapshot, backend: str | Backend | None, device: Any) -> Self:
         """Return a layer that is all this."""
-        layer = cls(**portable.arguments, backend=backend, device=device)
+        layer = cls(**snapshot.arguments, backend=backend, device=device)
         if layer.num_features is not None:
-            layer.load_state_dict(versioned(portable.entries))
-        layer.train(portable.training)
-        return layer.freeze() if portable.frozen else layer
+            layer.load_state_dict(versioned(snapshot.entries))
+        layer.train(snapshot.training)
+        return layer.freeze() if snapshot.frozen else layer
 
 
 def _adopt(layers: Iterable[BatchNorm1d], params: Params, state: State) -> None:
-    """Have all these layers hold these very arrays."""
+    """Have those of these layers that still share their arrays hold these very ones."""
     for layer in layers:
-        layer._adopt(params, state)
+        if layer._storage.is_shared:
+            layer._storage = layer._storage.adopting(params, state)

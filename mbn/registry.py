@@ -416,6 +416,9 @@ def _import(target: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
+Backend.named = staticmethod(get_backend)
+
+
 def _forget_locks() -> None:
     """Leave locks that other threads hold to the parent: a fork takes none of its threads along."""
     _locks.clear()

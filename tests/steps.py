@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from mbn.contract import Array, Backend, Batch, Stats, dtype_name
-from mbn.state import Params, Settings, State
+from mbn.contract import Array, Backend, Batch, Params, Settings, State, Stats, dtype_name
 
 
 def _dtype(*vectors: Any) -> str:

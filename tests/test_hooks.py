@@ -45,7 +45,7 @@ def notes():
 @pytest.fixture
 def layer_type(monkeypatch):
     """Give a class of layers that no backend has seen."""
-    monkeypatch.setattr("mbn.state.storage._introduced", set())
+    monkeypatch.setattr("mbn.layer._introduced", set())
     return type("Layer", (mbn.BatchNorm1d,), {})
 
 
@@ -66,9 +66,9 @@ def test_the_first_input_introduces_as_well(notes, layer_type):
 
 
 def test_a_pickle_introduces_its_class_in_another_process(notes, monkeypatch):
-    monkeypatch.setattr("mbn.state.storage._introduced", set())
+    monkeypatch.setattr("mbn.layer._introduced", set())
     pickled = pickle.dumps(mbn.BatchNorm1d(4, backend=notes))
-    monkeypatch.setattr("mbn.state.storage._introduced", set())
+    monkeypatch.setattr("mbn.layer._introduced", set())
     notes.registered.clear()
     pickle.loads(pickled)  # noqa: S301 - its own
     assert [kind for kind, _, _ in notes.registered] == [mbn.BatchNorm1d]
@@ -86,7 +86,7 @@ def test_a_layer_is_its_arrays_and_a_hashable_rest(notes, layer_type):
     assert repr(again) == repr(bn)
     assert (again.training, again.momentum, again.axis) == (False, None, -1)
     np.testing.assert_array_equal(again(X), bn(X))
-    assert unflatten(rest, (None, "whatever stands for arrays"))._params is None
+    assert unflatten(rest, (None, "whatever stands for arrays"))._storage.params is None
 
 
 def test_parameters_are_made_by_the_backend(notes):

@@ -4,8 +4,7 @@ from timeit import timeit
 
 import mbn
 from mbn.commands.bench.workloads import Workload
-from mbn.contract import Batch
-from mbn.state import Settings
+from mbn.contract import Batch, Settings
 
 from ._backends import NAMES, layer
 

@@ -17,11 +17,11 @@ from mbn.contract import (
     Kernels,
     Moments,
     Operation,
+    Params,
     Stats,
     numpy_dtype,
     overlaps_itself,
 )
-from mbn.state import Params
 from mbn_cpu import channel_stats
 from mbn_cpu.kernels import out_of_range
 

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import cupy
 import numpy as np
 
-from mbn.contract import Batch, Kernels, Moments, Stats
-from mbn.state import Params, Settings, State
+from mbn.contract import Batch, Kernels, Moments, Params, Settings, State, Stats
 from mbn_common.channel_stats import Mean, Pair, Scaled, Variance
 from mbn_cupy.channel_stats import FORMULAS
 from mbn_cupy.compilation import Variant, kernel

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import GetAttrKey
 
-from mbn.contract import Backend, Batch, Capabilities, Kernels, Moments, Stats, dtype_name
-from mbn.state import Params, State
+from mbn.contract import Backend, Batch, Capabilities, Kernels, Moments, Params, State, Stats, dtype_name
 from mbn_jax import integration
 from mbn_jax.group import AxisGroup
 from mbn_jax.integration import argument, eps_argument, widened

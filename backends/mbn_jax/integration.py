@@ -7,8 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mbn.contract import Batch, Kernels, Stats
-from mbn.state import Params, Settings, State
+from mbn.contract import Batch, Kernels, Params, Settings, State, Stats
 from mbn_jax.group import AxisGroup
 from mbn_jax.kernels.pairs import Square, number, squared, widest_dtype
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mbn.state import Params, State
+from mbn.contract import Params, State
 
 
 class BatchNorm1d(nnx.Module):

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from mbn.contract import Backend, Batch, Capabilities, Held, Kernels, Operation, dtype_name, numpy_dtype
-from mbn.state import Params, State
+from mbn.contract import Backend, Batch, Capabilities, Held, Kernels, Operation, Params, State, dtype_name, numpy_dtype
 from mbn.threads import Exclusive
 from mbn_torch import integration, memory_overlap
 from mbn_torch.integration import NOT_REGISTERED

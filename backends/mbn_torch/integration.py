@@ -12,8 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.autograd import Function
 
-from mbn.contract import Batch, Group, Kernels, Stats, merged
-from mbn.state import Params, Settings, State
+from mbn.contract import Batch, Group, Kernels, Params, Settings, State, Stats, merged
 from mbn_torch.channel_stats import WIDE, variance
 from mbn_torch.group import Differentiable
 from mbn_torch.kernels.cpu import OnHost, tensors

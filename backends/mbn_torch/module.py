@@ -11,8 +11,7 @@ from typing import Any, Self
 
 import torch
 
-from mbn.contract import Backend
-from mbn.state import Params, State
+from mbn.contract import Backend, Params, State
 
 _HALVES = torch.float16, torch.bfloat16
 

@@ -1,14 +1,9 @@
 """What runs here, for bug reports: it must never raise, and never import a framework, which can take seconds."""
 
-import os
 import platform
 import sys
 from importlib import metadata
-from typing import Any
 
-import numpy as np
-
-import mbn
 from mbn.registry import list_backends
 
 _DISTRIBUTIONS = (
@@ -27,21 +22,13 @@ _DISTRIBUTIONS = (
 )
 
 
-def show_versions() -> None:
-    """Print the versions of Python, mbn and the frameworks, and the known backends."""
+def show(version: str, file: str) -> None:
+    """Print the versions of Python, of mbn, which is in a file, and of the frameworks, and the known backends."""
     print(f"python: {sys.version.split()[0]} ({platform.platform()})")
-    print(f"mbn: {mbn.__version__} ({mbn.__file__})")
+    print(f"mbn: {version} ({file})")
     for distribution in _DISTRIBUTIONS:
         print(f"{distribution}: {_version(distribution)}")
     print(f"backends: {_backends()}")
-
-
-def environment() -> dict[str, dict[str, Any]]:
-    """Return what every record of a measurement begins with: versions and machine."""
-    return {
-        "versions": {"mbn": mbn.__version__, "python": platform.python_version(), "numpy": np.__version__},
-        "machine": {"platform": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
-    }
 
 
 def _version(distribution: str) -> str:

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 import mbn
 from mbn.conformance import derivatives, oracle, strategies, ulp
 from mbn.conformance.target import Target, assert_same, configured
-from mbn.contract import Array, Backend, Batch, Kernels, Operation, transposed
-from mbn.state import Settings
+from mbn.contract import Array, Backend, Batch, Kernels, Operation, Settings, transposed
 
 X = np.random.default_rng(13).normal(100, 3, (12, 5, 8)).astype(np.float32)
 DY = np.random.default_rng(22).normal(1, 3, (12, 5, 8)).astype(np.float32)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import mbn
 from mbn.conformance import oracle, strategies
 from mbn.conformance.target import Target, assert_same, configured
-from mbn.state import State
+from mbn.contract import State
 
 X = np.random.default_rng(12).normal(2, 3, (9, 4)).astype(np.float32)
 STEPS = ["train", "train", "evaluate", "load", "reset", "freeze", "unfreeze"]
@@ -331,7 +331,7 @@ def test_a_reader_sees_no_mixture(target: Target) -> None:
     def read() -> set[tuple[float, ...]]:
         seen = set()
         while not done.is_set():
-            for held in (target.snapshot(bn), bn._pack().entries):  # noqa: SLF001 - what files are made of
+            for held in (target.snapshot(bn), bn._snapshot().entries):  # noqa: SLF001 - what files are made of
                 seen.add(tuple(float(value.reshape(-1)[0]) for value in held.values()))
         return seen
 

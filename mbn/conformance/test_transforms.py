@@ -9,8 +9,7 @@ import pytest
 import mbn
 from mbn.conformance import derivatives, oracle, strategies, ulp
 from mbn.conformance.target import Target, configured
-from mbn.contract import Array
-from mbn.state import Params, State
+from mbn.contract import Array, Params, State
 
 EPS = 1e-3
 X, V, DY = np.random.default_rng(19).normal([[[[1]]], [[[0]]], [[[0]]]], 1, (3, 6, 3, 4))

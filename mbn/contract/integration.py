@@ -4,8 +4,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, TypeVar
 
-from mbn.contract.values import Array
-from mbn.state import Params, State
+from mbn.contract.values import Array, Params, State
 from mbn.threads import Exclusive
 
 Held = TypeVar("Held", bound=tuple[Array | None, ...])

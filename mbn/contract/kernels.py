@@ -4,8 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-from mbn.contract.values import Array, Batch, Moments, Stats, counted
-from mbn.state import Params, Settings, State
+from mbn.contract.values import Array, Batch, Moments, Params, Settings, State, Stats, counted
 
 
 class Kernels(ABC):

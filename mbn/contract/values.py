@@ -1,4 +1,8 @@
-"""What passes between the frontend and a backend, and the few questions that both ask of arrays."""
+"""What passes between the frontend and a backend, and the few questions that both ask of arrays.
+
+Parameters, statistics and all that is returned are NamedTuples: JAX and Torch take those as pytrees without
+registration, and a layer that stores its state in one assignment can never be seen half updated.
+"""
 
 from typing import Any, NamedTuple, TypeAlias
 
@@ -48,6 +52,36 @@ def counted(count: Array) -> Array:
     """Return a count of batches after one more. At the largest integer of its dtype it stays, and does not wrap."""
     limit, sign = _LIMITS.get(dtype_name(count.dtype), (None, None))
     return count + 1 if limit is None else count - ((count - limit) >> sign)  # which is -1 below the limit
+
+
+class Params(NamedTuple):
+    """What training learns: each (C,) in the layer's dtype, or None where the layer has none."""
+
+    weight: Any
+    bias: Any
+
+
+class State(NamedTuple):
+    """What training tracks: two (C,) vectors in the layer's dtype and an integer scalar, or None for each."""
+
+    running_mean: Any
+    running_var: Any
+    num_batches_tracked: Any
+
+
+class Settings(NamedTuple):
+    """What stays the same from call to call; all of it checked."""
+
+    num_features: int | None
+    dtype: str
+    eps: float
+    momentum: float | None
+    axis: int
+    correction: int
+
+    def has_channels_last(self, ndim: int) -> bool:
+        """Tell whether an input of ``ndim`` axes is (N, L, C), which backends see as (N, C, L)."""
+        return self.axis == -1 and ndim == 3  # noqa: PLR2004 - (N, C) has no other layout
 
 
 class Capabilities(NamedTuple):

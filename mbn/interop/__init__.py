@@ -13,7 +13,11 @@ from typing import Any
 from mbn import checks
 from mbn.contract import Backend
 from mbn.layer import BatchNorm1d
-from mbn.state.snapshot import ConversionWarning, Portable
+from mbn.state.snapshot import Snapshot
+
+
+class ConversionWarning(UserWarning):
+    """Something of a layer has no exact counterpart where it was taken; the message names it."""
 
 
 def from_torch(module: Any, *, backend: str | Backend | None = None, device: Any = None) -> BatchNorm1d:
@@ -188,7 +192,7 @@ def replace_batchnorm(model: Any, *, back: bool = False) -> Any:
     _converter("torch")  # which says what is missing
     replacement = importlib.import_module("mbn.interop.replacement")
     if checks.flag("back", back):
-        return _foreign(replacement.to_theirs(model, BatchNorm1d._pack))
+        return _foreign(replacement.to_theirs(model, BatchNorm1d._snapshot))
     return _foreign(replacement.to_ours(model, _module))
 
 
@@ -207,28 +211,28 @@ def _converter(package: str) -> Any:
         raise ImportError(message) from error
 
 
-def _layer(read: tuple[Portable, list[str]], backend: str | Backend | None, device: Any) -> BatchNorm1d:
+def _layer(read: tuple[Snapshot, list[str]], backend: str | Backend | None, device: Any) -> BatchNorm1d:
     """Return the layer that a converter has read, and say what it is not."""
-    portable, notes = read
-    layer = BatchNorm1d._unpack(portable, backend, device)
+    snapshot, notes = read
+    layer = BatchNorm1d._from_snapshot(snapshot, backend, device)
     _warn(notes)
     return layer
 
 
-def _packed(function: str, bn: Any) -> Portable:
+def _packed(function: str, bn: Any) -> Snapshot:
     """Return all that a layer is.
 
     Raises:
         TypeError: it is none.
     """
     checks.layer(function, bn, BatchNorm1d)
-    packed: Portable = bn._pack()
+    packed: Snapshot = bn._snapshot()
     return packed
 
 
-def _module(portable: Portable, backend: str) -> Any:
+def _module(snapshot: Snapshot, backend: str) -> Any:
     """Return a module of a backend that does what a layer does."""
-    return BatchNorm1d._unpack(portable, backend, None).as_module()
+    return BatchNorm1d._from_snapshot(snapshot, backend, None).as_module()
 
 
 def _foreign(written: tuple[Any, list[str]]) -> Any:

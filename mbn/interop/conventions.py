@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mbn.contract import dtype_name
-from mbn.state.snapshot import Portable
+from mbn.state.snapshot import Snapshot
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -29,7 +29,7 @@ def complement(momentum: Any) -> float:
     return float(1 - Fraction(str(momentum)))
 
 
-def portable(
+def snapshot(
     arrays: Mapping[str, Any],
     to_numpy: Callable[[Any], np.ndarray] = np.asarray,
     *,
@@ -37,7 +37,7 @@ def portable(
     frozen: bool = False,
     num_batches_tracked: int = 0,
     **arguments: Any,
-) -> tuple[Portable, list[str]]:
+) -> tuple[Snapshot, list[str]]:
     """Return a layer from another package's arrays, and what of these it does not have in the same way.
 
     Args:
@@ -72,11 +72,11 @@ def portable(
         "bias": "bias" in entries or "weight" not in entries,
         "track_running_stats": "running_mean" in entries,
     }
-    return Portable(arguments, entries, training=training, frozen=frozen), notes
+    return Snapshot(arguments, entries, training=training, frozen=frozen), notes
 
 
 def old_weight(
-    layer: Portable, package: str, default: float, rounded: Callable[[str, float], Any] = lambda _, value: value
+    layer: Snapshot, package: str, default: float, rounded: Callable[[str, float], Any] = lambda _, value: value
 ) -> tuple[float, list[str]]:
     """Return ``momentum`` as the weight of the old value, for a package that keeps the biased variance; and notes.
 
@@ -111,6 +111,6 @@ def old_weight(
     return old, notes
 
 
-def frozen(layer: Portable, package: str) -> list[str]:
+def frozen(layer: Snapshot, package: str) -> list[str]:
     """Return what to say of a frozen layer where nothing can be."""
     return [f"freeze(): {package} has nothing like it; its evaluation mode does the same."] * layer.frozen

@@ -10,7 +10,7 @@ from flax import linen, nnx
 
 from mbn.contract import dtype_name
 from mbn.interop import conventions
-from mbn.state.snapshot import Portable
+from mbn.state.snapshot import Snapshot
 
 _MOMENTUM = 0.99
 _KEYS = {"weight": ("params", "scale"), "bias": ("params", "bias")} | {
@@ -19,14 +19,14 @@ _KEYS = {"weight": ("params", "scale"), "bias": ("params", "bias")} | {
 """By torch's key: the collection and the name in flax."""
 
 
-def read(module: Any, variables: Any) -> tuple[Portable, list[str]]:
+def read(module: Any, variables: Any) -> tuple[Snapshot, list[str]]:
     """Return a layer that does what a module does, with its variables if it is a linen one, and what it does otherwise.
 
     Where a module leaves the mode to its calls, the layer is in evaluation mode.
     """
     _check(module, variables)
     arrays = _held(module) if isinstance(module, nnx.BatchNorm) else _given(module, variables)
-    layer, notes = conventions.portable(
+    layer, notes = conventions.snapshot(
         arrays,
         training=module.use_running_average is False,
         num_features=np.size(arrays["running_mean"]),
@@ -47,7 +47,7 @@ def read(module: Any, variables: Any) -> tuple[Portable, list[str]]:
     return layer, notes
 
 
-def write(layer: Portable, *, linen: bool) -> tuple[Any, list[str]]:
+def write(layer: Snapshot, *, linen: bool) -> tuple[Any, list[str]]:
     """Return a module that does what a layer does, with variables if it is a linen one, and what it does otherwise."""
     arguments = layer.arguments
     momentum, notes = conventions.old_weight(layer, "flax", _MOMENTUM)

@@ -6,21 +6,21 @@ import keras
 import numpy as np
 
 from mbn.interop import conventions
-from mbn.state.snapshot import Portable
+from mbn.state.snapshot import Snapshot
 
 _MOMENTUM = 0.99
 _KEYS = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
 """By torch's key: the name in Keras, in the order of Keras's weights."""
 
 
-def read(layer: Any) -> tuple[Portable, list[str]]:
+def read(layer: Any) -> tuple[Snapshot, list[str]]:
     """Return a layer that does what one of Keras does in inference, and what it does in another way."""
     if isinstance(layer, list | tuple):
         return _read_weights(layer)
     _check(layer)
     axis = _axis(layer)
     arrays = {key: getattr(layer, name) for key, name in _KEYS.items()}
-    result, notes = conventions.portable(
+    result, notes = conventions.snapshot(
         arrays,
         _to_numpy,
         training=False,
@@ -34,7 +34,7 @@ def read(layer: Any) -> tuple[Portable, list[str]]:
     return result, notes + _notes(layer, result)
 
 
-def write(layer: Portable, ndim: int) -> tuple[keras.layers.BatchNormalization, list[str]]:
+def write(layer: Snapshot, ndim: int) -> tuple[keras.layers.BatchNormalization, list[str]]:
     """Return a layer of Keras, built for so many axes, that does what a layer does, and what it does in another way."""
     arguments = layer.arguments
     if ndim not in (2, 3):
@@ -61,7 +61,7 @@ def write(layer: Portable, ndim: int) -> tuple[keras.layers.BatchNormalization, 
     return result, notes
 
 
-def _read_weights(weights: Any) -> tuple[Portable, list[str]]:
+def _read_weights(weights: Any) -> tuple[Snapshot, list[str]]:
     """Return a layer with the weights of one of Keras that has Keras's default arguments."""
     arrays = [np.asarray(weight) for weight in weights]
     if len(arrays) not in (2, 4):
@@ -70,7 +70,7 @@ def _read_weights(weights: Any) -> tuple[Portable, list[str]]:
             "the last two. Of another, give the layer itself."
         )
         raise ValueError(message)
-    return conventions.portable(
+    return conventions.snapshot(
         dict(zip(list(_KEYS)[-len(arrays) :], arrays, strict=True)),
         training=False,
         num_features=arrays[-1].size,
@@ -108,7 +108,7 @@ def _axis(layer: keras.layers.BatchNormalization) -> int:
     raise ValueError(message)
 
 
-def _notes(layer: keras.layers.BatchNormalization, result: Portable) -> list[str]:
+def _notes(layer: keras.layers.BatchNormalization, result: Snapshot) -> list[str]:
     """Return what a layer of Keras has that the result has not."""
     notes = []
     if layer.compute_dtype != result.arguments["dtype"]:

@@ -8,7 +8,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from mbn.interop import conventions, onnx_graph
-from mbn.state.snapshot import Portable
+from mbn.state.snapshot import Snapshot
 
 _KEYS = onnx_graph.INPUTS[1:]
 """Torch's keys in the order of the node's inputs, after x."""
@@ -20,7 +20,7 @@ _ROUNDING = 2.0**-24
 """That of an attribute, a float32, relatively."""
 
 
-def read(source: Any, which: Any) -> tuple[Portable, list[str]]:
+def read(source: Any, which: Any) -> tuple[Snapshot, list[str]]:
     """Return a layer that does what a node does, and what it does in another way."""
     node, graph = _found(source, which)
     attributes = _attributes(node)
@@ -39,7 +39,7 @@ def read(source: Any, which: Any) -> tuple[Portable, list[str]]:
     is_double = any(array.dtype == np.float64 for array in arrays.values())
     # Before version 14 of the operators, a node is in training mode if it has outputs for the statistics.
     outputs = [name for name in node.output if name]
-    return conventions.portable(
+    return conventions.snapshot(
         arrays,
         training=training_mode == 1 or len(outputs) > 1,
         num_features=arrays["running_mean"].size,
@@ -50,7 +50,7 @@ def read(source: Any, which: Any) -> tuple[Portable, list[str]]:
     )
 
 
-def write(layer: Portable, model: Any, name: str | None) -> tuple[Any, list[str]]:
+def write(layer: Snapshot, model: Any, name: str | None) -> tuple[Any, list[str]]:
     """Return a node and its initializers, or a model in which a node is a layer; and what these do in another way."""
     if (model is None) != (name is None):
         message = "to put a layer into a model give both, the model and the name of a node; otherwise neither."

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mbn.interop.torch import read, write
-from mbn.state.snapshot import Portable
+from mbn.state.snapshot import Snapshot
 from mbn_torch.module import BatchNorm1d
 
 _THEIRS = ("num_features", "eps", "momentum")
@@ -21,7 +21,7 @@ _OURS = ("layer", "_backend", "_adopt")
 """And the other way round."""
 
 
-def to_ours(model: Any, make: Callable[[Portable, str], BatchNorm1d]) -> tuple[torch.nn.Module, list[str]]:
+def to_ours(model: Any, make: Callable[[Snapshot, str], BatchNorm1d]) -> tuple[torch.nn.Module, list[str]]:
     """Make ours of the batch norms in a model; return it, and what is not as it was.
 
     Args:
@@ -46,7 +46,7 @@ def to_ours(model: Any, make: Callable[[Portable, str], BatchNorm1d]) -> tuple[t
     return model, notes
 
 
-def to_theirs(model: Any, pack: Callable[[Any], Portable]) -> tuple[torch.nn.Module, list[str]]:
+def to_theirs(model: Any, pack: Callable[[Any], Snapshot]) -> tuple[torch.nn.Module, list[str]]:
     """Make ``torch.nn.BatchNorm1d`` of ours in a model; return it, and what is not as it was.
 
     Args:

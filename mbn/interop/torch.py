@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from mbn.interop import conventions
-from mbn.state.snapshot import Portable
+from mbn.state.snapshot import Snapshot
 
 
-def read(module: Any) -> tuple[Portable, list[str]]:
+def read(module: Any) -> tuple[Snapshot, list[str]]:
     """Return a layer that does what a module does, and what it does in another way."""
     _check(module)
     arrays = {key: getattr(module, key) for key in ("weight", "bias", "running_mean", "running_var")}
@@ -31,7 +31,7 @@ def read(module: Any) -> tuple[Portable, list[str]]:
             "layer has momentum=0."
         )
         momentum = 0.0
-    layer, converted = conventions.portable(
+    layer, converted = conventions.snapshot(
         arrays,
         _to_numpy,
         training=module.training,
@@ -45,7 +45,7 @@ def read(module: Any) -> tuple[Portable, list[str]]:
     return layer._replace(entries={}) if lazy else layer, notes + converted
 
 
-def write(layer: Portable) -> tuple[nn.BatchNorm1d, list[str]]:
+def write(layer: Snapshot) -> tuple[nn.BatchNorm1d, list[str]]:
     """Return a module that does what a layer does, and what it does in another way."""
     arguments = layer.arguments
     notes = conventions.frozen(layer, "torch")

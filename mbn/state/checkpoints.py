@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from mbn import checks
-from mbn.contract import dtype_name
-from mbn.state import Params, State, batch_norms, few, files, groups, prefixes
+from mbn.contract import Params, State, dtype_name
+from mbn.state import files
+from mbn.state.keys import batch_norms, few, groups, prefixes
 
 _NAMES = (*Params._fields, *State._fields)
 _SETTINGS = ("eps", "momentum", "axis", "correction", "track_running_stats")

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mbn import checks
-from mbn.state.snapshot import Portable
+from mbn.state.snapshot import Snapshot
 
 try:
     import fcntl
@@ -59,7 +59,7 @@ def is_of_torch(start: bytes) -> bool:
     return start[:2] == b"PK" or (start[:1] == b"\x80" and start[8:] != b"{")
 
 
-def write(path: str | PathLike[str], portable: Portable) -> None:
+def write(path: str | PathLike[str], snapshot: Snapshot) -> None:
     """Write a file in one step, as all others see it.
 
     Raises:
@@ -68,20 +68,20 @@ def write(path: str | PathLike[str], portable: Portable) -> None:
     from safetensors.numpy import save  # noqa: PLC0415 - a layer that is not saved does without
 
     entries = {
-        key: np.asarray(portable.entries[key], dtype, order="C")
-        for key, (dtype, _) in _expected(portable.arguments).items()
+        key: np.asarray(snapshot.entries[key], dtype, order="C")
+        for key, (dtype, _) in _expected(snapshot.arguments).items()
     }
     described: dict[str, Any] = {
         "version": VERSION,
-        "arguments": portable.arguments,
-        "training": portable.training,
-        "frozen": portable.frozen,
+        "arguments": snapshot.arguments,
+        "training": snapshot.training,
+        "frozen": snapshot.frozen,
     }
     described["checksum"] = _checksum(described, entries)
     replace(path, save(entries, {KEY: json.dumps(described, sort_keys=True)}))
 
 
-def read(path: str | PathLike[str]) -> Portable:
+def read(path: str | PathLike[str]) -> Snapshot:
     """Return what a file holds.
 
     Raises:
@@ -105,7 +105,7 @@ def read(path: str | PathLike[str]) -> Portable:
         raise ValueError(message) from error
 
 
-def _checked(file: Any) -> Portable:
+def _checked(file: Any) -> Snapshot:
     """Return what an open safetensors file holds, with no array read before it is known to belong there."""
     described = _described((file.metadata() or {}).get(KEY))
     arguments = described["arguments"]
@@ -125,7 +125,7 @@ def _checked(file: Any) -> Portable:
     if entries.get("num_batches_tracked", 0) < 0:
         message = f"its num_batches_tracked counts batches and is at least 0, not {entries['num_batches_tracked']}."
         raise ValueError(message)
-    return Portable(arguments, entries, training=described["training"], frozen=described["frozen"])
+    return Snapshot(arguments, entries, training=described["training"], frozen=described["frozen"])
 
 
 def _described(text: str | None) -> dict[str, Any]:

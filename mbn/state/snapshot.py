@@ -8,11 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 
-class ConversionWarning(UserWarning):
-    """Something of a layer has no exact counterpart where it was taken; the message names it."""
-
-
-class Portable(NamedTuple):
+class Snapshot(NamedTuple):
     """A layer of no framework."""
 
     arguments: dict[str, Any]

@@ -4,8 +4,7 @@ This is the one place where they are put together: every backend, framework and 
 backend binds both functions once, when it is made (``Integration.bind``).
 """
 
-from mbn.contract import Array, Batch, Group, Kernels, Stats, merged, summed
-from mbn.state import Params, Settings, State
+from mbn.contract import Array, Batch, Group, Kernels, Params, Settings, State, Stats, merged, summed
 
 ALL = (True, True, True)
 

@@ -6,8 +6,7 @@ count takes part in its place, so that no other replica waits.
 
 import numpy as np
 
-from mbn.contract import Array, Backend, Batch, dtype_name, transposed
-from mbn.state import Settings
+from mbn.contract import Array, Backend, Batch, Settings, dtype_name, transposed
 
 
 def stand_in(backend: Backend, x: Array, settings: Settings) -> Batch:

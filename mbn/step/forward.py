@@ -7,8 +7,7 @@ come last.
 from typing import Any
 
 from mbn import checks
-from mbn.contract import Array, Backend, Batch, Group, Stats, counted, transposed
-from mbn.state import Params, Settings, State
+from mbn.contract import Array, Backend, Batch, Group, Params, Settings, State, Stats, counted, transposed
 from mbn.step.empty import emptied, stand_in
 from mbn.step.masks import Masking
 from mbn.step.pullback import Pullback

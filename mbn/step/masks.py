@@ -11,9 +11,8 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from mbn import checks, registry
-from mbn.contract import Array, Backend
+from mbn.contract import Array, Backend, Settings
 from mbn.convert import from_python, is_own
-from mbn.state import Settings
 
 
 class Masking(NamedTuple):

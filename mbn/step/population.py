@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from mbn import checks
-from mbn.contract import Array, Backend, Batch, Moments, transposed
-from mbn.state import Settings, few
+from mbn.contract import Array, Backend, Batch, Moments, Settings, transposed
+from mbn.state.keys import few
 
 
 class Population:

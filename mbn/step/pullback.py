@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from mbn import checks
-from mbn.contract import Array, Backend, Batch, Group, Stats, dtype_name, transposed
+from mbn.contract import Array, Backend, Batch, Group, Params, Settings, Stats, dtype_name, transposed
 from mbn.convert import received
-from mbn.state import Params, Settings
 from mbn.step.compose import ALL
 from mbn.step.empty import stand_in
 

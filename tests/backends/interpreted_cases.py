@@ -14,8 +14,7 @@ from torch_samples import POWERS, assert_size_changes_nothing, draw_weights, rel
 
 import mbn
 from mbn.conformance import oracle, ulp
-from mbn.contract import Batch, Stats
-from mbn.state import Params, Settings
+from mbn.contract import Batch, Params, Settings, Stats
 from mbn.step import compose
 from mbn_torch.channel_stats import scaled, separate
 from mbn_torch.kernels import triton_kernels, triton_tiles

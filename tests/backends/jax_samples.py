@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import mbn
-from mbn.state import Params, State
+from mbn.contract import Params, State
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy

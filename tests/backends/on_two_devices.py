@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax_samples import assert_same, backend, jax, jnp, new_layer, new_state
 
 import mbn
-from mbn.state import Params, Settings, State
+from mbn.contract import Params, Settings, State
 from mbn.step.forward import forward
 from mbn_jax.group import AxisGroup
 

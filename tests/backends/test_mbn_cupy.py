@@ -12,8 +12,7 @@ from steps import pullback, step
 
 import mbn
 from mbn import registry
-from mbn.contract import Batch
-from mbn.state import Params, State
+from mbn.contract import Batch, Params, State
 
 
 def _sample(*shape, dtype="float32"):

@@ -16,8 +16,7 @@ from steps import step
 
 import mbn
 from mbn.conformance import oracle, ulp
-from mbn.contract import Batch, Stats
-from mbn.state import Params, State
+from mbn.contract import Batch, Params, State, Stats
 from mbn_jax.integration import compiled_step
 from mbn_jax.kernels import channel_sums, pairs, passes, primitives
 
@@ -310,7 +309,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from mbn.conformance import derivatives, oracle, ulp
-from mbn.state import Params, State
+from mbn.contract import Params, State
 from mbn_jax.backend import JaxBackend
 from steps import step
 

@@ -7,8 +7,7 @@ from steps import step
 
 import mbn
 from mbn.conformance import derivatives
-from mbn.contract import Batch, Stats
-from mbn.state import Params, State
+from mbn.contract import Batch, Params, State, Stats
 
 
 @pytest.mark.parametrize(("shape", "weighted"), [((3, 2, 4), False), ((6, 2), True)])

@@ -7,7 +7,7 @@ import pytest
 from jax_samples import assert_same, jax, jnp, new_state
 
 import mbn
-from mbn.state import Params
+from mbn.contract import Params
 from mbn_jax.kernels.channel_sums import careful_sums
 from mbn_jax.kernels.primitives import usual_rules
 

@@ -5,7 +5,7 @@ import pytest
 from jax_samples import OPTIONS, assert_same, backend, batches, directional, jax, jnp, new_layer, new_state
 from steps import step
 
-from mbn.state import Params, State
+from mbn.contract import Params, State
 
 
 def test_masks_may_be_traced(rng):

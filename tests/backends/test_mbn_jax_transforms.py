@@ -6,7 +6,7 @@ from jax_samples import OPTIONS, assert_same, backend, batches, holds_values, ja
 from steps import step as step_of
 
 import mbn
-from mbn.state import Params, State
+from mbn.contract import Params, State
 from mbn_jax.integration import compiled_step
 
 

@@ -18,8 +18,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402 - there may be no Triton
 from triton.compiler import ASTSource  # noqa: E402
 
-from mbn.contract import Batch  # noqa: E402
-from mbn.state import Settings  # noqa: E402
+from mbn.contract import Batch, Settings  # noqa: E402
 from mbn.step import compose  # noqa: E402
 from mbn_torch.kernels import choice, gpu, triton_kernels  # noqa: E402
 from mbn_torch.kernels.eager import TENSORS  # noqa: E402

@@ -9,8 +9,7 @@ import pytest
 from thread_group import ThreadGroup
 
 import mbn
-from mbn.contract import Backend
-from mbn.state import Params, Settings, State
+from mbn.contract import Backend, Params, Settings, State
 from mbn.step.forward import forward, forward_vjp
 from mbn.step.masks import Masking
 

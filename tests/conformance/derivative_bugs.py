@@ -13,8 +13,7 @@ import torch
 from planted import Bug, conform
 
 import mbn
-from mbn.contract import Batch, Kernels
-from mbn.state import State
+from mbn.contract import Batch, Kernels, State
 
 
 def change(changed: Callable[..., Any]) -> None:

@@ -5,8 +5,7 @@ from typing import Any
 import numpy as np
 from toy import Toy, ToyKernels, column, over, spread
 
-from mbn.contract import Array, Batch, Moments, Stats
-from mbn.state import Params, Settings, State
+from mbn.contract import Array, Batch, Moments, Params, Settings, State, Stats
 
 
 class BiasedRunningVariance(ToyKernels):

@@ -5,8 +5,7 @@ from typing import Any
 import numpy as np
 from toy import ToyKernels
 
-from mbn.contract import Array, Batch, Moments, Stats
-from mbn.state import Params
+from mbn.contract import Array, Batch, Moments, Params, Stats
 
 
 class MeansMergedAlone(ToyKernels):

@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 from toy import Toy, ToyKernels
 
-from mbn.contract import Array, Batch, Stats
-from mbn.state import Params
+from mbn.contract import Array, Batch, Params, Stats
 
 
 class OutForgotten(ToyKernels):

@@ -5,8 +5,7 @@ from typing import Any
 import numpy as np
 
 from mbn.conformance import Transforms
-from mbn.contract import Array, Backend, Batch, Capabilities, Kernels, Moments, Stats, overlaps_itself
-from mbn.state import Params, State
+from mbn.contract import Array, Backend, Batch, Capabilities, Kernels, Moments, Params, State, Stats, overlaps_itself
 
 
 class ToyKernels(Kernels):

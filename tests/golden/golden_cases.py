@@ -218,8 +218,7 @@ def results(case: Case, backend: str) -> dict[str, np.ndarray]:
         own = mbn.get_backend(backend)
         x, dy = own.asarray(x), own.asarray(dy)
         weights = {
-            key: own.asarray(value, bn._settings.dtype if value.dtype == np.float64 else None)
-            for key, value in weights.items()
+            key: own.asarray(value, bn.dtype if value.dtype == np.float64 else None) for key, value in weights.items()
         }
         found = _WAYS[case.way](bn, x, dy, weights)
         for key, value in bn.state_dict().items():

@@ -68,7 +68,7 @@ def assert_learns_as(bn, step, x, *, bound=4.0):
 
 def assert_same_layer(a, b):
     """Check that two layers are the same in all but their place."""
-    (a_arguments, a_entries, *a_modes), (b_arguments, b_entries, *b_modes) = a._pack(), b._pack()
+    (a_arguments, a_entries, *a_modes), (b_arguments, b_entries, *b_modes) = a._snapshot(), b._snapshot()
     assert a_arguments == b_arguments
     assert a_modes == b_modes
     assert list(a_entries) == list(b_entries)

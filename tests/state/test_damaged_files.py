@@ -29,11 +29,11 @@ def path(tmp_path: Path) -> Path:
 def loaded(path: Path) -> Any:
     """Return all that a layer from a file is, comparable to the bit; or None where the file is refused."""
     try:
-        portable = mbn.BatchNorm1d.load(path)._pack()
+        snapshot = mbn.BatchNorm1d.load(path)._snapshot()
     except ValueError:
         return None
-    entries = [(key, value.dtype, value.tobytes()) for key, value in portable.entries.items()]
-    return portable._replace(entries=entries)
+    entries = [(key, value.dtype, value.tobytes()) for key, value in snapshot.entries.items()]
+    return snapshot._replace(entries=entries)
 
 
 def forge(path: Path, change: Change) -> None:

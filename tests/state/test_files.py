@@ -61,7 +61,7 @@ def test_everything_goes_round(tmp_path_factory: pytest.TempPathFactory, data: s
         setattr(bn, key, np.abs(drawn) if key == "running_var" else drawn)
     path = tmp_path_factory.mktemp("round") / "bn"
     bn.save(path)
-    loaded, saved = mbn.BatchNorm1d.load(path)._pack(), bn._pack()
+    loaded, saved = mbn.BatchNorm1d.load(path)._snapshot(), bn._snapshot()
     assert loaded.arguments == saved.arguments == arguments
     assert (loaded.training, loaded.frozen) == (saved.training, saved.frozen)
     assert list(loaded.entries) == list(saved.entries)
@@ -106,10 +106,10 @@ def test_equal_layers_make_equal_files(path: Path, tmp_path: Path) -> None:
 
 
 def test_arrays_of_any_memory_order_are_written_as_they_read(path: Path) -> None:
-    portable = files.read(path)
-    strided = {key: value.repeat(3)[::-3][::-1] if value.ndim else value for key, value in portable.entries.items()}
+    snapshot = files.read(path)
+    strided = {key: value.repeat(3)[::-3][::-1] if value.ndim else value for key, value in snapshot.entries.items()}
     before = path.read_bytes()
-    files.write(path, portable._replace(entries=strided))
+    files.write(path, snapshot._replace(entries=strided))
     assert path.read_bytes() == before
 
 
@@ -307,8 +307,8 @@ def test_layer_is_saved_as_it_was_at_one_moment(path: Path) -> None:
     class Disturbed(mbn.BatchNorm1d):
         @property
         def params(self) -> mbn.Params:
-            seen = self._params
-            bn._params, bn._state = other.params, other.state  # as another thread might at any time
+            seen = self._storage.params
+            bn._storage = bn._storage.with_(params=other.params, state=other.state)  # as another thread might
             return seen
 
     bn = Disturbed(4)

@@ -5,8 +5,7 @@ Neither weights nor other dtypes than float32 come here, nor memory that is not 
 
 import numpy as np
 
-from mbn.contract import Batch, Stats
-from mbn.state import Params, Settings, State
+from mbn.contract import Batch, Params, Settings, State, Stats
 from mbn_cpu.channel_stats import Pair, counted, step
 from mbn_cpu.kernels import numba_loops
 from mbn_cpu.kernels.numba_passes import Form, flat, readable

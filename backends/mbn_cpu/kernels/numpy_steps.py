@@ -6,8 +6,7 @@ statistics are summed twice, come here.
 
 import numpy as np
 
-from mbn.contract import Batch, Stats
-from mbn.state import Params, Settings, State
+from mbn.contract import Batch, Params, Settings, State, Stats
 from mbn_cpu.channel_stats import FAR_SQUARE, WIDE, Pair, counted, invstd, is_wide, lerp, step
 
 _SIZE = 1 << 14

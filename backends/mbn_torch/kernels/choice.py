@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from mbn.contract import Batch, Kernels, Operation, Stats
-from mbn.state import Params
+from mbn.contract import Batch, Kernels, Operation, Params, Stats
 from mbn_cpu.backend import takes
 from mbn_cpu.kernels.installed import host
 from mbn_torch.kernels.cpu import HostBatch, OnHost, as_array, room

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from mbn.contract import Batch, Kernels, Moments, Stats
-from mbn.state import Params, Settings, State
+from mbn.contract import Batch, Kernels, Moments, Params, Settings, State, Stats
 from mbn_common.channel_stats import Pair, Scaled
 from mbn_cpu import huge_pages, thread_pool
 from mbn_cpu.kernels.installed import Host

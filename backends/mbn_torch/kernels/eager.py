@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from mbn.contract import Batch, Moments, Stats
-from mbn.state import Params
+from mbn.contract import Batch, Moments, Params, Stats
 from mbn_torch.channel_stats import (
     FAR,
     WIDE,

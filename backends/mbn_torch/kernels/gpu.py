@@ -11,8 +11,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from mbn.contract import Batch, Moments, Stats
-from mbn.state import Params, Settings, State
+from mbn.contract import Batch, Moments, Params, Settings, State, Stats
 from mbn_torch.channel_stats import WIDE, TorchKernels, heaviest, in_units, lifted, separate
 from mbn_torch.kernels import triton_kernels
 from mbn_torch.kernels.triton_tiles import Tiling, tiling

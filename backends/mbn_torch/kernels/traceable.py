@@ -7,8 +7,7 @@ no derivative multiplies it. Nothing is written to and nothing depends on a valu
 
 import torch
 
-from mbn.contract import Batch, Moments, Stats
-from mbn.state import Params
+from mbn.contract import Batch, Moments, Params, Stats
 from mbn_torch.channel_stats import (
     FAR,
     WIDE,

@@ -1,17 +1,15 @@
 """A measurement for programs: strict JSON with everything that was measured, and on what."""
 
-import json
 from typing import Any
 
+from mbn.commands import records
 from mbn.commands.bench.measurement import Measurement, Timed
 from mbn.commands.processes import NotRun
-from mbn.commands.versions import environment
 
 
 def to_json(measurement: Measurement) -> str:
     """Return the measurement as a JSON document: seconds, bytes, and ratios to each peer that ran."""
     record = {
-        **environment(),
         "workload": measurement.workload._asdict(),
         "modes": measurement.modes,
         "limit": measurement.limit,
@@ -20,12 +18,12 @@ def to_json(measurement: Measurement) -> str:
             {"subject": spec, **_outcome(measurement, outcome)} for spec, outcome in measurement.subjects.items()
         ],
     }
-    return json.dumps(record, indent=2, allow_nan=False) + "\n"
+    return records.to_json(record)
 
 
 def _outcome(measurement: Measurement, outcome: Timed | NotRun) -> dict[str, Any]:
     if isinstance(outcome, NotRun):
-        return {"status": "failed" if outcome.broken else "cannot run", "why": outcome.why}
+        return records.not_run(outcome)
     peers = {spec: measurement.timed[spec] for spec in measurement.peers}
     return {
         "status": "ran",

@@ -1,22 +1,20 @@
 """A comparison for programs: strict JSON with everything that was measured, and on what."""
 
-import json
 import math
 from typing import Any
 
+from mbn.commands import records
 from mbn.commands.compare.comparison import AGREEMENT, Comparison, Ulps, Verdict, bounds
 from mbn.commands.processes import NotRun
-from mbn.commands.versions import environment
 
 
 def to_json(comparisons: list[Comparison], verdict: Verdict) -> str:
     """Return the comparison as a JSON document. An error that is not finite is the string ``"inf"``."""
     record = {
-        **environment(),
         "examples": [_example(comparison) for comparison in comparisons],
         "verdict": {"agreement": verdict.exit_code == AGREEMENT, "exit_code": verdict.exit_code, "text": verdict.text},
     }
-    return json.dumps(record, indent=2, allow_nan=False) + "\n"
+    return records.to_json(record)
 
 
 def _example(comparison: Comparison) -> dict[str, Any]:
@@ -40,7 +38,7 @@ def _example(comparison: Comparison) -> dict[str, Any]:
 def _outcome(comparison: Comparison, name: str) -> dict[str, Any]:
     outcome = comparison.outcomes[name]
     if isinstance(outcome, NotRun):
-        return {"status": "failed" if outcome.broken else "cannot run", "why": outcome.why}
+        return records.not_run(outcome)
     return {
         "status": "ran",
         "version": outcome.version,
