@@ -1,4 +1,4 @@
-"""The border and the kernels on host memory: what its backends have in common, which is all but the passes over x.
+"""The border of NumPy arrays, and the choice of their kernels: all that NumPy's and Numba's backends have in common.
 
 Everything is on the host, so the border is a cast at most.
 """
@@ -10,124 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from mbn.contract import (
-    Backend,
-    Batch,
-    Capabilities,
-    Kernels,
-    Moments,
-    Operation,
-    Params,
-    Stats,
-    numpy_dtype,
-    overlaps_itself,
-)
-from mbn_cpu import channel_stats
-from mbn_cpu.kernels import out_of_range
-
-
-class HostKernels(Kernels):
-    """Kernels of NumPy arrays, made of the passes over x of a module."""
-
-    def __init__(self, passes: ModuleType, at_once: ModuleType | None = None) -> None:
-        """Take the four passes from a module, and whole steps from another, if any.
-
-        Of the passes, ``normalize`` takes a ``Line``. Channels beyond their range are computed apart.
-        """
-        self.passes = passes
-        if at_once is not None:
-            self.train, self.evaluate, self.pullback = at_once.train, at_once.evaluate, at_once.pullback
-
-    def moments(self, batch: Batch) -> Moments:
-        x, weights = _widened(batch.x, batch), batch.sample_weight
-        found = self.passes.moments(x, weights)
-        if not channel_stats.is_wide(x):
-            return found
-        with np.errstate(all="ignore"):
-            return out_of_range.moments(self.passes.moments, x, weights, found)
-
-    @np.errstate(all="ignore")
-    def normalize(
-        self, batch: Batch, stats: Stats, params: Params, eps: float, out: np.ndarray | None = None
-    ) -> np.ndarray:
-        x, weights, (mean, var, _), (weight, bias) = np.asarray(batch.x), batch.sample_weight, stats, params
-        line = channel_stats.line(mean, var, weight, bias, eps, channel_stats.compute_dtype(x))
-        channels = out_of_range.of_line(line, mean, var, weight, eps)
-        if channels is None:
-            return self.passes.normalize(x, line, weights, out)
-        values = out_of_range.normalize(x, channels, mean, var, weight, bias, eps, weights)  # before x is written to
-        y = self.passes.normalize(x, line, weights, out)
-        y[:, channels] = values
-        return y
-
-    def grad_sums(self, dy: np.ndarray, batch: Batch, stats: Stats, eps: float) -> tuple[np.ndarray, np.ndarray]:
-        dy, batch = _widened(dy, batch), batch._replace(x=_widened(batch.x, batch))
-        sums = self.passes.grad_sums(dy, batch, stats, eps)
-        if _has_room(batch.x, stats.mean):
-            return sums
-        with np.errstate(all="ignore"):
-            channels = out_of_range.of_sums(sums, stats.var, eps)
-            if channels is not None:
-                of_channels = out_of_range.grad_sums(self.passes.grad_sums, dy, batch, channels, stats, eps)
-                for total, own in zip(sums, of_channels, strict=True):
-                    total[channels] = own
-        return sums
-
-    def grad_input(
-        self,
-        dy: np.ndarray,
-        batch: Batch,
-        stats: Stats,
-        weight: np.ndarray | None,
-        eps: float,
-        sums: tuple[np.ndarray, np.ndarray] | None,
-    ) -> np.ndarray:
-        dy, batch = np.asarray(dy), batch._replace(x=np.asarray(batch.x))
-        dx = self.passes.grad_input(dy, batch, stats, weight, eps, sums)
-        if _has_room(batch.x, stats.mean, weight):
-            return dx
-        with np.errstate(all="ignore"):
-            channels = out_of_range.of_factors(sums, stats.var, weight, eps, stats.count)
-            if channels is not None:
-                kernel = self.passes.grad_sums
-                dx[:, channels] = out_of_range.grad_input(kernel, dy, batch, channels, stats, weight, eps)
-        return dx
-
-    @np.errstate(all="ignore")
-    def sample_weights(
-        self,
-        shape: tuple[int, ...],
-        dtype: str,
-        mask: np.ndarray | None,
-        lengths: np.ndarray | None,
-        sample_weight: np.ndarray | None,
-    ) -> np.ndarray:
-        return channel_stats.FORMULAS.sample_weights(shape, dtype, mask, lengths, sample_weight)
-
-    @np.errstate(all="ignore")
-    def merge(self, first: Moments, second: Moments) -> Moments:
-        return channel_stats.FORMULAS.merge(first, second)
-
-    def variance(self, moments: Moments, correction: int) -> channel_stats.Variance:
-        return channel_stats.FORMULAS.variance(moments, correction)
-
-    def step(
-        self, momentum: float | None, num_batches_tracked: np.ndarray | None, count: float, correction: int
-    ) -> float:
-        return channel_stats.step(momentum, num_batches_tracked, count, correction)
-
-    @np.errstate(all="ignore")
-    def lerp(self, start: np.ndarray, end: channel_stats.Mean | channel_stats.Variance, step: float) -> np.ndarray:
-        return channel_stats.lerp(start, end, step)
+from mbn.contract import Backend, Batch, Capabilities, Kernels, Operation, numpy_dtype, overlaps_itself
+from mbn_cpu.kernels.host import HostKernels, fits_float64
 
 
 class HostBackend(Backend):
     """A backend of NumPy arrays."""
 
     kernels: HostKernels
-    fast: ModuleType
+    steps: ModuleType
     """The whole of a step at once, for those batches that it ``takes``."""
-    fused: HostKernels
+    step_kernels: HostKernels
     """Kernels with these steps."""
 
     capabilities = Capabilities(
@@ -176,7 +69,7 @@ class HostBackend(Backend):
     ) -> tuple[Kernels, Batch]:
         # Whole steps, against the passes of the same backend, training and evaluation of (32, 64): NumPy's are 1.6 and
         # 4.0 times as fast, Numba's 4.8 and 4.2 times; of (1024, 256), which NumPy's do not take, 1.8 and 1.5 times.
-        return (self.fused if takes(self.fast, operation, batch, other, vectors) else self.kernels), batch
+        return (self.step_kernels if takes(self.steps, operation, batch, other, vectors) else self.kernels), batch
 
     def bind(
         self, forward: Callable[..., Any], pullback: Callable[..., Any]
@@ -185,14 +78,14 @@ class HostBackend(Backend):
 
 
 def takes(
-    fast: ModuleType, operation: Operation, batch: Batch, other: np.ndarray | None, operands: tuple[Any, ...]
+    steps: ModuleType, operation: Operation, batch: Batch, other: np.ndarray | None, operands: tuple[Any, ...]
 ) -> bool:
     """Tell whether a module of whole steps is the one for a call."""
-    if not fast.takes(batch.x, batch.sample_weight, other):
+    if not steps.takes(batch.x, batch.sample_weight, other):
         return False
     if operation == "pullback":
         weight, stats = operands
-        return _has_room(batch.x, stats.mean, weight)
+        return fits_float64(batch.x, stats.mean, weight)
     return operation == "evaluate" or (operation == "train" and batch.dtype == "float32")
 
 
@@ -203,21 +96,3 @@ def _rounded(pullback: Callable[..., Any], kernels: Kernels, dy: Any, batch: Bat
         with np.errstate(over="ignore"):
             sums = [total.astype(weight.dtype) for total in sums]
     return dx, *sums
-
-
-def _widened(values: np.ndarray, batch: Batch) -> np.ndarray:
-    """Return an array in the shape of x with as many digits as statistics are to have."""
-    values = np.asarray(values)
-    return (
-        values.astype(channel_stats.WIDE) if batch.dtype == "float64" and not channel_stats.is_wide(values) else values
-    )
-
-
-def _has_room(x: np.ndarray, mean: channel_stats.Mean, weight: np.ndarray | None = None) -> bool:
-    """Tell whether float64 holds all that is made of x: no vector has the range of float64, which that of x has not."""
-    return not (
-        channel_stats.is_wide(x)
-        or (weight is not None and channel_stats.is_wide(weight))
-        or isinstance(mean, channel_stats.Scaled)
-        or (not isinstance(mean, channel_stats.Pair) and channel_stats.is_wide(mean))
-    )

@@ -85,9 +85,9 @@ def heaviest(x: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
     values = x if x.ndim == 3 else x[:, :, None]  # noqa: PLR2004 - (N, C) or (N, C, L)
     if weights is None:
         return values[0, :, 0].astype(WIDE)
-    place = np.argmax(weights)
-    n, position = divmod(place, values.shape[2])
-    return np.where(weights.flat[place] > 0, values[n, :, position], 0).astype(WIDE)
+    index = np.argmax(weights)
+    n, position = divmod(index, values.shape[2])
+    return np.where(weights.flat[index] > 0, values[n, :, position], 0).astype(WIDE)
 
 
 def fold_rows(d: np.ndarray) -> np.ndarray:

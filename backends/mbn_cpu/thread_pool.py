@@ -30,7 +30,7 @@ def limited(num_threads: int) -> Iterator[None]:
         _limit.reset(token)
 
 
-def run(task: Callable[[int], object], count: int, at_least: int = 1) -> None:
+def run_tasks(task: Callable[[int], object], count: int, at_least: int = 1) -> None:
     """Call ``task(i)`` for each i below ``count``, in no particular order, in the context of the caller.
 
     Args:

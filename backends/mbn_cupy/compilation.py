@@ -18,7 +18,7 @@ class Variant(NamedTuple):
     value: str
     statistic: str
     channels: int
-    places: int
+    positions: int
     weighted: bool
 
     @property

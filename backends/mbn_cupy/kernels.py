@@ -166,9 +166,9 @@ class _Call(NamedTuple):
         if weights is None:
             placed += _NULL, 0, 0
         else:
-            row, _, place = plan.strides[-1]
-            placed += weights, row, place
-        variant = Variant(x.dtype.name, statistic, plan.channels, plan.places, weights is not None)
+            row, _, position = plan.strides[-1]
+            placed += weights, row, position
+        variant = Variant(x.dtype.name, statistic, plan.channels, plan.positions, weights is not None)
         return cls(plan, variant, tuple(placed), x.shape[1])
 
     def sums(self, name: str, fields: int, *arguments: Any) -> cupy.ndarray:

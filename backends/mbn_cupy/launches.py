@@ -30,7 +30,7 @@ _WRITING_BLOCKS = 8192
 """At most."""
 
 Strides = tuple[int, int, int]
-"""Of rows, channels and places, in values."""
+"""Of rows, channels and positions, in values."""
 
 
 class Cover(NamedTuple):
@@ -40,21 +40,21 @@ class Cover(NamedTuple):
     """Those for all channels, and those that share a channel."""
     threads: tuple[int, int, int]
     arguments: tuple[int, ...]
-    """The kernels' first: lanes of places and of channels, the items that a block shares, rows, channels and places."""
+    """The kernels' first: lanes of positions and of channels, items that a block shares, rows, channels, positions."""
 
 
 class Layout(NamedTuple):
-    """Arrays of one shape as rows x channels x places."""
+    """Arrays of one shape as rows x channels x positions."""
 
     strides: tuple[Strides, ...]
     """Of the arrays in their order; at last of the weights, which have one channel for all."""
     channels: int
-    places: int
-    """Neighbours that a thread reads at once, its item: channels or places, of which the other is 1."""
+    positions: int
+    """Neighbours that a thread reads at once, its item: channels or positions, of which the other is 1."""
     summing: Cover
     """For kernels that leave a result for each block and channel."""
     writing: Cover
-    """For those that write to each place."""
+    """For those that write to each position."""
 
 
 def layout(arrays: Sequence[cupy.ndarray], weights: cupy.ndarray | None) -> Layout:
@@ -78,23 +78,25 @@ def _layout(
     weights_strides: tuple[int, ...] | None,
 ) -> Layout:
     own_strides = [tuple(stride // itemsize for stride in own) for own in all_strides]
-    (rows, channels, places), strides = described(shape, own_strides, weights_strides)
-    row, channel, place = map(abs, strides[0])
-    if (row < channel or channels == 1) if places == 1 else row < place:  # neighbours are places
-        strides = [(place, channel, row) for row, channel, place in strides]
-        rows, places = places, rows
-    _, channel, place = map(abs, strides[0])
-    if places == 1 or channel < place:
+    (rows, channels, positions), strides = described(shape, own_strides, weights_strides)
+    row, channel, position = map(abs, strides[0])
+    if (row < channel or channels == 1) if positions == 1 else row < position:  # neighbours are positions
+        strides = [(position, channel, row) for row, channel, position in strides]
+        rows, positions = positions, rows
+    _, channel, position = map(abs, strides[0])
+    if positions == 1 or channel < position:
         # Four channels at most, since a thread keeps what it has found of each.
         widest = min(4, _WIDEST // itemsize)
-        item = _item([(channel, row, place) for row, channel, place in strides], channels, widest, itemsize, offsets)
+        item = _item(
+            [(channel, row, position) for row, channel, position in strides], channels, widest, itemsize, offsets
+        )
         lanes = 1, min(_power(channels // item), _WARP, _LINE // (item * itemsize))
-        return _covered(strides, (rows, channels, places), (item, 1), lanes)
+        return _covered(strides, (rows, channels, positions), (item, 1), lanes)
     widest = _WIDEST // itemsize
-    item = _item([(place, row, channel) for row, channel, place in strides], places, widest, itemsize, offsets)
-    place_lanes = min(_power(places // item), _WARP)
-    lanes = place_lanes, min(_power(channels), _WARP // place_lanes)
-    return _covered(strides, (rows, channels, places), (1, item), lanes)
+    item = _item([(position, row, channel) for row, channel, position in strides], positions, widest, itemsize, offsets)
+    position_lanes = min(_power(positions // item), _WARP)
+    lanes = position_lanes, min(_power(channels), _WARP // position_lanes)
+    return _covered(strides, (rows, channels, positions), (1, item), lanes)
 
 
 def _item(strides: Sequence[Strides], length: int, widest: int, itemsize: int, offsets: tuple[int, ...]) -> int:
@@ -114,8 +116,8 @@ def _item(strides: Sequence[Strides], length: int, widest: int, itemsize: int, o
 def _covered(
     strides: Sequence[Strides], sizes: tuple[int, int, int], item: tuple[int, int], lanes: tuple[int, int]
 ) -> Layout:
-    rows, channels, places = sizes
-    items = rows * (places // item[1])
+    rows, channels, positions = sizes
+    items = rows * (positions // item[1])
     sharing = min(THREADS // lanes[1], _power(items))  # threads with the same channels
     tiles = -(-channels // (lanes[1] * item[0]))
     runs = -(-items // (sharing * _RUN))

@@ -4,8 +4,9 @@ from typing import ClassVar
 
 import numba
 
-from mbn_cpu.backend import HostBackend, HostKernels
+from mbn_cpu.backend import HostBackend
 from mbn_cpu.kernels import numba_passes, numba_steps
+from mbn_cpu.kernels.host import HostKernels
 
 
 class NumbaBackend(HostBackend):
@@ -13,4 +14,4 @@ class NumbaBackend(HostBackend):
 
     name: ClassVar[str] = "numba"
     version = numba.__version__
-    kernels, fast, fused = HostKernels(numba_passes), numba_steps, HostKernels(numba_passes, numba_steps)
+    kernels, steps, step_kernels = HostKernels(numba_passes), numba_steps, HostKernels(numba_passes, numba_steps)

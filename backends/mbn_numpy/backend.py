@@ -4,8 +4,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from mbn_cpu.backend import HostBackend, HostKernels
+from mbn_cpu.backend import HostBackend
 from mbn_cpu.kernels import numpy_passes, numpy_steps
+from mbn_cpu.kernels.host import HostKernels
 
 
 class NumpyBackend(HostBackend):
@@ -13,4 +14,4 @@ class NumpyBackend(HostBackend):
 
     name: ClassVar[str] = "numpy"
     version = np.__version__
-    kernels, fast, fused = HostKernels(numpy_passes), numpy_steps, HostKernels(numpy_passes, numpy_steps)
+    kernels, steps, step_kernels = HostKernels(numpy_passes), numpy_steps, HostKernels(numpy_passes, numpy_steps)

@@ -260,12 +260,12 @@ def _fitted(values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return values[:, None] if values.ndim < len(shape) else values
 
 
-VECTORS = TorchFormulas(torch, torch.Tensor)
-divisor, variance = VECTORS.divisor, VECTORS.variance
+FORMULAS = TorchFormulas(torch, torch.Tensor)
+divisor, variance = FORMULAS.divisor, FORMULAS.variance
 
 
 class TorchKernels(Kernels):
     """The base of all kernels of tensors: the formulas on vectors."""
 
-    merge, variance, step, lerp = VECTORS.merge, VECTORS.variance, VECTORS.step, VECTORS.lerp
-    sample_weights = VECTORS.sample_weights
+    merge, variance, step, lerp = FORMULAS.merge, FORMULAS.variance, FORMULAS.step, FORMULAS.lerp
+    sample_weights = FORMULAS.sample_weights

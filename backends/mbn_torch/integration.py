@@ -15,8 +15,8 @@ from torch.autograd import Function
 from mbn.contract import Batch, Group, Kernels, Params, Settings, State, Stats, merged
 from mbn_torch.channel_stats import WIDE, variance
 from mbn_torch.group import Differentiable
-from mbn_torch.kernels.cpu import OnHost, tensors
-from mbn_torch.kernels.traceable import FORMULAS
+from mbn_torch.kernels.cpu import CpuKernels, tensors
+from mbn_torch.kernels.traceable import TRACEABLE
 from mbn_torch.private import is_constant, is_recorded, is_scripted
 
 Needs: TypeAlias = tuple[bool, bool, bool]
@@ -46,7 +46,7 @@ def bind(
         group: Group | None = None,
     ) -> tuple[torch.Tensor, State, Stats]:
         x = batch.x
-        if kernels is FORMULAS:
+        if kernels is TRACEABLE:
             if is_scripted() and any(
                 value is not None and value.requires_grad and is_constant(value) for value in params
             ):
@@ -78,7 +78,7 @@ def bind(
         needs: Needs = _ALL,
         group: Group | None = None,
     ) -> Gradients:
-        if kernels is FORMULAS:
+        if kernels is TRACEABLE:
             return _by_formulas(pullback, dy, batch, weight, stats, eps, needs, group)
         if is_recorded(dy, batch.x, weight):
             return Pullback.apply(dy, batch.x, weight, kernels, batch, stats, eps, needs, group, pullback)
@@ -190,9 +190,9 @@ def _by_formulas(
     wide = batch._replace(x=x.to(WIDE))
     if stats.count is not None:
         group = None if group is None else Differentiable(group)
-        moments = merged(FORMULAS, FORMULAS.moments(wide), group)
+        moments = merged(TRACEABLE, TRACEABLE.moments(wide), group)
         stats = Stats(moments.mean, variance(moments, 0), moments.count)
-    dx, dweight, dbias = pullback(FORMULAS, dy.to(WIDE), wide, weight, stats, eps, needs, group)
+    dx, dweight, dbias = pullback(TRACEABLE, dy.to(WIDE), wide, weight, stats, eps, needs, group)
     return None if dx is None else dx.to(x.dtype), dweight, dbias
 
 
@@ -208,5 +208,5 @@ def _of_values(
     group: Group | None,
 ) -> Gradients:
     """Return the gradients where nothing follows how they are computed."""
-    stats = stats if isinstance(kernels, OnHost) else tensors(stats)
+    stats = stats if isinstance(kernels, CpuKernels) else tensors(stats)
     return pullback(kernels, dy, batch, weight, stats, eps, needs, group)

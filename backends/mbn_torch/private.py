@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 _OWN = torch.Tensor, torch.nn.Parameter
 """Classes whose operations nobody overrides."""
-HOST = -1
+CPU = -1
 """The place of what is in host memory."""
 
 
@@ -60,8 +60,8 @@ def is_constant(value: torch.Tensor | None) -> bool:
         return True
 
 
-def place(*values: torch.Tensor | None) -> int | None:
-    """Return where these are, ``HOST`` or the index of a GPU, if they are nothing but values in memory there.
+def common_device(*values: torch.Tensor | None) -> int | None:
+    """Return where these are, ``CPU`` or the index of a GPU, if they are nothing but values in memory there.
 
     None where they are more, are elsewhere or apart, or somebody sees the operations. A value of None is nothing.
     """
@@ -77,7 +77,7 @@ def place(*values: torch.Tensor | None) -> int | None:
             return None
         if is_functorch_wrapped_tensor(value) or is_legacy_batchedtensor(value):
             return None
-        own = HOST if value.is_cpu else value.get_device() if value.is_cuda else None
+        own = CPU if value.is_cpu else value.get_device() if value.is_cuda else None
         if own is None or own != (own if found is None else found):
             return None
         found = own

@@ -16,8 +16,9 @@ import triton.language as tl
 from hypothesis import HealthCheck, settings
 from triton.runtime import interpreter
 
-from mbn_torch.kernels import choice, gpu
-from mbn_torch.private import HOST, place
+from mbn_torch import backend
+from mbn_torch.kernels import gpu
+from mbn_torch.private import CPU, common_device
 
 settings.register_profile(
     "interpreted",
@@ -87,5 +88,5 @@ interpreter._patch_lang_tensor = _with_indices
 interpreter.GridExecutor.__call__ = _alone
 interpreter._convert_float = _converted
 interpreter.ReduceOps.sum = _sum
-choice.place = lambda *values: 0 if place(*values) == HOST else None
-choice._on_gpu = lambda index: gpu.TRITON  # noqa: ARG005 - there is one
+backend.common_device = lambda *values: 0 if common_device(*values) == CPU else None
+backend._on_gpu = lambda index: gpu.TRITON  # noqa: ARG005 - there is one

@@ -18,7 +18,7 @@ from mbn.contract import Batch, Params, Settings, Stats
 from mbn.step import compose
 from mbn_torch.channel_stats import scaled, separate
 from mbn_torch.kernels import triton_kernels, triton_tiles
-from mbn_torch.kernels.eager import TENSORS
+from mbn_torch.kernels.eager import EAGER
 from mbn_torch.kernels.gpu import TRITON
 
 BOUNDS = {torch.float16: 6e-4, torch.bfloat16: 5e-3, torch.float32: 1.2e-7, torch.float64: 1e-14}
@@ -29,18 +29,18 @@ FORMS = {
     "two values": lambda x: x(2, 1),
     "two rows": lambda x: x(2, 37),
     "many channels": lambda x: x(3, 700),
-    "one place": lambda x: x(11, 5, 1),
+    "one position": lambda x: x(11, 5, 1),
     "one row": lambda x: x(1, 3, 1031),
     "one channel": lambda x: x(7, 1, 53),
-    "places": lambda x: x(5, 7, 131),
-    "few places": lambda x: x(17, 23, 3),
+    "positions": lambda x: x(5, 7, 131),
+    "few positions": lambda x: x(17, 23, 3),
     "aligned": lambda x: x(6, 32, 64),
     "wide": lambda x: x(2, 3, 2050),
     "channels last": lambda x: x(5, 37, 16).mT,
     "transposed": lambda x: x(13, 251).T,
     "sliced": lambda x: x(40, 9, 33)[1::3, ::2, 2::5],
     "shifted": lambda x: x(33, 16)[:, 3:],
-    "places of rows": lambda x: x(7, 12, 5).permute(1, 0, 2),
+    "positions of rows": lambda x: x(7, 12, 5).permute(1, 0, 2),
     "expanded": lambda x: x(19, 6, 1).expand(-1, -1, 8),
 }
 
@@ -79,7 +79,7 @@ def assert_agreement(x, dy, weights=None):
     if weights is not None:
         keep = (weights > 0).reshape(len(x), 1, *weights.shape[1:]).expand(x.shape)
         x, dy = (torch.where(keep, values, torch.nan) for values in (x, dy))
-    expected = results(TENSORS, x, dy, weights)
+    expected = results(EAGER, x, dy, weights)
     for name, actual in results(TRITON, x, dy, weights).items():
         assert actual.dtype == expected[name].dtype, name
         assert actual.shape == expected[name].shape, name
@@ -195,7 +195,7 @@ def test_running_statistics(dtype, kind, momentum):
     settings = Settings(6, dtype_name, 1e-5, momentum, 1, 1)
     batch, params = Batch(x, weights, dtype_name), Params(None, None)
     _, after, _ = TRITON.train(batch, params, state, settings, None)
-    _, expected, _ = compose.forward(TENSORS, batch, params, state, settings, training=True)
+    _, expected, _ = compose.forward(EAGER, batch, params, state, settings, training=True)
     assert after.num_batches_tracked == 4
     for actual, other, before in zip(after[:2], expected[:2], state[:2], strict=True):
         assert relative_error(actual, other.double()) <= (1e-15 if dtype == torch.float64 else 1.2e-7)
@@ -232,7 +232,7 @@ def test_all_that_is_needed():
 
 
 PLANTED = {  # None of them writes where it must not, which would end the process.
-    "places beyond the last": ("mask = is_value[:, :, None] &", "mask = (is_value | True)[:, :, None] &"),
+    "positions beyond the last": ("mask = is_value[:, :, None] &", "mask = (is_value | True)[:, :, None] &"),
     "no shift": (
         "d = values - start[None, None, :]",
         "d = values",

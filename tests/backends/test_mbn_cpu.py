@@ -240,7 +240,7 @@ class TestThreads:
 
     def test_each_task_runs_once(self):
         done = []
-        thread_pool.run(done.append, 1000)
+        thread_pool.run_tasks(done.append, 1000)
         assert sorted(done) == list(range(1000))
 
     def test_the_caller_works_alone_where_no_thread_starts(self, monkeypatch):
@@ -250,7 +250,7 @@ class TestThreads:
         monkeypatch.setattr(threading.Thread, "start", start)
         names = []
         for _ in range(2):
-            thread_pool.run(lambda _: names.append(threading.current_thread().name), 50)
+            thread_pool.run_tasks(lambda _: names.append(threading.current_thread().name), 50)
         assert names == [threading.current_thread().name] * 100
 
     def test_a_helper_that_is_refused_and_begins_all_the_same_is_waited_for(self, monkeypatch):
@@ -271,23 +271,23 @@ class TestThreads:
 
         with Pool(1) as pool:
             monkeypatch.setattr(thread_pool, "_executor", lambda: pool)
-            thread_pool.run(task, 8)
+            thread_pool.run_tasks(task, 8)
             assert sorted(done) == list(range(8))
 
     def test_several_threads_share_the_tasks(self):
         barrier = threading.Barrier(4, timeout=30)
-        thread_pool.run(lambda _: barrier.wait(), 4)
+        thread_pool.run_tasks(lambda _: barrier.wait(), 4)
 
     def test_no_more_threads_than_said(self):
         names = set()
         with thread_pool.limited(1):
-            thread_pool.run(lambda _: names.add(threading.current_thread().name), 100)
+            thread_pool.run_tasks(lambda _: names.add(threading.current_thread().name), 100)
         assert names == {threading.current_thread().name}
 
     def test_tasks_see_the_context_of_the_caller(self):
         seen = []
         with np.errstate(over="raise"):
-            thread_pool.run(lambda _: seen.append(np.geterr()["over"]), 50)
+            thread_pool.run_tasks(lambda _: seen.append(np.geterr()["over"]), 50)
         assert set(seen) == {"raise"}
 
     @pytest.mark.parametrize("error", [ValueError, IndexError, KeyboardInterrupt])
@@ -300,8 +300,8 @@ class TestThreads:
             done.append(i)
 
         with pytest.raises(error):
-            thread_pool.run(task, 100_000)
+            thread_pool.run_tasks(task, 100_000)
         after = len(done)
         assert after < 100_000
-        thread_pool.run(lambda _: None, 100)
+        thread_pool.run_tasks(lambda _: None, 100)
         assert len(done) == after

@@ -32,16 +32,16 @@ def compilation(cupy):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("item", ["one value", "channels", "places"])
+@pytest.mark.parametrize("item", ["one value", "channels", "positions"])
 @pytest.mark.parametrize("value", BYTES)
 def test_compiles_for_each_gpu(compilation, value, item, weighted):
     compiler = cuda_compilers.find()
     if compiler is None:
         pytest.skip("there is neither nvcc nor nvidia-cuda-nvrtc")
     widest = 16 // BYTES[value]
-    channels, places = {"one value": (1, 1), "channels": (min(4, widest), 1), "places": (1, widest)}[item]
+    channels, positions = {"one value": (1, 1), "channels": (min(4, widest), 1), "positions": (1, widest)}[item]
     statistic = "float64" if value == "float64" else "float32"
-    options = compilation.Variant(value, statistic, channels, places, weighted).options
+    options = compilation.Variant(value, statistic, channels, positions, weighted).options
 
     with ThreadPoolExecutor(2) as pool:
         for compiled in pool.map(lambda name: compiler(compilation.source(), options, name), ARCHITECTURES):
@@ -50,7 +50,7 @@ def test_compiles_for_each_gpu(compilation, value, item, weighted):
             frames = re.findall(r"(\d+) bytes stack frame", compiled.log)
             assert len(frames) >= 7
             assert max(map(int, frames)) <= FEW
-            _assert_vectors(compiled.ptx, BYTES[value] * channels * places, channels * places)
+            _assert_vectors(compiled.ptx, BYTES[value] * channels * positions, channels * positions)
 
 
 def _assert_vectors(ptx, size, values):
@@ -116,7 +116,7 @@ BUGS = {
         "cuda/threads.cuh", "others = (blockIdx.y + 1) * share", "others = (blockIdx.y + 1) * share + 1", "test_long"
     ),
     "a row that does not end": Bug(
-        "cuda/threads.cuh", "wrap(step + row - walk.places * place)", "wrap(step + row)", "with_a_large_mean"
+        "cuda/threads.cuh", "wrap(step + row - walk.positions * position)", "wrap(step + row)", "with_a_large_mean"
     ),
     "a stride of the wrong axis": Bug(
         "cuda/threads.cuh",
@@ -198,7 +198,9 @@ BUGS = {
         "FORMULAS = Formulas(cupy, cupy.ndarray)\nFORMULAS.summable = lambda weights: weights",
         "test_sample_weights_of_any_size_in_float64",
     ),
-    "values without weight counted": Bug("cuda/threads.cuh", "values[place] > 0", "values[place] >= 0", "test_masks"),
+    "values without weight counted": Bug(
+        "cuda/threads.cuh", "values[position] > 0", "values[position] >= 0", "test_masks"
+    ),
     "a step without weights": Bug("cuda/moments.cu", "all.count <= correction", "all.count < 0", "test_masks"),
     "infinite where nothing varies": Bug("cuda/channels.cuh", "spread == 0 ? 0 :", "spread < 0 ? 0 :", "eps_0"),
 }

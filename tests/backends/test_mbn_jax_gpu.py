@@ -1,4 +1,4 @@
-"""JAX's form for GPUs: what it computes, on the CPU, and what it is lowered to where there is no GPU to run it on."""
+"""JAX's layout for GPUs: what it computes, on the CPU, and what it is lowered to where there is no GPU to run it on."""
 
 import math
 
@@ -26,7 +26,7 @@ SHAPES = [
 
 @pytest.fixture(autouse=True)
 def _in_64_bits():
-    """Lower as a ``Map`` does."""
+    """Lower as a ``WidePrimitive`` does."""
     with primitives.enable_x64(True):  # noqa: FBT003 - its only argument
         yield
 
@@ -44,7 +44,7 @@ def test_every_value_is_summed_once(shape):
 
 
 def moments_of(x, weights=None):
-    """Return mean and variance in the form for GPUs, in float64."""
+    """Return mean and variance in the layout for GPUs, in float64."""
     parts = jax.jit(passes._moments_on_gpu)(x, weights)
     mean, rest, unit, var, var_rest, var_unit = (np.asarray(part, np.float64) for part in parts)
     return (mean + rest) * unit, (var + var_rest) * var_unit**2

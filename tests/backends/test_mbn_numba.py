@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import mbn
-from mbn_cpu.kernels import installed, numba_compilation, numba_float16, numba_loops
+from mbn_cpu import installed
+from mbn_cpu.kernels import numba_compilation, numba_float16, numba_loops
 
 _STEP = """
 import logging, sys
@@ -149,7 +150,7 @@ def test_a_broken_numba_is_told_and_leaves_torch_its_other_kernels(monkeypatch, 
     monkeypatch.delitem(sys.modules, "mbn_cpu.kernels.numba_passes", raising=False)
     monkeypatch.delattr("mbn_cpu.kernels.numba_passes", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
-    assert installed.host.__wrapped__().fast.__name__ == "mbn_cpu.kernels.numpy_steps"
+    assert installed.fastest.__wrapped__().steps.__name__ == "mbn_cpu.kernels.numpy_steps"
     (said,) = caplog.messages
     assert said == "Numba does not work here, which makes mbn slower: OSError: could not load libllvmlite.so"
 

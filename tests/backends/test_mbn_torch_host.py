@@ -11,13 +11,13 @@ from torch_samples import relative_error, sample
 
 import mbn
 from mbn.contract import Batch
-from mbn_cpu import huge_pages, thread_pool
-from mbn_cpu.kernels import installed, numpy_passes, numpy_steps
+from mbn_cpu import huge_pages, installed, thread_pool
+from mbn_cpu.kernels import numpy_passes, numpy_steps
 
 torch = pytest.importorskip("torch")
 backend = mbn.get_backend("torch")
-host, routes = import_module("mbn_torch.kernels.cpu"), import_module("mbn_torch.kernels.choice")
-TENSORS = import_module("mbn_torch.kernels.eager").TENSORS
+host, module = import_module("mbn_torch.kernels.cpu"), import_module("mbn_torch.backend")
+EAGER = import_module("mbn_torch.kernels.eager").EAGER
 
 SHAPES = [(32, 8), (700, 40), (130, 12, 33), (9, 4, 5000), (70_000, 8), (150, 16, 256)]
 """Some for each way: small, for Torch's operations, and for passes in tiles."""
@@ -28,10 +28,10 @@ def kernels(request, monkeypatch):
     """Have the kernels with or without Numba, whatever is installed."""
     if request.param == "numba":
         pytest.importorskip("numba")
-        assert installed.host().fast.__name__ == "mbn_cpu.kernels.numba_steps"
+        assert installed.fastest().steps.__name__ == "mbn_cpu.kernels.numba_steps"
     else:
         own = installed.Host(numpy_passes, numpy_steps)
-        monkeypatch.setattr(routes, "host", lambda: own)
+        monkeypatch.setattr(module, "fastest", lambda: own)
     return request.param
 
 
@@ -162,13 +162,13 @@ def test_inference_mode(shape):
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_number_of_threads_is_that_of_torch(num_threads, monkeypatch):
     seen = []
-    run = thread_pool.run
+    run = thread_pool.run_tasks
 
     def watched(*args, **kwargs):
         seen.append(thread_pool._num_threads())
         run(*args, **kwargs)
 
-    monkeypatch.setattr(thread_pool, "run", watched)
+    monkeypatch.setattr(thread_pool, "run_tasks", watched)
     monkeypatch.setattr(thread_pool, "get_num_threads", lambda: 2)
     before = torch.get_num_threads()
     try:
@@ -321,9 +321,9 @@ def test_statistics_in_units_may_come_from_other_kernels():
     results = []
     batch = Batch(x, None, "float64")
     on_host, prepared = backend.kernels_for("moments", batch)
-    assert isinstance(on_host, host.OnHost)
-    other = on_host.moments(host.HostBatch.of(batch._replace(x=3 * x)))
-    for kernels, own in ((TENSORS, batch), (on_host, prepared)):
+    assert isinstance(on_host, host.CpuKernels)
+    other = on_host.moments(host.ArrayBatch.of(batch._replace(x=3 * x)))
+    for kernels, own in ((EAGER, batch), (on_host, prepared)):
         moments = kernels.moments(own)
         residuals = mbn.contract.Stats(moments.mean, kernels.variance(moments, 0), moments.count)
         dx, dweight, _ = pullback(backend, dy, x, None, residuals, 1e-5)

@@ -18,7 +18,8 @@ import mbn
 torch = pytest.importorskip("torch")
 
 from mbn.contract import Batch  # noqa: E402
-from mbn_torch.kernels import choice, eager  # noqa: E402 - there may be no Torch
+from mbn_torch import backend as module  # noqa: E402 - the same
+from mbn_torch.kernels import eager  # noqa: E402 - there may be no Torch
 
 BOUNDS = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 3e-7, torch.float64: 1e-12}
 SHAPES = [(50, 3), (50, 3, 2), (9, 3), (1, 3, 7)]
@@ -27,8 +28,8 @@ SHAPES = [(50, 3), (50, 3, 2), (9, 3), (1, 3, 7)]
 @pytest.fixture(autouse=True)
 def only_these(monkeypatch):
     """Have no others chosen, and return how many blocks these have seen."""
-    monkeypatch.setattr(choice, "place", lambda *_: None)
-    assert choice.kernels_for("moments", Batch(torch.ones(2, 2)))[0] is eager.TENSORS
+    monkeypatch.setattr(module, "common_device", lambda *_: None)
+    assert mbn.get_backend("torch").kernels_for("moments", Batch(torch.ones(2, 2)))[0] is eager.EAGER
     numbers, split = [], eager._split
 
     def counted(*arguments):
@@ -55,9 +56,9 @@ def _layer(dtype="float32", *, training=True):
 
 
 def _few_rows(monkeypatch):
-    """Have blocks of two rows of 3 channels and 2 places, and runs of three blocks."""
+    """Have blocks of two rows of 3 channels and 2 positions, and chunks of three blocks."""
     monkeypatch.setattr(eager, "CPU_BLOCK", 12)
-    monkeypatch.setattr(eager, "RUN", 3)
+    monkeypatch.setattr(eager, "CHUNK", 3)
 
 
 @pytest.mark.parametrize("blocks", ["one", "many"])

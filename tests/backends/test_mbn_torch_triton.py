@@ -20,9 +20,10 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from mbn.contract import Batch, Settings  # noqa: E402
 from mbn.step import compose  # noqa: E402
-from mbn_torch.kernels import choice, gpu, triton_kernels  # noqa: E402
-from mbn_torch.kernels.eager import TENSORS  # noqa: E402
-from mbn_torch.private import HOST, place  # noqa: E402
+from mbn_torch import backend as module  # noqa: E402
+from mbn_torch.kernels import gpu, triton_kernels  # noqa: E402
+from mbn_torch.kernels.eager import EAGER  # noqa: E402
+from mbn_torch.private import CPU, common_device  # noqa: E402
 
 HERE = Path(__file__).parent
 NAMES = (
@@ -191,8 +192,8 @@ def _resources(compiled, tmp_path):
 BATCHES = {
     "rows": ((1 << 20, 256), torch.float32),
     "rows of halves": ((1 << 20, 256), torch.bfloat16),
-    "places": ((4096, 256, 1024), torch.float32),
-    "places of halves": ((4096, 256, 1024), torch.float16),
+    "positions": ((4096, 256, 1024), torch.float32),
+    "positions of halves": ((4096, 256, 1024), torch.float16),
     "channels last": ((4096, 1024, 256), torch.float32, (0, 2, 1)),
 }
 """Of which each value has to be loaded along with 16 bytes."""
@@ -201,7 +202,7 @@ BATCHES = {
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("batch", BATCHES)
 def test_compiled_kernels_are_fast(recorder, tmp_path, batch, capability):
-    if capability != 90 and batch not in {"rows", "places of halves"}:
+    if capability != 90 and batch not in {"rows", "positions of halves"}:
         pytest.skip("compiled for one card")
     for name, _, args, kwargs in _launches(recorder, *BATCHES[batch]):
         compiled = _compile(name, args, kwargs, capability)
@@ -226,7 +227,7 @@ def test_compiled_kernels_are_fast(recorder, tmp_path, batch, capability):
         ((33, 7, 5), torch.bfloat16),
         ((1 << 16, 1 << 16), torch.float16),
     ],
-    ids=["float64", "places", "beyond 32 bits"],
+    ids=["float64", "positions", "beyond 32 bits"],
 )
 @pytest.mark.parametrize("weighted", [False, True])
 def test_everything_compiles(recorder, batch, weighted):
@@ -237,25 +238,25 @@ def test_everything_compiles(recorder, batch, weighted):
 def test_without_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "mbn_torch.kernels.gpu", None)
     monkeypatch.delattr("mbn_torch.kernels.gpu")
-    choice._on_gpu.cache_clear()
-    assert choice._on_gpu(0) is None
-    choice._on_gpu.cache_clear()
+    module._on_gpu.cache_clear()
+    assert module._on_gpu(0) is None
+    module._on_gpu.cache_clear()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_where_triton_does_not_work():
-    choice._on_gpu.cache_clear()
+    module._on_gpu.cache_clear()
     with pytest.warns(RuntimeWarning, match="Triton does not work"):
-        assert choice._on_gpu(0) is None
-    choice._on_gpu.cache_clear()
+        assert module._on_gpu(0) is None
+    module._on_gpu.cache_clear()
 
 
 def test_places(monkeypatch):
     x = torch.ones(2)
-    assert place(x, None, x) == HOST
-    assert place(x, torch.empty(2, device="meta")) is None
-    monkeypatch.setattr(choice, "place", lambda *_: 3)
-    monkeypatch.setattr(choice, "_on_gpu", {3: gpu.TRITON}.get)
-    assert choice.kernels_for("moments", Batch(x))[0] is gpu.TRITON
-    monkeypatch.setattr(choice, "_on_gpu", {3: None}.get)
-    assert choice.kernels_for("moments", Batch(x))[0] is TENSORS
+    assert common_device(x, None, x) == CPU
+    assert common_device(x, torch.empty(2, device="meta")) is None
+    monkeypatch.setattr(module, "common_device", lambda *_: 3)
+    monkeypatch.setattr(module, "_on_gpu", {3: gpu.TRITON}.get)
+    assert mbn.get_backend("torch").kernels_for("moments", Batch(x))[0] is gpu.TRITON
+    monkeypatch.setattr(module, "_on_gpu", {3: None}.get)
+    assert mbn.get_backend("torch").kernels_for("moments", Batch(x))[0] is EAGER

@@ -13,8 +13,8 @@ from planted import Bug, conform
 
 from mbn import contract
 from mbn.step import population
-from mbn_cpu import backend, channel_stats
-from mbn_cpu.kernels import numpy_passes, numpy_steps, out_of_range
+from mbn_cpu import channel_stats
+from mbn_cpu.kernels import host, numpy_passes, numpy_steps, out_of_range
 
 
 def nowhere(function: str) -> Callable[[], None]:
@@ -35,7 +35,7 @@ def weights_as_they_are() -> None:
 
 
 def narrow_in_a_wide_layer() -> None:
-    backend._widened = lambda values, _: np.asarray(values)
+    host._widened = lambda values, _: np.asarray(values)
 
 
 def narrow_batches_fitted() -> None:

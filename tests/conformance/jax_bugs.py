@@ -1,4 +1,4 @@
-"""Bugs planted in JAX's backend: in its range, and in its form for GPUs, which runs on the CPU for once.
+"""Bugs planted in JAX's backend: in its range, and in its layout for GPUs, which runs on the CPU for once.
 
 ``python jax_bugs.py FOLDER BUG...`` runs for each bug the test of the suite that has to name it.
 """
@@ -12,7 +12,7 @@ from planted import Bug, conform
 
 
 def on_gpu(plant: Callable[[], None]) -> Callable[[], None]:
-    """Return what plants a bug once the form is taken. JAX is imported there: a process that has it cannot fork."""
+    """Return what plants a bug once the layout is taken. JAX is imported there: a process that has it cannot fork."""
 
     def take_form_and_plant() -> None:
         import jax_gpu_form  # noqa: PLC0415
@@ -60,7 +60,7 @@ def one_factor() -> None:
         scale = passes.plain(invstd) * (1 if weight is None else weight)
         return [passes.jnp.ones_like(scale), scale]
 
-    passes._FACTORS = primitives.Map("factors", product)
+    passes._FACTORS = primitives.WidePrimitive("factors", product)
 
 
 def factors_for_a_weight_of_1() -> None:
@@ -72,7 +72,7 @@ def factors_for_a_weight_of_1() -> None:
         first, second = own(invstd, where(weight == 0, 1, weight))
         return [first, where(weight == 0, 0, second)]
 
-    passes._FACTORS = primitives.Map("factors", without_0)
+    passes._FACTORS = primitives.WidePrimitive("factors", without_0)
 
 
 def squares_as_found() -> None:
@@ -103,14 +103,14 @@ def narrow_sums_in_evaluation() -> None:
 def last_run_dropped() -> None:
     from mbn_jax.kernels import gpu_sums  # noqa: PLC0415
 
-    in_runs = gpu_sums._in_runs
+    in_runs = gpu_sums._in_chunks
 
     def whole_runs(x, axis):
-        run = min(gpu_sums.RUN, x.shape[axis])
+        run = min(gpu_sums.CHUNK, x.shape[axis])
         whole = x.shape[axis] // run * run
         return in_runs(x.at[(slice(None),) * axis + (slice(whole, None),)].set(0), axis)
 
-    gpu_sums._in_runs = whole_runs
+    gpu_sums._in_chunks = whole_runs
 
 
 def deviations_from_nothing() -> None:
@@ -122,7 +122,7 @@ def deviations_from_nothing() -> None:
 def channels_mixed_up() -> None:
     from mbn_jax.kernels import layouts, passes  # noqa: PLC0415
 
-    passes.GPU = layouts.GPU._replace(place=lambda vector, ndim: layouts.GPU.place(vector[::-1], ndim))
+    passes.GPU = layouts.GPU._replace(place=lambda vector, ndim: layouts.GPU.broadcast(vector[::-1], ndim))
 
 
 def factors_in_any_order() -> None:

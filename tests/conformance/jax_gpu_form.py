@@ -1,4 +1,4 @@
-"""JAX's form for GPUs, on the CPU: a plugin of pytest, with which all that is compiled takes it."""
+"""JAX's layout for GPUs, on the CPU: a plugin of pytest, with which all that is compiled takes it."""
 
 import gc
 from functools import partial
@@ -7,12 +7,12 @@ from hypothesis import HealthCheck, settings
 from jax.interpreters import mlir
 
 import mbn
-from mbn_jax.kernels.primitives import Map
+from mbn_jax.kernels.primitives import WidePrimitive
 
 mbn.get_backend("jax")  # makes the maps
-MAPS = [value for value in gc.get_objects() if isinstance(value, Map) and value.on_gpu is not None]
+MAPS = [value for value in gc.get_objects() if isinstance(value, WidePrimitive) and value.on_gpu is not None]
 settings.register_profile(
-    "form",
+    "layout",
     deadline=None,
     derandomize=True,
     max_examples=12,  # each of them compiles

@@ -4,11 +4,11 @@ They have to release the interpreter's lock, since threads run them side by side
 orders; and to be cached on disk. All of them are in this file, because Numba's cache looks for changes no further than
 the file of a function.
 
-A chunk x is (N, C, L), or (N, L, C) with channels last, as one axis; an (N, C) has an L of 1. Sums are made in lanes:
-where there are fewer lanes than L, places take turns in them, and else several samples lie side by side in them. Each
-lane is summed up in the order of n and l, and the lanes of a channel as a tree. ``w`` has the weight of each (n, l), or
-nothing at all where each value counts once; loops that are given weights leave out what has none, whatever it is.
-Vectors are (C,), in float64 if nothing else is said.
+A chunk x is (N, C, L), or (N, L, C) with channels last, as one axis; an (N, C) has an L of 1. The sum of a channel is
+made of several partial sums. Where there are fewer of them than L, positions take turns; else several samples lie side
+by side. Each is summed up in the order of n and l, and those of a channel as a tree. ``w`` has the weight of each
+(n, l), or nothing at all where each value counts once; loops that are given weights leave out values of weight 0,
+whatever they are. Vectors are (C,), in float64 if nothing else is said.
 """
 
 import numpy as np
@@ -27,55 +27,55 @@ _FEW = 4
 
 
 @loop
-def shifted_sums(x, w, last, c, length, lanes, shift, sums):
+def shifted_sums(x, w, last, c, length, partials, shift, sums):
     """Write the weighted sums of x - shift and of its squares, (2, C)."""
-    _channel_sums(None, x, w, last, c, length, lanes, shift, sums)
+    _channel_sums(None, x, w, last, c, length, partials, shift, sums)
 
 
 @loop
-def gradient_sums(dy, x, w, last, c, length, lanes, shift, sums):
+def gradient_sums(dy, x, w, last, c, length, partials, shift, sums):
     """Write the sums of dy and of dy * (x - shift), (2, C)."""
-    _channel_sums(dy, x, w, last, c, length, lanes, shift, sums)
+    _channel_sums(dy, x, w, last, c, length, partials, shift, sums)
 
 
 @loop
-def _channel_sums(dy, x, w, last, c, length, lanes, shift, sums):
+def _channel_sums(dy, x, w, last, c, length, partials, shift, sums):
     """Write the sums of one of the two above: ``dy`` is None, for which the compiler drops a branch, or an array.
 
     ::
 
-        lanes >= L, or channels last    a row of sums has several samples      N, L, C: |c0 c1 c2|c0 c1 c2|...
-        lanes < L                       a row of sums is a part of a channel   N, C, L: |l0 l1 l2 l3|l4 l5 l6 l7|...
+        partials >= L, or channels last    a row of sums has several samples      N, L, C: |c0 c1 c2|c0 c1 c2|...
+        partials < L                       a row of sums is a part of a channel   N, C, L: |l0 l1 l2 l3|l4 l5 l6 l7|...
     """
-    width, inner = lanes * c, 1 if last else min(lanes, length)
+    width, inner = partials * c, 1 if last else min(partials, length)
     total, products, center = np.zeros(width), np.zeros(width), _spread(shift, width, inner)
-    sample = length * c if lanes < length else x.size
-    if last or lanes >= length:
+    sample = length * c if partials < length else x.size
+    if last or partials >= length:
         if w.size:
             _add_weighted_rows(dy, x, w, last, c, length, width, sample, center, total, products)
         else:
             _add_rows(dy, x, width, sample, center, total, products)
     elif w.size:
-        _add_weighted_planes(dy, x, w, c, length, lanes, shift, total, products)
+        _add_weighted_planes(dy, x, w, c, length, partials, shift, total, products)
     else:
-        _add_planes(dy, x, c, length, lanes, shift, total, products)
-    _collapse(total, lanes, inner, sums[0])
-    _collapse(products, lanes, inner, sums[1])
+        _add_planes(dy, x, c, length, partials, shift, total, products)
+    _collapse(total, partials, inner, sums[0])
+    _collapse(products, partials, inner, sums[1])
 
 
 @loop
-def parted_sums(x, w, last, c, length, lanes, shift, units, sums):
+def parted_sums(x, w, last, c, length, partials, shift, units, sums):
     """Write the sums of ``shifted_sums`` in parts, (4, C): of each, multiples that add up exactly, and the rest.
 
     ``mbn_cpu.channel_stats.units`` makes the units, (2, C), that tell them apart. However many values come after one
     beside which they are small, no more than a few of them are added to it.
     """
-    width, inner = lanes * c, 1 if last else min(lanes, length)
+    width, inner = partials * c, 1 if last else min(partials, length)
     few, parts, center = np.zeros((2, width)), np.zeros((4, width)), _spread(shift, width, inner)
     total, squares = few
     of_total, of_squares = _spread(units[0], width, inner), _spread(units[1], width, inner)
-    if last or lanes >= length:
-        sample = length * c if lanes < length else x.size
+    if last or partials >= length:
+        sample = length * c if partials < length else x.size
         for first in range(0, x.size, sample):
             for b in range(first, first + sample, _FEW * width):
                 rows = x[b : first + sample][: _FEW * width]
@@ -89,18 +89,20 @@ def parted_sums(x, w, last, c, length, lanes, shift, units, sums):
                 _take_apart(squares[: rows.size], of_squares, parts[2], parts[3])
     else:
         for row in range(x.size // length):
-            channel, place = row % c, row // c * length
-            lane = channel * lanes
-            for start in range(0, length, _FEW * lanes):
-                values, k = x[row * length :][start:length][: _FEW * lanes], shift[channel:]
+            channel, position = row % c, row // c * length
+            partial = channel * partials
+            for start in range(0, length, _FEW * partials):
+                values, k = x[row * length :][start:length][: _FEW * partials], shift[channel:]
                 if w.size:
-                    _add_weighted_planes(None, values, w[place + start :], 1, values.size, lanes, k, total, squares)
+                    _add_weighted_planes(
+                        None, values, w[position + start :], 1, values.size, partials, k, total, squares
+                    )
                 else:
-                    _add_planes(None, values, 1, values.size, lanes, k, total, squares)
-                _take_apart(total[:lanes], of_total[lane:], parts[0][lane:], parts[1][lane:])
-                _take_apart(squares[:lanes], of_squares[lane:], parts[2][lane:], parts[3][lane:])
+                    _add_planes(None, values, 1, values.size, partials, k, total, squares)
+                _take_apart(total[:partials], of_total[partial:], parts[0][partial:], parts[1][partial:])
+                _take_apart(squares[:partials], of_squares[partial:], parts[2][partial:], parts[3][partial:])
     for i in range(4):
-        _collapse(parts[i], lanes, inner, sums[i])
+        _collapse(parts[i], partials, inner, sums[i])
 
 
 @loop
@@ -176,7 +178,7 @@ def input_gradient(dy, x, w, dx, last, c, length, center, slope, average, scale)
 
 
 @compiled
-def train(x, y, last, c, length, lanes, weight, bias, running, share, eps, correction):
+def train(x, y, last, c, length, partials, weight, bias, running, share, eps, correction):
     """Write the output of a step of training; return new running statistics, (2, C), and mean and variance, (3, C).
 
     And whether a channel is beyond the range of what is computed here, which then leaves the output as it is.
@@ -188,11 +190,11 @@ def train(x, y, last, c, length, lanes, weight, bias, running, share, eps, corre
     stats, sums = np.empty((3, c)), np.empty((2, c))
     for channel in range(c):
         stats[0, channel] = x[channel] if last else x[channel * length]
-    shifted_sums(x, no_weights, last, c, length, lanes, stats[0], sums)
+    shifted_sums(x, no_weights, last, c, length, partials, stats[0], sums)
     if _is_far(sums, n):
         for channel in range(c):
             stats[0, channel] += sums[0, channel] / n
-        shifted_sums(x, no_weights, last, c, length, lanes, stats[0], sums)
+        shifted_sums(x, no_weights, last, c, length, partials, stats[0], sums)
     new = np.empty_like(running)
     center, scale, shift = np.empty(c, x.dtype), np.empty(c, x.dtype), np.empty(c, x.dtype)
     is_beyond = False
@@ -218,14 +220,14 @@ def train(x, y, last, c, length, lanes, weight, bias, running, share, eps, corre
 
 
 @compiled
-def pull_back(dy, x, dx, last, c, length, lanes, weight, hi, lo, var, count, eps, result):
+def pull_back(dy, x, dx, last, c, length, partials, weight, hi, lo, var, count, eps, result):
     """Write the gradient of x, and those of bias and weight to ``result``, (2, C).
 
     ``lo`` is empty where the mean has no rest, and ``count`` is 0 where mean and variance are constants.
     """
     no_weights = np.empty(0)
     sums, center = np.empty((2, c)), hi.astype(np.float64)
-    gradient_sums(dy, x, no_weights, last, c, length, lanes, center, sums)
+    gradient_sums(dy, x, no_weights, last, c, length, partials, center, sums)
     scale, slope, average = np.empty(c), np.empty(c), np.empty(c)
     for channel in range(c):
         invstd, rest = _invstd(np.float64(var[channel]), eps), lo[channel] if lo.size else 0.0
@@ -304,25 +306,25 @@ def _spread(vector, width, inner):
 
 
 @loop
-def _collapse(row, lanes, inner, out):
-    """Write the sum of the lanes of each channel, of which so many in turn have the same: a tree of additions."""
-    values = np.empty(lanes)
+def _collapse(row, partials, inner, out):
+    """Write the sum of the partial sums of each channel, a tree of additions; ``inner`` in turn are of one channel."""
+    values = np.empty(partials)
     for channel in range(out.size):
-        for lane in range(lanes):
-            values[lane] = row[(lane // inner * out.size + channel) * inner + lane % inner]
-        n = lanes
+        for partial in range(partials):
+            values[partial] = row[(partial // inner * out.size + channel) * inner + partial % inner]
+        n = partials
         while n > 1:
             half = (n + 1) // 2
-            for lane in range(half, n):
-                values[lane - half] += values[lane]
+            for partial in range(half, n):
+                values[partial - half] += values[partial]
             n = half
         out[channel] = values[0]
 
 
 @loop
 def _normalize_rows(x, y, width, center, scale, shift):
-    whole = x.size // (4 * width) * (4 * width)
-    for b in range(0, whole, 4 * width):  # four at a time, for which the vectors are read once
+    full = x.size // (4 * width) * (4 * width)
+    for b in range(0, full, 4 * width):  # four at a time, for which the vectors are read once
         x0, x1 = x[b:][:width], x[b + width :][:width]
         x2, x3 = x[b + 2 * width :][:width], x[b + 3 * width :][:width]
         y0, y1 = y[b:][:width], y[b + width :][:width]
@@ -331,7 +333,7 @@ def _normalize_rows(x, y, width, center, scale, shift):
             c, s, t = center[k], scale[k], shift[k]
             y0[k], y1[k] = (x0[k] - c) * s + t, (x1[k] - c) * s + t
             y2[k], y3[k] = (x2[k] - c) * s + t, (x3[k] - c) * s + t
-    for b in range(whole, x.size, width):
+    for b in range(full, x.size, width):
         values, out = x[b:][:width], y[b:][:width]
         for k in range(values.size):
             out[k] = (values[k] - center[k]) * scale[k] + shift[k]
@@ -389,21 +391,25 @@ def _add_row(dy, x, first, size, center, total, products):
 
 
 @loop
-def _add_planes(dy, x, c, length, lanes, shift, total, products):
-    """Add up the values of each channel lane by lane, and in the end those that fill no row of lanes."""
-    whole = length - length % lanes
-    for begin, end in ((0, whole), (whole, length)):
+def _add_planes(dy, x, c, length, partials, shift, total, products):
+    """Add up the values of each channel partial sum by partial sum, and in the end what fills no row."""
+    full = length - length % partials
+    for begin, end in ((0, full), (full, length)):
         for row in range(x.size // length):
-            k, sums, other = shift[row % c], total[row % c * lanes :][:lanes], products[row % c * lanes :][:lanes]
-            for start in range(row * length + begin, row * length + end, lanes):
-                block = x[start : row * length + end][:lanes]
+            k, sums, other = (
+                shift[row % c],
+                total[row % c * partials :][:partials],
+                products[row % c * partials :][:partials],
+            )
+            for start in range(row * length + begin, row * length + end, partials):
+                block = x[start : row * length + end][:partials]
                 if dy is None:
                     for i in range(block.size):
                         d = block[i] - k
                         sums[i] += d
                         other[i] += d * d
                 else:
-                    gradient = dy[start : row * length + end][:lanes]
+                    gradient = dy[start : row * length + end][:partials]
                     for i in range(block.size):
                         sums[i] += gradient[i]
                         other[i] += gradient[i] * (block[i] - k)
@@ -413,16 +419,16 @@ def _add_planes(dy, x, c, length, lanes, shift, total, products):
 
 
 @loop
-def _spread_weights(w, place, last, c, length, row):
-    """Write the weight of each value of a row that begins at a place."""
+def _spread_weights(w, position, last, c, length, row):
+    """Write the weight of each value of a row whose weights begin at ``position``."""
     if last:
         for start in range(0, row.size, c):
-            weight, part = w[place + start // c], row[start:][:c]
+            weight, part = w[position + start // c], row[start:][:c]
             for i in range(c):
                 part[i] = weight
         return
     for start in range(0, row.size, c * length):
-        plane, weights = row[start:][: c * length], w[place + start // c :]
+        plane, weights = row[start:][: c * length], w[position + start // c :]
         for i in range(length):
             plane[i] = weights[i]
         done = length
@@ -436,8 +442,8 @@ def _spread_weights(w, place, last, c, length, row):
 @loop
 def _add_weighted_rows(dy, x, w, last, c, length, width, sample, center, total, products):
     """Add up rows as ``_add_rows`` does. A gradient is not weighted: a weight of 0 alone matters to it."""
-    row, whole = np.empty(width), sample - sample % width
-    for begin, end in ((0, whole), (whole, sample)):
+    row, full = np.empty(width), sample - sample % width
+    for begin, end in ((0, full), (full, sample)):
         for first in range(0, x.size, sample):
             for b in range(first + begin, first + end, width):
                 values = x[b : first + end][:width]
@@ -458,14 +464,18 @@ def _add_weighted_rows(dy, x, w, last, c, length, width, sample, center, total, 
 
 
 @loop
-def _add_weighted_planes(dy, x, w, c, length, lanes, shift, total, products):
+def _add_weighted_planes(dy, x, w, c, length, partials, shift, total, products):
     """Add up values as ``_add_planes`` does."""
-    whole = length - length % lanes
-    for begin, end in ((0, whole), (whole, length)):
+    full = length - length % partials
+    for begin, end in ((0, full), (full, length)):
         for row in range(x.size // length):
-            k, sums, other = shift[row % c], total[row % c * lanes :][:lanes], products[row % c * lanes :][:lanes]
-            for start in range(begin, end, lanes):
-                values, weights = x[row * length :][start:end][:lanes], w[row // c * length :][start:end][:lanes]
+            k, sums, other = (
+                shift[row % c],
+                total[row % c * partials :][:partials],
+                products[row % c * partials :][:partials],
+            )
+            for start in range(begin, end, partials):
+                values, weights = x[row * length :][start:end][:partials], w[row // c * length :][start:end][:partials]
                 if dy is None:
                     for i in range(values.size):
                         weight, d = weights[i], values[i] - k
@@ -473,7 +483,7 @@ def _add_weighted_planes(dy, x, w, c, length, lanes, shift, total, products):
                         sums[i] += weight * d
                         other[i] += weight * (d * d)
                 else:
-                    gradient = dy[row * length :][start:end][:lanes]
+                    gradient = dy[row * length :][start:end][:partials]
                     for i in range(values.size):
                         g, d = gradient[i], values[i] - k
                         sums[i] += g if weights[i] != 0 else 0.0

@@ -35,90 +35,90 @@ _SHARE = 2
 """Chunks that are worth a thread of their own, which takes some of the time of one to wake up."""
 _LARGE = 1 << 22
 """Values of a sample from which on its sequence is cut too."""
-_LANES = 32
-"""Lanes of sequences of more than twice as many places."""
+_PARTIALS = 32
+"""Partial sums of a channel, for sequences of more than twice as many positions."""
 _ROW = 256
-"""Values that the lanes of shorter ones have at least, where there are so many."""
+"""Values that a row of partial sums has at least for shorter ones, where there are so many."""
 _PRECISION = 8
-"""By how much chunks are smaller in float64, and lanes more where sums have no parts: few values make one up."""
+"""By how much chunks are smaller in float64, and partial sums more where sums have no parts: few values make one up."""
 _NOTHING = np.empty(0)
 
 
 class Chunk(NamedTuple):
-    """Samples and places of an (N, C, L)."""
+    """Samples and positions of an (N, C, L)."""
 
     samples: slice
-    places: slice
+    positions: slice
 
 
-class Form(NamedTuple):
+class Layout(NamedTuple):
     """How arrays of a shape are gone through, as (N, C, L): an (N, C) has an L of 1."""
 
     last: bool
     """Whether channels come last, in an order (N, L, C)."""
     shape: tuple[int, int, int]
     """N, C and L."""
-    lanes: int
+    partials: int
     """In how many parts the sum of a channel is made."""
-    turned: bool = False
-    """Whether N and L have changed places."""
+    transposed: bool = False
+    """Whether N and L are swapped."""
 
     @classmethod
-    def of(cls, x: np.ndarray, finer: int = 1) -> "Form":
-        """Return the form that follows the memory of x, as far as the order of sums allows."""
+    def of(cls, x: np.ndarray, finer: int = 1) -> "Layout":
+        """Return the layout that follows the memory of x, as far as the order of sums allows."""
         n, c, length = shape = x.shape if x.ndim == 3 else (*x.shape, 1)  # noqa: PLR2004
-        is_long, together = length > 2 * finer * _LANES, max(1, min(n, finer * _ROW // (c * length)))
-        lanes = finer * _LANES if is_long else length * together
+        is_long, together = length > 2 * finer * _PARTIALS, max(1, min(n, finer * _ROW // (c * length)))
+        partials = finer * _PARTIALS if is_long else length * together
         is_last = length == 1 or (not x.flags.c_contiguous and x.swapaxes(1, 2).flags.c_contiguous)
-        return cls(is_last, shape, lanes)
+        return cls(is_last, shape, partials)
 
     @classmethod
-    def for_values(cls, x: np.ndarray) -> "Form":
-        """Return the form that follows the memory of x where nothing is summed up."""
+    def for_values(cls, x: np.ndarray) -> "Layout":
+        """Return the layout that follows the memory of x where nothing is summed up."""
         if x.flags.c_contiguous or not x.flags.f_contiguous:
             return cls.of(x)
         shape = x.T.shape if x.ndim == 3 else (1, *x.T.shape)  # noqa: PLR2004
-        return cls(last=False, shape=shape, lanes=1, turned=True)
+        return cls(last=False, shape=shape, partials=1, transposed=True)
 
     def arranged(self, array: np.ndarray) -> np.ndarray:
         """Return a view of an array in the shape of x as (N, C, L), or (N, L, C) with channels last."""
         if array.ndim == 2:  # noqa: PLR2004
-            return array.T[None] if self.turned else array[:, None]
-        if self.turned:
+            return array.T[None] if self.transposed else array[:, None]
+        if self.transposed:
             return array.T
         return array.swapaxes(1, 2) if self.last else array
 
     def chunks(self, size: int) -> list[Chunk]:
-        """Return what a task each takes: about so many values, in whole lanes."""
+        """Return what a task each takes: about so many values, a multiple of the partial sums."""
         n, c, length = self.shape
-        samples, places = 1, length
+        samples, positions = 1, length
         if n > 1 and c * length <= _LARGE:
             # A sum of each chunk and channel is kept, which has to be little beside the chunk.
-            samples = _multiple(max(1, size // (c * length), 64 // length), max(1, self.lanes // length))
+            samples = _multiple(max(1, size // (c * length), 64 // length), max(1, self.partials // length))
         else:
-            places = _multiple(max(size // c, 64), self.lanes)
+            positions = _multiple(max(size // c, 64), self.partials)
         return [
-            Chunk(slice(i, min(i + samples, n)), slice(j, min(j + places, length)))
+            Chunk(slice(i, min(i + samples, n)), slice(j, min(j + positions, length)))
             for i in range(0, n, samples)
-            for j in range(0, length, places)
+            for j in range(0, length, positions)
         ]
 
     def part(self, array: np.ndarray, chunk: Chunk) -> np.ndarray:
         """Return a chunk of an array in the shape of x, as it is arranged."""
         array = self.arranged(array)[chunk.samples]
-        return array[:, chunk.places] if self.last else array[:, :, chunk.places]
+        return array[:, chunk.positions] if self.last else array[:, :, chunk.positions]
 
     def weights(self, weights: np.ndarray | None, chunk: Chunk) -> np.ndarray:
         """Return the weights of a chunk as one axis."""
         if weights is None:
             return _NOTHING
         weights = weights if weights.ndim == 2 else weights[:, None]  # noqa: PLR2004 - (N, L), or (N,)
-        weights = weights.T if self.turned else weights
+        weights = weights.T if self.transposed else weights
         return np.ascontiguousarray(weights[chunk], WIDE).reshape(-1)
 
     def sizes(self, chunk: Chunk) -> tuple[int, int]:
         """Return C and the L of a chunk."""
-        return self.shape[1], chunk.places.stop - chunk.places.start
+        return self.shape[1], chunk.positions.stop - chunk.positions.start
 
 
 def _multiple(number: int, of: int) -> int:
@@ -153,8 +153,8 @@ def normalize(
     """Return x normalised by a line, in its dtype and memory order, and 0 where weights are 0."""
     y = np.empty_like(x) if out is None else out
 
-    def task(form: Form, sizes: tuple[int, int], y: np.ndarray, x: np.ndarray, w: np.ndarray) -> None:
-        numba_loops.normalize(x, w, y, form.last, *sizes, *line)
+    def task(layout: Layout, sizes: tuple[int, int], y: np.ndarray, x: np.ndarray, w: np.ndarray) -> None:
+        numba_loops.normalize(x, w, y, layout.last, *sizes, *line)
 
     _each(task, y, weights, x)
     return y
@@ -186,8 +186,10 @@ def grad_input(
     center, slope, average = (_NOTHING,) * 3 if shared is None else shared[1:]
     dx = np.empty_like(x)
 
-    def task(form: Form, sizes: tuple[int, int], dx: np.ndarray, x: np.ndarray, dy: np.ndarray, w: np.ndarray) -> None:
-        numba_loops.input_gradient(dy, x, w, dx, form.last, *sizes, center, slope, average, scale)
+    def task(
+        layout: Layout, sizes: tuple[int, int], dx: np.ndarray, x: np.ndarray, dy: np.ndarray, w: np.ndarray
+    ) -> None:
+        numba_loops.input_gradient(dy, x, w, dx, layout.last, *sizes, center, slope, average, scale)
 
     _each(task, dx, weights, x, dy)
     return dx
@@ -203,40 +205,40 @@ def _sums(
     """Return the sums that a loop makes of arrays in the shape of x, (2, C), or (4, C) in parts."""
     compute = compute_dtype(x)
     finer = _PRECISION if compute == WIDE else 1
-    form = Form.of(x, finer if loop is numba_loops.gradient_sums else 1)
-    chunks = form.chunks(_CHUNK // finer)
-    partial = np.empty((len(chunks), 4 if loop is numba_loops.parted_sums else 2, form.shape[1]))
+    layout = Layout.of(x, finer if loop is numba_loops.gradient_sums else 1)
+    chunks = layout.chunks(_CHUNK // finer)
+    partial = np.empty((len(chunks), 4 if loop is numba_loops.parted_sums else 2, layout.shape[1]))
 
     def add(i: int) -> None:
         chunk = chunks[i]
         with Scratch.taken() as scratch:
-            pieces = [_piece(scratch, form.part(array, chunk), compute) for array in (*others, x)]
-            sizes = form.sizes(chunk)
-            loop(*pieces, form.weights(weights, chunk), form.last, *sizes, form.lanes, *vectors, partial[i])
+            pieces = [_piece(scratch, layout.part(array, chunk), compute) for array in (*others, x)]
+            sizes = layout.sizes(chunk)
+            loop(*pieces, layout.weights(weights, chunk), layout.last, *sizes, layout.partials, *vectors, partial[i])
 
-    thread_pool.run(add, len(chunks), at_least=_SHARE)
+    thread_pool.run_tasks(add, len(chunks), at_least=_SHARE)
     return fold_rows(partial)
 
 
 def _each(
     task: Callable[..., None], result: np.ndarray, weights: np.ndarray | None, x: np.ndarray, *others: np.ndarray
 ) -> None:
-    """Have ``task(form, sizes, result, x, *others, weights)`` fill all chunks of a result in the shape of x."""
-    form, compute = Form.for_values(x), compute_dtype(x)
-    chunks = form.chunks(_CHUNK)
+    """Have ``task(layout, sizes, result, x, *others, weights)`` fill all chunks of a result in the shape of x."""
+    layout, compute = Layout.for_values(x), compute_dtype(x)
+    chunks = layout.chunks(_CHUNK)
 
     def fill(i: int) -> None:
         chunk = chunks[i]
-        part = form.part(result, chunk)
+        part = layout.part(result, chunk)
         with Scratch.taken() as scratch:
             is_direct = _is_plain(part, compute)
             filled = part.reshape(-1) if is_direct else scratch.empty((part.size,), compute)
-            pieces = [_piece(scratch, form.part(array, chunk), compute) for array in (x, *others)]
-            task(form, form.sizes(chunk), filled, *pieces, form.weights(weights, chunk))
+            pieces = [_piece(scratch, layout.part(array, chunk), compute) for array in (x, *others)]
+            task(layout, layout.sizes(chunk), filled, *pieces, layout.weights(weights, chunk))
             if not is_direct:
                 _store(scratch, filled, part)
 
-    thread_pool.run(fill, len(chunks), at_least=_SHARE)
+    thread_pool.run_tasks(fill, len(chunks), at_least=_SHARE)
 
 
 def _piece(scratch: Scratch, part: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 from mbn.contract import Batch, Params, Settings, State, Stats
 from mbn_cpu.channel_stats import Pair, counted, step
 from mbn_cpu.kernels import numba_loops
-from mbn_cpu.kernels.numba_passes import Form, flat, readable
+from mbn_cpu.kernels.numba_passes import Layout, flat, readable
 
 _SIZE = 1 << 19
 """Values up to which this is the faster way."""
@@ -35,8 +35,8 @@ def train(
     """
     x, (_, _, eps, momentum, _, correction) = batch.x, settings
     running_mean, running_var, num_batches_tracked = state
-    form, y = Form.of(x), np.empty_like(x) if out is None else out
-    _, c, length = form.shape
+    layout, y = Layout.of(x), np.empty_like(x) if out is None else out
+    _, c, length = layout.shape
     n = x.size // c
     if num_batches_tracked is not None:
         num_batches_tracked = counted(num_batches_tracked)
@@ -44,7 +44,7 @@ def train(
     running = np.array((running_mean, running_var)) if is_tracked else np.empty((0, 0), np.float32)
     share = float(step(momentum, num_batches_tracked, n, correction)) if is_tracked else 0.0
     arrays = flat(x), flat(y)
-    sizes = form.last, c, length, form.lanes
+    sizes = layout.last, c, length, layout.partials
     new, found, is_beyond = numba_loops.train(*arrays, *sizes, *_vectors(params), running, share, eps, correction)
     if is_beyond:
         return None
@@ -59,11 +59,11 @@ def evaluate(
 ) -> np.ndarray | None:
     """Return the output of evaluation; None as ``train``."""
     x = batch.x
-    form, y = Form.of(x), np.empty_like(x) if out is None else out
-    _, c, length = form.shape
+    layout, y = Layout.of(x), np.empty_like(x) if out is None else out
+    _, c, length = layout.shape
     statistics = readable(state.running_mean), readable(state.running_var)
     arrays = flat(x), flat(y)
-    is_beyond = numba_loops.evaluate(*arrays, form.last, c, length, *_vectors(params), *statistics, settings.eps)
+    is_beyond = numba_loops.evaluate(*arrays, layout.last, c, length, *_vectors(params), *statistics, settings.eps)
     return None if is_beyond else y
 
 
@@ -73,10 +73,10 @@ def pullback(
     """Return the gradients of x, weight and bias."""
     x, (mean, var, count) = batch.x, stats
     hi, lo = mean if isinstance(mean, Pair) else (mean, _NO_REST)
-    form, dx = Form.of(x), np.empty_like(x)
-    _, c, length = form.shape
+    layout, dx = Layout.of(x), np.empty_like(x)
+    _, c, length = layout.shape
     arrays = flat(dy), flat(x), flat(dx)
-    sizes = form.last, c, length, form.lanes
+    sizes = layout.last, c, length, layout.partials
     vectors = _vector(weight), readable(hi), readable(lo), readable(var)
     sums = np.empty((2, c), np.float64 if weight is None else np.float32)
     numba_loops.pull_back(*arrays, *sizes, *vectors, count or 0, eps, sums)

@@ -27,12 +27,12 @@ from mbn_cpu.channel_stats import (
     units,
 )
 from mbn_cpu.kernels import numpy_tiles
-from mbn_cpu.kernels.numpy_tiles import Columns, Form, Scratch, Tile
+from mbn_cpu.kernels.numpy_tiles import Columns, Layout, Scratch, Tile
 
 _SHARE = 4
 """Tiles that are worth a thread of their own, which takes some of the time of one to wake up."""
 
-Place: TypeAlias = tuple[Tile, *tuple[np.ndarray | None, ...]]
+TileViews: TypeAlias = tuple[Tile, *tuple[np.ndarray | None, ...]]
 """A tile, and what several arrays have there."""
 
 
@@ -196,7 +196,7 @@ def _sums(
         for total, values in zip(totals, terms(scratch, tile, *own), strict=True):
             np.add.reduce(add_rows(add_rows(values)), axis=1, out=total[tile[2]])
 
-    _run(add, [(totals, *place) for totals, row in zip(partial, rows, strict=True) for place in row])
+    _execute(add, [(totals, *views) for totals, row in zip(partial, rows, strict=True) for views in row])
     return fold_rows(partial)
 
 
@@ -208,24 +208,24 @@ def _add_halves(rows: np.ndarray, out: np.ndarray) -> np.ndarray:
     return out[:half]
 
 
-def _each(task: Callable[..., None], form: Form, *arrays: np.ndarray | None) -> None:
+def _each(task: Callable[..., None], layout: Layout, *arrays: np.ndarray | None) -> None:
     """Call ``task(scratch, tile, *tiles of the arrays)`` for all tiles; the arrays have the shape of the first."""
-    _run(task, [place for row in _rows(form, *arrays) for place in row])
+    _execute(task, [views for row in _rows(layout, *arrays) for views in row])
 
 
-def _run(task: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> None:
+def _execute(task: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> None:
     """Call a task with each of the arguments, behind what it may compute in; many of them on several threads."""
 
-    def run(i: int) -> None:
+    def execute(i: int) -> None:
         with Scratch.taken() as scratch:
             task(scratch, *arguments[i])
 
-    thread_pool.run(run, len(arguments), at_least=_SHARE)
+    thread_pool.run_tasks(execute, len(arguments), at_least=_SHARE)
 
 
-def _rows(form: Form, *arrays: np.ndarray | None) -> list[list[Place]]:
+def _rows(layout: Layout, *arrays: np.ndarray | None) -> list[list[TileViews]]:
     """Return all tiles of arrays, in lists of those that cover all channels."""
-    parts = zip(*(form.parts(array) if array is not None else repeat(None) for array in arrays), strict=False)
+    parts = zip(*(layout.parts(array) if array is not None else repeat(None) for array in arrays), strict=False)
     return [
         [(tile, *(None if array is None else numpy_tiles.of(array, tile) for array in part)) for tile in row]
         for part in parts

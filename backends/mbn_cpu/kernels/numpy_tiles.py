@@ -31,7 +31,7 @@ Tile: TypeAlias = tuple[slice, slice, slice, slice]
 View: TypeAlias = Callable[[np.ndarray], np.ndarray]
 
 
-class Form(NamedTuple):
+class Layout(NamedTuple):
     """A way to see arrays of one shape."""
 
     view: View
@@ -46,27 +46,27 @@ class Form(NamedTuple):
             return [array]
         if self.fold == 1:
             return [array[:, None]]
-        whole = len(array) - len(array) % self.fold
-        parts = [array[:whole].reshape(-1, self.fold, *array.shape[1:]), array[None, whole:]]
-        return parts[: 1 + (whole < len(array))]
+        full = len(array) - len(array) % self.fold
+        parts = [array[:full].reshape(-1, self.fold, *array.shape[1:]), array[None, full:]]
+        return parts[: 1 + (full < len(array))]
 
 
-def for_sums(x: np.ndarray) -> Form:
-    """Return the form to sum up x in: the same whatever its memory order is."""
+def for_sums(x: np.ndarray) -> Layout:
+    """Return the layout to sum up x in: the same whatever its memory order is."""
     view = _as_sequences if x.ndim == 2 else _as_it_is  # noqa: PLR2004 - (N, C)
-    return Form(view, _fold(x.shape))
+    return Layout(view, _fold(x.shape))
 
 
-def for_values(x: np.ndarray, *others: np.ndarray) -> Form:
-    """Return the form to go through the values of x, and of others in its shape, in: along the memory of x."""
+def for_values(x: np.ndarray, *others: np.ndarray) -> Layout:
+    """Return the layout to go through the values of x, and of others in its shape, in: along the memory of x."""
     if x.ndim == 2:  # noqa: PLR2004 - (N, C)
-        return Form(_transposed, 1) if x.strides[0] < x.strides[1] else for_sums(x)
+        return Layout(_transposed, 1) if x.strides[0] < x.strides[1] else for_sums(x)
     _, c, length = x.shape
     if x.strides[1] >= x.strides[2] or c == 1 or length == 1:
         return for_sums(x)
     if all(array.strides == x.strides for array in others) and x.strides[0] == length * x.strides[2]:
-        return Form(_as_rows, _fold((len(x) * length, c)))
-    return Form(_channels_last, 1)
+        return Layout(_as_rows, _fold((len(x) * length, c)))
+    return Layout(_channels_last, 1)
 
 
 def cut(shape: tuple[int, ...]) -> list[list[Tile]]:
@@ -76,8 +76,8 @@ def cut(shape: tuple[int, ...]) -> list[list[Tile]]:
     across = min(c, max(1, _WIDTH // along))
     deep = min(f, max(1, SIZE // (along * across)))
     high = max(1, SIZE // (along * across * deep))
-    places = product(_slices(a, high), _slices(f, deep), _slices(length, along))
-    return [[(i, j, channels, k) for channels in _slices(c, across)] for i, j, k in places]
+    starts = product(_slices(a, high), _slices(f, deep), _slices(length, along))
+    return [[(i, j, channels, k) for channels in _slices(c, across)] for i, j, k in starts]
 
 
 def of(array: np.ndarray, tile: Tile) -> np.ndarray:

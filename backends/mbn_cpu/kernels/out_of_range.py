@@ -49,9 +49,9 @@ def of_line(line: Line, mean: Mean, var: Variance, weight: np.ndarray | None, ep
     """Return the channels that a line does not normalise as it should, or None."""
     center, scale, shift = line
     reciprocal = 1 / scale
-    # Half of the range either way is room enough, and this takes the least time.
-    room = np.dot(scale, scale) + np.dot(reciprocal, reciprocal) + np.dot(center, center) + np.dot(shift, shift)
-    if room < np.inf and not isinstance(var, Scaled):
+    # Half of the range either way is enough, and this takes the least time.
+    bound = np.dot(scale, scale) + np.dot(reciprocal, reciprocal) + np.dot(center, center) + np.dot(shift, shift)
+    if bound < np.inf and not isinstance(var, Scaled):
         return None
     least, far = _LIMITS[scale.dtype.char]
     size = abs(scale)

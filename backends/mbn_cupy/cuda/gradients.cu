@@ -44,11 +44,11 @@ __device__ __forceinline__ void add_items(Sums (&mine)[CHANNELS], const Origin (
 #pragma unroll
         for (int i = 0; i < N; ++i) {
 #pragma unroll
-            for (int place = 0; place < PLACES; ++place) {
-                if (!own[i].counts(place)) continue;
-                const double gradient = dys[i].at(channel, place);
+            for (int position = 0; position < POSITIONS; ++position) {
+                if (!own[i].counts(position)) continue;
+                const double gradient = dys[i].at(channel, position);
                 mine[channel].dy += gradient;
-                double value = xs[i].at(channel, place);
+                double value = xs[i].at(channel, position);
                 if constexpr (IS_WIDE) value *= origins[channel].before;
                 mine[channel].product += gradient * (value - origins[channel].center);
             }
@@ -58,18 +58,18 @@ __device__ __forceinline__ void add_items(Sums (&mine)[CHANNELS], const Origin (
 
 // Write the sums over each block's values of dy and of dy * (x - center): `results` is blocks x channels.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-    grad_sums(Index place_lanes, Index channel_lanes, Index share, Index rows, Index channels, Index places,
-              const VALUE* __restrict__ x, Index x_row, Index x_channel, Index x_place,
-              const VALUE* __restrict__ dy, Index dy_row, Index dy_channel, Index dy_place,
-              const STATISTIC* __restrict__ weights, Index weights_row, Index weights_place,
+    grad_sums(Index position_lanes, Index channel_lanes, Index share, Index rows, Index channels, Index positions,
+              const VALUE* __restrict__ x, Index x_row, Index x_channel, Index x_position,
+              const VALUE* __restrict__ dy, Index dy_row, Index dy_channel, Index dy_position,
+              const STATISTIC* __restrict__ weights, Index weights_row, Index weights_position,
               const double* __restrict__ mean, const double* __restrict__ rest, const double* __restrict__ var,
               const int* __restrict__ exponent, const STATISTIC* __restrict__ running_mean,
               const STATISTIC* __restrict__ running_var, double eps, Sums* __restrict__ results) {
-    const Thread at(place_lanes, channel_lanes);
-    Walk walk(at, rows, channels, places, share);
-    Values values(walk, at.channel, x, x_row, x_channel, x_place);
-    Values gradients(walk, at.channel, dy, dy_row, dy_channel, dy_place);
-    Counts counts(walk, 0, weights, weights_row, 0, weights_place);
+    const Thread at(position_lanes, channel_lanes);
+    Walk walk(at, rows, channels, positions, share);
+    Values values(walk, at.channel, x, x_row, x_channel, x_position);
+    Values gradients(walk, at.channel, dy, dy_row, dy_channel, dy_position);
+    Counts counts(walk, 0, weights, weights_row, 0, weights_position);
     const Known known = {mean, rest, var, exponent, running_mean, running_var};
     Origin origins[CHANNELS] = {};
     if (walk.left > 0) {
@@ -152,18 +152,18 @@ __device__ __forceinline__ void grad_items(const Back (&backs)[CHANNELS], double
 #pragma unroll
         for (int channel = 0; channel < CHANNELS; ++channel) {
 #pragma unroll
-            for (int place = 0; place < PLACES; ++place) {
+            for (int position = 0; position < POSITIONS; ++position) {
                 const Back& back = backs[channel];
-                double gradient = dys[i].at(channel, place);
+                double gradient = dys[i].at(channel, position);
                 if (!is_constant) {
-                    const double w = own[i].at(place) * unit;
+                    const double w = own[i].at(position) * unit;
                     // A large mean of dy goes first: what is left keeps its digits.
                     gradient -= w * back.average;
-                    gradient -= w * ((xs[i].at(channel, place) * back.before - back.center) * back.slope + back.left);
+                    gradient -= w * ((xs[i].at(channel, position) * back.before - back.center) * back.slope + back.left);
                 }
                 gradient *= back.scale;
                 if constexpr (IS_WIDE) gradient *= back.after;  // of others, float64 has the range
-                narrow(own[i].counts(place) ? gradient : 0, result.values[channel * PLACES + place]);
+                narrow(own[i].counts(position) ? gradient : 0, result.values[channel * POSITIONS + position]);
             }
         }
         dx.store(result);
@@ -172,17 +172,17 @@ __device__ __forceinline__ void grad_items(const Back (&backs)[CHANNELS], double
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    grad_input(Index place_lanes, Index channel_lanes, Index share, Index rows, Index channels, Index places,
-               const VALUE* __restrict__ x, Index x_row, Index x_channel, Index x_place,
-               const VALUE* __restrict__ dy, Index dy_row, Index dy_channel, Index dy_place,
-               VALUE* __restrict__ dx, Index dx_row, Index dx_channel, Index dx_place,
-               const STATISTIC* __restrict__ weights, Index weights_row, Index weights_place,
+    grad_input(Index position_lanes, Index channel_lanes, Index share, Index rows, Index channels, Index positions,
+               const VALUE* __restrict__ x, Index x_row, Index x_channel, Index x_position,
+               const VALUE* __restrict__ dy, Index dy_row, Index dy_channel, Index dy_position,
+               VALUE* __restrict__ dx, Index dx_row, Index dx_channel, Index dx_position,
+               const STATISTIC* __restrict__ weights, Index weights_row, Index weights_position,
                const double* __restrict__ mean, const double* __restrict__ rest, const double* __restrict__ var,
                const int* __restrict__ exponent, const STATISTIC* __restrict__ running_mean,
                const STATISTIC* __restrict__ running_var, const STATISTIC* __restrict__ weight, double eps,
                const double* __restrict__ sum_dy,
                const double* __restrict__ sum_dy_xhat, double count, const double* __restrict__ weighted_count) {
-    const Thread at(place_lanes, channel_lanes);
+    const Thread at(position_lanes, channel_lanes);
     __shared__ Back backs[CHANNEL_LANES * CHANNELS];
     const Known known = {mean, rest, var, exponent, running_mean, running_var};
     double n = weighted_count ? *weighted_count : count;
@@ -194,14 +194,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (channel < channels) backs[i] = Back::of(known, channel, weight, eps, sum_dy, sum_dy_xhat, n);
     }
     __syncthreads();
-    Walk walk(at, rows, channels, places, share);
+    Walk walk(at, rows, channels, positions, share);
     if (walk.left == 0) return;
     Back mine[CHANNELS];
     for (int i = 0; i < CHANNELS; ++i) mine[i] = backs[at.column * CHANNELS + i];
-    Values values(walk, at.channel, x, x_row, x_channel, x_place);
-    Values gradients(walk, at.channel, dy, dy_row, dy_channel, dy_place);
-    Results to(walk, at.channel, dx, dx_row, dx_channel, dx_place);
-    Counts counts(walk, 0, weights, weights_row, 0, weights_place);
+    Values values(walk, at.channel, x, x_row, x_channel, x_position);
+    Values gradients(walk, at.channel, dy, dy_row, dy_channel, dy_position);
+    Results to(walk, at.channel, dx, dx_row, dx_channel, dx_position);
+    Counts counts(walk, 0, weights, weights_row, 0, weights_position);
     while (walk.left >= UNROLLED) grad_items<UNROLLED>(mine, unit, !sum_dy, walk, values, gradients, to, counts);
     while (walk.left > 0) grad_items<1>(mine, unit, !sum_dy, walk, values, gradients, to, counts);
 }

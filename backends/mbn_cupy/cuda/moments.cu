@@ -115,7 +115,7 @@ struct Run {
 #pragma unroll
         for (int i = 0; i < N; ++i)
 #pragma unroll
-            for (int place = 0; place < PLACES; ++place) total += weights[i].at(place);
+            for (int position = 0; position < POSITIONS; ++position) total += weights[i].at(position);
         return total;
     }
 
@@ -129,11 +129,11 @@ struct Run {
             // Source: Chan, Golub and LeVeque, Algorithms for Computing the Sample Variance, 1983, equation 1.7.
             double center = 0, total = 0, squares = 0;
 #pragma unroll
-            for (int i = N * PLACES - 1; i >= 0; --i) {
+            for (int i = N * POSITIONS - 1; i >= 0; --i) {
                 if (counts(i)) center = at(channel, i);
             }
 #pragma unroll
-            for (int i = 0; i < N * PLACES; ++i) {
+            for (int i = 0; i < N * POSITIONS; ++i) {
                 if (!counts(i)) continue;
                 const double deviation = at(channel, i) - center, once = weight(i) * deviation;
                 total += once;
@@ -147,12 +147,12 @@ struct Run {
             Sum<true> total = {}, squares = {}, origin = {};
             if constexpr (WEIGHTED) {  // a rounded count then costs digits of deviations, not of values
 #pragma unroll
-                for (int i = N * PLACES - 1; i >= 0; --i) {
+                for (int i = N * POSITIONS - 1; i >= 0; --i) {
                     if (counts(i)) origin.hi = at(channel, i);
                 }
             }
 #pragma unroll
-            for (int i = 0; i < N * PLACES; ++i) {
+            for (int i = 0; i < N * POSITIONS; ++i) {
                 if (!counts(i)) continue;
                 Sum<true> value = {at(channel, i), 0};
                 value.add(-origin.hi);
@@ -163,7 +163,7 @@ struct Run {
             origin.add(average, (fma(-average, count, total.hi) + total.lo) / count);
             const double center = origin.hi, rest = origin.lo;
 #pragma unroll
-            for (int i = 0; i < N * PLACES; ++i) {
+            for (int i = 0; i < N * POSITIONS; ++i) {
                 if (!counts(i)) continue;
                 const double deviation = at(channel, i) - center;
                 squares.add(weight(i) * deviation * deviation);
@@ -179,19 +179,19 @@ struct Run {
     __device__ __forceinline__ int to_unit(int channel) {
         double largest = 0;
 #pragma unroll
-        for (int i = 0; i < N * PLACES; ++i) {
+        for (int i = 0; i < N * POSITIONS; ++i) {
             if (counts(i)) largest = fmax(largest, fabs(at(channel, i)));
         }
         if (!is_far(largest)) return 0;
         const int exponent = clamped(exponent_of(largest), -FARTHEST, FARTHEST);
 #pragma unroll
-        for (int i = 0; i < N * PLACES; ++i) items[i / PLACES].values[channel * PLACES + i % PLACES] *= power(-exponent);
+        for (int i = 0; i < N * POSITIONS; ++i) items[i / POSITIONS].values[channel * POSITIONS + i % POSITIONS] *= power(-exponent);
         return exponent;
     }
 
-    __device__ __forceinline__ bool counts(int i) const { return weights[i / PLACES].counts(i % PLACES); }
-    __device__ __forceinline__ double at(int channel, int i) const { return items[i / PLACES].at(channel, i % PLACES); }
-    __device__ __forceinline__ double weight(int i) const { return weights[i / PLACES].at(i % PLACES); }
+    __device__ __forceinline__ bool counts(int i) const { return weights[i / POSITIONS].counts(i % POSITIONS); }
+    __device__ __forceinline__ double at(int channel, int i) const { return items[i / POSITIONS].at(channel, i % POSITIONS); }
+    __device__ __forceinline__ double weight(int i) const { return weights[i / POSITIONS].at(i % POSITIONS); }
 };
 
 // Read the next items of a thread, and merge their moments into those of its channels.
@@ -218,14 +218,14 @@ __device__ __forceinline__ void absorb(Moments (&mine)[CHANNELS], Walk& walk, Va
 
 // Write the moments of each block's values: `results` is blocks x channels.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-    moments(Index place_lanes, Index channel_lanes, Index share, Index rows, Index channels, Index places,
-            const VALUE* __restrict__ x, Index x_row, Index x_channel, Index x_place,
-            const STATISTIC* __restrict__ weights, Index weights_row, Index weights_place,
+    moments(Index position_lanes, Index channel_lanes, Index share, Index rows, Index channels, Index positions,
+            const VALUE* __restrict__ x, Index x_row, Index x_channel, Index x_position,
+            const STATISTIC* __restrict__ weights, Index weights_row, Index weights_position,
             Moments* __restrict__ results) {
-    const Thread at(place_lanes, channel_lanes);
-    Walk walk(at, rows, channels, places, share);
-    Values values(walk, at.channel, x, x_row, x_channel, x_place);
-    Counts counts(walk, 0, weights, weights_row, 0, weights_place);
+    const Thread at(position_lanes, channel_lanes);
+    Walk walk(at, rows, channels, positions, share);
+    Values values(walk, at.channel, x, x_row, x_channel, x_position);
+    Counts counts(walk, 0, weights, weights_row, 0, weights_position);
     Moments mine[CHANNELS] = {};
     while (walk.left >= RUN) absorb<RUN>(mine, walk, values, counts);
     while (walk.left > 0) absorb<1>(mine, walk, values, counts);

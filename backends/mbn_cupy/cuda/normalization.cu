@@ -43,11 +43,11 @@ __device__ __forceinline__ void normalize_items(const Line (&lines)[CHANNELS], W
 #pragma unroll
         for (int channel = 0; channel < CHANNELS; ++channel) {
 #pragma unroll
-            for (int place = 0; place < PLACES; ++place) {
+            for (int position = 0; position < POSITIONS; ++position) {
                 const Line& line = lines[channel];
-                const Output deviation = items[i].at(channel, place) * line.before - line.center;
+                const Output deviation = items[i].at(channel, position) * line.before - line.center;
                 const Output value = deviation * line.scale + line.shift;
-                narrow(own[i].counts(place) ? value : 0, result.values[channel * PLACES + place]);
+                narrow(own[i].counts(position) ? value : 0, result.values[channel * POSITIONS + position]);
             }
         }
         y.store(result);
@@ -56,13 +56,13 @@ __device__ __forceinline__ void normalize_items(const Line (&lines)[CHANNELS], W
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    normalize(Index place_lanes, Index channel_lanes, Index share, Index rows, Index channels, Index places,
-              const VALUE* x, Index x_row, Index x_channel, Index x_place,  // y may be x: nothing is restricted
-              VALUE* y, Index y_row, Index y_channel, Index y_place,
-              const STATISTIC* weights, Index weights_row, Index weights_place, const double* mean, const double* rest,
+    normalize(Index position_lanes, Index channel_lanes, Index share, Index rows, Index channels, Index positions,
+              const VALUE* x, Index x_row, Index x_channel, Index x_position,  // y may be x: nothing is restricted
+              VALUE* y, Index y_row, Index y_channel, Index y_position,
+              const STATISTIC* weights, Index weights_row, Index weights_position, const double* mean, const double* rest,
               const double* var, const int* exponent, const STATISTIC* running_mean, const STATISTIC* running_var,
               const STATISTIC* weight, const STATISTIC* bias, double eps) {
-    const Thread at(place_lanes, channel_lanes);
+    const Thread at(position_lanes, channel_lanes);
     __shared__ Line lines[CHANNEL_LANES * CHANNELS];
     const Known known = {mean, rest, var, exponent, running_mean, running_var};
     for (int i = threadIdx.x; i < at.columns * CHANNELS; i += blockDim.x) {
@@ -70,13 +70,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (channel < channels) lines[i] = Line::of(known, channel, weight, bias, eps);
     }
     __syncthreads();
-    Walk walk(at, rows, channels, places, share);
+    Walk walk(at, rows, channels, positions, share);
     if (walk.left == 0) return;
     Line mine[CHANNELS];
     for (int i = 0; i < CHANNELS; ++i) mine[i] = lines[at.column * CHANNELS + i];
-    Values from(walk, at.channel, x, x_row, x_channel, x_place);
-    Results to(walk, at.channel, y, y_row, y_channel, y_place);
-    Counts counts(walk, 0, weights, weights_row, 0, weights_place);
+    Values from(walk, at.channel, x, x_row, x_channel, x_position);
+    Results to(walk, at.channel, y, y_row, y_channel, y_position);
+    Counts counts(walk, 0, weights, weights_row, 0, weights_position);
     while (walk.left >= UNROLLED) normalize_items<UNROLLED>(mine, walk, from, to, counts);
     while (walk.left > 0) normalize_items<1>(mine, walk, from, to, counts);
 }

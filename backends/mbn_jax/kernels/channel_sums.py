@@ -1,8 +1,8 @@
 """From values to vectors of one number per channel, and back: sums, and what they are spread to.
 
-Sums are made in float64, so whoever calls for one has to run where there are 64-bit numbers, as a ``Map`` does. The
-order of their additions is written down here and not left to XLA: the bits must not depend on the run, on the number of
-threads, or on where the channels lie in memory.
+Sums are made in float64, so their caller has to be traced with 64-bit numbers, as a ``WidePrimitive`` is. The order of
+the additions is written down here and not left to XLA: the bits must not depend on the run, on the number of threads,
+or on where the channels lie in memory.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from jax import lax
 
 from mbn_jax.kernels.pairs import two_sum
 
-RUN = 16
+CHUNK = 16
 """Values that are added one after the other: few enough for XLA to unroll, and so to vectorise over the channels."""
 
 
@@ -38,8 +38,8 @@ def once(vector: jax.Array) -> jax.Array:
     return vector / lax.optimization_barrier(jnp.ones_like(vector))
 
 
-def channel_sums(*terms: jax.Array, run: int = RUN, careful: bool = False) -> list[jax.Array]:
-    """Return the sums of terms, float64 and (n, C) each, over the first axis: a tree of runs of so many values.
+def channel_sums(*terms: jax.Array, chunk: int = CHUNK, careful: bool = False) -> list[jax.Array]:
+    """Return the sums of terms, float64 and (n, C) each, over the first axis: a tree of chunks of so many values.
 
     A ``careful`` tree carries the rounding errors of its additions along: a term that dwarfs the rest costs no digits.
     """
@@ -47,11 +47,11 @@ def channel_sums(*terms: jax.Array, run: int = RUN, careful: bool = False) -> li
         return careful_sums(terms, (0,))
     add, parts = (_add_pairs, in_pairs(terms)) if careful else (_add, list(terms))
     rests = []
-    while (n := parts[0].shape[0]) > 2 * RUN:
-        whole = n - n % run
+    while (n := parts[0].shape[0]) > 2 * CHUNK:
+        whole = n - n % chunk
         if whole < n:
             rests.append(sums([part[whole:] for part in parts], 0, careful=careful))
-        parts = sums([part[:whole].reshape(n // run, run, -1) for part in parts], 1, careful=careful)
+        parts = sums([part[:whole].reshape(n // chunk, chunk, -1) for part in parts], 1, careful=careful)
     parts = reduce(add, rests, sums(parts, 0, careful=careful))
     return of_pairs(parts) if careful else parts
 

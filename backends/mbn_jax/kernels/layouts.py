@@ -28,39 +28,39 @@ def over(devices: int) -> Iterator[None]:
         _DEVICES.reset(token)
 
 
-def is_spread() -> bool:
+def is_sharded() -> bool:
     """Tell whether this is traced for more devices than one."""
     return _DEVICES.get() > 1
 
 
-class Form(NamedTuple):
+class Layout(NamedTuple):
     """How values of channels are summed."""
 
     view: Callable[[Any], Any]
     """From an (N, C) or (N, C, L), or None, to what is summed."""
-    place: Callable[[jax.Array, int], jax.Array]
+    broadcast: Callable[[jax.Array, int], jax.Array]
     """From a (C,) vector to what broadcasts against a view of an x of so many axes."""
     sums: Callable[..., list[jax.Array]]
     """From views, float64, to their sums, (C,) each."""
 
 
-def _form(
+def _layout(
     view: Callable[[Any], Any],
-    place: Callable[[jax.Array, int], jax.Array],
+    broadcast: Callable[[jax.Array, int], jax.Array],
     sums: Callable[..., Any],
-) -> Form:
-    """Return a form from how it is with one block."""
+) -> Layout:
+    """Return a layout from how it is with one block."""
 
     def view_of_blocks(x: jax.Array | None) -> jax.Array | None:
-        return jax.vmap(jax.vmap(view))(_blocks(x)) if is_spread() and x is not None else view(x)
+        return jax.vmap(jax.vmap(view))(_blocks(x)) if is_sharded() and x is not None else view(x)
 
     def sums_of_blocks(*terms: jax.Array, **options: Any) -> list[jax.Array]:
-        if not is_spread():
+        if not is_sharded():
             return sums(*terms, **options)
         parts = jax.vmap(jax.vmap(lambda *block: sums(*block, **options)))(*terms)
         return channel_sums.careful_sums([part.reshape(-1, part.shape[-1]) for part in parts], (0,))
 
-    return Form(view_of_blocks, place, sums_of_blocks)
+    return Layout(view_of_blocks, broadcast, sums_of_blocks)
 
 
 def _blocks(x: jax.Array) -> jax.Array:
@@ -73,5 +73,5 @@ def _blocks(x: jax.Array) -> jax.Array:
     return x.transpose(0, 3, 1, 2, 4)
 
 
-HOST = _form(channel_sums.rows, lambda vector, ndim: vector, channel_sums.channel_sums)  # noqa: ARG005
-GPU = _form(lambda x: x, channel_sums.column, gpu_sums.channel_sums)
+CPU = _layout(channel_sums.rows, lambda vector, ndim: vector, channel_sums.channel_sums)  # noqa: ARG005
+GPU = _layout(lambda x: x, channel_sums.column, gpu_sums.channel_sums)

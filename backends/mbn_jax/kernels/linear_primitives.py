@@ -17,13 +17,13 @@ from jax.sharding import NamedSharding, reshard
 
 from mbn_jax.group import AxisGroup
 from mbn_jax.kernels.channel_sums import column
-from mbn_jax.kernels.layouts import GPU, HOST, Form
-from mbn_jax.kernels.primitives import Arrays, Levels, Map, result_type, vectorised
+from mbn_jax.kernels.layouts import CPU, GPU, Layout
+from mbn_jax.kernels.primitives import Arrays, Levels, WidePrimitive, result_type, vectorized
 
 Shape: TypeAlias = tuple[int, ...]
 
 
-class LinearMap(Map):
+class LinearPrimitive(WidePrimitive):
     """A map from arrays to arrays of the same dtype, linear in them; what else it depends on are its residuals.
 
     Args:
@@ -32,7 +32,7 @@ class LinearMap(Map):
         shapes: the shapes of the results, given those of the arrays and ``shape``.
         derivative: ``derivative(arrays, residuals, tangents)``, by the residuals, in operations that JAX can
             differentiate and transpose again; None where there are no residuals.
-        on_gpu: the function in the form for GPUs, where that is another one.
+        on_gpu: the function in the layout for GPUs, where that is another one.
 
     A map has a transpose once :func:`are_transposes` says so.
     """
@@ -47,7 +47,7 @@ class LinearMap(Map):
     ) -> None:
         super().__init__(name, function, on_gpu)
         self._shapes, self._derivative = shapes, derivative
-        self.transpose: Map | None = None
+        self.transpose: WidePrimitive | None = None
         ad.primitive_jvps[self.primitive] = self._jvp
         ad.primitive_transposes[self.primitive] = self._transpose
 
@@ -79,7 +79,7 @@ class LinearMap(Map):
                 return self._derivative(arrays, residuals, changes)
 
             terms.append(
-                vectorised(
+                vectorized(
                     derivative,
                     [level._replace(has_axis=level.has_axis + level.has_axis[count:]) for level in levels],
                 )(*primals, *tangents[count:])
@@ -129,14 +129,14 @@ def _lying_as(kind: Any, x: jax.Array) -> jax.Array:
     )
 
 
-def are_transposes(one: LinearMap, other: LinearMap) -> None:
+def are_transposes(one: LinearPrimitive, other: LinearPrimitive) -> None:
     """Tell JAX that two maps of the same residuals are each other's transposes."""
     one.transpose, other.transpose = other, one
 
 
-def _channel_sum(form: Form, arrays: Arrays, residuals: Any, shape: Shape) -> list[jax.Array]:  # noqa: ARG001 - it has none
+def _channel_sum(layout: Layout, arrays: Arrays, residuals: Any, shape: Shape) -> list[jax.Array]:  # noqa: ARG001 - it has none
     (x,) = arrays
-    (total,) = form.sums(form.view(x).astype(np.float64))
+    (total,) = layout.sums(layout.view(x).astype(np.float64))
     return [total.astype(x.dtype)]
 
 
@@ -144,13 +144,13 @@ def _spread(arrays: Arrays, residuals: Any, shape: Shape) -> list[jax.Array]:  #
     return [jnp.broadcast_to(column(arrays[0], len(shape)), shape)]
 
 
-_CHANNEL_SUM = LinearMap(
+_CHANNEL_SUM = LinearPrimitive(
     "channel_sum",
-    partial(_channel_sum, HOST),
+    partial(_channel_sum, CPU),
     lambda arrays, shape: [shape[1:2]],  # noqa: ARG005
     on_gpu=partial(_channel_sum, GPU),
 )
-_SPREAD = LinearMap("spread", _spread, lambda arrays, shape: [shape])  # noqa: ARG005
+_SPREAD = LinearPrimitive("spread", _spread, lambda arrays, shape: [shape])  # noqa: ARG005
 are_transposes(_CHANNEL_SUM, _SPREAD)
 
 

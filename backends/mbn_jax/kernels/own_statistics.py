@@ -22,10 +22,10 @@ from mbn.contract import summed
 from mbn_jax.group import AxisGroup
 from mbn_jax.kernels import passes
 from mbn_jax.kernels.channel_sums import column, once
-from mbn_jax.kernels.layouts import GPU, HOST, Form
-from mbn_jax.kernels.linear_primitives import Arrays, LinearMap, Shape, are_transposes, channel_sum, spread
+from mbn_jax.kernels.layouts import CPU, GPU, Layout
+from mbn_jax.kernels.linear_primitives import Arrays, LinearPrimitive, Shape, are_transposes, channel_sum, spread
 from mbn_jax.kernels.pairs import Pair, Scaled, Square, Statistic, as_pair, as_scaled, wide
-from mbn_jax.kernels.primitives import Map
+from mbn_jax.kernels.primitives import WidePrimitive
 
 
 class Batch(NamedTuple):
@@ -93,12 +93,12 @@ def _grad_sums(dy: jax.Array, given: Batch) -> tuple[jax.Array, jax.Array]:
     return total, product
 
 
-def _sums_in_float64(form: Form, dy: jax.Array, given: Batch) -> list[jax.Array]:
-    _, own, _ = _sums(form, dy, given, None)
+def _sums_in_float64(layout: Layout, dy: jax.Array, given: Batch) -> list[jax.Array]:
+    _, own, _ = _sums(layout, dy, given, None)
     return [total.astype(dy.dtype) for total in own]
 
 
-_GRAD_SUMS = Map("grad_sums", partial(_sums_in_float64, HOST), partial(_sums_in_float64, GPU))
+_GRAD_SUMS = WidePrimitive("grad_sums", partial(_sums_in_float64, CPU), partial(_sums_in_float64, GPU))
 
 
 @_grad_sums.defjvp
@@ -169,9 +169,9 @@ def _vector(batch: Batch, value: jax.Array | None, default: float) -> jax.Array:
 # Forwards: weight * P(v) + dweight * xhat + dbias.
 
 
-def _push(form: Form, arrays: Arrays, residuals: tuple[Batch, jax.Array], shape: Shape) -> list[jax.Array]:  # noqa: ARG001
+def _push(layout: Layout, arrays: Arrays, residuals: tuple[Batch, jax.Array], shape: Shape) -> list[jax.Array]:  # noqa: ARG001
     (v, *parameters), (batch, weight) = arrays, residuals
-    rest, _, sums = _sums(form, v, batch, batch.weights)
+    rest, _, sums = _sums(layout, v, batch, batch.weights)
     dweight, dbias = map(wide, parameters)
     unexplained = wide(v) - _line(*(_share(total, batch) for total in sums), rest, batch)
     change = _steepened(unexplained, batch, weight) + _line(dbias, dweight, rest, batch)
@@ -197,9 +197,9 @@ def _push_derivative(
 # s * (g - w * sum(g) / n - w * xhat * sum(xhat * g) / n).
 
 
-def _pull(form: Form, arrays: Arrays, residuals: tuple[Batch, jax.Array], shape: Shape) -> list[jax.Array]:  # noqa: ARG001
+def _pull(layout: Layout, arrays: Arrays, residuals: tuple[Batch, jax.Array], shape: Shape) -> list[jax.Array]:  # noqa: ARG001
     (dy,), (batch, weight) = arrays, residuals
-    rest, (dbias, dweight), sums = _sums(form, dy, batch, None)
+    rest, (dbias, dweight), sums = _sums(layout, dy, batch, None)
     explained = _line(*(_share(total, batch) for total in sums), rest, batch)
     if batch.weights is not None:
         explained *= wide(batch.weights)
@@ -232,26 +232,26 @@ def _pull_derivative(
 
 
 def _sums(
-    form: Form, v: jax.Array, batch: Batch, factor: jax.Array | None
+    layout: Layout, v: jax.Array, batch: Batch, factor: jax.Array | None
 ) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     """Return the sums of v and of xhat * v for each channel, in float64; of each value times a factor, if any.
 
     They are these values' own, and those of all replicas. Before them comes what is left of the mean beside its first
     part, as exact as sums are: where v is nearly constant it counts for more than it weighs.
     """
-    view, weights = form.view, form.view(batch.weights)
+    view, weights = layout.view, layout.view(batch.weights)
     unit, invstd = _units(batch)
-    x, center = wide(view(batch.x)), form.place(once(_center(batch)), v.ndim)
-    deviation = x - center if unit is None else passes.difference(x, center, form.place(once(unit), v.ndim))
+    x, center = wide(view(batch.x)), layout.broadcast(once(_center(batch)), v.ndim)
+    deviation = x - center if unit is None else passes.difference(x, center, layout.broadcast(once(unit), v.ndim))
     deviation = passes.unmasked(deviation, weights)
     v = passes.unmasked(wide(view(v)), weights)
     if factor is not None:
         v *= view(factor)
     if batch.count is None:
-        own = every = tuple(form.sums(v, v * deviation))
+        own = every = tuple(layout.sums(v, v * deviation))
         rest = wide(batch.mean.pair.lo) * wide(batch.mean.unit) * (1 if unit is None else unit)
     else:
-        drift, *own = form.sums(deviation if weights is None else deviation * weights, v, v * deviation)
+        drift, *own = layout.sums(deviation if weights is None else deviation * weights, v, v * deviation)
         drift, *every = summed((drift, *own), batch.group)
         rest = _share(drift, batch)
     own, every = ((total, (product - rest * total) * invstd) for total, product in (own, every))
@@ -280,35 +280,35 @@ def _share(total: jax.Array, batch: Batch) -> jax.Array:
 def _line(constant: jax.Array, slope: jax.Array, rest: jax.Array, batch: Batch) -> jax.Array:
     """Return constant + slope * xhat in float64: where it is nearly all of a v, their difference has digits left."""
     unit, invstd = _units(batch)
-    x, center = wide(batch.x), _placed(_center(batch), batch)
-    deviation = x - center if unit is None else passes.difference(x, center, _placed(unit, batch))
+    x, center = wide(batch.x), _broadcast(_center(batch), batch)
+    deviation = x - center if unit is None else passes.difference(x, center, _broadcast(unit, batch))
     slope *= invstd
-    return deviation * _placed(slope, batch) + _placed(constant - rest * slope, batch)
+    return deviation * _broadcast(slope, batch) + _broadcast(constant - rest * slope, batch)
 
 
 def _steepened(change: jax.Array, batch: Batch, weight: jax.Array) -> jax.Array:
     """Return a change of xhat, in float64, times s * weight."""
     first, second = (wide(factor) for factor in passes.factors(batch.invstd, weight))
     if batch.mean.unit.dtype == np.float64:
-        return change * _placed(first, batch) * _placed(second, batch)
-    return change * _placed(first * second, batch)
+        return change * _broadcast(first, batch) * _broadcast(second, batch)
+    return change * _broadcast(first * second, batch)
 
 
-def _placed(vector: jax.Array, batch: Batch) -> jax.Array:
+def _broadcast(vector: jax.Array, batch: Batch) -> jax.Array:
     """Return a (C,) vector in the shape that broadcasts against x."""
     return column(once(vector), batch.x.ndim)
 
 
-_pushforward = LinearMap(
+_pushforward = LinearPrimitive(
     "batch_norm_pushforward",
-    partial(_push, HOST),
+    partial(_push, CPU),
     lambda arrays, shape: arrays[:1],  # noqa: ARG005
     _push_derivative,
     partial(_push, GPU),
 )
-_pullback = LinearMap(
+_pullback = LinearPrimitive(
     "batch_norm_pullback",
-    partial(_pull, HOST),
+    partial(_pull, CPU),
     lambda arrays, shape: [arrays[0], arrays[0][1:2], arrays[0][1:2]],  # noqa: ARG005
     _pull_derivative,
     partial(_pull, GPU),

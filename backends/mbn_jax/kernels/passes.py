@@ -16,8 +16,8 @@ import numpy as np
 from jax import lax
 
 from mbn_jax.kernels import gpu_sums
-from mbn_jax.kernels.channel_sums import RUN, column, is_known, once
-from mbn_jax.kernels.layouts import GPU, HOST, Form, is_spread
+from mbn_jax.kernels.channel_sums import CHUNK, column, is_known, once
+from mbn_jax.kernels.layouts import CPU, GPU, Layout, is_sharded
 from mbn_jax.kernels.linear_primitives import Shape, channel_sum, spread
 from mbn_jax.kernels.pairs import (
     NOTHING,
@@ -42,7 +42,7 @@ from mbn_jax.kernels.pairs import (
     wider,
     widest_dtype,
 )
-from mbn_jax.kernels.primitives import Map
+from mbn_jax.kernels.primitives import WidePrimitive
 
 FAR = 1 << 20
 """How many times its variance a channel's mean square may be, around what deviations are taken from.
@@ -113,20 +113,22 @@ def against(weights: jax.Array | None, x: jax.Array) -> jax.Array | None:
 
 def _moments(x: jax.Array, weights: jax.Array | None) -> list[jax.Array]:
     compute = compute_dtype(x)
-    n = _divisor(x, weights, HOST)
-    form = HOST if is_known(x.size) and x.size <= LARGE else HOST._replace(sums=partial(HOST.sums, run=2 * RUN))
-    first = wide(_first(x, weights, form))
-    mean, m2, squares = _around(first, x, weights, n, form)
+    n = _divisor(x, weights, CPU)
+    layout = CPU if is_known(x.size) and x.size <= LARGE else CPU._replace(sums=partial(CPU.sums, chunk=2 * CHUNK))
+    first = wide(_first(x, weights, layout))
+    mean, m2, squares = _around(first, x, weights, n, layout)
     unit = jnp.ones_like(m2)
     # The first of n values is far from the mean by no more than the square root of n - 1 standard deviations.
     n_known = x.size // x.shape[1]
     if compute == np.float64 or weights is not None or not is_known(n_known) or n_known > FAR:
         is_far = jnp.any(squares > (1 if compute == np.float64 else FAR) * m2)
-        again = partial(_around, x=x, weights=weights, n=n, form=form, careful=compute == np.float64)
+        again = partial(_around, x=x, weights=weights, n=n, layout=layout, careful=compute == np.float64)
         mean, m2, _ = lax.cond(is_far, lambda: again(once(mean.hi)), lambda: (mean, m2, squares))
     if compute == np.float64:
-        scaled = partial(_scaled, first, x, weights, n, form)
-        mean, m2, unit = lax.cond(_leaves_range(squares, first, x, weights, n, form), scaled, lambda: (mean, m2, unit))
+        scaled = partial(_scaled, first, x, weights, n, layout)
+        mean, m2, unit = lax.cond(
+            _leaves_range(squares, first, x, weights, n, layout), scaled, lambda: (mean, m2, unit)
+        )
     return _as_moments(mean, m2 / n, unit, compute)
 
 
@@ -159,37 +161,37 @@ def _square_in_own_units(square: Pair, unit: jax.Array, dtype: np.dtype) -> list
 
 
 def _leaves_range(
-    squares: jax.Array, first: jax.Array, x: jax.Array, weights: jax.Array | None, n: int | jax.Array, form: Form
+    squares: jax.Array, first: jax.Array, x: jax.Array, weights: jax.Array | None, n: int | jax.Array, layout: Layout
 ) -> jax.Array:
     """Tell whether squares of float64 have left its range; where they are 0 a look at the values tells."""
     are_small = squares < SMALL
     is_small = lax.cond(
         jnp.any(are_small),
-        lambda: jnp.any(are_small & (_located(first, x, weights, n, form)[1] > 0)),
+        lambda: jnp.any(are_small & (_located(first, x, weights, n, layout)[1] > 0)),
         lambda: jnp.any(are_small),
     )
     return is_small | ~jnp.all(squares < 1 / SMALL)
 
 
 def _scaled(
-    center: jax.Array, x: jax.Array, weights: jax.Array | None, n: int | jax.Array, form: Form
+    center: jax.Array, x: jax.Array, weights: jax.Array | None, n: int | jax.Array, layout: Layout
 ) -> tuple[Pair, jax.Array, jax.Array]:
     """Return the mean, and m2 in units of about the mean deviation, with the unit."""
-    mean, size = _located(center, x, weights, n, form)
+    mean, size = _located(center, x, weights, n, layout)
     unit = power_of_two(size, np.dtype(np.float64))
-    mean, m2, _ = _around(once(mean.hi), x, weights, n, form, once(unit), careful=True)
+    mean, m2, _ = _around(once(mean.hi), x, weights, n, layout, once(unit), careful=True)
     return mean, m2, unit
 
 
 def _located(
-    center: jax.Array, x: jax.Array, weights: jax.Array | None, n: int | jax.Array, form: Form
+    center: jax.Array, x: jax.Array, weights: jax.Array | None, n: int | jax.Array, layout: Layout
 ) -> tuple[Pair, jax.Array]:
     """Return the mean and about the mean size of the deviations from a center, without a sum beyond float64."""
-    weights = form.view(weights)
+    weights = layout.view(weights)
     size = x.size // x.shape[1]
     share = 0.25 * 0.5 ** (size.bit_length() if is_known(size) else 64)
-    part = unmasked(wide(form.view(x)) * share - form.place(center * share, x.ndim), weights)
-    total, size = form.sums(part if weights is None else part * (weights / n), jnp.abs(part))
+    part = unmasked(wide(layout.view(x)) * share - layout.broadcast(center * share, x.ndim), weights)
+    total, size = layout.sums(part if weights is None else part * (weights / n), jnp.abs(part))
     if weights is None:
         total /= n
     return times(two_sum(center * share, total), 1 / share), size
@@ -215,7 +217,7 @@ def _around(
     x: jax.Array,
     weights: jax.Array | None,
     n: int | jax.Array,
-    form: Form,
+    layout: Layout,
     unit: jax.Array | None = None,
     *,
     careful: bool = False,
@@ -225,27 +227,27 @@ def _around(
     Both of the latter are in units of ``unit**2``, a power of two each. What is ``careful`` is right to float64's last
     digits, if the center is the mean.
     """
-    weights, center_of_each = form.view(weights), form.place(center, x.ndim)
-    deviation = wide(form.view(x)) - center_of_each
+    weights, center_of_each = layout.view(weights), layout.broadcast(center, x.ndim)
+    deviation = wide(layout.view(x)) - center_of_each
     if unit is not None:
-        deviation = difference(wide(form.view(x)), center_of_each, form.place(1 / unit, x.ndim))
+        deviation = difference(wide(layout.view(x)), center_of_each, layout.broadcast(1 / unit, x.ndim))
     deviation = unmasked(deviation, weights)
     term = deviation if weights is None else deviation * weights
-    total, squares = form.sums(term, term * deviation, careful=careful)
+    total, squares = layout.sums(term, term * deviation, careful=careful)
     step = total / n
     mean = two_sum(center, step if unit is None else step * unit)
     return mean, jnp.maximum(squares - total * step, 0), squares
 
 
-def _divisor(x: jax.Array, weights: jax.Array | None, form: Form) -> int | jax.Array:
+def _divisor(x: jax.Array, weights: jax.Array | None, layout: Layout) -> int | jax.Array:
     """Return the sum of the weights of a channel as a divisor of sums, which are 0 where it is."""
     if weights is None:
         return x.size // x.shape[1]
-    (n,) = form.sums(wide(form.view(weights)), careful=weights.dtype == np.float64)
+    (n,) = layout.sums(wide(layout.view(weights)), careful=weights.dtype == np.float64)
     return jnp.where(n == 0, 1, n)
 
 
-_MOMENTS = Map("batch_norm_moments", _moments, _moments_on_gpu)
+_MOMENTS = WidePrimitive("batch_norm_moments", _moments, _moments_on_gpu)
 
 
 @jax.custom_jvp
@@ -319,7 +321,7 @@ def _merge(*batches: tuple[Pair, Scaled, Square]) -> list[jax.Array]:
     return [*as_pair(total, dtype), *mean.pair, mean.unit, *_square_in_own_units(m2, size, dtype)]
 
 
-_MERGE = Map("merge", _merge)
+_MERGE = WidePrimitive("merge", _merge)
 
 
 @partial(jax.jit, static_argnames=("correction",))
@@ -396,12 +398,12 @@ def _affinely(
 ) -> list[jax.Array]:
     before, after = map(once, _before_and_after(center, first))
     start = once(center * before)
-    place = partial(column, ndim=x.ndim)
-    deviation = (_filled(x, place(center), weights) * place(before) - place(start)) * place(after)
-    return [unmasked(deviation * place(second) + place(shift), weights)]
+    broadcast = partial(column, ndim=x.ndim)
+    deviation = (_filled(x, broadcast(center), weights) * broadcast(before) - broadcast(start)) * broadcast(after)
+    return [unmasked(deviation * broadcast(second) + broadcast(shift), weights)]
 
 
-_AFFINE = Map("affine", _affinely)
+_AFFINE = WidePrimitive("affine", _affinely)
 
 
 @_affine.defjvp
@@ -434,7 +436,7 @@ def _lerp(start: jax.Array, end: Statistic, weight: Pair | jax.Array) -> list[ja
     return [jnp.where(step == 0, old, moved).astype(start.dtype)]  # whatever the end is, NaN included
 
 
-_LERP = Map("lerp", _lerp)
+_LERP = WidePrimitive("lerp", _lerp)
 
 
 @jax.jit
@@ -551,7 +553,7 @@ def _inverse_root(var: Square, eps: Square) -> list[jax.Array]:
     return [*as_pair(jnp.where(square == 0, 0, root) / own, var.unit.dtype), (own / unit).astype(var.unit.dtype)]
 
 
-_INVSTD = Map("invstd", _inverse_root)
+_INVSTD = WidePrimitive("invstd", _inverse_root)
 
 
 @_invstd.defjvp
@@ -592,7 +594,7 @@ def _factors(invstd: Scaled, weight: jax.Array | None) -> list[jax.Array]:
     return [first.astype(dtype), (root * (unit / first) * factor).astype(dtype)]
 
 
-_FACTORS = Map("factors", _factors)
+_FACTORS = WidePrimitive("factors", _factors)
 
 
 @factors.defjvp
@@ -620,15 +622,15 @@ def _size(x: jax.Array) -> list[jax.Array]:
     return [*as_pair(jnp.asarray(x.size // x.shape[1]).astype(np.float64), compute_dtype(x))]
 
 
-_SIZE = Map("size", _size)
+_SIZE = WidePrimitive("size", _size)
 
 
-def _total_weight(form: Form, weights: jax.Array) -> list[jax.Array]:
-    (total,) = form.sums(wide(form.view(weights)), careful=weights.dtype == np.float64)
+def _total_weight(layout: Layout, weights: jax.Array) -> list[jax.Array]:
+    (total,) = layout.sums(wide(layout.view(weights)), careful=weights.dtype == np.float64)
     return list(as_pair(total[0], weights.dtype))
 
 
-_TOTAL_WEIGHT = Map("total_weight", partial(_total_weight, HOST), partial(_total_weight, GPU))
+_TOTAL_WEIGHT = WidePrimitive("total_weight", partial(_total_weight, CPU), partial(_total_weight, GPU))
 
 
 def _left(count: Pair, correction: int) -> Pair:
@@ -636,18 +638,18 @@ def _left(count: Pair, correction: int) -> Pair:
     return add(count, as_pair(float(-correction), count.hi.dtype))
 
 
-def _first(x: jax.Array, weights: jax.Array | None, form: Form) -> jax.Array:
+def _first(x: jax.Array, weights: jax.Array | None, layout: Layout) -> jax.Array:
     """Return the first value of each channel that has a weight, or 0 where none has."""
     if weights is None:
         return x[(0, slice(None), *(0,) * (x.ndim - 2))]
-    places = jnp.arange(weights.size).reshape(weights.shape)
-    place = jnp.min(jnp.where(weights == 0, weights.size, places))
-    if is_spread() or not is_known(x.size):  # each device looks among its own
-        return jnp.sum(jnp.where(places == place, x, 0), axis=(0, *range(2, x.ndim)))
-    x = form.view(x)
-    index = jnp.unravel_index(jnp.minimum(place, weights.size - 1), form.view(weights).shape)
+    indices = jnp.arange(weights.size).reshape(weights.shape)
+    counted = jnp.min(jnp.where(weights == 0, weights.size, indices))  # the first that is
+    if is_sharded() or not is_known(x.size):  # each device looks among its own
+        return jnp.sum(jnp.where(indices == counted, x, 0), axis=(0, *range(2, x.ndim)))
+    x = layout.view(x)
+    index = jnp.unravel_index(jnp.minimum(counted, weights.size - 1), layout.view(weights).shape)
     first = lax.dynamic_slice(x, index, (1, x.shape[1], *(1,) * (x.ndim - 2))).reshape(-1)
-    return jnp.where(place < weights.size, first, 0)
+    return jnp.where(counted < weights.size, first, 0)
 
 
 def _filled(x: jax.Array, filler: jax.Array, weights: jax.Array | None) -> jax.Array:

@@ -48,14 +48,14 @@ def usual_rules() -> Iterator[None]:
         yield
 
 
-class Map:
+class WidePrimitive:
     """A function of trees of arrays that returns a list of arrays. Nobody differentiates it. To call it is to apply it.
 
     Args:
         name: how it is called in a jaxpr.
         function: ``function(*arguments, **settings)``. It is traced with 64-bit numbers; its results have a dtype that
             there is without them too.
-        on_gpu: the same in the form for GPUs, where that is another one.
+        on_gpu: the same in the layout for GPUs, where that is another one.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Map:
     def _apply(
         self, function: Callable[..., list[jax.Array]], *operands: Any, tree: Any, levels: Levels, **settings: Any
     ) -> list[jax.Array]:
-        return vectorised(lambda *leaves: function(*tree.unflatten(leaves), **settings), levels)(*operands)
+        return vectorized(lambda *leaves: function(*tree.unflatten(leaves), **settings), levels)(*operands)
 
     def _run(self, *operands: Any, **parameters: Any) -> list[jax.Array]:
         with jax.disable_jit(False):  # noqa: FBT003 - its only argument; a primitive runs compiled or not at all
@@ -203,7 +203,7 @@ def result_type(operands: Sequence[Any], levels: Levels, shape: tuple[int, ...],
     return kind.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
 
 
-def vectorised(function: Callable[..., Any], levels: Levels) -> Callable[..., Any]:
+def vectorized(function: Callable[..., Any], levels: Levels) -> Callable[..., Any]:
     """Return ``function`` under a vmap for each level, which says what arguments have its axis in front."""
     for level in reversed(levels):
         axes = tuple(0 if has_axis else None for has_axis in level.has_axis)

@@ -16,7 +16,7 @@ import torch
 from mbn.contract import Batch, Kernels, Moments, Params, Settings, State, Stats
 from mbn_common.channel_stats import Pair, Scaled
 from mbn_cpu import huge_pages, thread_pool
-from mbn_cpu.kernels.installed import Host
+from mbn_cpu.installed import Host
 from mbn_torch.channel_stats import TorchKernels
 
 _has_versions = hasattr(torch._C, "_to_dlpack_versioned")  # noqa: SLF001 - Torch 2.9 and later
@@ -43,7 +43,7 @@ class _Shared:
         return 1, 0  # the CPU
 
 
-class HostBatch(NamedTuple):
+class ArrayBatch(NamedTuple):
     """A batch whose values NumPy shares."""
 
     x: torch.Tensor
@@ -53,7 +53,7 @@ class HostBatch(NamedTuple):
     """The same as arrays; of halves, x is a copy in float32."""
 
     @classmethod
-    def of(cls, batch: Batch) -> "HostBatch":
+    def of(cls, batch: Batch) -> "ArrayBatch":
         """Return a batch whose values NumPy shares."""
         x, sample_weight, dtype = batch
         # Nothing of this is to be recorded.
@@ -61,7 +61,7 @@ class HostBatch(NamedTuple):
         return cls(x, sample_weight, dtype, Batch(values, as_array(sample_weight), dtype))
 
 
-class OnHost(TorchKernels):
+class CpuKernels(TorchKernels):
     """Kernels of NumPy arrays."""
 
     def __init__(self, own: Host, kernels: Kernels) -> None:
@@ -71,25 +71,25 @@ class OnHost(TorchKernels):
 
     @classmethod
     @cache
-    def of(cls, own: Host, kernels: Kernels) -> "OnHost":
+    def of(cls, own: Host, kernels: Kernels) -> "CpuKernels":
         """Return the one for these."""
         return cls(own, kernels)
 
-    def moments(self, batch: HostBatch) -> Moments:
+    def moments(self, batch: ArrayBatch) -> Moments:
         with _limited():
             return Moments(*map(_tensor, self._kernels.moments(batch.arrays)))
 
     def normalize(
-        self, batch: HostBatch, stats: Stats, params: Params, eps: float, out: torch.Tensor | None = None
+        self, batch: ArrayBatch, stats: Stats, params: Params, eps: float, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         y = _like(batch.x) if out is None else out
-        wide_y = room(y)
+        wide_y = computed_output(y)
         with _limited():
             self._kernels.normalize(batch.arrays, as_array(stats), as_array(params), eps, _writable(wide_y))
         return _narrow(wide_y, y)
 
     def grad_sums(
-        self, dy: torch.Tensor, batch: HostBatch, stats: Stats, eps: float
+        self, dy: torch.Tensor, batch: ArrayBatch, stats: Stats, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         with _limited():
             sum_dy, sum_dy_xhat = self._kernels.grad_sums(as_array(_wide(dy)), batch.arrays, as_array(stats), eps)
@@ -98,7 +98,7 @@ class OnHost(TorchKernels):
     def grad_input(
         self,
         dy: torch.Tensor,
-        batch: HostBatch,
+        batch: ArrayBatch,
         stats: Stats,
         weight: torch.Tensor | None,
         eps: float,
@@ -110,21 +110,21 @@ class OnHost(TorchKernels):
             return _arranged(self._kernels.grad_input(*arguments), batch.x)
 
     def train(
-        self, batch: HostBatch, params: Params, state: State, settings: Settings, out: torch.Tensor | None
+        self, batch: ArrayBatch, params: Params, state: State, settings: Settings, out: torch.Tensor | None
     ) -> tuple[torch.Tensor, State, Stats]:
         """Return output, new state and statistics, which are arrays, of a step of training."""
         y, after, stats = self._step(batch, params, state, settings, True, out)  # noqa: FBT003
         return y, State(*map(_tensor, after)), stats
 
     def evaluate(
-        self, batch: HostBatch, params: Params, state: State, settings: Settings, out: torch.Tensor | None
+        self, batch: ArrayBatch, params: Params, state: State, settings: Settings, out: torch.Tensor | None
     ) -> torch.Tensor:
         """Return the output of evaluation."""
         return self._step(batch, params, state, settings, False, out)[0]  # noqa: FBT003
 
     def _step(
         self,
-        batch: HostBatch,
+        batch: ArrayBatch,
         params: Params,
         state: State,
         settings: Settings,
@@ -132,7 +132,7 @@ class OnHost(TorchKernels):
         out: torch.Tensor | None,
     ) -> tuple[torch.Tensor, State, Stats]:
         y = _like(batch.x) if out is None else out
-        wide_y = room(y)
+        wide_y = computed_output(y)
         vectors = Params(*map(as_array, params)), State(*map(as_array, state))
         with nullcontext() if self._is_at_once else _limited():
             _, state, stats = self._own.forward(
@@ -141,7 +141,7 @@ class OnHost(TorchKernels):
         return _narrow(wide_y, y), state, stats
 
     def pullback(
-        self, dy: torch.Tensor, batch: HostBatch, weight: torch.Tensor | None, stats: Stats, eps: float
+        self, dy: torch.Tensor, batch: ArrayBatch, weight: torch.Tensor | None, stats: Stats, eps: float
     ) -> tuple[torch.Tensor, ...]:
         """Return the gradients of x, weight and bias."""
         arguments = as_array(_wide(dy)), batch.arrays, as_array(weight), as_array(stats), eps
@@ -201,7 +201,7 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return _like(x, torch.float32).copy_(x) if x.dtype in _HALVES else x
 
 
-def room(y: torch.Tensor) -> torch.Tensor:
+def computed_output(y: torch.Tensor) -> torch.Tensor:
     """Return y to write to, or a tensor like it in float32 for one of halves."""
     return _like(y, torch.float32) if y.dtype in _HALVES else y
 

@@ -44,13 +44,13 @@ CPU_BLOCK = 1 << 17
 GPU_BLOCK = 1 << 24
 """The same on a GPU, 128 MiB: there, fewer launches count for more than less memory."""
 
-RUN = 64
+CHUNK = 64
 """Blocks added one after another, which costs less memory traffic than a tree but lets rounding errors add up too."""
 
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
-class Tensors(TorchKernels):
+class EagerKernels(TorchKernels):
     """Kernels made of Torch's operations."""
 
     def moments(self, batch: Batch) -> Moments:
@@ -241,8 +241,8 @@ def _shifted_sums(
     def in_parts(*terms: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if apart is None:
             return terms
-        wholes = [(term + unit[:, None]).sub_(unit[:, None]) for term, unit in zip(terms, apart, strict=True)]
-        return *wholes, *(term.sub_(whole) for term, whole in zip(terms, wholes, strict=True))
+        multiples = [(term + unit[:, None]).sub_(unit[:, None]) for term, unit in zip(terms, apart, strict=True)]
+        return *multiples, *(term.sub_(multiple) for term, multiple in zip(terms, multiples, strict=True))
 
     if weights is None:
 
@@ -269,11 +269,11 @@ def _sums(terms: Callable[..., tuple[torch.Tensor, ...]], *arrays: torch.Tensor 
     ``terms`` gives those of a block, in tensors of its own.
     """
     rows = _rows(arrays[0])
-    runs = [_run(terms, run, rows) for run in _split(RUN * rows, *arrays)]
-    return fold(fold(torch.stack(runs)).movedim(-1, 0)).unbind()
+    chunks = [_chunk_sums(terms, chunk, rows) for chunk in _split(CHUNK * rows, *arrays)]
+    return fold(fold(torch.stack(chunks)).movedim(-1, 0)).unbind()
 
 
-def _run(
+def _chunk_sums(
     terms: Callable[..., tuple[torch.Tensor, ...]], arrays: tuple[torch.Tensor | None, ...], rows: int
 ) -> torch.Tensor:
     """Return the sums of all terms over the first axis, (terms, C, L), adding up blocks of so many rows."""
@@ -330,4 +330,4 @@ def _clear(values: torch.Tensor, mask: torch.Tensor | None) -> None:
         values.view(mask.dtype).bitwise_and_(mask)
 
 
-TENSORS = Tensors()
+EAGER = EagerKernels()

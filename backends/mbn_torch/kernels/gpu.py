@@ -279,7 +279,7 @@ def _other_rows(x: torch.Tensor) -> tuple[int, int]:
 
 
 def _along(of_weights: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """Return the strides of weights along rows and places."""
+    """Return the strides of weights along rows and positions."""
     return of_weights[0][:2] if of_weights else (0, 0)
 
 

@@ -33,7 +33,7 @@ from mbn_torch.channel_stats import (
 from mbn_torch.private import is_scripted
 
 
-class Formulas(TorchKernels):
+class TraceableKernels(TorchKernels):
     """Kernels that every transformation of Torch sees through."""
 
     def moments(self, batch: Batch) -> Moments:
@@ -149,4 +149,4 @@ def _constant(weights: torch.Tensor) -> torch.Tensor:
     return lifted_weights(weights.detach()).to(WIDE)
 
 
-FORMULAS = Formulas()
+TRACEABLE = TraceableKernels()

@@ -4,7 +4,7 @@ Statistics are exact to float64, whatever x is, and every sum is a tree that sha
 adds to memory that another writes to. A value of weight 0 is replaced before anything is computed of it. Offsets are of
 64 bits. Numbers of float64 come as the bits of an integer, since Triton would round them to float32.
 
-x has rows, places and channels; tiles of positions (a row and a place) by channels are shared out over axis 1 of the
+x has rows, positions and channels; tiles of cells (a row and a position) by channels are shared out over axis 1 of the
 grid, blocks of channels over axis 0. ``triton_tiles`` says how. No result depends on how but in its last bits.
 """
 
@@ -27,16 +27,16 @@ from mbn_torch.kernels.triton_arithmetic import (
 _LARGE = tl.constexpr(600)
 """The exponent of a unit in which no sum of float64 overflows, and of values far enough from 1 none loses digits."""
 _ROWS = tl.constexpr(0)
-_PLACES = tl.constexpr(1)
+_POSITIONS = tl.constexpr(1)
 _CHANNELS = tl.constexpr(2)
 
-_EXTENTS = ("num_rows", "num_places", "num_channels", "place_tiles", "tiles")
-_OF_X = ("x_row", "x_place", "x_channel")
+_EXTENTS = ("num_rows", "num_positions", "num_channels", "position_tiles", "tiles")
+_OF_X = ("x_row", "x_position", "x_channel")
 _OF_SUMS = ("programs", "num_channels", "x_channel", "middle", "last", "number")
-_OF_Y = ("y_row", "y_place", "y_channel")
-_OF_DY = ("dy_row", "dy_place", "dy_channel")
-_OF_DX = ("dx_row", "dx_place", "dx_channel")
-_OF_WEIGHTS = ("w_row", "w_place")
+_OF_Y = ("y_row", "y_position", "y_channel")
+_OF_DY = ("dy_row", "dy_position", "dy_channel")
+_OF_DX = ("dx_row", "dx_position", "dx_channel")
+_OF_WEIGHTS = ("w_row", "w_position")
 
 
 @triton.jit
@@ -46,17 +46,17 @@ def _scaled(number, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _offset(row, place, row_stride, place_stride, UNIT: tl.constexpr, ALIGNED: tl.constexpr):
-    """Return how far positions are from the first."""
+def _offset(row, position, row_stride, position_stride, UNIT: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return how far cells are from the first."""
     if UNIT == _ROWS:
         rows = row
     else:
         rows = row * _scaled(row_stride, ALIGNED)
-    if UNIT == _PLACES:
-        places = place
+    if UNIT == _POSITIONS:
+        positions = position
     else:
-        places = place * _scaled(place_stride, ALIGNED)
-    return rows + places
+        positions = position * _scaled(position_stride, ALIGNED)
+    return rows + positions
 
 
 @triton.jit
@@ -70,10 +70,12 @@ def _across(channel, stride, UNIT: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _values(row, place, channel, row_stride, place_stride, channel_stride, UNIT: tl.constexpr, ALIGNED: tl.constexpr):
-    """Return how far the values of a tile are from its first: positions, on one axis or on two, by channels."""
-    positions = _offset(row.to(tl.int64), place.to(tl.int64), row_stride, place_stride, UNIT, ALIGNED)
-    return tl.expand_dims(positions, -1) + _across(channel, channel_stride, UNIT, ALIGNED)
+def _values(
+    row, position, channel, row_stride, position_stride, channel_stride, UNIT: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """Return how far the values of a tile are from its first: cells, on one axis or on two, by channels."""
+    cells = _offset(row.to(tl.int64), position.to(tl.int64), row_stride, position_stride, UNIT, ALIGNED)
+    return tl.expand_dims(cells, -1) + _across(channel, channel_stride, UNIT, ALIGNED)
 
 
 @triton.jit
@@ -86,9 +88,9 @@ def _extent(size, AXIS: tl.constexpr, UNIT: tl.constexpr, ALIGNED: tl.constexpr)
 
 
 @triton.jit
-def _top(tile, place_tiles, POSITIONS: tl.constexpr, PLACES: tl.constexpr):
+def _top(tile, position_tiles, CELLS: tl.constexpr, POSITIONS: tl.constexpr):
     """Return the first row of a tile; there may be more of them than 32 bits hold."""
-    return (tile // place_tiles) * tl.full((), POSITIONS // PLACES, tl.int64)
+    return (tile // position_tiles) * tl.full((), CELLS // POSITIONS, tl.int64)
 
 
 @triton.jit
@@ -170,21 +172,21 @@ def moments(
     exponents,
     partials,
     num_rows,
-    num_places,
+    num_positions,
     num_channels,
-    place_tiles,
+    position_tiles,
     tiles,
     x_row,
-    x_place,
+    x_position,
     x_channel,
     w_row,
-    w_place,
+    w_position,
     middle,
     last,
     UNIT_X: tl.constexpr,
     ALIGNED: tl.constexpr,
+    CELLS: tl.constexpr,
     POSITIONS: tl.constexpr,
-    PLACES: tl.constexpr,
     CHANNELS: tl.constexpr,
     UNROLLED: tl.constexpr,
     ROUGH: tl.constexpr,
@@ -197,9 +199,9 @@ def moments(
     are the differences again, in a large unit, and at last the largest of them: what can be known of values of any
     size. What a thread holds of a tile it sums up first, which leaves fewer sums to keep.
     """
-    LANES: tl.constexpr = POSITIONS // UNROLLED
+    SUMS: tl.constexpr = CELLS // UNROLLED
     rows = _extent(num_rows, _ROWS, UNIT_X, ALIGNED)
-    places = _extent(num_places, _PLACES, UNIT_X, ALIGNED)
+    positions = _extent(num_positions, _POSITIONS, UNIT_X, ALIGNED)
     channels = _extent(num_channels, _CHANNELS, UNIT_X, ALIGNED)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     is_channel = channel < channels
@@ -215,25 +217,25 @@ def moments(
         start = _vector(shift, channel, is_channel)
         apart = _vector(shift + channels, channel, is_channel)[None, None, :]
         apart_squares = _vector(shift + 2 * channels, channel, is_channel)[None, None, :]
-        total_left = tl.zeros((LANES, CHANNELS), tl.float64)
-        squares_left = tl.zeros((LANES, CHANNELS), tl.float64)
+        total_left = tl.zeros((SUMS, CHANNELS), tl.float64)
+        squares_left = tl.zeros((SUMS, CHANNELS), tl.float64)
     if ROUGH:
         factor = power(channel * 0 - _LARGE)
-        largest = tl.zeros((LANES, CHANNELS), tl.float64)
-    position = tl.arange(0, UNROLLED)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    row = position // PLACES
-    place = position % PLACES
-    within = _values(row, place, channel, x_row, x_place, x_channel, UNIT_X, ALIGNED)
-    total = tl.zeros((LANES, CHANNELS), tl.float64)
-    squares = tl.zeros((LANES, CHANNELS), tl.float64)
-    count = tl.zeros((UNROLLED, LANES), tl.float64)
+        largest = tl.zeros((SUMS, CHANNELS), tl.float64)
+    cell = tl.arange(0, UNROLLED)[:, None] * SUMS + tl.arange(0, SUMS)[None, :]
+    row = cell // POSITIONS
+    position = cell % POSITIONS
+    within = _values(row, position, channel, x_row, x_position, x_channel, UNIT_X, ALIGNED)
+    total = tl.zeros((SUMS, CHANNELS), tl.float64)
+    squares = tl.zeros((SUMS, CHANNELS), tl.float64)
+    count = tl.zeros((UNROLLED, SUMS), tl.float64)
     for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
-        top = _top(tile, place_tiles, POSITIONS, PLACES)
-        left = (tile % place_tiles) * PLACES
-        is_value = (row < rows - top) & (place < places - left)
-        source = x + _offset(top, left, x_row, x_place, UNIT_X, ALIGNED)
+        top = _top(tile, position_tiles, CELLS, POSITIONS)
+        left = (tile % position_tiles) * POSITIONS
+        is_value = (row < rows - top) & (position < positions - left)
+        source = x + _offset(top, left, x_row, x_position, UNIT_X, ALIGNED)
         mask = is_value[:, :, None] & is_channel[None, None, :]
-        # Where there is no value, the shift takes its place, and adds nothing.
+        # Where there is no value, the shift stands in for it, and adds nothing.
         values = tl.load(source + within, mask=mask, other=first[None, None, :]).to(tl.float64)
         if exponents is None:
             d = values - start[None, None, :]
@@ -243,7 +245,7 @@ def moments(
             far = values * factor[None, None, :] - (start * factor)[None, None, :]
         once = d
         if weights is not None:
-            offset = _offset(top + row, left + place, w_row, w_place, -1, 1)
+            offset = _offset(top + row, left + position, w_row, w_position, -1, 1)
             w = tl.load(weights + offset, mask=is_value, other=0).to(tl.float64)
             d = tl.where((w > 0)[:, :, None], d, 0.0)
             once = d * w[:, :, None]
@@ -467,24 +469,24 @@ def normalize(
     weights,
     eps,
     num_rows,
-    num_places,
+    num_positions,
     num_channels,
-    place_tiles,
+    position_tiles,
     tiles,
     x_row,
-    x_place,
+    x_position,
     x_channel,
     y_row,
-    y_place,
+    y_position,
     y_channel,
     w_row,
-    w_place,
+    w_position,
     COMPUTE: tl.constexpr,
     UNIT_X: tl.constexpr,
     UNIT_Y: tl.constexpr,
     ALIGNED: tl.constexpr,
+    CELLS: tl.constexpr,
     POSITIONS: tl.constexpr,
-    PLACES: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
     """Write (x - mean) / sqrt(var + eps) * weight + bias to y.
@@ -494,7 +496,7 @@ def normalize(
     which x and K are multiplied first.
     """
     rows = _extent(num_rows, _ROWS, UNIT_X, ALIGNED)
-    places = _extent(num_places, _PLACES, UNIT_X, ALIGNED)
+    positions = _extent(num_positions, _POSITIONS, UNIT_X, ALIGNED)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     is_channel = channel < _extent(num_channels, _CHANNELS, UNIT_X, ALIGNED)
     mean, rest = _center(hi, lo, channel, is_channel)
@@ -510,23 +512,23 @@ def normalize(
     center = tl.where(number == 0, 0.0, scaled(center, unit + first)).to(COMPUTE)[None, :]
     scale = limited(scaled(number, exponent - first), COMPUTE)[None, :]
     shift = shift.to(COMPUTE)[None, :]
-    position = tl.arange(0, POSITIONS)
-    row = position // PLACES
-    place = position % PLACES
-    of_x = _values(row, place, channel, x_row, x_place, x_channel, UNIT_X, ALIGNED)
-    of_y = _values(row, place, channel, y_row, y_place, y_channel, UNIT_Y, ALIGNED)
+    cell = tl.arange(0, CELLS)
+    row = cell // POSITIONS
+    position = cell % POSITIONS
+    of_x = _values(row, position, channel, x_row, x_position, x_channel, UNIT_X, ALIGNED)
+    of_y = _values(row, position, channel, y_row, y_position, y_channel, UNIT_Y, ALIGNED)
     for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
-        top = _top(tile, place_tiles, POSITIONS, PLACES)
-        left = (tile % place_tiles) * PLACES
-        is_value = (row < rows - top) & (place < places - left)
+        top = _top(tile, position_tiles, CELLS, POSITIONS)
+        left = (tile % position_tiles) * POSITIONS
+        is_value = (row < rows - top) & (position < positions - left)
         mask = is_value[:, None] & is_channel[None, :]
-        values = tl.load(x + _offset(top, left, x_row, x_place, UNIT_X, ALIGNED) + of_x, mask=mask, other=0)
+        values = tl.load(x + _offset(top, left, x_row, x_position, UNIT_X, ALIGNED) + of_x, mask=mask, other=0)
         values = (values.to(COMPUTE) * before - center) * scale + shift
         if weights is not None:
-            offset = _offset(top + row, left + place, w_row, w_place, -1, 1)
+            offset = _offset(top + row, left + position, w_row, w_position, -1, 1)
             keep = tl.load(weights + offset, mask=is_value, other=0) > 0
             values = tl.where(keep[:, None], values, 0.0)
-        target = y + _offset(top, left, y_row, y_place, UNIT_Y, ALIGNED)
+        target = y + _offset(top, left, y_row, y_position, UNIT_Y, ALIGNED)
         tl.store(target + of_y, values.to(y.dtype.element_ty), mask=mask)
 
 
@@ -542,23 +544,23 @@ def grad_sums(
     partials,
     eps,
     num_rows,
-    num_places,
+    num_positions,
     num_channels,
-    place_tiles,
+    position_tiles,
     tiles,
     x_row,
-    x_place,
+    x_position,
     x_channel,
     dy_row,
-    dy_place,
+    dy_position,
     dy_channel,
     w_row,
-    w_place,
+    w_position,
     UNIT_X: tl.constexpr,
     UNIT_DY: tl.constexpr,
     ALIGNED: tl.constexpr,
+    CELLS: tl.constexpr,
     POSITIONS: tl.constexpr,
-    PLACES: tl.constexpr,
     CHANNELS: tl.constexpr,
     UNROLLED: tl.constexpr,
 ):
@@ -566,9 +568,9 @@ def grad_sums(
 
     Of float64, the second factor is multiplied by a power of two where it or the product might leave its range.
     """
-    LANES: tl.constexpr = POSITIONS // UNROLLED
+    SUMS: tl.constexpr = CELLS // UNROLLED
     rows = _extent(num_rows, _ROWS, UNIT_X, ALIGNED)
-    places = _extent(num_places, _PLACES, UNIT_X, ALIGNED)
+    positions = _extent(num_positions, _POSITIONS, UNIT_X, ALIGNED)
     channels = _extent(num_channels, _CHANNELS, UNIT_X, ALIGNED)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     is_channel = channel < channels
@@ -581,27 +583,27 @@ def grad_sums(
         before = power(first)[None, None, :]
         center = scaled(center, unit + first)
     center = center[None, None, :]
-    position = tl.arange(0, UNROLLED)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    row = position // PLACES
-    place = position % PLACES
-    of_x = _values(row, place, channel, x_row, x_place, x_channel, UNIT_X, ALIGNED)
-    of_dy = _values(row, place, channel, dy_row, dy_place, dy_channel, UNIT_DY, ALIGNED)
-    total = tl.zeros((LANES, CHANNELS), tl.float64)
-    products = tl.zeros((LANES, CHANNELS), tl.float64)
+    cell = tl.arange(0, UNROLLED)[:, None] * SUMS + tl.arange(0, SUMS)[None, :]
+    row = cell // POSITIONS
+    position = cell % POSITIONS
+    of_x = _values(row, position, channel, x_row, x_position, x_channel, UNIT_X, ALIGNED)
+    of_dy = _values(row, position, channel, dy_row, dy_position, dy_channel, UNIT_DY, ALIGNED)
+    total = tl.zeros((SUMS, CHANNELS), tl.float64)
+    products = tl.zeros((SUMS, CHANNELS), tl.float64)
     for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
-        top = _top(tile, place_tiles, POSITIONS, PLACES)
-        left = (tile % place_tiles) * PLACES
-        is_value = (row < rows - top) & (place < places - left)
+        top = _top(tile, position_tiles, CELLS, POSITIONS)
+        left = (tile % position_tiles) * POSITIONS
+        is_value = (row < rows - top) & (position < positions - left)
         mask = is_value[:, :, None] & is_channel[None, None, :]
-        values = tl.load(x + _offset(top, left, x_row, x_place, UNIT_X, ALIGNED) + of_x, mask=mask, other=0)
-        gradients = tl.load(dy + _offset(top, left, dy_row, dy_place, UNIT_DY, ALIGNED) + of_dy, mask=mask, other=0)
+        values = tl.load(x + _offset(top, left, x_row, x_position, UNIT_X, ALIGNED) + of_x, mask=mask, other=0)
+        gradients = tl.load(dy + _offset(top, left, dy_row, dy_position, UNIT_DY, ALIGNED) + of_dy, mask=mask, other=0)
         if WIDE:
             d = values * before - center
         else:
             d = values.to(tl.float64) - center
         gradients = gradients.to(tl.float64)
         if weights is not None:
-            offset = _offset(top + row, left + place, w_row, w_place, -1, 1)
+            offset = _offset(top + row, left + position, w_row, w_position, -1, 1)
             keep = (tl.load(weights + offset, mask=is_value, other=0) > 0)[:, :, None]
             d = tl.where(keep, d, 0.0)
             gradients = tl.where(keep, gradients, 0.0)
@@ -671,27 +673,27 @@ def grad_input(
     eps,
     number,
     num_rows,
-    num_places,
+    num_positions,
     num_channels,
-    place_tiles,
+    position_tiles,
     tiles,
     x_row,
-    x_place,
+    x_position,
     x_channel,
     dy_row,
-    dy_place,
+    dy_position,
     dy_channel,
     dx_row,
-    dx_place,
+    dx_position,
     dx_channel,
     w_row,
-    w_place,
+    w_position,
     UNIT_X: tl.constexpr,
     UNIT_DY: tl.constexpr,
     UNIT_DX: tl.constexpr,
     ALIGNED: tl.constexpr,
+    CELLS: tl.constexpr,
     POSITIONS: tl.constexpr,
-    PLACES: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
     """Write the gradient of x to dx; ``count``, or the number where that is None, is what the sums are divided by.
@@ -700,7 +702,7 @@ def grad_input(
     anything else, so that little is lost of a gradient with a large mean.
     """
     rows = _extent(num_rows, _ROWS, UNIT_X, ALIGNED)
-    places = _extent(num_places, _PLACES, UNIT_X, ALIGNED)
+    positions = _extent(num_positions, _POSITIONS, UNIT_X, ALIGNED)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     is_channel = channel < _extent(num_channels, _CHANNELS, UNIT_X, ALIGNED)
     WIDE: tl.constexpr = x.dtype.element_ty == tl.float64
@@ -734,24 +736,24 @@ def grad_input(
         rest = (-rest * slope)[None, :]
         slope = slope[None, :]
         center = center[None, :]
-    position = tl.arange(0, POSITIONS)
-    row = position // PLACES
-    place = position % PLACES
-    of_x = _values(row, place, channel, x_row, x_place, x_channel, UNIT_X, ALIGNED)
-    of_dy = _values(row, place, channel, dy_row, dy_place, dy_channel, UNIT_DY, ALIGNED)
-    of_dx = _values(row, place, channel, dx_row, dx_place, dx_channel, UNIT_DX, ALIGNED)
+    cell = tl.arange(0, CELLS)
+    row = cell // POSITIONS
+    position = cell % POSITIONS
+    of_x = _values(row, position, channel, x_row, x_position, x_channel, UNIT_X, ALIGNED)
+    of_dy = _values(row, position, channel, dy_row, dy_position, dy_channel, UNIT_DY, ALIGNED)
+    of_dx = _values(row, position, channel, dx_row, dx_position, dx_channel, UNIT_DX, ALIGNED)
     for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
-        top = _top(tile, place_tiles, POSITIONS, PLACES)
-        left = (tile % place_tiles) * PLACES
-        is_value = (row < rows - top) & (place < places - left)
+        top = _top(tile, position_tiles, CELLS, POSITIONS)
+        left = (tile % position_tiles) * POSITIONS
+        is_value = (row < rows - top) & (position < positions - left)
         mask = is_value[:, None] & is_channel[None, :]
-        gradients = tl.load(dy + _offset(top, left, dy_row, dy_place, UNIT_DY, ALIGNED) + of_dy, mask=mask, other=0)
+        gradients = tl.load(dy + _offset(top, left, dy_row, dy_position, UNIT_DY, ALIGNED) + of_dy, mask=mask, other=0)
         gradients = gradients.to(tl.float64)
         if weights is not None:
-            offset = _offset(top + row, left + place, w_row, w_place, -1, 1)
+            offset = _offset(top + row, left + position, w_row, w_position, -1, 1)
             w = tl.load(weights + offset, mask=is_value, other=0).to(tl.float64)[:, None]
         if sum_dy is not None:
-            values = tl.load(x + _offset(top, left, x_row, x_place, UNIT_X, ALIGNED) + of_x, mask=mask, other=0)
+            values = tl.load(x + _offset(top, left, x_row, x_position, UNIT_X, ALIGNED) + of_x, mask=mask, other=0)
             if WIDE:
                 values = values * before
             projection = (values.to(tl.float64) - center) * slope + rest
@@ -765,5 +767,5 @@ def grad_input(
             gradients *= after
         if weights is not None:
             gradients = tl.where(w > 0, gradients, 0.0)
-        target = dx + _offset(top, left, dx_row, dx_place, UNIT_DX, ALIGNED)
+        target = dx + _offset(top, left, dx_row, dx_position, UNIT_DX, ALIGNED)
         tl.store(target + of_dx, as_dtype(gradients, dx.dtype.element_ty), mask=mask)

@@ -12,8 +12,8 @@ import torch
 
 from mbn_common.strides import described
 
-ROWS, PLACES, CHANNELS = range(3)
-"""The axes of a batch: what is summed over is rows, and in each of them places."""
+ROWS, POSITIONS, CHANNELS = range(3)
+"""The axes of a batch: what is summed over is rows, and in each of them positions."""
 
 _NO_AXIS = -1
 _VECTOR = 16
@@ -43,13 +43,13 @@ class Tiling(NamedTuple):
     grid: tuple[int, int]
     """Blocks of channels, and programs that share the tiles of each."""
     extents: tuple[int, ...]
-    """Rows, places and channels, tiles beside each other along places, and tiles."""
+    """Rows, positions and channels, tiles beside each other along positions, and tiles."""
     strides: tuple[tuple[int, ...], ...]
-    """Those of each tensor along rows, places and channels."""
+    """Those of each tensor along rows, positions and channels."""
     constants: dict[str, Any]
     """What is compiled in, of all kernels: ``num_warps``, the shape of a tile, and what divides strides and extents."""
     loads: int
-    """Parts of a tile, as many as a thread has loads of it: of one place in each of them it holds the values itself."""
+    """Parts of a tile, as many as a thread has loads of it: it holds the values of one cell in each of them itself."""
     units: tuple[int, ...]
     """The axis along which each tensor is contiguous."""
 
@@ -57,8 +57,8 @@ class Tiling(NamedTuple):
 def tiling(tensors: Sequence[torch.Tensor], weights: torch.Tensor | None, *, sums: bool) -> Tiling:
     """Return the tiles of a batch, the first of tensors of its shape, (N, C) or (N, C, L); ``weights`` are (N[, L]).
 
-    ``sums`` says whether there is a result per program, not per value. Strides of weights, along rows and places, are
-    the last.
+    ``sums`` says whether there is a result per program, not per value. Strides of weights, along rows and positions,
+    are the last.
     """
     x = tensors[0]
     strides = tuple(tensor.stride() for tensor in tensors)
@@ -73,27 +73,27 @@ def _tiling(
     itemsize: int,
     sums: bool,  # noqa: FBT001 - the key of a cache
 ) -> Tiling:
-    (rows, channels, places), found = described(shape, strides, weights)
-    extents = rows, places, channels
+    (rows, channels, positions), found = described(shape, strides, weights)
+    extents = rows, positions, channels
     all_strides = [(of.row, of.position, of.channel) for of in found]
-    units = [next((axis for axis in (CHANNELS, PLACES, ROWS) if of[axis] == 1), _NO_AXIS) for of in all_strides]
+    units = [next((axis for axis in (CHANNELS, POSITIONS, ROWS) if of[axis] == 1), _NO_AXIS) for of in all_strides]
     count = len(strides)
     others = [s for of, unit in zip(all_strides[:count], units, strict=False) for a, s in enumerate(of) if a != unit]
     main = units[0]
     if main != _NO_AXIS:
         others.append(extents[main])
     aligned = next(divisor for divisor in (16, 8, 4, 2, 1) if not any(number % divisor for number in others))
-    warps, positions, beside, block = _tile(extents, main, itemsize)
-    place_tiles = -(-places // beside)
-    tiles = place_tiles * -(-rows // (positions // beside))
+    warps, cells, beside, block = _tile(extents, main, itemsize)
+    position_tiles = -(-positions // beside)
+    tiles = position_tiles * -(-rows // (cells // beside))
     blocks = -(-channels // block)
     divided = [
         tuple(s // aligned if axis != unit else s for axis, s in enumerate(of))
         for of, unit in zip(all_strides[:count], units, strict=False)
     ]
     constants = {
-        "POSITIONS": positions,
-        "PLACES": beside,
+        "CELLS": cells,
+        "POSITIONS": beside,
         "CHANNELS": block,
         "ALIGNED": aligned,
         "num_warps": warps,
@@ -101,31 +101,31 @@ def _tiling(
     }
     return Tiling(
         (blocks, max(1, min(tiles, _MANY[sums] // blocks))),
-        (*(e // aligned if axis == main else e for axis, e in enumerate(extents)), place_tiles, tiles),
+        (*(e // aligned if axis == main else e for axis, e in enumerate(extents)), position_tiles, tiles),
         (*divided, *all_strides[count:]),
         constants,
-        min(positions, max(1, positions * block * itemsize // (_VECTOR * 32 * warps))),
+        min(cells, max(1, cells * block * itemsize // (_VECTOR * 32 * warps))),
         tuple(units[:count]),
     )
 
 
 def _tile(extents: tuple[int, ...], main: int, itemsize: int) -> tuple[int, int, int, int]:
-    """Return the number of warps, and of a tile how many positions it has, how many of them in a row, and channels."""
-    rows, places, channels = extents
-    total = rows * places
-    beside = _fitting(places, _NARROWEST, _WIDEST)
+    """Return the number of warps, and of a tile how many cells it has, how many of them in a row, and channels."""
+    rows, positions, channels = extents
+    total = rows * positions
+    beside = _fitting(positions, _NARROWEST, _WIDEST)
     if main == CHANNELS:
         block = _fitting(channels, _SEGMENT // itemsize, 512 // itemsize)
     else:
-        run = beside if main == PLACES else min(_above(rows), _WIDEST)
-        block = min(_above(channels), max(1, _SEGMENT // itemsize // run))
+        width = beside if main == POSITIONS else min(_above(rows), _WIDEST)
+        block = min(_above(channels), max(1, _SEGMENT // itemsize // width))
     size = _WARPS * 32 * min(_BYTES // itemsize, _VALUES)
     while size > _WARPS * 32 * _VECTOR // itemsize and -(-total * _above(channels) // size) < _FEW:
         size //= 2
-    positions = min(max(1, size // block), _above(rows) * beside)
-    beside = min(beside, positions)
-    warps = min(_WARPS, max(1, positions * block * itemsize // (_VECTOR * 32)))
-    return warps, positions, beside, block
+    cells = min(max(1, size // block), _above(rows) * beside)
+    beside = min(beside, cells)
+    warps = min(_WARPS, max(1, cells * block * itemsize // (_VECTOR * 32)))
+    return warps, cells, beside, block
 
 
 def _fitting(size: int, least: int, most: int) -> int:

@@ -6,8 +6,9 @@ from types import ModuleType
 
 import numpy as np
 
-from mbn_cpu.backend import HostBackend, HostKernels
+from mbn_cpu.backend import HostBackend
 from mbn_cpu.kernels import numpy_passes, numpy_steps
+from mbn_cpu.kernels.host import HostKernels
 
 
 class Host(HostBackend):
@@ -16,13 +17,13 @@ class Host(HostBackend):
     name = "host"
     version = np.__version__
 
-    def __init__(self, passes: ModuleType, fast: ModuleType) -> None:
+    def __init__(self, passes: ModuleType, steps: ModuleType) -> None:
         """Make it of a module of passes and one of whole steps."""
-        self.kernels, self.fast, self.fused = HostKernels(passes), fast, HostKernels(passes, fast)
+        self.kernels, self.steps, self.step_kernels = HostKernels(passes), steps, HostKernels(passes, steps)
 
 
 @cache
-def host() -> Host:
+def fastest() -> Host:
     """Return the backend, compiled by Numba where that can be imported, which is first done here: it takes long."""
     try:
         from mbn_cpu.kernels import numba_passes, numba_steps  # noqa: PLC0415 - as said
