@@ -7,6 +7,7 @@ says what was given, what is needed and how to get there.
 import math
 import numbers
 import operator
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import numpy as np
@@ -410,6 +411,13 @@ def short(number: int) -> str:
     """Return an integer as text, or about how large it is."""
     exponent = int(abs(number).bit_length() * math.log10(2))
     return str(number) if exponent < _DIGITS else f"{'-' * (number < 0)}10**{exponent}"
+
+
+def few(keys: Iterable[Any], limit: int = 5) -> str:
+    """Return the first keys, and how many more there are."""
+    names = [str(key) for key in keys]
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _wrong_channels(shape: tuple[int, ...], settings: Settings) -> str:

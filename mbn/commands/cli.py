@@ -17,6 +17,7 @@ from mbn.commands.compare import command as compare
 from mbn.commands.options import DTYPES, UsageError
 from mbn.commands.output import checked_output
 from mbn.registry import BackendNotFoundError, BackendUnavailableError
+from mbn.state import outputs
 
 _COMPARE = """\
 Run training and evaluation steps of the same BatchNorm1d on every backend, each in a process of its own, and measure
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 parser.error(f"unrecognized arguments: {' '.join(rest)}")
             args.pytest_args = rest
             return int(args.run(args))
-    except (UsageError, BackendNotFoundError) as error:
+    except (UsageError, outputs.OutputError, BackendNotFoundError) as error:
         message = str(error)
     except MemoryError as error:
         message = f"there is too little memory: {error}"
@@ -187,7 +188,7 @@ def _conform(args: argparse.Namespace) -> int:
             "'.[conformance]' where mbn's sources are."
         )
         raise UsageError(message)
-    options.check_files({"--json": args.json, "--junit-xml": args.junit_xml})
+    outputs.check_files({"--json": args.json, "--junit-xml": args.junit_xml})
     from mbn.conformance import runner  # noqa: PLC0415 - which needs these
     from mbn.conformance.target import Target  # noqa: PLC0415 - as above
 

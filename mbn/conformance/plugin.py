@@ -15,8 +15,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import mbn
-from mbn.commands import options
 from mbn.conformance.target import Target
+from mbn.state import outputs
 
 AREAS = (
     *("semantics", "accuracy", "errors", "state", "files", "population", "folding", "modules"),
@@ -46,9 +46,9 @@ def pytest_configure(config: pytest.Config) -> None:
         message = f"the conformance suite needs --backend NAME; known backends: {', '.join(mbn.list_backends())}"
         raise pytest.UsageError(message)
     try:
-        options.check_files({"--conformance-json": config.getoption("--conformance-json")})
+        outputs.check_files({"--conformance-json": config.getoption("--conformance-json")})
         targets = {name: Target.parse(name) for name in names}
-    except (options.UsageError, mbn.BackendUnavailableError, ValueError) as error:
+    except (outputs.OutputError, mbn.BackendUnavailableError, ValueError) as error:
         raise pytest.UsageError(str(error)) from error
     if not config.getoption("--hypothesis-profile"):
         settings.load_profile("mbn")
@@ -95,8 +95,8 @@ class _Suite:
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         if self._json_file is not None:
             try:
-                options.write({self._json_file: (json.dumps(self._as_data(int(exitstatus)), indent=2) + "\n").encode()})
-            except options.UsageError as error:
+                outputs.write({self._json_file: (json.dumps(self._as_data(int(exitstatus)), indent=2) + "\n").encode()})
+            except outputs.OutputError as error:
                 session.exitstatus = pytest.ExitCode.USAGE_ERROR
                 sys.stderr.write(f"{error}\n")
 

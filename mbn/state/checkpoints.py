@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from mbn import checks
+from mbn.checks import few
 from mbn.contract import Params, State, dtype_name
 from mbn.state import files
-from mbn.state.keys import batch_norms, few, groups, prefixes
+from mbn.state.keys import batch_norms, groups, prefixes
 
 _NAMES = (*Params._fields, *State._fields)
 _SETTINGS = ("eps", "momentum", "axis", "correction", "track_running_stats")

@@ -1,9 +1,10 @@
 """The keys of state_dicts: torch's, in torch's order, and those of a layer among a whole model's."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from mbn.checks import few
 from mbn.contract import Params, State
 
 VERSION = 2
@@ -88,10 +89,3 @@ def batch_norms(entries: Mapping[Any, Any]) -> str:
     """Return what to say of the batch norms in a model."""
     known = prefixes(entries)
     return f" Batch norms in it: {few(map(repr, known))}." if known else ""
-
-
-def few(keys: Iterable[Any], limit: int = 5) -> str:
-    """Return the first keys, and how many more there are."""
-    names = [str(key) for key in keys]
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

@@ -13,7 +13,6 @@ import numpy as np
 
 from mbn import checks
 from mbn.contract import Array, Backend, Batch, Moments, Settings, transposed
-from mbn.state.keys import few
 
 
 class Population:
@@ -130,7 +129,7 @@ def _input(batch: Any) -> Any:
     if isinstance(batch, Mapping):
         message = (
             f"a batch is an array, or a tuple or list of which the first is the input, and not a "
-            f"{type(batch).__name__} of {few(batch)}: give the input alone, (batch[key] for batch in batches)."
+            f"{type(batch).__name__} of {checks.few(batch)}: give the input alone, (batch[key] for batch in batches)."
         )
         raise TypeError(message)
     if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Number):

@@ -11,7 +11,7 @@ from torch_samples import relative_error, sample
 
 import mbn
 from mbn.contract import Batch
-from mbn_cpu import huge_pages, installed, thread_pool
+from mbn_cpu import installed, thread_pool
 from mbn_cpu.kernels import numpy_passes, numpy_steps
 
 torch = pytest.importorskip("torch")

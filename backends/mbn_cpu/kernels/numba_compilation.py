@@ -7,6 +7,7 @@ time of a compilation and a warning, and no call.
 """
 
 import logging
+import threading
 from collections.abc import Callable
 from functools import partial
 from time import perf_counter
@@ -27,6 +28,7 @@ def compiled(function: Callable[..., object], **options: object) -> Callable[...
     """Return a function as Numba compiles it for the arguments that come."""
     _modules.add(function.__module__)
     made = numba.njit(function, nogil=True, error_model="numpy", **options)
+    made.compile = partial(_compile, made.compile)
     try:
         made._cache = _Cache(function)  # noqa: SLF001 - as its enable_caching() does with Numba's own
     except Exception as error:  # noqa: BLE001 - there may be no folder that can be written to
@@ -77,6 +79,7 @@ def _warn(place: str, error: Exception) -> None:
 
 class _Reporter(event.Listener):
     def __init__(self) -> None:
+        self.lock, self.is_listening = threading.RLock(), False
         self._running: list[float] = []
         """When those that are being compiled began: a function brings those that it calls along."""
 
@@ -102,4 +105,17 @@ def _name(event: event.Event) -> str:
     return f"{event.data['dispatcher'].py_func.__name__} for {x.dtype}"
 
 
-event.register("numba:compile", _Reporter())
+_REPORTER = _Reporter()
+
+
+def _compile(compile_as_numba_does: Callable[..., Any], *signature: Any) -> Any:
+    """Compile for a signature; the reporter listens to Numba meanwhile, and at no other time."""
+    with _REPORTER.lock:
+        if _REPORTER.is_listening:  # to the function that calls this one
+            return compile_as_numba_does(*signature)
+        _REPORTER.is_listening = True
+        try:
+            with event.install_listener("numba:compile", _REPORTER):
+                return compile_as_numba_does(*signature)
+        finally:
+            _REPORTER.is_listening = False

@@ -15,6 +15,7 @@ from mbn.commands.bench.workloads import MODES, PULLBACK, Workload
 from mbn.commands.options import UsageError
 from mbn.commands.output import console
 from mbn.commands.processes import NotRun
+from mbn.state import outputs
 
 _MEASURED, _FAILED, _NOTHING_RAN = 0, 1, 2
 
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
         BackendNotFoundError: a backend has an unknown name.
     """
     backends = options.backends(args.backends)
-    options.check_files({"--json": args.json, "--plot": args.plot})
+    outputs.check_files({"--json": args.json, "--plot": args.plot})
     options.check_plot(args.plot)
     workload = _workload(args)
     modes = tuple(mode for mode in (*MODES, PULLBACK) if mode in (args.modes or MODES))
@@ -36,19 +37,19 @@ def run(args: argparse.Namespace) -> int:
     else:
         options.check_runnable(backends)
     result = _measure(workload, measurement.subjects(backends, args.device), modes)
-    outputs = {}
+    written = {}
     if args.json:
-        outputs[args.json] = record.to_json(result).encode()
+        written[args.json] = record.to_json(result).encode()
     if args.plot and result.timed:
         from mbn.commands.bench import plot  # noqa: PLC0415 - matplotlib is an extra
 
         picture = io.BytesIO()
         plot.save(result, picture)
-        outputs[args.plot] = picture.getvalue()
+        written[args.plot] = picture.getvalue()
     try:
         report.show(console(), result)
     finally:  # that nobody reads is no reason to lose it
-        options.write(outputs)
+        outputs.write(written)
     if not any(spec in result.timed for spec in backends):
         return _NOTHING_RAN
     return _FAILED if any(isinstance(s, NotRun) and s.broken for s in result.subjects.values()) else _MEASURED

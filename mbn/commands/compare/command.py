@@ -13,6 +13,7 @@ from mbn.commands.compare.examples import Example
 from mbn.commands.compare.messages import Job
 from mbn.commands.compare.reference import reference
 from mbn.commands.output import console
+from mbn.state import outputs
 
 
 def run(args: argparse.Namespace) -> int:
@@ -23,25 +24,25 @@ def run(args: argparse.Namespace) -> int:
         BackendNotFoundError: a backend has an unknown name.
     """
     backends = options.backends(args.backends)
-    options.check_files({"--json": args.json, "--plot": args.plot}, given=args.input)
+    outputs.check_files({"--json": args.json, "--plot": args.plot}, given=args.input)
     options.check_plot(args.plot)
     chosen = _examples(args)
     options.check_runnable(backends)
     comparisons = _compare(chosen, backends)
     result = verdict(comparisons)
-    outputs = {}
+    written = {}
     if args.json:
-        outputs[args.json] = record.to_json(comparisons, result).encode()
+        written[args.json] = record.to_json(comparisons, result).encode()
     if args.plot and any(comparison.errors for comparison in comparisons):
         from mbn.commands.compare import plot  # noqa: PLC0415 - matplotlib is an extra
 
         picture = io.BytesIO()
         plot.save(comparisons, picture)
-        outputs[args.plot] = picture.getvalue()
+        written[args.plot] = picture.getvalue()
     try:
         report.show(console(), comparisons, result)
     finally:  # that nobody reads is no reason to lose it
-        options.write(outputs)
+        outputs.write(written)
     return result.exit_code
 
 
