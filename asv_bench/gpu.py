@@ -132,7 +132,7 @@ def describe_machine(device: str) -> dict[str, str]:
         return machine
     index = device.partition(":")[2] or "0"
     query = ("--query-gpu=name,memory.total,driver_version", "--format=csv,noheader", f"--id={index}")
-    told = subprocess.run([program, *query], capture_output=True, text=True, check=True).stdout  # noqa: S603
+    told = subprocess.run([program, *query], capture_output=True, text=True, check=True).stdout
     name, memory, driver = (part.strip() for part in told.splitlines()[0].split(","))
     slug = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
     return machine | {"machine": f"{machine['machine']}-{slug}", "gpu": name, "gpu_memory": memory, "driver": driver}
@@ -163,7 +163,7 @@ def _start(name: str, device: str, report: Path, log: Path, pytest_args: list[st
     if find_spec("xdist") and cores >= _PARALLEL_FROM:
         command += ["-n", str(cores // 4)]
     with log.open("w", encoding="utf-8") as out:
-        return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=ENVIRONMENT | os.environ)  # noqa: S603
+        return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=ENVIRONMENT | os.environ)
 
 
 def run(file: ResultFile, options: argparse.Namespace) -> int:

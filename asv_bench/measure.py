@@ -63,7 +63,7 @@ def asv(*arguments: str) -> int:
     # asv takes PYTHONPATH out of the environment; this is how it is told where an mbn lies that is not installed.
     sources = {str(Path(find_spec(package).origin).parents[1]) for package in ("mbn", "mbn_numpy")}
     environment = os.environ | {"ASV_PYTHONPATH": os.pathsep.join(sorted(sources))}
-    return subprocess.run([sys.executable, "-m", "asv", *arguments], cwd=HERE, env=environment, check=False).returncode  # noqa: S603
+    return subprocess.run([sys.executable, "-m", "asv", *arguments], cwd=HERE, env=environment, check=False).returncode
 
 
 def tidy(results: Path, machine: dict[str, str]) -> None:
@@ -99,7 +99,7 @@ def _processor() -> str:
 
 
 def _output(*command: str) -> str:
-    return subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+    return subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ __all__ = [
 
 def show_versions() -> None:
     """Print the versions of Python, mbn and the frameworks, and the known backends; it never raises."""
-    from mbn.commands import versions  # noqa: PLC0415 - importlib.metadata is not needed to normalise
+    from mbn.commands import versions
 
     versions.show(__version__, __file__)
 
@@ -75,11 +75,10 @@ def show_versions() -> None:
 def __getattr__(name: str) -> Any:
     """Import what is about other packages' layers when it is first asked for."""
     if name in __all__:
-        from mbn import interop  # noqa: PLC0415 - as said
+        from mbn import interop
 
         return getattr(interop, name)
-    message = f"module {__name__!r} has no attribute {name!r}"
-    raise AttributeError(message)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -110,7 +110,7 @@ class ArrayAPIKernels(Kernels):
         total = _sum(once)
         return Moments(count, Mean(shift, _ratio(total, count)), _sum(d * once) - _ratio(total * total, count))
 
-    def normalize(self, batch: Batch, stats: Stats, params: Params, eps: float, out: None = None) -> Array:  # noqa: ARG002
+    def normalize(self, batch: Batch, stats: Stats, params: Params, eps: float, out: None = None) -> Array:
         x, (weight, bias) = batch.x, params
         y = _xhat(batch, stats, eps)
         if weight is not None:
@@ -239,13 +239,11 @@ class ArrayAPIBackend(Backend):
         xp = self.namespace
         info = xp.__array_namespace_info__()
         if dtype not in (None, "int64") and dtype not in (known := info.dtypes()):
-            message = f"{self.name} has no dtype {dtype}; it has {', '.join(known)}."
-            raise TypeError(message)
+            raise TypeError(f"{self.name} has no dtype {dtype}; it has {', '.join(known)}.")
         if isinstance(device, str):
             devices = {self.device_name(known): known for known in info.devices()}
             if device not in devices:
-                message = f"the devices of {self.name} are {', '.join(devices)}, not {device!r}."
-                raise ValueError(message)
+                raise ValueError(f"the devices of {self.name} are {', '.join(devices)}, not {device!r}.")
             device = devices[device]
         x = x.hi if isinstance(x, Pair) else x
         given = dtype or (dtype_name(x.dtype) if hasattr(x, "dtype") else None)

@@ -43,12 +43,10 @@ def num_features(value: Any) -> int | None:
         return None
     count = _index(value)
     if count is None:
-        message = f"num_features is an int or None (taken from the first input), not {shown(value)}."
-        raise TypeError(message)
+        raise TypeError(f"num_features is an int or None (taken from the first input), not {shown(value)}.")
     if not 0 < count <= _MOST_FEATURES:
         limit = "at least 1" if count <= 0 else f"at most {_MOST_FEATURES}"
-        message = f"num_features is the number of channels C of the input, {limit}, not {short(count)}."
-        raise ValueError(message)
+        raise ValueError(f"num_features is the number of channels C of the input, {limit}, not {short(count)}.")
     return count
 
 
@@ -63,16 +61,16 @@ def too_many_features(num_features: int | None) -> str:
 def device_index(value: Any) -> None:
     """Check a device that is given as a number, which Torch and CuPy take for the index of a GPU."""
     if isinstance(value, int) and abs(value) >= _MOST_DEVICES:
-        message = f"a device is given by its name, 'cpu' or 'cuda:1' say, or the index of a GPU, not by {short(value)}."
-        raise ValueError(message)
+        raise ValueError(
+            f"a device is given by its name, 'cpu' or 'cuda:1' say, or the index of a GPU, not by {short(value)}."
+        )
 
 
 def eps(value: Any) -> float:
     """Return eps as a float: finite and not negative."""
     number = _real("eps", value)
     if not (0 <= number < math.inf):
-        message = f"eps is added to a variance and is at least 0 and finite, not {number}."
-        raise ValueError(message)
+        raise ValueError(f"eps is added to a variance and is at least 0 and finite, not {number}.")
     return number
 
 
@@ -82,8 +80,7 @@ def momentum(value: Any) -> float | None:
         return None
     number = _real("momentum", value, or_none=True)
     if not math.isfinite(number):
-        message = f"momentum is the weight of the new value and is finite, not {number}."
-        raise ValueError(message)
+        raise ValueError(f"momentum is the weight of the new value and is finite, not {number}.")
     return number
 
 
@@ -91,8 +88,7 @@ def axis(value: Any) -> int:
     """Return the channel axis, 1 or -1."""
     index = _index(value)
     if index not in (1, -1):
-        message = f"axis is 1 for (N, C) and (N, C, L) or -1 for (N, C) and (N, L, C), not {shown(value)}."
-        raise ValueError(message)
+        raise ValueError(f"axis is 1 for (N, C) and (N, C, L) or -1 for (N, C) and (N, L, C), not {shown(value)}.")
     return index
 
 
@@ -100,16 +96,16 @@ def correction(value: Any) -> int:
     """Return what is subtracted from the number of values for running_var: 1 (unbiased) or 0 (biased)."""
     index = _index(value)
     if index not in (0, 1):
-        message = f"correction is 1 for the unbiased running_var (torch's) or 0 for the biased one, not {shown(value)}."
-        raise ValueError(message)
+        raise ValueError(
+            f"correction is 1 for the unbiased running_var (torch's) or 0 for the biased one, not {shown(value)}."
+        )
     return index
 
 
 def flag(name: str, value: Any, error: type[Exception] = TypeError) -> bool:
     """Return True or False, Python's or NumPy's: of anything else, which of them it means is a guess."""
     if not isinstance(value, bool | np.bool_):
-        message = f"{name} is True or False, not {shown(value)}."
-        raise error(message)
+        raise error(f"{name} is True or False, not {shown(value)}.")
     return bool(value)
 
 
@@ -120,11 +116,10 @@ def statistics_dtype(value: Any) -> str:
     except (TypeError, ValueError):  # nothing that could be the key of a dictionary, or be shown
         name = type(value).__name__
     if name not in _INPUT_DTYPES:
-        message = (
+        raise TypeError(
             f"dtype is that of parameters and statistics, float32 or float64, not {name}. float16 and bfloat16 inputs "
             "go into a float32 layer, which keeps their statistics in float32."
         )
-        raise TypeError(message)
     return name
 
 
@@ -156,7 +151,7 @@ def layer(function: str, value: Any, kind: type) -> None:
 
 def no_attribute(name: str, kind: type) -> str:
     """Return what to say where an attribute is set that no layer of this class has."""
-    from difflib import get_close_matches  # noqa: PLC0415 - needed for this message alone
+    from difflib import get_close_matches
 
     known = [other for other in dir(kind) if other[0] != "_" and not callable(getattr(kind, other))]
     close = get_close_matches(name.lower(), known, n=1)
@@ -164,32 +159,29 @@ def no_attribute(name: str, kind: type) -> str:
     return f"a layer has no attribute {name!r} to set.{hint} It has {', '.join(known)}; a subclass may have more."
 
 
-def tracked(track_running_stats: bool, method: str) -> None:  # noqa: FBT001 - as it is named
+def tracked(track_running_stats: bool, method: str) -> None:
     """Check that a layer has the running statistics that a method is about."""
     if not track_running_stats:
-        message = f"a layer with track_running_stats=False has no running statistics for {method}()."
-        raise ValueError(message)
+        raise ValueError(f"a layer with track_running_stats=False has no running statistics for {method}().")
 
 
 def rank(shape: tuple[int, ...], axis: int) -> None:
     """Check that x has two or three axes."""
     if len(shape) not in (2, 3):
         layout = "(N, C) or (N, C, L)" if axis == 1 else "(N, C) or (N, L, C)"
-        message = f"x has shape {tuple(shape)}; BatchNorm1d takes {layout}: reshape it."
-        raise ValueError(message)
+        raise ValueError(f"x has shape {tuple(shape)}; BatchNorm1d takes {layout}: reshape it.")
 
 
 def batch(
-    backend: Backend, x: Array, shape: tuple[int, ...], settings: Settings, state: State | None, *, training: bool
+    backend: Backend, shape: tuple[int, ...], dtype: str, settings: Settings, state: State | None, *, training: bool
 ) -> None:
-    """Check an input of ``backend`` against the settings of a layer.
+    """Check the shape and dtype of an input of ``backend`` against the settings of a layer.
 
-    ``shape`` is that of ``x``, which some frameworks take long to tell. ``training`` by the statistics of ``x`` takes
-    more than one value per channel, since one has no variance; ``state`` is what there is instead.
+    ``training`` by the statistics of the input takes more than one value per channel, since one has no variance;
+    ``state`` is what there is instead.
     """
     axis = settings.axis
     rank(shape, axis)
-    dtype = dtype_name(x.dtype)
     if dtype not in _INPUT_DTYPES[settings.dtype] or dtype not in backend.capabilities.dtypes:
         raise TypeError(_wrong_dtype("x", dtype, settings.dtype, backend))
     if shape[axis] != settings.num_features:
@@ -208,41 +200,34 @@ def batch(
 def out(backend: Backend, array: Any, x: Array) -> None:
     """Check that the output of ``x``, an array of ``backend``, can be written to an array of the caller's."""
     if not backend.capabilities.out:
-        message = (
+        raise TypeError(
             f"{backend.name} declares no out: it writes to no array of the caller's. Use the output that is returned."
         )
-        raise TypeError(message)
     if not backend.owns(array):
-        message = f"out is {type(array).__name__}; it has to be an array of {backend.name}, as the output is."
-        raise TypeError(message)
+        raise TypeError(f"out is {type(array).__name__}; it has to be an array of {backend.name}, as the output is.")
     readable(backend, "out", array)
     given, needed = dtype_name(array.dtype), dtype_name(x.dtype)
     if given != needed:
-        message = f"out is {given}; the output has the dtype of x, {needed}."
-        raise TypeError(message)
+        raise TypeError(f"out is {given}; the output has the dtype of x, {needed}.")
     if tuple(array.shape) != tuple(x.shape):
-        message = f"out has shape {tuple(array.shape)}; the output has that of x, {tuple(x.shape)}."
-        raise ValueError(message)
+        raise ValueError(f"out has shape {tuple(array.shape)}; the output has that of x, {tuple(x.shape)}.")
     if backend.device(array) != backend.device(x):
-        message = f"out is on {backend.device(array)}, and x on {backend.device(x)}."
-        raise ValueError(message)
+        raise ValueError(f"out is on {backend.device(array)}, and x on {backend.device(x)}.")
     conflict = backend.conflict(array, x)
     if conflict is not None:
-        message = f"out {conflict}. Give x itself, or an array of its own that can be written to."
-        raise ValueError(message)
+        raise ValueError(f"out {conflict}. Give x itself, or an array of its own that can be written to.")
 
 
 def linear(backend: Backend, weight: Array, bias: Array, num_features: int | None, dtype: str) -> None:
     """Check weight and bias of the dense layer before a layer of so many features and this dtype."""
     shape = tuple(weight.shape)
-    if len(shape) != 2 or shape[0] != num_features:  # noqa: PLR2004 - a matrix
+    if len(shape) != 2 or shape[0] != num_features:
         message = f"weight has shape {shape}; it has to be (C, in), and C is {num_features}."
         if shape[1:] == (num_features,):
             message += " Transpose an (in, C) kernel, as flax and Keras have it: kernel.T."
         raise ValueError(message)
     if tuple(bias.shape) != (num_features,):
-        message = f"bias has shape {tuple(bias.shape)}; it has to be (C,), and C is {num_features}."
-        raise ValueError(message)
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; it has to be (C,), and C is {num_features}.")
     for name, given in (("weight", dtype_name(weight.dtype)), ("bias", dtype_name(bias.dtype))):
         if given not in _INPUT_DTYPES[dtype] or given not in backend.capabilities.dtypes:
             raise TypeError(_wrong_dtype(name, given, dtype, backend))
@@ -253,29 +238,24 @@ def linear(backend: Backend, weight: Array, bias: Array, num_features: int | Non
 def device(name: str, given: Any, needed: Any, spread: tuple[str, ...] = ()) -> None:
     """Check that an array lies where the others do. None is anywhere, or ``spread`` over devices."""
     if len(spread) > 1:
-        message = (
+        raise ValueError(
             f"{name} is spread over {', '.join(spread)}, and the layer is on {needed} alone. Make the layer without a "
             f"device, for one that follows its input; or bring {name} to {needed}."
         )
-        raise ValueError(message)
     if given is not None and given != needed:
-        message = f"{name} is on {given}, the layer on {needed}. Move one of them: bn.to(device=...) or {name}."
-        raise ValueError(message)
+        raise ValueError(f"{name} is on {given}, the layer on {needed}. Move one of them: bn.to(device=...) or {name}.")
 
 
 def running_statistics(state: State, *, needed: bool, counted: bool = False) -> None:
     """Check that both running statistics are there, or none if not ``needed``; and their count if that is."""
     if (state.running_mean is None) != (state.running_var is None):
-        message = "running_mean and running_var go together: give both or neither."
-        raise ValueError(message)
+        raise ValueError("running_mean and running_var go together: give both or neither.")
     if needed and state.running_mean is None:
-        message = (
+        raise ValueError(
             "there are no running statistics to normalise by: give running_mean and running_var, or training=True."
         )
-        raise ValueError(message)
     if counted and state.running_mean is not None and state.num_batches_tracked is None:
-        message = "momentum=None averages over all batches and needs num_batches_tracked, which is None."
-        raise ValueError(message)
+        raise ValueError("momentum=None averages over all batches and needs num_batches_tracked, which is None.")
 
 
 def variance(backend: Backend, running_var: Array) -> None:
@@ -284,19 +264,20 @@ def variance(backend: Backend, running_var: Array) -> None:
         host = backend.to_numpy(running_var)
         negative = np.flatnonzero(host < 0)
         if negative.size:
-            message = f"running_var is {host[negative[0]]} in channel {negative[0]}; a variance is at least 0 (or NaN)."
-            raise ValueError(message)
+            raise ValueError(
+                f"running_var is {host[negative[0]]} in channel {negative[0]}; a variance is at least 0 (or NaN)."
+            )
 
 
 def vector(name: str, value: Array, num_features: int, dtype: str) -> None:
     """Check a parameter or statistic of the functional API or of ``apply``."""
     shape, given = tuple(value.shape), dtype_name(value.dtype)
     if shape != (num_features,):
-        message = f"{name} has shape {shape}; it needs one value per channel: ({num_features},)."
-        raise ValueError(message)
+        raise ValueError(f"{name} has shape {shape}; it needs one value per channel: ({num_features},).")
     if given != dtype:
-        message = f"{name} is {given} and the other parameters and statistics are {dtype}: convert it to {dtype}."
-        raise TypeError(message)
+        raise TypeError(
+            f"{name} is {given} and the other parameters and statistics are {dtype}: convert it to {dtype}."
+        )
 
 
 def count(value: Any) -> None:
@@ -304,11 +285,9 @@ def count(value: Any) -> None:
     kind = dtype_name(value.dtype) if hasattr(value, "dtype") else type(value).__name__
     shape = tuple(getattr(value, "shape", ()))
     if not kind.startswith("int") or shape != ():
-        message = f"num_batches_tracked is an integer scalar, not {kind} of shape {shape}."
-        raise TypeError(message)
+        raise TypeError(f"num_batches_tracked is an integer scalar, not {kind} of shape {shape}.")
     if isinstance(value, int) and value not in _INT64:
-        message = f"num_batches_tracked is {short(value)}, beyond int64; it is at most {_INT64[-1]}."
-        raise ValueError(message)
+        raise ValueError(f"num_batches_tracked is {short(value)}, beyond int64; it is at most {_INT64[-1]}.")
 
 
 def parts(params: Any, state: Any) -> tuple[Params, State]:
@@ -316,21 +295,19 @@ def parts(params: Any, state: Any) -> tuple[Params, State]:
     for name, value, kind in (("params", params, Params), ("state", state, State)):
         if not isinstance(value, tuple | list) or len(value) != len(kind._fields):
             given = f"{type(value).__name__}{f' of {len(value)}' if isinstance(value, tuple | list) else ''}"
-            message = (
+            raise TypeError(
                 f"{name} is a tuple of {', '.join(kind._fields)}, as bn.{name} is, each an array or None, not {given}."
             )
-            raise TypeError(message)
     return Params(*params), State(*state)
 
 
 def masks(backend: Backend) -> None:
     """Check that a backend knows weights."""
     if not backend.capabilities.masks:
-        message = (
+        raise TypeError(
             f"{backend.name} declares no masks: it takes no mask, lengths or sample_weight. Leave out what has no "
             "value before the call, or move the layer: bn.to(backend='numpy')."
         )
-        raise TypeError(message)
 
 
 def wrong_place_kind(name: str, kind: str) -> str:
@@ -357,12 +334,10 @@ def place_values(name: str, values: Array, places: tuple[int, ...]) -> None:
     if not kind.startswith(first_letters):
         raise TypeError(wrong_place_kind(name, kind))
     if name == "lengths" and len(places) == 1:
-        message = "lengths are those of sequences, and an x of (N, C) has none: give a mask, (N,)."
-        raise ValueError(message)
+        raise ValueError("lengths are those of sequences, and an x of (N, C) has none: give a mask, (N,).")
     allowed = [places[:1]] if name == "lengths" or len(places) == 1 else [places[:1], places]
     if shape not in allowed:
-        message = f"{name} has shape {shape}; this x needs {' or '.join(map(str, allowed))}."
-        raise ValueError(message)
+        raise ValueError(f"{name} has shape {shape}; this x needs {' or '.join(map(str, allowed))}.")
 
 
 def out_of_range(name: str, given: np.ndarray, values: np.ndarray, limit: float) -> NoReturn:
@@ -373,19 +348,18 @@ def out_of_range(name: str, given: np.ndarray, values: np.ndarray, limit: float)
         if math.isinf(limit)
         else f"from 0 to {limit - 1}, the length of x"
     )
-    message = f"{name} has a value of {wrong}; it has to be {needed}."
-    raise ValueError(message)
+    raise ValueError(f"{name} has a value of {wrong}; it has to be {needed}.")
 
 
 def gradient(backend: Backend, dy: Array, shape: tuple[int, ...], dtype: str) -> None:
     """Check that what a pullback is given, an array of ``backend``, could be the gradient of its output."""
     given = dtype_name(dy.dtype)
     if tuple(dy.shape) != shape:
-        message = f"dy has shape {tuple(dy.shape)}; it is the gradient of the output and has its shape, {shape}."
-        raise ValueError(message)
+        raise ValueError(
+            f"dy has shape {tuple(dy.shape)}; it is the gradient of the output and has its shape, {shape}."
+        )
     if given != dtype:
-        message = f"dy is {given}; it is the gradient of the output and has its dtype: convert it to {dtype}."
-        raise TypeError(message)
+        raise TypeError(f"dy is {given}; it is the gradient of the output and has its dtype: convert it to {dtype}.")
     readable(backend, "dy", dy)
 
 
@@ -424,7 +398,7 @@ def _wrong_channels(shape: tuple[int, ...], settings: Settings) -> str:
     axis, other = settings.axis, -settings.axis
     needed = settings.num_features
     message = f"x has shape {tuple(shape)}, so {shape[axis]} channels on axis {axis}; num_features is {needed}."
-    if len(shape) == 3 and shape[other] == needed:  # noqa: PLR2004 - the rank with two layouts
+    if len(shape) == 3 and shape[other] == needed:
         message += f" For channels on axis {other}, make the layer with axis={other}."
     return message
 
@@ -450,8 +424,7 @@ def _index(value: Any) -> int | None:
 
 def _real(name: str, value: Any, *, or_none: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        message = f"{name} is a real number{' or None' if or_none else ''}, not {shown(value)}."
-        raise TypeError(message)
+        raise TypeError(f"{name} is a real number{' or None' if or_none else ''}, not {shown(value)}.")
     try:
         return float(value)
     except OverflowError:  # an int beyond all floats

@@ -105,24 +105,23 @@ def from_python(name: str, values: Any, integers: str = "") -> np.ndarray:
             return array
         given = np.asarray(values, object)  # of integers beyond int64, NumPy makes floats or objects
     except (ValueError, TypeError, RuntimeError) as error:
-        message = (
+        raise ValueError(
             f"{name} is a {type(values).__name__} that NumPy makes no array of, since its parts differ in length, say "
             f"({error}). Pad what is shorter, and give lengths= or mask=."
-        )
-        raise ValueError(message) from error
+        ) from error
     numbers = given.ravel().tolist()
     if integers and all(type(number) is int for number in numbers):
         beyond = [checks.short(number) for number in numbers if not -(2**63) <= number < 2**63]
         if beyond:
-            message = f"{name} has a value of {beyond[0]}, beyond int64; it has to be {integers}."
-            raise ValueError(message)
+            raise ValueError(f"{name} has a value of {beyond[0]}, beyond int64; it has to be {integers}.")
     if array.dtype.kind == "O" and all(isinstance(number, int | float) for number in numbers):
         try:
             return array.astype(np.float64)
         except OverflowError as error:
             beyond = [checks.short(number) for number in numbers if abs(number) > _LARGEST]
-            message = f"{name} has a value of {beyond[0]}, beyond all floats, which end at {_LARGEST:.3g}."
-            raise ValueError(message) from error
+            raise ValueError(
+                f"{name} has a value of {beyond[0]}, beyond all floats, which end at {_LARGEST:.3g}."
+            ) from error
     return array
 
 
@@ -177,12 +176,11 @@ def is_own(backend: Backend, name: str, x: Any, device: Any) -> bool:
             given = backend.device(x)
             checks.device(name, given, device, () if given is not None else backend.devices(x))
         return True
-    if not registry.is_host_data(x):
-        message = (
+    if owner is not registry.get_backend("numpy"):
+        raise TypeError(
             f"{name} is an array of {owner.name} and the backend is {backend.name}. Move the layer: "
             f"bn.to(backend={owner.name!r}); or the array: mbn.asarray({name}, backend={backend.name!r})."
         )
-        raise TypeError(message)
     return False
 
 
@@ -213,17 +211,14 @@ def owned(
     given, is_count = dtype_name(array.dtype), dtype == "int64"
     if not given.startswith(("int", "uint") if is_count else ("int", "uint", "float", "bfloat")):
         holds = checks.held(given).removeprefix("is ").removeprefix("holds ")
-        message = f"{name} is made of {'integers' if is_count else 'real numbers'}, not {holds}."
-        raise TypeError(message)
+        raise TypeError(f"{name} is made of {'integers' if is_count else 'real numbers'}, not {holds}.")
     is_filling = fill and tuple(array.shape) == ()
     if tuple(array.shape) != shape and not is_filling:
-        message = f"{name} has shape {tuple(array.shape)}; this layer needs {shape}."
-        raise ValueError(message)
+        raise ValueError(f"{name} has shape {tuple(array.shape)}; this layer needs {shape}.")
     with np.errstate(over="ignore"):  # as in torch, beyond float32 it is inf
         own: Array = backend.asarray(array.astype(dtype) if isinstance(array, np.ndarray) else array, dtype, device)
     if is_count:
         limit = np.iinfo(dtype_name(own.dtype)).max  # that of int32, where there is no int64
         if registry.owner_of(array).within(array, 0, limit) is False and int(array) != limit:
-            message = f"{name} counts batches and is at least 0 and at most {limit}, not {array}."
-            raise ValueError(message)
+            raise ValueError(f"{name} counts batches and is at least 0 and at most {limit}, not {array}.")
     return own + backend.asarray(np.zeros(shape, dtype), dtype, device) if is_filling and shape else own

@@ -33,7 +33,7 @@ def batch_norm(
     running_var: Any = None,
     weight: Any = None,
     bias: Any = None,
-    training: bool = False,  # noqa: FBT001, FBT002 - torch's signature
+    training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
     *,
@@ -92,7 +92,7 @@ def batch_norm_vjp(
     running_var: Any = None,
     weight: Any = None,
     bias: Any = None,
-    training: bool = False,  # noqa: FBT001, FBT002 - as batch_norm
+    training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
     *,
@@ -158,7 +158,7 @@ def _run(
     x: Any,
     params: Params,
     state: State,
-    training: bool,  # noqa: FBT001 - as they come
+    training: bool,
     momentum: float,
     eps: float,
     axis: int,
@@ -170,8 +170,9 @@ def _run(
     chosen = registry.get_backend(backend) if backend is not None else registry.chosen_backend()
     chosen = chosen or registry.owner_of(x)
     if momentum is None:
-        message = "momentum=None is the cumulative average, which needs the count of batches that BatchNorm1d keeps."
-        raise TypeError(message)
+        raise TypeError(
+            "momentum=None is the cumulative average, which needs the count of batches that BatchNorm1d keeps."
+        )
     training, axis = checks.flag("training", training), checks.axis(axis)
     dtype = _statistics_dtype(state.running_mean, state.running_var, *params, x)
     x = received(chosen, "x", x, dtype, None)

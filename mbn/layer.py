@@ -76,8 +76,8 @@ class BatchNorm1d:
         num_features: int | None,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
-        affine: bool = True,  # noqa: FBT001, FBT002 - torch's signature
-        track_running_stats: bool = True,  # noqa: FBT001, FBT002
+        affine: bool = True,
+        track_running_stats: bool = True,
         device: Any = None,
         dtype: Any = None,
         *,
@@ -310,7 +310,7 @@ class BatchNorm1d:
             storage.state = backend.write(before, after) if storage.is_shared else after
         return result
 
-    def _uses_batch(self, state: State, training: bool) -> bool:  # noqa: FBT001 - in every call, where keywords cost
+    def _uses_batch(self, state: State, training: bool) -> bool:
         """Tell whether to normalise by the batch's own statistics."""
         return (training and not self._frozen) or state.running_mean is None
 
@@ -323,7 +323,7 @@ class BatchNorm1d:
         self.__dict__.update({name: value for name, value in vars(layer).items() if name not in _OWN})  # a subclass's
         return result
 
-    def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002 - torch's signature
+    def train(self, mode: bool = True) -> Self:
         """Switch to training, or to evaluation with ``mode=False``; return the layer."""
         self._training = checks.flag("mode", mode, ValueError)  # which torch raises
         return self
@@ -419,8 +419,9 @@ class BatchNorm1d:
         storage = self._storage
         channels = storage.num_features
         if not storage.is_bound:
-            message = f"the layer has no backend yet, and so no modules: BatchNorm1d({channels}, backend='torch')."
-            raise TypeError(message)
+            raise TypeError(
+                f"the layer has no backend yet, and so no modules: BatchNorm1d({channels}, backend='torch')."
+            )
         own = copy.copy(self)  # which stays where it is when this layer moves
         own._storage.is_shared = True
         module = storage.backend.module(own, partial(_adopt, (own, self)))
@@ -436,7 +437,7 @@ class BatchNorm1d:
             OSError: the file cannot be written; what was there is still there.
             AttributeError: the layer has no arrays yet.
         """
-        from mbn.state import files  # noqa: PLC0415 - its imports take longer than all others of mbn together
+        from mbn.state import files
 
         files.write(path, self._snapshot())
 
@@ -454,7 +455,7 @@ class BatchNorm1d:
             TypeError: the backend has no such dtype.
             BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
         """
-        from mbn.state import files  # noqa: PLC0415 - as above
+        from mbn.state import files
 
         return cls._from_snapshot(files.read(path), backend, device)
 
@@ -490,7 +491,7 @@ class BatchNorm1d:
             TypeError: an argument that the checkpoint tells, or that a layer does not have.
             BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
         """
-        from mbn.state import checkpoints  # noqa: PLC0415 - as above
+        from mbn.state import checkpoints
 
         entries, arguments, label = checkpoints.read(path, prefix, settings)
         layer = cls(**arguments, backend=backend, device=device)
@@ -529,7 +530,7 @@ class BatchNorm1d:
     def load_state_dict(
         self,
         state_dict: Mapping[str, Any],
-        strict: bool = True,  # noqa: FBT001, FBT002 - torch's signature
+        strict: bool = True,
         *,
         prefix: str = "",
     ) -> IncompatibleKeys:
@@ -559,7 +560,7 @@ class BatchNorm1d:
         registry.check_uncompiled("loading a layer")
         strict, entries, version, start = checks.flag("strict", strict), state_dict, None, ""
         if prefix:
-            from mbn.state import checkpoints  # noqa: PLC0415 - for whole models
+            from mbn.state import checkpoints
 
             entries, version, start = checkpoints.under(state_dict, prefix)
         storage = self._storage
@@ -585,8 +586,9 @@ class BatchNorm1d:
         if dtype is None and checks.is_dtype(device):
             device, dtype = None, device
         elif isinstance(device, Backend) or (isinstance(device, str) and device in registry.list_backends()):
-            message = f"to() takes a device or dtype by position, and a backend by name: bn.to(backend={device!r})."
-            raise TypeError(message)
+            raise TypeError(
+                f"to() takes a device or dtype by position, and a backend by name: bn.to(backend={device!r})."
+            )
         storage = self._storage
         target = storage.backend if backend is None else registry.get_backend(backend)
         if device is None and target is storage.backend:

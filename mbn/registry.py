@@ -99,14 +99,11 @@ def register_backend(name: str, target: Target) -> None:
         TypeError: ``target`` is none of these.
     """
     if not _is_name(name):
-        message = f"a backend's name is made of letters, digits, '_' and '-', not {name!r}."
-        raise ValueError(message)
+        raise ValueError(f"a backend's name is made of letters, digits, '_' and '-', not {name!r}.")
     if name in _BUILT_IN:
-        message = f"{name!r} is built in and can't be replaced; register the backend under a name of its own."
-        raise ValueError(message)
+        raise ValueError(f"{name!r} is built in and can't be replaced; register the backend under a name of its own.")
     if not (isinstance(target, Backend) or callable(target) or (isinstance(target, str) and ":" in target)):
-        message = f"a backend is registered by 'module:attribute', a Backend or its class, not {target!r}."
-        raise TypeError(message)
+        raise TypeError(f"a backend is registered by 'module:attribute', a Backend or its class, not {target!r}.")
     _registered[name] = Known(target, "register_backend")
     _forget(name)
     for kind in [kind for kind, owner in _owners.items() if owner.name.startswith(_STANDARD)]:
@@ -147,8 +144,7 @@ def get_backend(backend: str | Backend | None = None) -> Backend:
     if isinstance(backend, Backend):
         return backend
     if not isinstance(backend, str):
-        message = f"backend is a name or a mbn.contract.Backend, not {type(backend).__name__}."
-        raise TypeError(message)
+        raise TypeError(f"backend is a name or a mbn.contract.Backend, not {type(backend).__name__}.")
     return _loaded.get(backend) or _load(backend)
 
 
@@ -163,8 +159,7 @@ def chosen_backend() -> Backend | None:
     try:
         return get_backend(name)
     except BackendNotFoundError as error:
-        message = f"the environment variable {ENVIRONMENT_VARIABLE} is {name!r}: {error}"
-        raise BackendNotFoundError(message) from error
+        raise BackendNotFoundError(f"the environment variable {ENVIRONMENT_VARIABLE} is {name!r}: {error}") from error
 
 
 @contextmanager
@@ -177,8 +172,7 @@ def use_backend(backend: str | Backend) -> Iterator[Backend]:
         BackendNotFoundError, BackendUnavailableError: as :func:`get_backend`; the choice is then unchanged.
     """
     if backend is None:
-        message = "use_backend needs a backend's name or a mbn.contract.Backend, not None."
-        raise TypeError(message)
+        raise TypeError("use_backend needs a backend's name or a mbn.contract.Backend, not None.")
     chosen = get_backend(backend)
     token = _context.set(chosen)
     _open_contexts.append(chosen)
@@ -195,7 +189,7 @@ def set_default_backend(backend: str | Backend | None) -> None:
     Raises:
         BackendNotFoundError, BackendUnavailableError: as :func:`get_backend`; the choice is then unchanged.
     """
-    global _default  # noqa: PLW0603 - the process-wide default is one global by its nature
+    global _default
     _default = None if backend is None else get_backend(backend)
 
 
@@ -231,8 +225,9 @@ def check_uncompiled(what: str) -> None:
         RuntimeError: torch.compile or torch.export follows this code.
     """
     if is_compiling():
-        message = f"{what} is nothing that torch.compile can follow: do it before the compiled function, or after it."
-        raise RuntimeError(message)
+        raise RuntimeError(
+            f"{what} is nothing that torch.compile can follow: do it before the compiled function, or after it."
+        )
 
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -253,8 +248,7 @@ def _find_owner(x: object) -> Backend:
     if isinstance(x, PYTHON_DATA):
         return get_backend(_HOST)
     if x is None or isinstance(x, str | bytes):
-        message = f"{'None' if x is None else f'a {type(x).__name__}'} is no array: give an array of numbers."
-        raise TypeError(message)
+        raise TypeError(f"{'None' if x is None else f'a {type(x).__name__}'} is no array: give an array of numbers.")
     kind = type(x)
     broken: BackendUnavailableError | None = None
     may_be_refused = False
@@ -314,14 +308,13 @@ def _package(module: str) -> str:
 
 
 def _of_standard(module: str, name: str) -> Backend:
-    from mbn.array_api import ArrayAPIBackend  # noqa: PLC0415 - for strangers
+    from mbn.array_api import ArrayAPIBackend
 
     namespace = importlib.import_module(module)
     if not hasattr(namespace, "__array_namespace_info__"):
-        message = (
+        raise TypeError(
             f"{module} does not follow the array API standard of 2023 or later: it has no __array_namespace_info__."
         )
-        raise TypeError(message)
     return ArrayAPIBackend(namespace, name)
 
 
@@ -380,20 +373,17 @@ def _load(name: str, *, may_import: bool = False) -> Backend:
 def _construct(name: str, known: Known, target: Any) -> Backend:
     backend = target if isinstance(target, Backend) else _usable(name, known, target)
     if not isinstance(backend, Backend):
-        message = (
+        raise BackendUnavailableError(
             f"backend {name!r} ({known.source}) is broken: {known.target!r} gives a {type(backend).__name__}, which is "
             "not a mbn.contract.Backend."
         )
-        raise BackendUnavailableError(message)
     if not isinstance(getattr(backend, "kernels", None), Kernels):
-        message = (
+        raise BackendUnavailableError(
             f"backend {name!r} ({known.source}) is broken: its attribute kernels is to be an instance of a subclass of "
             "mbn.contract.Kernels."
         )
-        raise BackendUnavailableError(message)
     if backend.name != name:  # layers say and pickle their backend's own name
-        message = f"backend {name!r} ({known.source}) is broken: it calls itself {backend.name!r}."
-        raise BackendUnavailableError(message)
+        raise BackendUnavailableError(f"backend {name!r} ({known.source}) is broken: it calls itself {backend.name!r}.")
     return backend
 
 
@@ -444,7 +434,7 @@ def misnamed_entry_points() -> dict[str, Known]:
 
 
 def _all_entry_points() -> dict[str, Known]:
-    from importlib import metadata  # noqa: PLC0415 - 20 ms that only a look at the plug-ins should cost
+    from importlib import metadata
 
     return {
         point.name: Known(point.value, f"entry point of {point.dist.name if point.dist else 'an unknown distribution'}")
@@ -457,7 +447,7 @@ def _is_name(name: object) -> bool:
 
 
 def _not_found(name: str) -> str:
-    from difflib import get_close_matches  # noqa: PLC0415 - needed for this message alone
+    from difflib import get_close_matches
 
     names = list_backends()
     close = get_close_matches(name.strip().lower(), names, n=1)

@@ -21,7 +21,7 @@ def get_num_threads() -> int:
     Raises:
         ValueError: the environment variable is no whole number of at least 1.
     """
-    global _num_threads  # noqa: PLW0603 - one number for the process
+    global _num_threads
     if _num_threads is None:
         _num_threads = _from_environment()
     return _num_threads
@@ -49,10 +49,9 @@ def set_num_threads(num_threads: int | None) -> None:
         TypeError: it is no int.
         ValueError: it is less than 1.
     """
-    global _num_threads  # noqa: PLW0603 - as above
+    global _num_threads
     if num_threads is not None and (isinstance(num_threads, bool) or not isinstance(num_threads, int)):
-        message = f"num_threads is an int or None, not {num_threads!r}."
-        raise TypeError(message)
+        raise TypeError(f"num_threads is an int or None, not {num_threads!r}.")
     _num_threads = None if num_threads is None else _checked("num_threads", num_threads)
 
 
@@ -76,8 +75,7 @@ def _from_environment() -> int:
 
 def _checked(name: str, number: int, given: Any = None) -> int:
     if number < 1:
-        message = f"{name} is a number of threads, at least 1, not {number if given is None else repr(given)}."
-        raise ValueError(message)
+        raise ValueError(f"{name} is a number of threads, at least 1, not {number if given is None else repr(given)}.")
     return min(number, num_processors())
 
 

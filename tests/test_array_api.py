@@ -38,7 +38,7 @@ def test_arrays_of_no_known_backend_are_normalised() -> None:
     np.testing.assert_allclose(np.from_dlpack(y), expected, 1e-6, 1e-6)
     np.testing.assert_allclose(np.from_dlpack(pullback(y)[0]), of_twin(expected)[0], 1e-5, 1e-6)
     assert bn.backend == "array_api.array_api_strict"
-    for other in (pickle.loads(pickle.dumps(bn)), mbn.BatchNorm1d(4, backend=bn.backend)):  # noqa: S301 - our own
+    for other in (pickle.loads(pickle.dumps(bn)), mbn.BatchNorm1d(4, backend=bn.backend)):
         assert type(other(x)) is type(x)
     assert bn.backend not in mbn.list_backends()
 

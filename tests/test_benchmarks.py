@@ -75,7 +75,7 @@ def test_benchmark_runs_on_numpy(run, name):
     if name.startswith("track_"):
         assert math.isfinite(result)
     if name.startswith("timeraw_"):
-        subprocess.run([sys.executable, "-c", result], check=True)  # noqa: S603
+        subprocess.run([sys.executable, "-c", result], check=True)
 
 
 @pytest.mark.parametrize("error", [mbn.BackendNotFoundError("unknown"), mbn.BackendUnavailableError("no GPU")])

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 def bash(commands, folder, **environment):
     """Run commands as .ci/run does, in a folder."""
-    return subprocess.run(  # noqa: S603
+    return subprocess.run(
         ["bash", "-c", f"set -euo pipefail\n. {ROOT / '.ci' / 'functions.sh'}\n{commands}"],  # noqa: S607
         cwd=folder,
         env=os.environ | environment,
@@ -122,9 +122,7 @@ def test_unexpected_skips_fail_where_everything_is_installed(tmp_path, workers):
     ]
 
     def outcomes(**environment):
-        run = subprocess.run(  # noqa: S603
-            command, capture_output=True, text=True, check=False, env=os.environ | environment
-        )
+        run = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
         return run.returncode, set(re.findall(r"\d+ \w+", run.stdout.rstrip().rpartition("\n")[2])), run.stdout
 
     code, counted, _ = outcomes(MBN_NO_UNEXPECTED_SKIPS="")

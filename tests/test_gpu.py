@@ -28,7 +28,7 @@ def gpu(monkeypatch):
 
 
 @pytest.fixture
-def script(gpu, monkeypatch):  # noqa: ARG001 - which has the path
+def script(gpu, monkeypatch):
     """The script as a module."""
     for name in ("gpu", "measure"):
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -124,7 +124,7 @@ def test_a_later_call_adds_and_replaces(script, found, tmp_path):
 
 @pytest.mark.skipif(find_spec("asv") is None, reason="asv is not installed")
 def test_asv_reads_what_is_kept(script, found, tmp_path):
-    from asv.results import Results, iter_results  # noqa: PLC0415 - which may not be there
+    from asv.results import Results, iter_results
 
     script.ResultFile(options(script, tmp_path)).add(found)
     (read,) = iter_results(str(tmp_path))
@@ -151,7 +151,7 @@ def test_a_machine_is_named_by_its_card(script, tmp_path, monkeypatch):
 
 def run_script(tmp_path, *arguments):
     command = [str(ASV_BENCH / "gpu.sh"), *arguments]
-    return subprocess.run(  # noqa: S603 - our own
+    return subprocess.run(
         command, env=os.environ | {"PYTHON": sys.executable}, cwd=tmp_path, capture_output=True, text=True, check=False
     )
 

@@ -35,7 +35,7 @@ class Remote(Toy):
     """A framework with two pretended GPUs. Nothing of its arrays may go by way of the host."""
 
     array: type[Away]
-    refuses: Any = staticmethod(lambda x: False)  # noqa: ARG005
+    refuses: Any = staticmethod(lambda x: False)
 
     def owns(self, x: object) -> bool:
         return type(x) is self.array
@@ -56,7 +56,7 @@ class Remote(Toy):
     def within(self, values: Array, low: float, high: float) -> bool:
         return super().within(values.host, low, high)
 
-    def write(self, before: Any, after: Any) -> Any:  # noqa: ARG002
+    def write(self, before: Any, after: Any) -> Any:
         return after
 
     def from_dlpack(self, x: Any) -> Array:
@@ -107,7 +107,7 @@ def test_what_is_refused_as_it_lies_comes_as_a_copy(here: Remote, there: Remote)
 
 
 def test_what_is_refused_as_a_copy_too_goes_by_way_of_the_host(here: Remote, there: Remote) -> None:
-    there.refuses = lambda x: True  # noqa: ARG005
+    there.refuses = lambda x: True
     here.to_numpy = lambda x: x.host
     y = mbn.asarray(here.asarray(X, device="cuda:1"), backend=there)
     np.testing.assert_array_equal(y.host, X)
@@ -158,5 +158,5 @@ def test_on_a_gpu(source: str, target: str) -> None:
         if reason := gpus.missing(framework):
             pytest.skip(reason)
     script = Path(__file__).with_name("handed_over_on_gpu.py")
-    run = subprocess.run([sys.executable, script, source, target], capture_output=True, text=True, check=False)  # noqa: S603
+    run = subprocess.run([sys.executable, script, source, target], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr

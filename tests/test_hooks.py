@@ -70,7 +70,7 @@ def test_a_pickle_introduces_its_class_in_another_process(notes, monkeypatch):
     pickled = pickle.dumps(mbn.BatchNorm1d(4, backend=notes))
     monkeypatch.setattr("mbn.layer._introduced", set())
     notes.registered.clear()
-    pickle.loads(pickled)  # noqa: S301 - its own
+    pickle.loads(pickled)
     assert [kind for kind, _, _ in notes.registered] == [mbn.BatchNorm1d]
 
 

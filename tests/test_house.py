@@ -102,7 +102,7 @@ def test_backends_have_the_same_files() -> None:
 
 
 def _in_a_new_process(code: str) -> Any:
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return json.loads(run.stdout)
 
 

@@ -139,12 +139,12 @@ def test_state_dict_loads_into_torch() -> None:
 
 def test_pickles_of_a_backend_are_its_name() -> None:
     backend = mbn.get_backend("numpy")
-    assert pickle.loads(pickle.dumps(backend)) is backend  # noqa: S301 - its own pickle
+    assert pickle.loads(pickle.dumps(backend)) is backend
     assert copy.deepcopy(backend) is backend
 
 
 def test_open_layer_survives_copies() -> None:
-    for twin in (copy.deepcopy(mbn.BatchNorm1d(None)), pickle.loads(pickle.dumps(mbn.BatchNorm1d(None)))):  # noqa: S301
+    for twin in (copy.deepcopy(mbn.BatchNorm1d(None)), pickle.loads(pickle.dumps(mbn.BatchNorm1d(None)))):
         assert twin.backend is None
         assert twin(X).shape == X.shape
 
@@ -294,7 +294,7 @@ def test_sparse_tensors_are_refused(kind: str) -> None:
         ("dy", lambda bn, x, sparse: bn.vjp(x)[1](sparse(x))),
         ("weight", lambda bn, x, sparse: setattr(bn, "weight", sparse(x))),
         ("running_var", lambda bn, x, sparse: bn.load_state_dict({**bn.state_dict(), "running_var": sparse(x)})),
-        ("out", lambda bn, x, sparse: mbn.functional.batch_norm(x, training=True, out=sparse(x))),  # noqa: ARG005
+        ("out", lambda bn, x, sparse: mbn.functional.batch_norm(x, training=True, out=sparse(x))),
         ("weight", lambda bn, x, sparse: mbn.fold_linear(sparse(x[:4]), None, bn)),
     ],
 )
@@ -309,7 +309,7 @@ def test_sparse_tensors_are_refused_wherever_one_may_stand(kind: str, name: str,
 
 @pytest.mark.parametrize("index", range(4))
 @pytest.mark.parametrize("training", [True, False])
-def test_sparse_vectors_are_refused_in_functions(index: int, training: bool) -> None:  # noqa: FBT001 - as given
+def test_sparse_vectors_are_refused_in_functions(index: int, training: bool) -> None:
     vectors = [torch.ones(4) for _ in range(4)]
     vectors[index] = vectors[index].to_sparse()
     name = ("running_mean", "running_var", "weight", "bias")[index]

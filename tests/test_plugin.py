@@ -23,7 +23,7 @@ def strict():
     """Return the namespace whose arrays the installed plug-in is for."""
     if not metadata.entry_points(group=registry.ENTRY_POINTS, name="strict"):
         pytest.fail("the plug-in mbn-strict is not installed: pip install ./tests/plugin", pytrace=False)
-    import array_api_strict  # noqa: PLC0415 - comes with the plug-in
+    import array_api_strict
 
     return array_api_strict
 
@@ -245,9 +245,7 @@ thread.join()
 raise SystemExit(status)
 """
     path = os.pathsep.join(filter(None, sys.path))
-    subprocess.run(  # noqa: S603 - our own code
-        [sys.executable, "-c", program], check=True, timeout=60, env=os.environ | {"PYTHONPATH": path}
-    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60, env=os.environ | {"PYTHONPATH": path})
 
 
 @pytest.mark.parametrize("name", ["b@d name!", "1st"])

@@ -71,7 +71,7 @@ def test_import_brings_in_no_framework() -> None:
         "print(*sorted({'torch', 'jax', 'cupy', 'numba', 'flax', 'keras', 'onnx'} & set(sys.modules)),"
         "*sorted({'rich', 'safetensors', 'pytest', 'matplotlib'} & set(sys.modules)))"
     )
-    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)  # noqa: S603
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert output.stdout.strip() == ""
 
 

@@ -57,7 +57,7 @@ def test_wrong_number_is_refused_and_changes_nothing(number, error, words):
 def test_wrong_environment_is_refused_with_the_first_backend(text):
     program = "import mbn\nmbn.BatchNorm1d(3)"
     environment = os.environ | {"MBN_NUM_THREADS": text}
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)  # noqa: S603
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
     assert run.returncode == 1
     last_line = run.stderr.strip().splitlines()[-1]
     assert last_line == (

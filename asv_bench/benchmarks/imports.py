@@ -36,7 +36,7 @@ track_import_beyond_numpy.unit = "seconds"
 
 
 def _beyond_numpy() -> float:
-    child = subprocess.run([sys.executable, "-c", _BEYOND_NUMPY], capture_output=True, text=True, check=False)  # noqa: S603
+    child = subprocess.run([sys.executable, "-c", _BEYOND_NUMPY], capture_output=True, text=True, check=False)
     if child.returncode:
         raise RuntimeError(child.stderr)
     return float(child.stdout)

@@ -59,6 +59,6 @@ class Call:
             self._settings,
             self._training,
             None,
-            False,  # noqa: FBT003 - as a step does
+            False,
         )
         self._wait(y)

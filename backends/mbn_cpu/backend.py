@@ -5,23 +5,27 @@ Everything is on the host, so the border is a cast at most.
 
 from collections.abc import Callable
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from mbn.contract import Backend, Batch, Capabilities, Kernels, Operation, numpy_dtype, overlaps_itself
+from mbn_cpu.channel_stats import is_wide
 from mbn_cpu.kernels.host import HostKernels, fits_float64
+
+_FEW_FOR_NUMPY = 1 << 14
+_FEW_FOR_NUMBA = 1 << 19
+"""Values up to which steps at once are faster."""
 
 
 class HostBackend(Backend):
     """A backend of NumPy arrays."""
 
     kernels: HostKernels
-    steps: ModuleType
-    """The whole of a step at once, for those batches that it ``takes``."""
     step_kernels: HostKernels
-    """Kernels with these steps."""
+    """Kernels with steps at once, for the batches that suit them."""
+    suits_steps: Callable[[np.ndarray, np.ndarray | None, np.ndarray | None], bool]
+    """Tell so of x, its sample weights and another array in its shape: one of the functions below."""
 
     capabilities = Capabilities(
         dtypes=frozenset({"float16", "bfloat16", "float32", "float64"}),
@@ -67,9 +71,21 @@ class HostBackend(Backend):
     def kernels_for(
         self, operation: Operation, batch: Batch, other: np.ndarray | None = None, vectors: tuple[Any, ...] = ()
     ) -> tuple[Kernels, Batch]:
-        # Whole steps, against the passes of the same backend, training and evaluation of (32, 64): NumPy's are 1.6 and
-        # 4.0 times as fast, Numba's 4.8 and 4.2 times; of (1024, 256), which NumPy's do not take, 1.8 and 1.5 times.
-        return (self.step_kernels if takes(self.steps, operation, batch, other, vectors) else self.kernels), batch
+        """Return the kernels for a call, and its batch as it is.
+
+        | kernels | why they are there: gains of training and evaluation against the passes of the same backend |
+        |---|---|
+        | NumPy's steps | (32, 64): 1.6 and 4.0 times as fast |
+        | Numba's steps | (32, 64): 4.8 and 4.2 times as fast; (1024, 256): 1.8 and 1.5 times |
+        | passes | all other batches |
+        """
+        fits = self.suits_steps(batch.x, batch.sample_weight, other)
+        if operation == "train":
+            fits = fits and batch.dtype == "float32"
+        elif operation == "pullback":
+            weight, stats = vectors
+            fits = fits and fits_float64(batch.x, stats.mean, weight)
+        return (self.step_kernels if fits and operation != "moments" else self.kernels), batch
 
     def bind(
         self, forward: Callable[..., Any], pullback: Callable[..., Any]
@@ -77,16 +93,19 @@ class HostBackend(Backend):
         return forward, partial(_rounded, pullback)
 
 
-def takes(
-    steps: ModuleType, operation: Operation, batch: Batch, other: np.ndarray | None, operands: tuple[Any, ...]
-) -> bool:
-    """Tell whether a module of whole steps is the one for a call."""
-    if not steps.takes(batch.x, batch.sample_weight, other):
+def suits_numpy_steps(x: np.ndarray, weights: np.ndarray | None, other: np.ndarray | None) -> bool:
+    """Tell whether NumPy's steps are the faster way: a call of NumPy costs more than its arithmetic."""
+    return weights is None and x.size <= _FEW_FOR_NUMPY and not is_wide(x)
+
+
+def suits_numba_steps(x: np.ndarray, weights: np.ndarray | None, other: np.ndarray | None) -> bool:
+    """Tell whether Numba's steps can be taken and one thread is done with them soonest."""
+    if weights is not None or x.size > _FEW_FOR_NUMBA or x.dtype != np.float32:
         return False
-    if operation == "pullback":
-        weight, stats = operands
-        return fits_float64(batch.x, stats.mean, weight)
-    return operation == "evaluate" or (operation == "train" and batch.dtype == "float32")
+    is_one_piece = x.flags.c_contiguous or (x.ndim == 3 and x.swapaxes(1, 2).flags.c_contiguous)
+    return (
+        is_one_piece and x.flags.aligned and (other is None or (other.strides == x.strides and other.dtype == x.dtype))
+    )
 
 
 def _rounded(pullback: Callable[..., Any], kernels: Kernels, dy: Any, batch: Batch, weight: Any, *rest: Any) -> Any:

@@ -82,7 +82,7 @@ def heaviest(x: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
 
     Around it, no sum of squares is much larger than m2.
     """
-    values = x if x.ndim == 3 else x[:, :, None]  # noqa: PLR2004 - (N, C) or (N, C, L)
+    values = x if x.ndim == 3 else x[:, :, None]
     if weights is None:
         return values[0, :, 0].astype(WIDE)
     index = np.argmax(weights)

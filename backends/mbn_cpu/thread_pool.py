@@ -104,10 +104,10 @@ def _handed_in(*call: Any) -> bool:
 
 
 def _executor() -> Executor:
-    global _pool  # noqa: PLW0603 - one pool for the process
+    global _pool
     if _pool is None:
         # An interpreter that is shutting down refuses this import, and shall not refuse this module with it.
-        from concurrent.futures.thread import ThreadPoolExecutor  # noqa: PLC0415 - as said
+        from concurrent.futures.thread import ThreadPoolExecutor
 
         _pool = ThreadPoolExecutor(max(1, num_processors() - 1), thread_name_prefix="mbn")
     return _pool
@@ -115,7 +115,7 @@ def _executor() -> Executor:
 
 def _forget() -> None:
     """Leave the pool to the parent: a fork takes none of its threads along."""
-    global _pool  # noqa: PLW0603 - as above
+    global _pool
     _pool = None
 
 

@@ -13,7 +13,7 @@ from mbn_cupy.kernels import CudaKernels
 
 _DTYPE_CHARACTERS = "?bhilqBHILQefdFD"
 """Those that CuPy supports whatever its version."""
-_KNOWS_BFLOAT16 = int(cupy.__version__.partition(".")[0]) >= 14 and find_spec("ml_dtypes") is not None  # noqa: PLR2004
+_KNOWS_BFLOAT16 = int(cupy.__version__.partition(".")[0]) >= 14 and find_spec("ml_dtypes") is not None
 
 
 class CupyBackend(Backend):

@@ -109,7 +109,7 @@ class JaxBackend(Backend):
 
     def module(self, layer: Any, adopt: Callable[[Params, State], None]) -> Any:
         try:
-            from mbn_jax.module import BatchNorm1d  # noqa: PLC0415 - for whoever wants flax
+            from mbn_jax.module import BatchNorm1d
         except ModuleNotFoundError as error:
             if error.name != "flax":
                 raise
@@ -138,7 +138,7 @@ class JaxKernels(Kernels):
         n = x.size // x.shape[1]
         return moments._replace(count=n) if batch.sample_weight is None and is_known(n) else moments
 
-    def normalize(self, batch: Batch, stats: Stats, params: Params, eps: float | Square, out: None = None) -> jax.Array:  # noqa: ARG002 - JAX has none
+    def normalize(self, batch: Batch, stats: Stats, params: Params, eps: float | Square, out: None = None) -> jax.Array:
         x, (mean, var, count), (weight, bias) = batch.x, stats, params
         weights = passes.against(batch.sample_weight, x)
         if count is None:

@@ -19,9 +19,9 @@ def step(
     params: Params,
     state: State,
     settings: Settings,
-    training: bool,  # noqa: FBT001 - in every call, where keywords cost
-    out: None = None,  # noqa: ARG001 - JAX's arrays never change
-    keep: bool = True,  # noqa: FBT001, FBT002 - as above
+    training: bool,
+    out: None = None,
+    keep: bool = True,
     group: AxisGroup | None = None,
 ) -> tuple[jax.Array, State, Stats | None]:
     """Do what ``mbn.step.compose.forward`` does."""
@@ -46,7 +46,7 @@ def differentiate(
     weight: jax.Array | None,
     stats: Stats,
     eps: float,
-    needs: object = None,  # noqa: ARG001 - what nobody reads is not computed
+    needs: object = None,
     group: AxisGroup | None = None,
 ) -> tuple[jax.Array, ...]:
     """Do what ``mbn.step.compose.pullback`` does."""

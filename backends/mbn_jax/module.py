@@ -60,7 +60,7 @@ class BatchNorm1d(nnx.Module):
     def __call__(
         self,
         x: Any,
-        use_running_average: bool | None = None,  # noqa: FBT001 - flax's signature
+        use_running_average: bool | None = None,
         *,
         mask: Any = None,
         lengths: Any = None,
@@ -90,7 +90,7 @@ class BatchNorm1d(nnx.Module):
                 variable[...] = new
         return y
 
-    def set_view(self, use_running_average: bool | None = None) -> None:  # noqa: FBT001 - flax's signature
+    def set_view(self, use_running_average: bool | None = None) -> None:
         """Set the mode of a view; called by ``nnx.view``.
 
         Args:

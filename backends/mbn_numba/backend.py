@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import numba
 
-from mbn_cpu.backend import HostBackend
+from mbn_cpu.backend import HostBackend, suits_numba_steps
 from mbn_cpu.kernels import numba_passes, numba_steps
 from mbn_cpu.kernels.host import HostKernels
 
@@ -14,4 +14,5 @@ class NumbaBackend(HostBackend):
 
     name: ClassVar[str] = "numba"
     version = numba.__version__
-    kernels, steps, step_kernels = HostKernels(numba_passes), numba_steps, HostKernels(numba_passes, numba_steps)
+    kernels, step_kernels = HostKernels(numba_passes), HostKernels(numba_passes, numba_steps)
+    suits_steps = staticmethod(suits_numba_steps)

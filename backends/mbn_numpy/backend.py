@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from mbn_cpu.backend import HostBackend
+from mbn_cpu.backend import HostBackend, suits_numpy_steps
 from mbn_cpu.kernels import numpy_passes, numpy_steps
 from mbn_cpu.kernels.host import HostKernels
 
@@ -14,4 +14,5 @@ class NumpyBackend(HostBackend):
 
     name: ClassVar[str] = "numpy"
     version = np.__version__
-    kernels, steps, step_kernels = HostKernels(numpy_passes), numpy_steps, HostKernels(numpy_passes, numpy_steps)
+    kernels, step_kernels = HostKernels(numpy_passes), HostKernels(numpy_passes, numpy_steps)
+    suits_steps = staticmethod(suits_numpy_steps)

@@ -25,7 +25,6 @@ from mbn.contract import (
     numpy_dtype,
 )
 from mbn.threads import Exclusive
-from mbn_cpu.backend import takes
 from mbn_cpu.installed import fastest
 from mbn_torch import integration, memory_overlap
 from mbn_torch.integration import NOT_REGISTERED
@@ -296,10 +295,9 @@ def _on_cpu(
     own, prepared = fastest(), ArrayBatch.of(batch)
     if operation == "pullback":
         vectors = tuple(map(as_array, vectors))
-    is_fast = takes(
-        own.steps, operation, prepared.arrays, None if other is None else as_array(computed_output(other)), vectors
-    )
-    return CpuKernels.of(own, own.step_kernels if is_fast else own.kernels), prepared
+    array = None if other is None else as_array(computed_output(other))
+    kernels, _ = own.kernels_for(operation, prepared.arrays, array, vectors)
+    return CpuKernels.of(own, kernels), prepared
 
 
 @cache
@@ -309,7 +307,7 @@ def _on_gpu(index: int) -> Kernels | None:
     Not all builds of Torch bring it; it needs a C compiler, and a card that is not too old for it.
     """
     try:
-        from mbn_torch.kernels import gpu  # noqa: PLC0415 - a quarter of a second, for those alone who have a GPU
+        from mbn_torch.kernels import gpu
 
         one = torch.ones((1, 1), device=torch.device("cuda", index))
         gpu.TRITON.normalize(Batch(one), Stats(one[0], one[0], None), Params(None, None), 0.0)

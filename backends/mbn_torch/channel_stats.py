@@ -192,7 +192,7 @@ def heaviest(x: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
 
 def lifted(x: torch.Tensor) -> torch.Tensor:
     """Return x, (N, C) or (N, C, L), as (N, C, L)."""
-    return x if x.ndim == 3 else x[:, :, None]  # noqa: PLR2004
+    return x if x.ndim == 3 else x[:, :, None]
 
 
 def lifted_weights(weights: torch.Tensor) -> torch.Tensor:

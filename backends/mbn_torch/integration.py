@@ -40,9 +40,9 @@ def bind(
         params: Params,
         state: State,
         settings: Settings,
-        training: bool,  # noqa: FBT001 - in every call, where keywords cost
+        training: bool,
         out: torch.Tensor | None = None,
-        keep: bool = True,  # noqa: ARG001, FBT001, FBT002 - as above; what to keep autograd says
+        keep: bool = True,
         group: Group | None = None,
     ) -> tuple[torch.Tensor, State, Stats]:
         x = batch.x
@@ -100,7 +100,7 @@ class BatchNorm(Function):
         batch: Batch,
         state: State,
         settings: Settings,
-        training: bool,  # noqa: FBT001 - apply takes no keywords
+        training: bool,
         group: Group | None,
         forward: Callable[..., Any],
         gradients: Callable[..., Gradients],

@@ -111,7 +111,7 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
         super().__setstate__(state)
         self._share()
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         super()._apply(lambda tensor: _kept(tensor, fn(tensor)), recurse)
         self._share()
         return self

@@ -173,7 +173,7 @@ def _add_conform(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _backends(_: argparse.Namespace) -> int:
-    from mbn.commands import backends  # noqa: PLC0415 - one command's own
+    from mbn.commands import backends
 
     backends.show()
     return 0
@@ -183,14 +183,13 @@ def _conform(args: argparse.Namespace) -> int:
     (spec,) = options.backends([options.on_device(args.name, args.device)])
     missing = [module for module in ("pytest", "hypothesis", "ml_dtypes") if importlib.util.find_spec(module) is None]
     if missing:
-        message = (
+        raise UsageError(
             f"the suite needs {' and '.join(missing)}, not installed here: pip install {' '.join(missing)}, or "
             "'.[conformance]' where mbn's sources are."
         )
-        raise UsageError(message)
     outputs.check_files({"--json": args.json, "--junit-xml": args.junit_xml})
-    from mbn.conformance import runner  # noqa: PLC0415 - which needs these
-    from mbn.conformance.target import Target  # noqa: PLC0415 - as above
+    from mbn.conformance import runner
+    from mbn.conformance.target import Target
 
     try:
         Target.parse(spec)
@@ -203,23 +202,20 @@ def _conform(args: argparse.Namespace) -> int:
 def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     if not all(names):
-        message = f"{text!r} is no list of backends, such as numpy,torch:cuda"
-        raise argparse.ArgumentTypeError(message)
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of backends, such as numpy,torch:cuda")
     return list(dict.fromkeys(names))
 
 
 def _device(text: str) -> str:
     if not text:
-        message = "'' is no device: it needs a name, cpu say"
-        raise argparse.ArgumentTypeError(message)
+        raise argparse.ArgumentTypeError("'' is no device: it needs a name, cpu say")
     return text
 
 
 def _modes(text: str) -> list[str]:
     modes = text.split(",")
     if not set(modes) <= {*MODES, PULLBACK}:
-        message = f"{text!r} are no modes, such as {','.join(MODES)}"
-        raise argparse.ArgumentTypeError(message)
+        raise argparse.ArgumentTypeError(f"{text!r} are no modes, such as {','.join(MODES)}")
     return modes
 
 
@@ -236,13 +232,11 @@ def _shape(text: str) -> tuple[int, ...]:
 
 def _file(text: str) -> Path:
     if not text:
-        message = "'' is no file: it needs a name"
-        raise argparse.ArgumentTypeError(message)
+        raise argparse.ArgumentTypeError("'' is no file: it needs a name")
     return Path(text)
 
 
 def _png(text: str) -> Path:
     if not text.lower().endswith(".png"):
-        message = f"{text!r}: the picture is a PNG, FILE.png"
-        raise argparse.ArgumentTypeError(message)
+        raise argparse.ArgumentTypeError(f"{text!r}: the picture is a PNG, FILE.png")
     return Path(text)

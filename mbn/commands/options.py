@@ -34,10 +34,9 @@ def backends(specs: list[str] | None) -> list[str]:
         if name not in known:
             get_backend(name)  # which says so, and what the name may have been meant to be
         if colon and not device:
-            message = (
+            raise UsageError(
                 f"{spec!r} names no device: {name} alone is on its default device, and {name}:cpu, say, on another."
             )
-            raise UsageError(message)
     return specs or list(known)
 
 
@@ -53,8 +52,7 @@ def check_runnable(specs: list[str]) -> None:
         if refused is None:
             return
         reasons.setdefault(refused.why, []).append(spec)
-    message = " ".join(["no backend can run.", *(f"{', '.join(who)}: {why}" for why, who in reasons.items())])
-    raise UsageError(message)
+    raise UsageError(" ".join(["no backend can run.", *(f"{', '.join(who)}: {why}" for why, who in reasons.items())]))
 
 
 def on_device(spec: str, device: str | None) -> str:
@@ -65,8 +63,7 @@ def on_device(spec: str, device: str | None) -> str:
     """
     name, _, given = spec.partition(":")
     if given and device and given != device:
-        message = f"{spec} is not on the device that --device names, {device}: leave one of them out."
-        raise UsageError(message)
+        raise UsageError(f"{spec} is not on the device that --device names, {device}: leave one of them out.")
     return f"{name}:{device}" if device else spec
 
 
@@ -77,8 +74,7 @@ def check_plot(plot: Path | None) -> None:
         UsageError: there is no matplotlib.
     """
     if plot and importlib.util.find_spec("matplotlib") is None:
-        message = "--plot needs matplotlib, which is not installed: pip install matplotlib."
-        raise UsageError(message)
+        raise UsageError("--plot needs matplotlib, which is not installed: pip install matplotlib.")
 
 
 def check_memory(shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -92,8 +88,7 @@ def check_memory(shape: tuple[int, ...], dtype: np.dtype) -> None:
     needed, there = dtype.itemsize * math.prod(shape), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there:
         needed = min(needed, 10**300)  # no float is much larger
-        message = f"shape {shape} takes {needed:.2g} bytes in {dtype}, and this machine has {there:.2g}."
-        raise UsageError(message)
+        raise UsageError(f"shape {shape} takes {needed:.2g} bytes in {dtype}, and this machine has {there:.2g}.")
 
 
 def numpy_dtype(name: str) -> np.dtype:

@@ -41,8 +41,7 @@ class _Output:
         except OSError as error:
             with suppress(OSError):  # so that Python, when it ends, can write what is kept back
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-            message = f"standard output cannot be written: {error.strerror or error}."
-            raise UsageError(message) from error
+            raise UsageError(f"standard output cannot be written: {error.strerror or error}.") from error
 
 
 @contextmanager
@@ -104,7 +103,7 @@ def essence(why: str) -> str:
 def milliseconds(seconds: float) -> str:
     """Return a time as a number of milliseconds."""
     value = 1000 * seconds
-    return f"{value:.3g}" if value < 100 else f"{value:.0f}"  # noqa: PLR2004 - no exponents
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
 def _reason(outcome: NotRun) -> str:

@@ -33,7 +33,7 @@ class Process:
 
     def __init__(self, module: str) -> None:
         self._errors = TemporaryFile()  # noqa: SIM115 - a pipe that nobody reads fills up
-        self._child = subprocess.Popen(  # noqa: S603 - Python, on our own module
+        self._child = subprocess.Popen(
             [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors
         )
 

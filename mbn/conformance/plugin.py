@@ -43,8 +43,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Find the backends before anything runs, so that a wrong name is one line and not a hundred failures."""
     names = config.getoption("--backend")
     if not names:
-        message = f"the conformance suite needs --backend NAME; known backends: {', '.join(mbn.list_backends())}"
-        raise pytest.UsageError(message)
+        raise pytest.UsageError(
+            f"the conformance suite needs --backend NAME; known backends: {', '.join(mbn.list_backends())}"
+        )
     try:
         outputs.check_files({"--conformance-json": config.getoption("--conformance-json")})
         targets = {name: Target.parse(name) for name in names}

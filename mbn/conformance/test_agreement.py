@@ -126,7 +126,7 @@ def test_the_fused_step_is_the_passes_composed(target: Target, momentum: float |
     exact = oracle.train(X, *statistics, *parameters, momentum=step, eps=1e-5, weights=host_weights)
     batch, settings = Batch(target.array(X), weights), Settings(5, "float32", 1e-5, momentum, 1, 1)
     for kernels, prepared in _kernels(target, "train", batch, None, (bn.params, bn.state)):
-        y, state, _ = target.backend.forward(kernels, prepared, bn.params, bn.state, settings, True)  # noqa: FBT003
+        y, state, _ = target.backend.forward(kernels, prepared, bn.params, bn.state, settings, True)
         target.assert_output(y, exact.y, "float32")
         target.assert_statistic(state.running_mean, exact.running_mean, "float32")
         target.assert_statistic(state.running_var, exact.running_var, "float32")

@@ -399,7 +399,7 @@ def _train(target: Target, bn: mbn.BatchNorm1d) -> None:
     bn.train()(target.array(5 * X.astype(np.float32)))
 
 
-def _set(target: Target, bn: mbn.BatchNorm1d) -> None:  # noqa: ARG001 - as the others
+def _set(target: Target, bn: mbn.BatchNorm1d) -> None:
     bn.weight = bn.bias = bn.running_mean = bn.running_var = 7
 
 

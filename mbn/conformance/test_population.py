@@ -214,8 +214,7 @@ def interrupted(error: type[BaseException]) -> Iterator[np.ndarray]:
     """Give two batches, and then an error."""
     yield X
     yield X
-    message = "that was all"
-    raise error(message)
+    raise error("that was all")
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], type[BaseException], str]] = {

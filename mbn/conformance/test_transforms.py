@@ -466,7 +466,7 @@ def test_compiled_layer_learns(target: Target, *, masked: bool) -> None:
     def call(x: Array, *places: Array) -> Array:
         return case.bn(x, **dict(zip(names, places, strict=True)))
 
-    def step(mean: Array, var: Array, count: Array, x: Array, *places: Array) -> tuple[Array, ...]:  # noqa: ARG001
+    def step(mean: Array, var: Array, count: Array, x: Array, *places: Array) -> tuple[Array, ...]:
         return call(x, *places), *case.bn.state
 
     assert_steps(target, step, case, names, momentum=None)

@@ -15,8 +15,9 @@ ENTRY_POINTS = "mbn.transforms"
 
 
 def _missing(*_: Any) -> Any:
-    message = "the backend declares a transformation that the suite has not been given: docs/backends.md, Transforms."
-    raise NotImplementedError(message)
+    raise NotImplementedError(
+        "the backend declares a transformation that the suite has not been given: docs/backends.md, Transforms."
+    )
 
 
 class Transforms(NamedTuple):
@@ -55,7 +56,7 @@ def transforms_of(backend: Backend) -> Transforms:
 
 
 def _of_torch() -> Transforms:
-    import torch  # noqa: PLC0415 - for whoever tests its backend
+    import torch
 
     def jvp(function: Callable[..., Any], x: Any, tangent: Any) -> Any:
         return _quiet(torch.func.jvp)(function, (x,), (tangent,))[1]
@@ -78,7 +79,7 @@ def _quiet(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _of_jax() -> Transforms:
-    import jax  # noqa: PLC0415 - as above
+    import jax
 
     return Transforms(
         grad=jax.grad,

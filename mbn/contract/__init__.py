@@ -59,10 +59,8 @@ _MOVED = {"Residuals": "Stats", "widened": "Batch.dtype"}
 def __getattr__(name: str) -> Any:
     """Say of a name of version 1 what has become of it."""
     if name in _MOVED:
-        message = (
+        raise ImportError(
             f"{name} is of version 1 of mbn.contract; version 2 has {_MOVED[name]} in its place. "
             "See 'From version 1 of the contract' in docs/backends.md."
         )
-        raise ImportError(message)
-    message = f"module {__name__!r} has no attribute {name!r}"
-    raise AttributeError(message)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -47,7 +47,7 @@ class Arrays(ABC):
     def to_numpy(self, x: Array) -> np.ndarray:
         """Bring an own array to the host. It may share memory with ``x``."""
 
-    def from_dlpack(self, x: Any) -> Array:  # noqa: ARG002 - the signature for whoever can
+    def from_dlpack(self, x: Any) -> Array:
         """Return another framework's array, as its backend has ``exported`` it, as an own array in the same memory.
 
         Asked where that memory is on a device. Whatever is raised says that it cannot be: x then comes as a copy, which
@@ -55,8 +55,7 @@ class Arrays(ABC):
 
         Source: the Python specification of DLPack, https://dmlc.github.io/dlpack/latest/python_spec.html.
         """
-        message = f"{self.name} takes no arrays by DLPack."
-        raise BufferError(message)
+        raise BufferError(f"{self.name} takes no arrays by DLPack.")
 
     def exported(self, x: Array) -> AbstractContextManager[Any]:
         """Return a context in which ``x``, as what it gives, can be taken by ``from_dlpack`` of another backend."""
@@ -66,7 +65,7 @@ class Arrays(ABC):
     def device(self, x: Array) -> Any:
         """Return where ``x`` lies, comparable with ``==``; None where that binds nobody: traced, or free to move."""
 
-    def devices(self, x: Array) -> tuple[str, ...]:  # noqa: ARG002 - the signature for whoever can tell
+    def devices(self, x: Array) -> tuple[str, ...]:
         """Return the names of the devices that ``x`` is spread over, for messages; asked where ``device`` is None."""
         return ()
 
@@ -74,7 +73,7 @@ class Arrays(ABC):
     def copy(self, x: Array) -> Array:
         """Return a copy that changes with nothing else; of a parameter, one that nobody trains."""
 
-    def flaw(self, name: str, x: Array) -> str | None:  # noqa: ARG002 - the signature for whoever has such arrays
+    def flaw(self, name: str, x: Array) -> str | None:
         """Say why the kernels cannot read ``x``, an own array that is called ``name``; None if they can.
 
         This is not asked of the x that is normalised, nor of parameters and statistics in a call, where it would cost
@@ -82,7 +81,7 @@ class Arrays(ABC):
         """
         return None
 
-    def conflict(self, out: Array, x: Array) -> str | None:  # noqa: ARG002 - the signature for whoever declares it
+    def conflict(self, out: Array, x: Array) -> str | None:
         """Say why the output of ``x`` cannot be written to ``out``, in the words that follow its name; None if it can.
 
         Asked where ``out`` is declared. An array in the shape, dtype and place of x can be written to if it is x itself

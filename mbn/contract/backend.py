@@ -34,14 +34,13 @@ class Backend(Arrays, Integration):
         super().__init_subclass__(**options)
         own = [kind for kind in cls.__mro__ if not issubclass(Backend, kind)]
         if found := sorted(_OF_VERSION_1.intersection(*[{name for kind in own for name in vars(kind)}])):
-            message = (
+            raise TypeError(
                 f"{cls.__qualname__} is written for version 1 of mbn.contract: it has {', '.join(found)}. Move these "
                 "to a subclass of mbn.contract.Kernels, and have the backend's attribute kernels be an instance of it; "
                 "see 'From version 1 of the contract' in docs/backends.md."
             )
-            raise TypeError(message)
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:  # noqa: ARG004 - those of __init__
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Make a backend, and bind to it what a step is made of."""
         backend = super().__new__(cls)
         backend.forward, backend.pullback = backend.bind(*cls.composition)
@@ -49,10 +48,10 @@ class Backend(Arrays, Integration):
 
     def kernels_for(
         self,
-        operation: Operation,  # noqa: ARG002 - the signature for backends with several kernels
+        operation: Operation,
         batch: Batch,
-        other: Array | None = None,  # noqa: ARG002
-        vectors: tuple[Any, ...] = (),  # noqa: ARG002
+        other: Array | None = None,
+        vectors: tuple[Any, ...] = (),
     ) -> tuple[Kernels, Batch]:
         """Return the kernels for one call, and its batch as they read it.
 

@@ -38,9 +38,10 @@ def numpy_dtype(name: str) -> np.dtype:
     if name != "bfloat16":
         return np.dtype(name)
     try:
-        import ml_dtypes  # noqa: PLC0415 - needed for this dtype alone
+        import ml_dtypes
     except ModuleNotFoundError as error:
-        message = "NumPy has bfloat16 through ml_dtypes, which is not installed: pip install ml_dtypes."
-        raise TypeError(message) from error
+        raise TypeError(
+            "NumPy has bfloat16 through ml_dtypes, which is not installed: pip install ml_dtypes."
+        ) from error
     dtype: np.dtype = np.dtype(ml_dtypes.bfloat16)
     return dtype

@@ -47,14 +47,14 @@ class Integration:
         ``unflatten(rest, (params, state))`` gives a layer again, whatever stands for the arrays.
         """
 
-    def parameter(self, value: Array, current: Array | None) -> Array:  # noqa: ARG002 - for those who need it
+    def parameter(self, value: Array, current: Array | None) -> Array:
         """Return an array that the framework's optimizers can train, with the values of ``value``, a layer's own.
 
         ``current`` is the parameter that it takes the place of; ``write`` decides whether that stays.
         """
         return value
 
-    def stores(self, before: State, after: State) -> bool:  # noqa: ARG002
+    def stores(self, before: State, after: State) -> bool:
         """Tell whether a layer that held ``before`` is to hold ``after`` from this training step on.
 
         It is not where the step repeats an earlier one, whose activations were not kept.
@@ -65,7 +65,7 @@ class Integration:
         self.finish(*after)
         return True
 
-    def write(self, before: Held, after: Held) -> Held:  # noqa: ARG002 - for those who need it
+    def write(self, before: Held, after: Held) -> Held:
         """Return what a layer is to hold in the place of ``before``, where somebody else holds that too: ``after``.
 
         ``before`` are parameters, which optimizers may train, or statistics that are shared with a module that
@@ -78,7 +78,7 @@ class Integration:
         """Return a context in which no other thread is in one: what ``write`` writes to is seen before or after."""
         return Exclusive()
 
-    def module(self, layer: Any, adopt: Callable[[Params, State], None]) -> Any:  # noqa: ARG002
+    def module(self, layer: Any, adopt: Callable[[Params, State], None]) -> Any:
         """Return a module of the framework's own kind that does what the layer does (``modules``).
 
         It begins in the layer's mode and has ``train()`` and ``eval()``. Its parameters and statistics are attributes
@@ -91,5 +91,4 @@ class Integration:
         Raises:
             TypeError: the framework has no modules.
         """
-        message = f"{self.name} has no modules. Move the layer to a framework that has them: bn.to(backend=...)."
-        raise TypeError(message)
+        raise TypeError(f"{self.name} has no modules. Move the layer to a framework that has them: bn.to(backend=...).")

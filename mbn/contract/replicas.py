@@ -40,11 +40,10 @@ def merged(kernels: Kernels, moments: Moments, group: Group | None) -> Moments:
         return moments
     total = reduce(kernels.merge, group.gather(moments))
     if isinstance(total.count, int) and total.count == 1:
-        message = (
+        raise ValueError(
             "the batches of all replicas hold one value per channel, which has no variance to train on. Give more "
             "values, or normalise by the running statistics: eval(), freeze() or training=False."
         )
-        raise ValueError(message)
     return total
 
 

@@ -81,7 +81,7 @@ class Settings(NamedTuple):
 
     def has_channels_last(self, ndim: int) -> bool:
         """Tell whether an input of ``ndim`` axes is (N, L, C), which backends see as (N, C, L)."""
-        return self.axis == -1 and ndim == 3  # noqa: PLR2004 - (N, C) has no other layout
+        return self.axis == -1 and ndim == 3
 
 
 class Capabilities(NamedTuple):

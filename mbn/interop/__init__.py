@@ -207,8 +207,9 @@ def _converter(package: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != package:
             raise
-        message = f"{package} is not installed, so there are no layers of it to convert: pip install {package}."
-        raise ImportError(message) from error
+        raise ImportError(
+            f"{package} is not installed, so there are no layers of it to convert: pip install {package}."
+        ) from error
 
 
 def _layer(read: tuple[Snapshot, list[str]], backend: str | Backend | None, device: Any) -> BatchNorm1d:

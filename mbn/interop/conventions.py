@@ -24,8 +24,7 @@ def complement(momentum: Any) -> float:
         ValueError: it is not finite.
     """
     if not np.isfinite(momentum):
-        message = f"momentum is the weight of the old value and is finite, not {momentum}."
-        raise ValueError(message)
+        raise ValueError(f"momentum is the weight of the old value and is finite, not {momentum}.")
     return float(1 - Fraction(str(momentum)))
 
 
@@ -53,8 +52,7 @@ def snapshot(
     dtypes = {key: dtype_name(value.dtype) for key, value in given.items()}
     for key, name in dtypes.items():
         if name not in _DTYPES:
-            message = f"{key} is {name}; there are layers from {', '.join(_DTYPES)}: convert it to one of these."
-            raise TypeError(message)
+            raise TypeError(f"{key} is {name}; there are layers from {', '.join(_DTYPES)}: convert it to one of these.")
     dtype = "float64" if "float64" in dtypes.values() else "float32"
     entries = {key: to_numpy(value).astype(dtype) for key, value in given.items()}
     notes = []
@@ -91,11 +89,10 @@ def old_weight(
     """
     momentum, notes = layer.arguments["momentum"], []
     if not layer.arguments["track_running_stats"]:
-        message = (
+        raise ValueError(
             f"{package} evaluates by running statistics, and with track_running_stats=False the layer has none: its "
             "output would be another. fit() a layer that has them."
         )
-        raise ValueError(message)
     old = default if momentum is None else rounded("momentum", complement(momentum))
     if momentum is None:
         notes.append(

@@ -86,17 +86,17 @@ def _linen(
 
 def _check(module: Any, variables: Any) -> None:
     if not isinstance(module, nnx.BatchNorm | linen.BatchNorm):
-        message = f"from_flax takes a flax.nnx.BatchNorm or flax.linen.BatchNorm, not {type(module).__name__}."
-        raise TypeError(message)
+        raise TypeError(f"from_flax takes a flax.nnx.BatchNorm or flax.linen.BatchNorm, not {type(module).__name__}.")
     if type(module).__call__ not in (nnx.BatchNorm.__call__, linen.BatchNorm.__call__):
-        message = f"{type(module).__name__} has a __call__ of its own, which a layer may not do: make a layer by hand."
-        raise TypeError(message)
+        raise TypeError(
+            f"{type(module).__name__} has a __call__ of its own, which a layer may not do: make a layer by hand."
+        )
     if isinstance(module, linen.BatchNorm) and not isinstance(variables, Mapping):
-        message = "a linen module has no arrays: give its variables, {'params': {...}, 'batch_stats': {...}}, as well."
-        raise TypeError(message)
+        raise TypeError(
+            "a linen module has no arrays: give its variables, {'params': {...}, 'batch_stats': {...}}, as well."
+        )
     if isinstance(module, nnx.BatchNorm) and variables is not None:
-        message = "an nnx module has its own arrays: leave the variables out."
-        raise TypeError(message)
+        raise TypeError("an nnx module has its own arrays: leave the variables out.")
 
 
 def _held(module: nnx.BatchNorm) -> dict[str, jax.Array | None]:
@@ -113,8 +113,9 @@ def _given(module: linen.BatchNorm, variables: Mapping[str, Any]) -> dict[str, j
     given = [(collection, name) for collection in variables for name in variables[collection]]
     if set(given) != set(needed):
         described = [", ".join("/".join(place) for place in sorted(places)) for places in (given, needed)]
-        message = f"variables are {described[0] or 'empty'}; this module has {described[1]}: give those of it alone."
-        raise ValueError(message)
+        raise ValueError(
+            f"variables are {described[0] or 'empty'}; this module has {described[1]}: give those of it alone."
+        )
     return {
         key: None if key in absent else _valued(key, variables[collection][name])
         for key, (collection, name) in _KEYS.items()
@@ -123,25 +124,22 @@ def _given(module: linen.BatchNorm, variables: Mapping[str, Any]) -> dict[str, j
 
 def _valued(key: str, array: Any) -> Any:
     if not isinstance(array, jax.Array | np.ndarray):
-        message = f"{key} has no values, it is a {type(array).__name__}: initialise the module."
-        raise TypeError(message)
+        raise TypeError(f"{key} has no values, it is a {type(array).__name__}: initialise the module.")
     return array
 
 
 def _axis(axis: Any) -> int:
     axes = tuple(np.atleast_1d(axis).tolist())
     if axes not in ((1,), (-1,)):
-        message = f"axis is {axis}; a layer has its channels on axis 1 or -1: transpose or reshape inputs."
-        raise ValueError(message)
+        raise ValueError(f"axis is {axis}; a layer has its channels on axis 1 or -1: transpose or reshape inputs.")
     return axes[0]
 
 
 def _own(array: np.ndarray) -> jax.Array:
     result = jnp.array(array)
     if result.dtype != array.dtype:
-        message = (
+        raise ValueError(
             "the layer is float64, which takes the 64-bit mode of JAX: jax.config.update('jax_enable_x64', True). Or "
             "convert it: bn.to(dtype='float32')."
         )
-        raise ValueError(message)
     return result

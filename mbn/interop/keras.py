@@ -38,8 +38,7 @@ def write(layer: Snapshot, ndim: int) -> tuple[keras.layers.BatchNormalization, 
     """Return a layer of Keras, built for so many axes, that does what a layer does, and what it does in another way."""
     arguments = layer.arguments
     if ndim not in (2, 3):
-        message = f"ndim is 2 for inputs of (N, C) or 3 for those with a length, not {ndim!r}."
-        raise ValueError(message)
+        raise ValueError(f"ndim is 2 for inputs of (N, C) or 3 for those with a length, not {ndim!r}.")
     momentum, notes = conventions.old_weight(layer, "Keras", _MOMENTUM)
     tensors = {name: _own(layer.entries[key]) for key, name in _KEYS.items() if key in layer.entries}
     result = keras.layers.BatchNormalization(
@@ -65,11 +64,10 @@ def _read_weights(weights: Any) -> tuple[Snapshot, list[str]]:
     """Return a layer with the weights of one of Keras that has Keras's default arguments."""
     arrays = [np.asarray(weight) for weight in weights]
     if len(arrays) not in (2, 4):
-        message = (
+        raise ValueError(
             f"there are {len(arrays)} weights; a layer of Keras has gamma, beta, moving mean and moving variance, or "
             "the last two. Of another, give the layer itself."
         )
-        raise ValueError(message)
     return conventions.snapshot(
         dict(zip(list(_KEYS)[-len(arrays) :], arrays, strict=True)),
         training=False,
@@ -84,14 +82,11 @@ def _read_weights(weights: Any) -> tuple[Snapshot, list[str]]:
 def _check(layer: Any) -> None:
     kind, name = keras.layers.BatchNormalization, type(layer).__name__
     if not isinstance(layer, kind):
-        message = f"from_keras takes a keras.layers.BatchNormalization or its get_weights(), not {name}."
-        raise TypeError(message)
+        raise TypeError(f"from_keras takes a keras.layers.BatchNormalization or its get_weights(), not {name}.")
     if type(layer).call is not kind.call:
-        message = f"{name} has a call of its own, which a layer may not do: give its get_weights() if it does."
-        raise TypeError(message)
+        raise TypeError(f"{name} has a call of its own, which a layer may not do: give its get_weights() if it does.")
     if not layer.built:
-        message = "the layer has no weights yet: call it, or build it for a shape, layer.build((None, C))."
-        raise ValueError(message)
+        raise ValueError("the layer has no weights yet: call it, or build it for a shape, layer.build((None, C)).")
 
 
 def _axis(layer: keras.layers.BatchNormalization) -> int:
@@ -102,10 +97,9 @@ def _axis(layer: keras.layers.BatchNormalization) -> int:
         return axis
     if axis == ndim - 1:
         return -1
-    message = (
+    raise ValueError(
         f"axis is {layer.axis} of {ndim}; a layer has its channels on axis 1 or the last: transpose or reshape inputs."
     )
-    raise ValueError(message)
 
 
 def _notes(layer: keras.layers.BatchNormalization, result: Snapshot) -> list[str]:
@@ -134,11 +128,10 @@ def _own(array: np.ndarray) -> Any:
     """Return an array of Keras's backend."""
     tensor = keras.ops.convert_to_tensor(array)
     if keras.backend.standardize_dtype(tensor.dtype) != array.dtype:
-        message = (
+        raise ValueError(
             f"the layer is float64, which Keras does not have here, on {keras.backend.backend()} (JAX takes "
             "jax.config.update('jax_enable_x64', True) for it). Or convert it: bn.to(dtype='float32')."
         )
-        raise ValueError(message)
     return tensor
 
 

@@ -25,15 +25,12 @@ def read(source: Any, which: Any) -> tuple[Snapshot, list[str]]:
     node, graph = _found(source, which)
     attributes = _attributes(node)
     if attributes.get("spatial", 1) != 1:
-        message = "the node has spatial=0, so statistics for each place in a sequence, which no layer has."
-        raise ValueError(message)
+        raise ValueError("the node has spatial=0, so statistics for each place in a sequence, which no layer has.")
     training_mode, momentum = attributes.get("training_mode", 0), attributes.get("momentum", _MOMENTUM)
     if training_mode not in (0, 1):
-        message = f"training_mode is 0 or 1, not {training_mode}."
-        raise ValueError(message)
+        raise ValueError(f"training_mode is 0 or 1, not {training_mode}.")
     if not 0 <= momentum <= 1:  # NaN too
-        message = f"momentum is the weight of the old value and from 0 to 1, not {momentum}."
-        raise ValueError(message)
+        raise ValueError(f"momentum is the weight of the old value and from 0 to 1, not {momentum}.")
     arrays = {key: onnx_graph.value(graph, name, key) for key, name in zip(_KEYS, node.input[1:], strict=True)}
     eps = np.float32(attributes.get("epsilon", _EPS))
     is_double = any(array.dtype == np.float64 for array in arrays.values())
@@ -53,8 +50,7 @@ def read(source: Any, which: Any) -> tuple[Snapshot, list[str]]:
 def write(layer: Snapshot, model: Any, name: str | None) -> tuple[Any, list[str]]:
     """Return a node and its initializers, or a model in which a node is a layer; and what these do in another way."""
     if (model is None) != (name is None):
-        message = "to put a layer into a model give both, the model and the name of a node; otherwise neither."
-        raise TypeError(message)
+        raise TypeError("to put a layer into a model give both, the model and the name of a node; otherwise neither.")
     arguments = layer.arguments
     momentum, notes = conventions.old_weight(layer, "ONNX", _MOMENTUM, _attribute)
     eps = float(_attribute("eps", arguments["eps"]))
@@ -83,11 +79,10 @@ def _found(source: Any, which: Any) -> tuple[onnx.NodeProto, onnx.GraphProto]:
         return onnx_graph.find(source.graph, which), source.graph
     initializers = list(which) if isinstance(which, Iterable) else [None]
     if not isinstance(source, onnx.NodeProto) or not all(isinstance(each, onnx.TensorProto) for each in initializers):
-        message = (
+        raise TypeError(
             "from_onnx takes an onnx.ModelProto and the name of a node, or an onnx.NodeProto and its initializers "
             f"(onnx.TensorProto), not {type(source).__name__} and {type(which).__name__}."
         )
-        raise TypeError(message)
     onnx_graph.check(source)
     return source, onnx.GraphProto(initializer=initializers)
 
@@ -99,8 +94,7 @@ def _attributes(node: onnx.NodeProto) -> dict[str, float]:
         if attribute.name in _FIELDS:
             field = _FIELDS[attribute.name]
             if not attribute.HasField(field):
-                message = f"the attribute {attribute.name} is no {'float' if field == 'f' else 'int'}."
-                raise TypeError(message)
+                raise TypeError(f"the attribute {attribute.name} is no {'float' if field == 'f' else 'int'}.")
             found[attribute.name] = getattr(attribute, field)
     return found
 
@@ -110,6 +104,7 @@ def _attribute(name: str, value: float) -> np.float32:
     with np.errstate(over="ignore"):
         rounded = np.float32(value)
     if not abs(float(rounded) - value) <= _ROUNDING * abs(value):
-        message = f"{name} is kept as a float32 by ONNX, which has nothing near {value}: set bn.{name} to another."
-        raise ValueError(message)
+        raise ValueError(
+            f"{name} is kept as a float32 by ONNX, which has nothing near {value}: set bn.{name} to another."
+        )
     return rounded

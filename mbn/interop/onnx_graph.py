@@ -30,8 +30,9 @@ def find(graph: onnx.GraphProto, name: str) -> onnx.NodeProto:
     named = [node for node in graph.node if name and node.name == name] or named
     if len(named) != 1:
         known = [_called(node) for node in graph.node if node.op_type == OPERATOR]
-        message = f"the model has {len(named)} nodes named {name!r}; its batch norms are: {', '.join(known) or 'none'}."
-        raise ValueError(message)
+        raise ValueError(
+            f"the model has {len(named)} nodes named {name!r}; its batch norms are: {', '.join(known) or 'none'}."
+        )
     check(named[0])
     return named[0]
 
@@ -43,11 +44,9 @@ def check(node: onnx.NodeProto) -> None:
         ValueError: it is something else.
     """
     if node.op_type != OPERATOR or node.domain not in {"", "ai.onnx"}:
-        message = f"the node is a {node.domain and f'{node.domain}.'}{node.op_type}, not a {OPERATOR}."
-        raise ValueError(message)
+        raise ValueError(f"the node is a {node.domain and f'{node.domain}.'}{node.op_type}, not a {OPERATOR}.")
     if len(node.input) != len(INPUTS):
-        message = f"the node has {len(node.input)} inputs; a batch norm has {len(INPUTS)}: {', '.join(INPUTS)}."
-        raise ValueError(message)
+        raise ValueError(f"the node has {len(node.input)} inputs; a batch norm has {len(INPUTS)}: {', '.join(INPUTS)}.")
 
 
 def value(graph: onnx.GraphProto, name: str, key: str) -> np.ndarray:
@@ -58,11 +57,10 @@ def value(graph: onnx.GraphProto, name: str, key: str) -> np.ndarray:
     """
     tensor = _source(graph, name, key)
     if uses_external_data(tensor):
-        message = (
+        raise ValueError(
             f"{key} is in a file beside the model: onnx.load(path) loads that too, as "
             "onnx.load_external_data_for_model(model, folder) does."
         )
-        raise ValueError(message)
     return _to_array(tensor, key)
 
 
@@ -83,16 +81,14 @@ def replaced(
         ValueError: there is no such node, its weights have another shape, or their type cannot hold the new ones.
     """
     if not isinstance(model, onnx.ModelProto):
-        message = f"model is an onnx.ModelProto, not {type(model).__name__}."
-        raise TypeError(message)
+        raise TypeError(f"model is an onnx.ModelProto, not {type(model).__name__}.")
     result, notes = onnx.ModelProto(), []
     result.CopyFrom(model)
     node = find(result.graph, name)
     for place, (key, array) in enumerate(arrays.items(), start=1):
         old = _source(result.graph, node.input[place], key)
         if list(old.dims) != list(array.shape):
-            message = f"{key} has shape {tuple(old.dims)} in the model and {array.shape} in the layer."
-            raise ValueError(message)
+            raise ValueError(f"{key} has shape {tuple(old.dims)} in the model and {array.shape} in the layer.")
         _check_type(old, key)
         tensor = _like(old, array, key)
         if not np.array_equal(numpy_helper.to_array(tensor).astype(array.dtype), array):
@@ -120,8 +116,7 @@ def _source(graph: onnx.GraphProto, name: str, key: str) -> onnx.TensorProto:
             for attribute in node.attribute:
                 if attribute.name == "value" and attribute.HasField("t"):
                     return attribute.t
-        message = f"{key} is {given!r}, and there is neither an initializer nor a constant tensor of that name."
-        raise ValueError(message)
+        raise ValueError(f"{key} is {given!r}, and there is neither an initializer nor a constant tensor of that name.")
     return initializers[name]
 
 
@@ -136,14 +131,14 @@ def _to_array(tensor: onnx.TensorProto, key: str) -> np.ndarray:
     try:
         return numpy_helper.to_array(tensor)
     except (ValueError, TypeError) as error:  # more or fewer bytes than its shape says
-        message = f"{key} is damaged: {error}"
-        raise ValueError(message) from error
+        raise ValueError(f"{key} is damaged: {error}") from error
 
 
 def _check_type(tensor: onnx.TensorProto, key: str) -> None:
     if tensor.data_type not in _TYPES:
-        message = f"{key} is {_type_name(tensor)}; there are layers from {', '.join(map(_named, _TYPES))}: convert it."
-        raise TypeError(message)
+        raise TypeError(
+            f"{key} is {_type_name(tensor)}; there are layers from {', '.join(map(_named, _TYPES))}: convert it."
+        )
 
 
 def _like(old: onnx.TensorProto, array: np.ndarray, key: str) -> onnx.TensorProto:
@@ -151,8 +146,9 @@ def _like(old: onnx.TensorProto, array: np.ndarray, key: str) -> onnx.TensorProt
     with np.errstate(over="ignore"):
         tensor = helper.make_tensor(key, old.data_type, array.shape, array)
     if not np.array_equal(np.isfinite(numpy_helper.to_array(tensor)), np.isfinite(array)):
-        message = f"{key} is {_type_name(old)} in the model, which cannot hold {abs(array).max()}: convert the model."
-        raise ValueError(message)
+        raise ValueError(
+            f"{key} is {_type_name(old)} in the model, which cannot hold {abs(array).max()}: convert the model."
+        )
     return tensor
 
 

@@ -31,8 +31,7 @@ def to_ours(model: Any, make: Callable[[Snapshot, str], BatchNorm1d]) -> tuple[t
     found, notes = [], []
     for name, module in _modules(model, torch.nn.BatchNorm1d | torch.nn.LazyBatchNorm1d):
         if isinstance(module, torch.nn.LazyBatchNorm1d):
-            message = f"{name} takes its number of channels from its first input: call the model on one before."
-            raise ValueError(message)  # noqa: TRY004 - of a type that will do, later
+            raise ValueError(f"{name} takes its number of channels from its first input: call the model on one before.")  # noqa: TRY004 - of a type that will do, later
         if _is_plain(module, torch.nn.BatchNorm1d):
             layer, losses = read(_valued(module))
             found.append((module, make(layer, "torch"), getattr(torch, layer.arguments["dtype"])))
@@ -59,8 +58,7 @@ def to_theirs(model: Any, pack: Callable[[Any], Snapshot]) -> tuple[torch.nn.Mod
             notes.append(f"{name} stays what it is, since {type(module).__name__} may do more than a BatchNorm1d.")
             continue
         if module.layer.axis == -1:
-            message = f"{name} has axis=-1, and torch has the channels on axis 1: its output would be another."
-            raise ValueError(message)
+            raise ValueError(f"{name} has axis=-1, and torch has the channels on axis 1: its output would be another.")
         theirs, losses = write(pack(_valued(module).layer)._replace(training=module.training))
         found.append((module, theirs))
         notes += [f"{name}: {loss}" for loss in losses]

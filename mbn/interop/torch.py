@@ -17,8 +17,9 @@ def read(module: Any) -> tuple[Snapshot, list[str]]:
     arrays = {key: getattr(module, key) for key in ("weight", "bias", "running_mean", "running_var")}
     tensors = [tensor for tensor in arrays.values() if tensor is not None]
     if any(tensor.is_meta for tensor in tensors):
-        message = "the module is on the meta device, where tensors have no values: give it some, to_empty() and load."
-        raise ValueError(message)
+        raise ValueError(
+            "the module is on the meta device, where tensors have no values: give it some, to_empty() and load."
+        )
     lazy = any(map(is_lazy, tensors))
     notes, momentum = [], module.momentum
     count, losses = _count(None if lazy else module.num_batches_tracked)
@@ -77,11 +78,10 @@ def _count(count: Tensor | None) -> tuple[int, list[str]]:
     if count is None:
         return 0, []
     if count.numel() != 1 or not 0 <= count.item() < 2**63:
-        message = (
+        raise ValueError(
             f"num_batches_tracked is {count.tolist()}; it counts batches: one number, at least 0 and below 2**63. "
             "Give the module one: module.num_batches_tracked = torch.tensor(0), say."
         )
-        raise ValueError(message)
     number = int(count)
     return number, [f"num_batches_tracked={count.item()}: a layer counts whole batches, {number}."] * (count != number)
 
@@ -97,11 +97,10 @@ def _check(module: Any) -> None:
             )
         raise TypeError(message)
     if type(module).forward not in (nn.BatchNorm1d.forward, nn.SyncBatchNorm.forward):
-        message = (
+        raise TypeError(
             f"{name} has a forward of its own, which a layer may not do: load its state_dict() into one if it does. "
             "What as_module() has made has its layer as .layer."
         )
-        raise TypeError(message)
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:

@@ -26,12 +26,10 @@ class Fixed(Generic[T]):
         return self if layer is None else self._read(layer)
 
     def __set__(self, layer: object, value: Any) -> NoReturn:
-        message = f"{self._name} of a layer can't be set. {self._instead}."
-        raise AttributeError(message)
+        raise AttributeError(f"{self._name} of a layer can't be set. {self._instead}.")
 
     def __delete__(self, layer: object) -> None:
-        message = f"{self._name} of a layer can't be deleted."
-        raise AttributeError(message)
+        raise AttributeError(f"{self._name} of a layer can't be deleted.")
 
 
 if TYPE_CHECKING:
@@ -46,11 +44,10 @@ else:
 
 
 def _refuse(name: str, *_: Any, **__: Any) -> NoReturn:
-    message = (
+    raise TypeError(
         f"{name}() makes a new layer and does not change this one: bn = mbn.BatchNorm1d.{name}(path). For a layer that "
         "exists: bn.load_state_dict(mbn.BatchNorm1d.load(path).state_dict())."
     )
-    raise TypeError(message)
 
 
 class Entry:
@@ -68,19 +65,16 @@ class Entry:
 
     def __set__(self, layer: Any, value: Any) -> None:
         if self.__get__(layer, type(layer)) is None:
-            message = f"this layer has no {self._name} to set: {layer!r}."
-            raise ValueError(message)
+            raise ValueError(f"this layer has no {self._name} to set: {layer!r}.")
         if value is None:
-            message = (
+            raise TypeError(
                 f"{self._name} is an array or a number, not None (NoneType): what a layer has is said when it is made, "
                 "by affine, bias and track_running_stats."
             )
-            raise TypeError(message)
         layer._store({self._name: layer._storage.taken(self._name, value, fill=True)})
 
     def __delete__(self, layer: object) -> None:
-        message = (
+        raise AttributeError(
             f"{self._name} of a layer can't be deleted: what a layer has is said when it is made, by affine, bias and "
             "track_running_stats."
         )
-        raise AttributeError(message)

@@ -34,8 +34,9 @@ def under(entries: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], int 
         ValueError: there are none, or there are in several dictionaries.
     """
     if not isinstance(prefix, str):
-        message = f"prefix is a str, the part of the names of entries before 'weight', not {type(prefix).__name__}."
-        raise TypeError(message)
+        raise TypeError(
+            f"prefix is a str, the part of the names of entries before 'weight', not {type(prefix).__name__}."
+        )
     found = {}
     for path, group in groups(entries):
         for tried in dict.fromkeys([prefix, prefix + "." * (prefix != "" and prefix[-1] != ".")]):
@@ -44,11 +45,10 @@ def under(entries: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], int 
                 found[path] = group, rest
                 break
     if len(found) > 1:
-        message = (
+        raise ValueError(
             f"there are entries that begin with {prefix!r} in several dictionaries: begin the prefix with one of "
             f"{few(repr(path) for path in found)}."
         )
-        raise ValueError(message)
     if not found:
         raise ValueError(_not_found(entries, prefix))
     ((group, start),) = found.values()
@@ -67,8 +67,7 @@ def read(
     """
     for name in settings:
         if name not in _SETTINGS:
-            message = f"{name} is no setting of a layer from a checkpoint, which are {', '.join(_SETTINGS)}."
-            raise TypeError(message)
+            raise TypeError(f"{name} is no setting of a layer from a checkpoint, which are {', '.join(_SETTINGS)}.")
     path = Path(path)
     with path.open("rb") as file:
         start = file.read(9)
@@ -78,8 +77,7 @@ def read(
         taken = {key: value() if callable(value) else value for key, value in entries.items() if key in _NAMES}
         return taken, {**settings, **_arguments(entries, taken, settings, model)}, f"{path}: {full}"
     except ValueError as error:
-        message = f"{path}: {error}"
-        raise ValueError(message) from error
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _arguments(
@@ -98,8 +96,7 @@ def _arguments(
         raise ValueError(message)
     name, first = next((name, taken[name]) for name in ("running_mean", "weight") if name in taken)
     if len(first.shape) != 1:
-        message = f"{name} has shape {tuple(first.shape)}; a batch norm's is (C,)."
-        raise ValueError(message)
+        raise ValueError(f"{name} has shape {tuple(first.shape)}; a batch norm's is (C,).")
     dtypes = {dtype_name(value.dtype) for value in taken.values()}
     return {
         "num_features": int(first.shape[0]),
@@ -111,12 +108,13 @@ def _arguments(
 
 def _torch_entries(path: Path, _: bytes) -> Mapping[str, Any]:
     try:
-        import torch  # noqa: PLC0415 - for files of its own alone
+        import torch
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        message = f"{path} is a file of torch.save, and torch is not installed: pip install torch; or save safetensors."
-        raise ImportError(message) from error
+        raise ImportError(
+            f"{path} is a file of torch.save, and torch is not installed: pip install torch; or save safetensors."
+        ) from error
     try:
         entries = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError:
@@ -136,28 +134,26 @@ def _torch_entries(path: Path, _: bytes) -> Mapping[str, Any]:
             )
         raise ValueError(message) from error
     if not isinstance(entries, Mapping):
-        message = f"it holds a {type(entries).__name__}, and no state_dict."
-        raise ValueError(message)  # noqa: TRY004 - of the file
+        raise ValueError(f"it holds a {type(entries).__name__}, and no state_dict.")  # noqa: TRY004 - of the file
     return entries
 
 
 def _safetensors_entries(path: Path, start: bytes) -> dict[str, Callable[[], np.ndarray]]:
     """Return what reads each entry."""
-    from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - as in mbn.state.files
+    from safetensors import SafetensorError, safe_open
 
     if start[:1] == b"{":
-        message = "it is text, the index of a checkpoint in several files maybe: give the file that has the entries."
-        raise ValueError(message)
+        raise ValueError(
+            "it is text, the index of a checkpoint in several files maybe: give the file that has the entries."
+        )
     try:
         with safe_open(path, framework="np") as file:
             is_layer = files.KEY in (file.metadata() or {})
             names = list(file.keys())
     except SafetensorError as error:
-        message = f"it is damaged, or neither safetensors nor of torch.save ({error})."
-        raise ValueError(message) from error
+        raise ValueError(f"it is damaged, or neither safetensors nor of torch.save ({error}).") from error
     if is_layer:
-        message = "it is a layer of BatchNorm1d.save, with its eps and momentum: mbn.BatchNorm1d.load(path)."
-        raise ValueError(message)
+        raise ValueError("it is a layer of BatchNorm1d.save, with its eps and momentum: mbn.BatchNorm1d.load(path).")
 
     def entry(name: str) -> np.ndarray:
         with safe_open(path, framework="np") as file:

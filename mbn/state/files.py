@@ -65,7 +65,7 @@ def write(path: str | PathLike[str], snapshot: Snapshot) -> None:
     Raises:
         OSError: it cannot be written; nothing has changed.
     """
-    from safetensors.numpy import save  # noqa: PLC0415 - a layer that is not saved does without
+    from safetensors.numpy import save
 
     entries = {
         key: np.asarray(snapshot.entries[key], dtype, order="C")
@@ -88,7 +88,7 @@ def read(path: str | PathLike[str]) -> Snapshot:
         OSError: it cannot be read.
         ValueError: it is damaged, something else, or of a later version.
     """
-    from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - as above
+    from safetensors import SafetensorError, safe_open
 
     path = Path(path)
     with path.open("rb") as raw:  # Python's own errors name the file
@@ -98,11 +98,9 @@ def read(path: str | PathLike[str]) -> Snapshot:
             return _checked(file)
     except SafetensorError as error:
         hint = f" If it is of torch.save: {_CHECKPOINT}" if is_of_torch(start) else ""
-        message = f"{path} holds no layer: it is damaged or no safetensors file ({error}).{hint}"
-        raise ValueError(message) from error
+        raise ValueError(f"{path} holds no layer: it is damaged or no safetensors file ({error}).{hint}") from error
     except ValueError as error:
-        message = f"{path} holds no layer that can be loaded: {error}"
-        raise ValueError(message) from error
+        raise ValueError(f"{path} holds no layer that can be loaded: {error}") from error
 
 
 def _checked(file: Any) -> Snapshot:
@@ -115,41 +113,36 @@ def _checked(file: Any) -> Snapshot:
     given = {key: f"{entry.get_dtype()} of shape {tuple(entry.get_shape())}" for key, entry in slices.items()}
     for key in {**needed, **given}:
         if needed.get(key) != given.get(key):
-            message = f"its {key} is {given.get(key, 'absent')}, and should be {needed.get(key, 'absent')}."
-            raise ValueError(message)
+            raise ValueError(f"its {key} is {given.get(key, 'absent')}, and should be {needed.get(key, 'absent')}.")
     entries = {key: file.get_tensor(key) for key in expected}
     checksum = described.pop("checksum")
     if checksum != _checksum(described, entries):
-        message = "it is damaged: its checksum is that of something else."
-        raise ValueError(message)
+        raise ValueError("it is damaged: its checksum is that of something else.")
     if entries.get("num_batches_tracked", 0) < 0:
-        message = f"its num_batches_tracked counts batches and is at least 0, not {entries['num_batches_tracked']}."
-        raise ValueError(message)
+        raise ValueError(
+            f"its num_batches_tracked counts batches and is at least 0, not {entries['num_batches_tracked']}."
+        )
     return Snapshot(arguments, entries, training=described["training"], frozen=described["frozen"])
 
 
 def _described(text: str | None) -> dict[str, Any]:
     """Return what a layer is besides its arrays."""
     if text is None:
-        message = f"it is not from BatchNorm1d.save. Of a checkpoint: {_CHECKPOINT}"
-        raise ValueError(message)
+        raise ValueError(f"it is not from BatchNorm1d.save. Of a checkpoint: {_CHECKPOINT}")
     try:
         described = json.loads(text)
     except (ValueError, RecursionError) as error:
-        message = f"its description is damaged ({error})."
-        raise ValueError(message) from error
+        raise ValueError(f"its description is damaged ({error}).") from error
     version = described.get("version") if isinstance(described, dict) else None
     if type(version) is int and version != VERSION:
-        message = f"its format is version {version}, and this mbn reads version {VERSION}: install a newer mbn."
-        raise ValueError(message)
+        raise ValueError(f"its format is version {version}, and this mbn reads version {VERSION}: install a newer mbn.")
     _check_types("description", described, _DESCRIPTION)
     arguments = described["arguments"]
     _check_types("list of arguments", arguments, _ARGUMENTS)
     for name in ("num_features", "eps", "momentum", "axis", "correction"):
         getattr(checks, name)(arguments[name])
     if arguments["dtype"] not in {"float32", "float64"}:
-        message = f"its dtype is {reprlib.repr(arguments['dtype'])}, and should be float32 or float64."
-        raise ValueError(message)
+        raise ValueError(f"its dtype is {reprlib.repr(arguments['dtype'])}, and should be float32 or float64.")
     if described["frozen"]:
         checks.tracked(arguments["track_running_stats"], "freeze")
     result: dict[str, Any] = described
@@ -160,12 +153,12 @@ def _check_types(what: str, values: Any, types: Mapping[str, tuple[type, ...]]) 
     """Check that there is exactly what there should be, each of its type."""
     wrong = sorted(values.keys() ^ types.keys()) if isinstance(values, dict) else [reprlib.repr(values)]
     if wrong:
-        message = f"its {what} has too much or too little: {reprlib.repr(wrong)}."
-        raise ValueError(message)
+        raise ValueError(f"its {what} has too much or too little: {reprlib.repr(wrong)}.")
     for name, allowed in types.items():
         if type(values[name]) not in allowed:
-            message = f"its {name} is {reprlib.repr(values[name])}, and should be of type {allowed[0].__name__}."
-            raise ValueError(message)
+            raise ValueError(
+                f"its {name} is {reprlib.repr(values[name])}, and should be of type {allowed[0].__name__}."
+            )
 
 
 def _expected(arguments: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:

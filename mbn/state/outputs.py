@@ -32,8 +32,7 @@ def check_files(outputs: Mapping[str, Path | None], given: Path | None = None) -
         try:
             _check_file(path)
         except (OSError, ValueError) as error:
-            message = f"{option}: {_unwritable(path, error)}"
-            raise OutputError(message) from error
+            raise OutputError(f"{option}: {_unwritable(path, error)}") from error
     for (first, one), (second, other) in combinations([*([("", given)] if given else []), *paths.items()], 2):
         if os.path.realpath(one) == os.path.realpath(other) or _is_same(one, other):
             if one is given:

@@ -44,11 +44,10 @@ class Storage:
             AttributeError: the first input has yet to tell.
         """
         if self.settings.num_features is None:
-            message = (
+            raise AttributeError(
                 "num_features is not known yet, so there are no parameters and statistics: call the layer on an input "
                 "or load a state_dict first."
             )
-            raise AttributeError(message)
         return self.settings.num_features
 
     @property

@@ -15,9 +15,9 @@ def forward(
     params: Params,
     state: State,
     settings: Settings,
-    training: bool,  # noqa: FBT001 - in every call, where keywords cost
+    training: bool,
     out: Array | None = None,
-    keep: bool = True,  # noqa: FBT001, FBT002 - as above
+    keep: bool = True,
     group: Group | None = None,
 ) -> tuple[Array, State, Stats | None]:
     """Normalise a batch by its own statistics (``training``), those of all batches of a group, or the running ones.

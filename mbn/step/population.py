@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mbn import checks
-from mbn.contract import Array, Backend, Batch, Moments, Settings, transposed
+from mbn.contract import Array, Backend, Batch, Moments, Settings, dtype_name, transposed
 
 
 class Population:
@@ -39,7 +39,7 @@ class Population:
             shape = x.shape
         except RuntimeError as error:
             raise TypeError(checks.SHAPELESS) from error
-        checks.batch(backend, x, shape, settings, None, training=False)
+        checks.batch(backend, shape, dtype_name(x.dtype), settings, None, training=False)
         self.num_batches += 1
         if 0 in x.shape:
             return
@@ -60,11 +60,10 @@ class Population:
         """
         n = sum(moments.count for _, moments in self._parts)
         if n <= settings.correction:
-            message = (
+            raise ValueError(
                 f"the batches hold {n} values per channel, and a variance with correction={settings.correction} takes "
                 f"at least {settings.correction + 1}."
             )
-            raise ValueError(message)
         *others, (_, moments) = self._parts
         for _, other in reversed(others):
             moments = _merged(backend, other, moments)
@@ -109,10 +108,9 @@ def inputs(batches: Iterable[Any], *, progress: bool) -> Generator[Any]:
         or isinstance(batches, Mapping | str | bytes)
         or not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__"))
     ):
-        message = f"batches is an array, or an iterable of inputs, not {type(batches).__name__}."
-        raise TypeError(message)
-    from rich.console import Console  # noqa: PLC0415 - of no use to whoever only normalises
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn  # noqa: PLC0415
+        raise TypeError(f"batches is an array, or an iterable of inputs, not {type(batches).__name__}.")
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
     columns = "fit", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     # What the batches' maker prints goes where it always does.
@@ -127,17 +125,15 @@ def inputs(batches: Iterable[Any], *, progress: bool) -> Generator[Any]:
 def _input(batch: Any) -> Any:
     """Return the input of a batch: of several arrays, the first."""
     if isinstance(batch, Mapping):
-        message = (
+        raise TypeError(
             f"a batch is an array, or a tuple or list of which the first is the input, and not a "
             f"{type(batch).__name__} of {checks.few(batch)}: give the input alone, (batch[key] for batch in batches)."
         )
-        raise TypeError(message)
     if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Number):
-        message = (
+        raise ValueError(
             f"x has shape ({len(batch)},): a list is taken for batches, each (N, C) or (N, C, L). For a data set of "
             "rows give one array: bn.fit(np.asarray(rows))."
         )
-        raise ValueError(message)
     is_several = isinstance(batch, tuple | list) and len(batch) > 0 and hasattr(batch[0], "shape")
     return batch[0] if is_several and len(batch[0].shape) > 1 else batch
 

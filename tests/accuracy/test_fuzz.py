@@ -17,7 +17,7 @@ import mbn
 )
 def test_no_case_violates_the_bounds(backend: str) -> None:
     command = [sys.executable, Path(__file__).with_name("fuzz.py"), backend, "--cases", "400"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.splitlines()[-1] == f"{backend}: 400 cases, 0 with violations"
 
@@ -32,7 +32,7 @@ def test_a_seed_always_gives_the_same_case() -> None:
 def test_small_errors_are_violations(monkeypatch: pytest.MonkeyPatch, name: str, factor: float) -> None:
     backend = mbn.get_backend("numpy")
     # Composed, so that each pass is met.
-    monkeypatch.setattr(type(backend), "kernels_for", lambda self, _, batch, *others: (self.kernels, batch))  # noqa: ARG005
+    monkeypatch.setattr(type(backend), "kernels_for", lambda self, _, batch, *others: (self.kernels, batch))
     right = getattr(type(backend.kernels), name)
 
     def wrong(*arguments: object, **options: object) -> np.ndarray:

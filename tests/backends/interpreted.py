@@ -89,4 +89,4 @@ interpreter.GridExecutor.__call__ = _alone
 interpreter._convert_float = _converted
 interpreter.ReduceOps.sum = _sum
 backend.common_device = lambda *values: 0 if common_device(*values) == CPU else None
-backend._on_gpu = lambda index: gpu.TRITON  # noqa: ARG005 - there is one
+backend._on_gpu = lambda index: gpu.TRITON

@@ -42,7 +42,7 @@ def make(cupy):
 @pytest.fixture
 def fails(cupy):
     del cupy
-    from cuda_on_host import LaunchError  # noqa: PLC0415 - where the stand-in is
+    from cuda_on_host import LaunchError
 
     return lambda words: pytest.raises(LaunchError, match=words)
 
@@ -257,7 +257,7 @@ def test_without_a_compiler(make, monkeypatch):
 def test_processes_share_what_is_compiled(tmp_path):
     code = f"import cupy; cupy.RawModule(code={COPY!r}, options=('-DVALUE=int',)).get_function('copy')"
     environment = os.environ | {"PYTHONPATH": str(STANDINS), "TMPDIR": str(tmp_path)}
-    processes = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(4)]  # noqa: S603
+    processes = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(4)]
     assert [process.wait() for process in processes] == [0] * 4
     assert [path.suffix for path in tmp_path.glob("*/*")] == [".so"]
 

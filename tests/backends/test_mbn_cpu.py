@@ -157,7 +157,7 @@ if not child:
     os._exit(0 if bn(x).tobytes() == expected and threading.active_count() > 1 else 1)
 assert os.waitpid(child, 0)[1] == 0
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)  # noqa: S603
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 _LATE = """
@@ -213,7 +213,7 @@ elif when == "thread":
 )
 def test_large_call_while_the_interpreter_shuts_down(backend, when, before):
     arguments = [sys.executable, "-c", _LATE, backend, when, before]
-    run = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=120)  # noqa: S603
+    run = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=120)
     assert (run.stdout, run.stderr) == ("done", "")
 
 
@@ -225,7 +225,7 @@ def test_small_calls_start_no_thread():
         "pullback(np.ones((1024, 64), 'float32'))\n"
         "assert threading.active_count() == 1\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True)  # noqa: S603
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 class TestThreads:

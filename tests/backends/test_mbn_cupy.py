@@ -204,7 +204,7 @@ def test_life_cycle(cupy):
     assert isinstance(bn.num_batches_tracked, cupy.ndarray)
     x = _sample(8, 3)
     expected = mbn.to_numpy(bn.eval()(x))
-    pickled = pickle.loads(pickle.dumps(bn))  # noqa: S301 - its own
+    pickled = pickle.loads(pickle.dumps(bn))
     for twin in (copy.deepcopy(bn), pickled, copy.deepcopy(bn).to(backend="numpy")):
         np.testing.assert_allclose(mbn.to_numpy(twin(x)), expected, rtol=1e-6)
     assert isinstance(mbn.asarray(bn.weight, "float64", backend="numpy"), np.ndarray)
@@ -303,7 +303,7 @@ def test_cupy_has_bfloat16_from_version_14_on(cupy, monkeypatch):
 
 
 def test_an_item_is_as_wide_as_shape_order_and_alignment_let_it_be(cupy):
-    from mbn_cupy.launches import layout  # noqa: PLC0415 - which needs CuPy, or what stands for it
+    from mbn_cupy.launches import layout
 
     def item(x, *others):
         found = layout((x, *others), None)

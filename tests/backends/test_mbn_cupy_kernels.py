@@ -217,6 +217,6 @@ def test_planted_bug_is_found(name, tmp_path):
     options = ["--backend", "cupy", "-k", bug.named_by, "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     path = os.pathsep.join([str(tmp_path), str(STANDINS), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path}
-    run = subprocess.run([*command, *options], capture_output=True, text=True, check=False, env=environment)  # noqa: S603
+    run = subprocess.run([*command, *options], capture_output=True, text=True, check=False, env=environment)
     assert run.returncode == pytest.ExitCode.TESTS_FAILED, run.stdout + run.stderr
     assert "g++ refuses" not in run.stdout

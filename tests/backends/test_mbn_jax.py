@@ -103,7 +103,7 @@ def test_moments_against_fsum(rng, shape, offset):
 @pytest.mark.parametrize("shape", [(-1, 1), (1, 1, -1)])
 def test_every_value_is_summed_once(n, shape):
     x = jnp.arange(n, dtype=jnp.float32).reshape(shape)
-    with primitives.enable_x64(True):  # noqa: FBT003 - its only argument
+    with primitives.enable_x64(True):
         (total,) = jax.jit(lambda x: channel_sums.channel_sums(channel_sums.rows(x).astype("float64")))(x)
     assert np.asarray(total) == n * (n - 1) // 2
 
@@ -225,7 +225,7 @@ def test_another_momentum_or_eps_compiles_nothing():
 
 def test_layers_on_a_device_of_their_own_are_copied():
     bn = mbn.BatchNorm1d(3, backend="jax", device="cpu")
-    for twin in (copy.deepcopy(bn), pickle.loads(pickle.dumps(bn))):  # noqa: S301 - its own
+    for twin in (copy.deepcopy(bn), pickle.loads(pickle.dumps(bn))):
         assert twin(jnp.ones((2, 3))).shape == (2, 3)
 
 
@@ -356,7 +356,7 @@ def test_with_64_bit_numbers_everything_is_exact_to_float64():
     # A process of its own: the switch belongs to the user.
     environment = {**os.environ, "JAX_ENABLE_X64": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-W", "error", "-c", X64]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603 - ours
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     errors, slopes = json.loads(done.stdout)
     assert max(slopes.values()) < 1e-12, slopes

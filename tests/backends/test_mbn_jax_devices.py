@@ -25,5 +25,5 @@ def test_with_two_devices():
         "no:cacheprovider",
         Path(__file__).with_name("on_two_devices.py"),
     ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603 - ours
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -27,7 +27,7 @@ SHAPES = [
 @pytest.fixture(autouse=True)
 def _in_64_bits():
     """Lower as a ``WidePrimitive`` does."""
-    with primitives.enable_x64(True):  # noqa: FBT003 - its only argument
+    with primitives.enable_x64(True):
         yield
 
 

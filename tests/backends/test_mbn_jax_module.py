@@ -19,7 +19,7 @@ nnx = pytest.importorskip("flax.nnx")
 optax = pytest.importorskip("optax")
 jnp = jax.numpy
 
-from mbn_jax import module as module_of_flax  # noqa: E402 - without flax there is nothing to import
+from mbn_jax import module as module_of_flax
 
 KINDS = [
     {},
@@ -58,14 +58,14 @@ def statistics(module):
 
 
 def pickled_and_back(module):
-    return pickle.loads(pickle.dumps(module))  # noqa: S301 - our own
+    return pickle.loads(pickle.dumps(module))
 
 
 def run(script, *arguments, **variables):
     """Run a script in a process that finds what this one finds."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **variables}
     command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
-    subprocess.run(command, check=True, env=environment)  # noqa: S603
+    subprocess.run(command, check=True, env=environment)
 
 
 def assert_same(module, layer):

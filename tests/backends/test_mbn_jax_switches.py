@@ -69,8 +69,8 @@ CALLS = {
     "vmap": lambda layer, x, places: jax.vmap(lambda x: jax.grad(loss)(x, layer.params, layer, places))(x[None]),
     "flax": flax_module,
     "functions": function,
-    "fit": lambda layer, x, places: layer.fit([x, 2 * x], progress=False).state,  # noqa: ARG005
-    "fold": lambda layer, x, places: layer.fold(),  # noqa: ARG005
+    "fit": lambda layer, x, places: layer.fit([x, 2 * x], progress=False).state,
+    "fold": lambda layer, x, places: layer.fold(),
 }
 
 
@@ -116,5 +116,5 @@ def test_so_do_narrow_inputs(name, dtype):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("name", ["training", "evaluation", "vjp", "grad", "fit"])
 def test_so_do_layers_of_float64(name, dtype):
-    with enable_x64(True):  # noqa: FBT003 - its only argument
+    with enable_x64(True):
         assert_no_difference(name, "mask", dtype, "float64", "all")

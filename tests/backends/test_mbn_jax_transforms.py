@@ -113,7 +113,7 @@ PASSED_THROUGH = {
     "while_loop": lambda bn, x: jax.lax.while_loop(
         lambda bn: bn.num_batches_tracked < 1, lambda bn: train_step(bn, x)[0], bn
     ),
-    "cond": lambda bn, x: jax.lax.cond(True, lambda bn: train_step(bn, x)[0], lambda bn: bn, bn),  # noqa: FBT003
+    "cond": lambda bn, x: jax.lax.cond(True, lambda bn: train_step(bn, x)[0], lambda bn: bn, bn),
 }
 
 

@@ -125,7 +125,7 @@ def test_usable_devices(device):
 def test_bits_do_not_depend_on_the_number_of_threads():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     digests = {
-        subprocess.run(  # noqa: S603 - this Python and the program above
+        subprocess.run(
             [sys.executable, "-c", _BITS.format(threads=threads)],
             env=environment,
             check=True,

@@ -17,9 +17,9 @@ import mbn
 
 torch = pytest.importorskip("torch")
 
-from mbn.contract import Batch  # noqa: E402
-from mbn_torch import backend as module  # noqa: E402 - the same
-from mbn_torch.kernels import eager  # noqa: E402 - there may be no Torch
+from mbn.contract import Batch
+from mbn_torch import backend as module
+from mbn_torch.kernels import eager
 
 BOUNDS = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 3e-7, torch.float64: 1e-12}
 SHAPES = [(50, 3), (50, 3, 2), (9, 3), (1, 3, 7)]

@@ -451,10 +451,7 @@ def test_an_interrupt_splits_no_update():
 def test_replicas_agree(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, "-W", "ignore", "-c", _REPLICA]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment)  # noqa: S603 - the program above
-        for rank in range(2)
-    ]
+    processes = [subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment) for rank in range(2)]
     try:
         assert [process.wait(timeout=120) for process in processes] == [0, 0]
     finally:

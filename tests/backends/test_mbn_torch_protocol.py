@@ -9,8 +9,8 @@ import mbn
 
 torch = pytest.importorskip("torch")
 
-from torch._subclasses import FakeTensorMode  # noqa: E402 - there may be no Torch
-from torch.func import functional_call, replace_all_batch_norm_modules_, stack_module_state  # noqa: E402
+from torch._subclasses import FakeTensorMode
+from torch.func import functional_call, replace_all_batch_norm_modules_, stack_module_state
 
 # Parts of Torch use others that it has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")

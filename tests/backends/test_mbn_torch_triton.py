@@ -15,15 +15,15 @@ import mbn
 torch = pytest.importorskip("torch")
 triton = pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402 - there may be no Triton
-from triton.compiler import ASTSource  # noqa: E402
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
-from mbn.contract import Batch, Settings  # noqa: E402
-from mbn.step import compose  # noqa: E402
-from mbn_torch import backend as module  # noqa: E402
-from mbn_torch.kernels import gpu, triton_kernels  # noqa: E402
-from mbn_torch.kernels.eager import EAGER  # noqa: E402
-from mbn_torch.private import CPU, common_device  # noqa: E402
+from mbn.contract import Batch, Settings
+from mbn.step import compose
+from mbn_torch import backend as module
+from mbn_torch.kernels import gpu, triton_kernels
+from mbn_torch.kernels.eager import EAGER
+from mbn_torch.private import CPU, common_device
 
 HERE = Path(__file__).parent
 NAMES = (
@@ -61,7 +61,7 @@ def _interpret(*arguments):
     """Run pytest in a process in which Triton interprets, and return what it prints and its exit code."""
     path = os.pathsep.join([str(HERE), *filter(None, sys.path)])
     command = [sys.executable, "-m", "pytest", "-p", "interpreted", "-p", "no:cacheprovider", "-q", "--tb=short"]
-    run = subprocess.run(  # noqa: S603 - its own
+    run = subprocess.run(
         [*command, *arguments], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
     )
     return run.stdout + run.stderr, run.returncode
@@ -185,7 +185,7 @@ def _resources(compiled, tmp_path):
     cubin.write_bytes(compiled.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     command = [tool, "-res-usage", cubin]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: S603 - Triton's own
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return [int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL")]
 
 

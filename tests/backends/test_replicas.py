@@ -191,7 +191,7 @@ class TestJax:
     @pytest.mark.parametrize(("size", "masked"), [(2, True), (4, False)])
     def test_derivatives(self, size: int, *, masked: bool) -> None:
         jax = pytest.importorskip("jax")
-        from mbn_jax.group import AxisGroup  # noqa: PLC0415 - there may be no JAX
+        from mbn_jax.group import AxisGroup
 
         backend = mbn.get_backend("jax")
         x, dy = (values[:36] for values in data("float32", 4))

@@ -98,7 +98,7 @@ def _saved(value):
 
 COPIES = {
     "deepcopy": copy.deepcopy,
-    "pickle": lambda value: pickle.loads(pickle.dumps(value)),  # noqa: S301 - its own
+    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
     "torch.save": _saved,
 }
 """Ways to copy a layer or module, by name."""

@@ -80,7 +80,7 @@ def refused(capsys, *arguments):
 def test_built_in_examples_in_a_real_process(tmp_path):
     path = tmp_path / "out.json"
     command = [sys.executable, "-m", "mbn", "compare", "--backends", "numpy", "--json", str(path)]
-    ended = subprocess.run(  # noqa: S603 - our own command
+    ended = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "NO_COLOR": "1", "COLUMNS": "80"}
     )
     assert ended.returncode == 0, ended.stderr
@@ -258,7 +258,7 @@ from mbn.commands.cli import main
 code = main(["conform", "nope"])
 sys.exit("pytest" in sys.modules or code)
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)  # noqa: S603
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr.startswith("mbn conform: there is no backend 'nope'. Known backends: numpy,")
 
@@ -428,7 +428,7 @@ def test_output_that_nobody_takes_is_one_line(tmp_path, command, where, unbuffer
         os.close(writing)
         writing = os.open("/dev/full", os.O_WRONLY)
     environment = os.environ | {"PYTHONUNBUFFERED": unbuffered, "MBN_BACKEND": ""}
-    run = subprocess.run(  # noqa: S603 - our own command
+    run = subprocess.run(
         [sys.executable, "-m", "mbn", *command],
         stdout=writing,
         stderr=subprocess.PIPE,
@@ -534,4 +534,4 @@ def test_help(capsys, command):
 
 def test_the_core_imports_nothing_of_this():
     code = "import sys, mbn; sys.exit(not {'rich', 'mbn.commands'}.isdisjoint(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0  # noqa: S603 - our own code
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -61,7 +61,7 @@ class NarrowSums(ToyKernels):
 
 
 class ScaleAndShift(ToyKernels):
-    def normalize(self, batch: Batch, stats: Stats, params: Params, eps: float, out: Any = None) -> Array:  # noqa: ARG002
+    def normalize(self, batch: Batch, stats: Stats, params: Params, eps: float, out: Any = None) -> Array:
         (x, weights, _), (mean, var, _), (weight, bias) = batch, stats, params
         scale = ((1.0 if weight is None else weight) / np.sqrt(var + eps)).astype(np.float32)
         shift = ((0.0 if bias is None else bias) - mean * scale).astype(np.float32)
@@ -122,7 +122,7 @@ class StateUpdatedInEvaluation(Toy):
     def bind(self, forward: Any, pullback: Any) -> Any:
         def step(kernels: Any, batch: Any, params: Any, state: Any, settings: Any, *rest: Any) -> Any:
             y, _, stats = forward(kernels, batch, params, state, settings, *rest)
-            return y, forward(kernels, batch, params, state, settings, True)[1], stats  # noqa: FBT003 - training
+            return y, forward(kernels, batch, params, state, settings, True)[1], stats
 
         return step, pullback
 
@@ -175,7 +175,7 @@ class DeclaresMoreThanItDoes(Toy):
 
 
 class AnyDeviceWillDo(Toy):
-    def asarray(self, x: Any, dtype: str | None = None, device: Any = None) -> Array:  # noqa: ARG002 - the bug
+    def asarray(self, x: Any, dtype: str | None = None, device: Any = None) -> Array:
         return super().asarray(x, dtype)
 
 

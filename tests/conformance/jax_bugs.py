@@ -15,7 +15,7 @@ def on_gpu(plant: Callable[[], None]) -> Callable[[], None]:
     """Return what plants a bug once the layout is taken. JAX is imported there: a process that has it cannot fork."""
 
     def take_form_and_plant() -> None:
-        import jax_gpu_form  # noqa: PLC0415
+        import jax_gpu_form
 
         assert jax_gpu_form.MAPS
         plant()
@@ -34,7 +34,7 @@ def in_64_bits(plant: Callable[[], None]) -> Callable[[], None]:
 
 
 def means_in_one_unit() -> None:
-    from mbn_jax.kernels import pairs, passes  # noqa: PLC0415
+    from mbn_jax.kernels import pairs, passes
 
     def as_they_are(value, dtype):
         return pairs.Scaled(
@@ -45,7 +45,7 @@ def means_in_one_unit() -> None:
 
 
 def variances_in_one_unit() -> None:
-    from mbn_jax.kernels import pairs, passes  # noqa: PLC0415
+    from mbn_jax.kernels import pairs, passes
 
     def as_they_are(square, unit, dtype):
         return [*pairs.as_pair(pairs.times(pairs.times(square, unit), unit), dtype), passes.jnp.ones_like(unit, dtype)]
@@ -54,7 +54,7 @@ def variances_in_one_unit() -> None:
 
 
 def one_factor() -> None:
-    from mbn_jax.kernels import passes, primitives  # noqa: PLC0415
+    from mbn_jax.kernels import passes, primitives
 
     def product(invstd, weight):
         scale = passes.plain(invstd) * (1 if weight is None else weight)
@@ -64,7 +64,7 @@ def one_factor() -> None:
 
 
 def factors_for_a_weight_of_1() -> None:
-    from mbn_jax.kernels import passes, primitives  # noqa: PLC0415
+    from mbn_jax.kernels import passes, primitives
 
     own, where = passes._factors, passes.jnp.where
 
@@ -76,19 +76,19 @@ def factors_for_a_weight_of_1() -> None:
 
 
 def squares_as_found() -> None:
-    from mbn_jax.kernels import passes  # noqa: PLC0415
+    from mbn_jax.kernels import passes
 
     passes._leaves_range = lambda squares, *_: passes.jnp.any(squares < 0)
 
 
 def weights_as_they_are() -> None:
-    from mbn_jax.kernels import passes  # noqa: PLC0415
+    from mbn_jax.kernels import passes
 
     passes._in_range = lambda weights: weights
 
 
 def narrow_sums_in_evaluation() -> None:
-    from mbn_jax.kernels import own_statistics  # noqa: PLC0415
+    from mbn_jax.kernels import own_statistics
 
     def narrow(dy, given):
         x, weights, mean, invstd, _ = given
@@ -101,7 +101,7 @@ def narrow_sums_in_evaluation() -> None:
 
 
 def last_run_dropped() -> None:
-    from mbn_jax.kernels import gpu_sums  # noqa: PLC0415
+    from mbn_jax.kernels import gpu_sums
 
     in_runs = gpu_sums._in_chunks
 
@@ -114,19 +114,19 @@ def last_run_dropped() -> None:
 
 
 def deviations_from_nothing() -> None:
-    from mbn_jax.kernels import passes  # noqa: PLC0415
+    from mbn_jax.kernels import passes
 
     passes._first_few = lambda x: passes.jnp.zeros(x.shape[1], "float64")
 
 
 def channels_mixed_up() -> None:
-    from mbn_jax.kernels import layouts, passes  # noqa: PLC0415
+    from mbn_jax.kernels import layouts, passes
 
     passes.GPU = layouts.GPU._replace(place=lambda vector, ndim: layouts.GPU.broadcast(vector[::-1], ndim))
 
 
 def factors_in_any_order() -> None:
-    from mbn_jax.kernels import passes  # noqa: PLC0415
+    from mbn_jax.kernels import passes
 
     passes._multiplied = lambda values, first, second: values * first * second
 

@@ -10,7 +10,7 @@ from mbn.contract import Array, Backend
 
 
 class StatisticsNotShared(Toy):
-    def write(self, before: Any, after: Any) -> Any:  # noqa: ARG002 - the bug
+    def write(self, before: Any, after: Any) -> Any:
         return after
 
 

@@ -10,7 +10,7 @@ from mbn.contract import Array, Batch, Params, Stats
 
 
 class OutForgotten(ToyKernels):
-    def normalize(self, batch: Batch, stats: Stats, params: Params, eps: float, out: Any = None) -> Array:  # noqa: ARG002
+    def normalize(self, batch: Batch, stats: Stats, params: Params, eps: float, out: Any = None) -> Array:
         return super().normalize(batch, stats, params, eps)
 
 
@@ -37,7 +37,7 @@ class MaskForgottenInOut(ToyKernels):
 
 
 class OverlapNotSeen(Toy):
-    def conflict(self, out: Array, x: Array) -> str | None:  # noqa: ARG002 - the bug
+    def conflict(self, out: Array, x: Array) -> str | None:
         return None
 
 

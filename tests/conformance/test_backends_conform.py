@@ -48,7 +48,7 @@ GPU_FORM = {
 def test_backend_conforms(backend: str, environment: dict[str, str], tmp_path: Path) -> None:
     report, junit = tmp_path / "report.json", tmp_path / "junit.xml"
     command = [sys.executable, "-m", "mbn", "conform", backend, "--json", report, "--junit-xml", junit]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)  # noqa: S603
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
     assert run.returncode == 0, run.stdout + run.stderr
     written = json.loads(report.read_text())
     areas, capabilities = written["areas"], written["backends"][backend]["capabilities"]
@@ -70,14 +70,14 @@ def test_backend_conforms(backend: str, environment: dict[str, str], tmp_path: P
 def test_gpu_conforms(target: str) -> None:
     if reason := gpus.missing(target.partition(":")[0]):
         pytest.skip(reason)
-    run = subprocess.run([sys.executable, "-m", "mbn", "conform", target], capture_output=True, text=True, check=False)  # noqa: S603
+    run = subprocess.run([sys.executable, "-m", "mbn", "conform", target], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_runs_as_plain_pytest() -> None:
     command = [sys.executable, "-m", "pytest", "--pyargs", "mbn.conformance", "-p", "mbn.conformance.plugin"]
     options = ["--backend", "numpy", "-k", "rows_example", "-p", "no:cacheprovider"]
-    run = subprocess.run([*command, *options], capture_output=True, text=True, check=False)  # noqa: S603
+    run = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "semantics  passed     1 passed" in run.stdout
 
@@ -92,7 +92,7 @@ def test_runs_as_plain_pytest() -> None:
 )
 def test_wrong_names_are_one_line(arguments: list[str], words: str) -> None:
     command = [sys.executable, "-m", "pytest", "--pyargs", "mbn.conformance", "-p", "mbn.conformance.plugin"]
-    run = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)  # noqa: S603
+    run = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
     assert run.returncode == pytest.ExitCode.USAGE_ERROR
     assert words in run.stderr
     assert "Traceback" not in run.stderr

@@ -21,7 +21,7 @@ GROUPS = [NAMES[start : start + 9] for start in range(0, len(NAMES), 9)]
 def conform(script: str, names: list[str], folder: Path) -> dict[str, dict[str, Any]]:
     """Run the suite in a process of its own; return its report on each bug."""
     command = [sys.executable, script, folder, *names]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     reports = {name: folder / f"{name}.json" for name in names}
     assert all(report.exists() for report in reports.values()), run.stdout + run.stderr
     return {name: json.loads(report.read_text()) for name, report in reports.items()}

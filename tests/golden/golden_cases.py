@@ -230,9 +230,9 @@ def results(case: Case, backend: str) -> dict[str, np.ndarray]:
 def _wide_enough(backend: str, case: Case) -> AbstractContextManager[Any]:
     if backend != "jax" or "float64" not in (case.dtype, case.layer):
         return nullcontext()
-    from mbn_jax.kernels.primitives import enable_x64  # noqa: PLC0415 - NumPy alone is enough for the other backends
+    from mbn_jax.kernels.primitives import enable_x64
 
-    return enable_x64(True)  # noqa: FBT003 - its only argument
+    return enable_x64(True)
 
 
 def _exactly(value: np.ndarray) -> np.ndarray:
@@ -251,7 +251,7 @@ def _out(bn: mbn.BatchNorm1d, x: Any, dy: Any, weights: dict[str, Any]) -> dict[
     return {"y": y, "new mean": mean, "new var": var}
 
 
-def _fit(bn: mbn.BatchNorm1d, x: Any, dy: Any, weights: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
+def _fit(bn: mbn.BatchNorm1d, x: Any, dy: Any, weights: dict[str, Any]) -> dict[str, Any]:
     bn.fit([x, dy, x[:5]], progress=False)
     return {}
 
@@ -262,7 +262,7 @@ def _autograd(bn: mbn.BatchNorm1d, x: Any, dy: Any, weights: dict[str, Any]) -> 
         y = bn(x, **weights)
         y.backward(dy)
         return {"y": y.detach(), "dx": x.grad, "dweight": bn.weight.grad, "dbias": bn.bias.grad}
-    import jax  # noqa: PLC0415 - as above
+    import jax
 
     def loss(params: Any, x: Any) -> Any:
         y, _ = bn.apply(params, bn.state, x, training=bn.training, **weights)
@@ -274,13 +274,13 @@ def _autograd(bn: mbn.BatchNorm1d, x: Any, dy: Any, weights: dict[str, Any]) -> 
 
 def _second(bn: mbn.BatchNorm1d, x: Any, dy: Any, weights: dict[str, Any]) -> dict[str, Any]:
     if bn.backend == "torch":
-        import torch  # noqa: PLC0415 - as above
+        import torch
 
         x.requires_grad_()
         (dx,) = torch.autograd.grad((bn(x, **weights) * dy).sum(), x, create_graph=True)
         (ddx,) = torch.autograd.grad((dx**2).sum(), x)
         return {"dx": dx.detach(), "ddx": ddx}
-    import jax  # noqa: PLC0415 - as above
+    import jax
 
     def loss(x: Any) -> Any:
         return (bn.apply(bn.params, bn.state, x, training=True, **weights)[0] * dy).sum()
@@ -300,13 +300,13 @@ def _vmap(bn: mbn.BatchNorm1d, x: Any, dy: Any, weights: dict[str, Any]) -> dict
 
 
 def _of_torch() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    import torch  # noqa: PLC0415 - as above
+    import torch
 
     return torch.stack, torch.func.vmap
 
 
 def _of_jax() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    import jax  # noqa: PLC0415 - as above
+    import jax
 
     return jax.numpy.stack, jax.vmap
 

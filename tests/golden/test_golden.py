@@ -83,7 +83,7 @@ def _assert_close(value: np.ndarray, recorded: np.ndarray, case: Case, name: str
 
 
 def _layers(backend: str) -> list[Any]:
-    layers: list[Any] = pickle.loads((HERE / f"{backend}.pickle").read_bytes())  # noqa: S301 - our own
+    layers: list[Any] = pickle.loads((HERE / f"{backend}.pickle").read_bytes())
     return layers
 
 

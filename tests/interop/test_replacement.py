@@ -143,7 +143,7 @@ def test_a_second_time_there_is_nothing_to_do():
 
 
 class _Frozen(torch.nn.BatchNorm1d):
-    def train(self, mode=True):  # noqa: ARG002, FBT002 - torch's signature
+    def train(self, mode=True):
         return super().train(mode=False)
 
 

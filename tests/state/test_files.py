@@ -90,7 +90,7 @@ def test_file_is_loaded_by_a_subclass(path: Path) -> None:
 
 def test_file_holds_the_entries_of_torch(path: Path) -> None:
     torch = pytest.importorskip("torch", reason="it is the one that loads them")
-    from safetensors.torch import load_file as load_tensors  # noqa: PLC0415 - it imports torch
+    from safetensors.torch import load_file as load_tensors
 
     theirs = torch.nn.BatchNorm1d(4)
     theirs.load_state_dict(load_tensors(path))
@@ -222,7 +222,7 @@ def test_file_reaches_the_disk_before_it_takes_the_name(path: Path, monkeypatch:
 
 def test_killed_process_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     command = [sys.executable, killed_while_saving.__file__, tmp_path, "200"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     left = json.loads(run.stdout)
     assert left["whole"] == 200
@@ -239,7 +239,7 @@ mbn.BatchNorm1d(4).save(sys.argv[1])
 
 
 def leave_unfinished(path: Path) -> None:
-    run = subprocess.run([sys.executable, "-c", _KILLED, path], check=False)  # noqa: S603
+    run = subprocess.run([sys.executable, "-c", _KILLED, path], check=False)
     assert run.returncode == -signal.SIGKILL
 
 

@@ -241,7 +241,7 @@ except KeyboardInterrupt:
 @pytest.mark.parametrize("progress", ["progress", "no progress"])
 def test_interrupt_leaves_the_layer_as_it_was(progress: str) -> None:
     command = [sys.executable, "-c", INTERRUPTED, progress]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:  # noqa: S603
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "go\n"
         child.send_signal(signal.SIGINT)

@@ -66,7 +66,7 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, x: np.ndarray, finer: int = 1) -> "Layout":
         """Return the layout that follows the memory of x, as far as the order of sums allows."""
-        n, c, length = shape = x.shape if x.ndim == 3 else (*x.shape, 1)  # noqa: PLR2004
+        n, c, length = shape = x.shape if x.ndim == 3 else (*x.shape, 1)
         is_long, together = length > 2 * finer * _PARTIALS, max(1, min(n, finer * _ROW // (c * length)))
         partials = finer * _PARTIALS if is_long else length * together
         is_last = length == 1 or (not x.flags.c_contiguous and x.swapaxes(1, 2).flags.c_contiguous)
@@ -77,12 +77,12 @@ class Layout(NamedTuple):
         """Return the layout that follows the memory of x where nothing is summed up."""
         if x.flags.c_contiguous or not x.flags.f_contiguous:
             return cls.of(x)
-        shape = x.T.shape if x.ndim == 3 else (1, *x.T.shape)  # noqa: PLR2004
+        shape = x.T.shape if x.ndim == 3 else (1, *x.T.shape)
         return cls(last=False, shape=shape, partials=1, transposed=True)
 
     def arranged(self, array: np.ndarray) -> np.ndarray:
         """Return a view of an array in the shape of x as (N, C, L), or (N, L, C) with channels last."""
-        if array.ndim == 2:  # noqa: PLR2004
+        if array.ndim == 2:
             return array.T[None] if self.transposed else array[:, None]
         if self.transposed:
             return array.T
@@ -112,7 +112,7 @@ class Layout(NamedTuple):
         """Return the weights of a chunk as one axis."""
         if weights is None:
             return _NOTHING
-        weights = weights if weights.ndim == 2 else weights[:, None]  # noqa: PLR2004 - (N, L), or (N,)
+        weights = weights if weights.ndim == 2 else weights[:, None]
         weights = weights.T if self.transposed else weights
         return np.ascontiguousarray(weights[chunk], WIDE).reshape(-1)
 

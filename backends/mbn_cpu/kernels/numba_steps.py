@@ -10,20 +10,8 @@ from mbn_cpu.channel_stats import Pair, counted, step
 from mbn_cpu.kernels import numba_loops
 from mbn_cpu.kernels.numba_passes import Layout, flat, readable
 
-_SIZE = 1 << 19
-"""Values up to which this is the faster way."""
 _NO_VECTOR = np.empty(0, np.float32)
 _NO_REST = np.empty(0)
-
-
-def takes(x: np.ndarray, weights: np.ndarray | None, other: np.ndarray | None) -> bool:
-    """Tell whether a batch, and another array in its shape, are for this module."""
-    if weights is not None or x.size > _SIZE or x.dtype != np.float32:
-        return False
-    is_one_piece = x.flags.c_contiguous or (x.ndim == 3 and x.swapaxes(1, 2).flags.c_contiguous)  # noqa: PLR2004
-    return (
-        is_one_piece and x.flags.aligned and (other is None or (other.strides == x.strides and other.dtype == x.dtype))
-    )
 
 
 def train(

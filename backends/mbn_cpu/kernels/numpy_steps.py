@@ -9,15 +9,8 @@ import numpy as np
 from mbn.contract import Batch, Params, Settings, State, Stats
 from mbn_cpu.channel_stats import FAR_SQUARE, WIDE, Pair, counted, invstd, is_wide, lerp, step
 
-_SIZE = 1 << 14
-"""Values up to which this is the faster way."""
 _ROOM = 2.0**800
 """Numbers below it leave room for products with those of float32."""
-
-
-def takes(x: np.ndarray, weights: np.ndarray | None, other: np.ndarray | None) -> bool:  # noqa: ARG001 - any will do
-    """Tell whether a batch, and another array in its shape, are for this module."""
-    return weights is None and x.size <= _SIZE and not is_wide(x)
 
 
 @np.errstate(all="ignore")
@@ -29,7 +22,7 @@ def train(
     running_mean, running_var, num_batches_tracked = state
     n, axes = x.size // x.shape[1], _axes(x)
     d = x.astype(WIDE, order="C")  # the order of sums must not be that of the memory
-    first = d[0].copy() if x.ndim == 2 else d[0, :, 0].copy()  # noqa: PLR2004 - (N, C)
+    first = d[0].copy() if x.ndim == 2 else d[0, :, 0].copy()
     d -= _column(first, x)
     rest, m2 = _sums(d, n, axes)
     var = m2 / n
@@ -119,9 +112,9 @@ def _rounded(values: np.ndarray, x: np.ndarray, out: np.ndarray | None = None) -
 
 
 def _axes(x: np.ndarray) -> int | tuple[int, int]:
-    return 0 if x.ndim == 2 else (0, 2)  # noqa: PLR2004 - (N, C) or (N, C, L)
+    return 0 if x.ndim == 2 else (0, 2)
 
 
 def _column(vector: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Return a (C,) vector in the shape that broadcasts against x."""
-    return vector if x.ndim == 2 else vector[:, None]  # noqa: PLR2004 - (N, C) or (N, C, L)
+    return vector if x.ndim == 2 else vector[:, None]

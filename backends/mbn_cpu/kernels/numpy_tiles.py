@@ -42,7 +42,7 @@ class Layout(NamedTuple):
     def parts(self, array: np.ndarray) -> list[np.ndarray]:
         """Return an array as (A, F, C, L), and what is left over of it as another one."""
         array = self.view(array)
-        if array.ndim == 4:  # noqa: PLR2004 - (A, F, C, L)
+        if array.ndim == 4:
             return [array]
         if self.fold == 1:
             return [array[:, None]]
@@ -53,13 +53,13 @@ class Layout(NamedTuple):
 
 def for_sums(x: np.ndarray) -> Layout:
     """Return the layout to sum up x in: the same whatever its memory order is."""
-    view = _as_sequences if x.ndim == 2 else _as_it_is  # noqa: PLR2004 - (N, C)
+    view = _as_sequences if x.ndim == 2 else _as_it_is
     return Layout(view, _fold(x.shape))
 
 
 def for_values(x: np.ndarray, *others: np.ndarray) -> Layout:
     """Return the layout to go through the values of x, and of others in its shape, in: along the memory of x."""
-    if x.ndim == 2:  # noqa: PLR2004 - (N, C)
+    if x.ndim == 2:
         return Layout(_transposed, 1) if x.strides[0] < x.strides[1] else for_sums(x)
     _, c, length = x.shape
     if x.strides[1] >= x.strides[2] or c == 1 or length == 1:

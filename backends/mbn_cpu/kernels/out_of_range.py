@@ -255,7 +255,7 @@ def _where_counted(values: np.ndarray, weights: np.ndarray | None) -> np.ndarray
 
 def _along(vector: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Return a (C,) vector in the shape that broadcasts against x."""
-    return vector if x.ndim == 2 else vector[:, None]  # noqa: PLR2004 - (N, C) or (N, C, L)
+    return vector if x.ndim == 2 else vector[:, None]
 
 
 _LIMITS = {

@@ -21,7 +21,7 @@ CHUNK = 16
 
 def column(vector: jax.Array, ndim: int) -> jax.Array:
     """Return a (C,) vector in the shape that broadcasts against an x of ndim axes."""
-    return vector if ndim == 2 else vector[:, None]  # noqa: PLR2004 - (N, C) or (N, C, L)
+    return vector if ndim == 2 else vector[:, None]
 
 
 def rows(x: jax.Array | None) -> jax.Array | None:

@@ -73,5 +73,5 @@ def _blocks(x: jax.Array) -> jax.Array:
     return x.transpose(0, 3, 1, 2, 4)
 
 
-CPU = _layout(channel_sums.rows, lambda vector, ndim: vector, channel_sums.channel_sums)  # noqa: ARG005
+CPU = _layout(channel_sums.rows, lambda vector, ndim: vector, channel_sums.channel_sums)
 GPU = _layout(lambda x: x, channel_sums.column, gpu_sums.channel_sums)

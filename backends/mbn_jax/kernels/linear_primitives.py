@@ -134,23 +134,23 @@ def are_transposes(one: LinearPrimitive, other: LinearPrimitive) -> None:
     one.transpose, other.transpose = other, one
 
 
-def _channel_sum(layout: Layout, arrays: Arrays, residuals: Any, shape: Shape) -> list[jax.Array]:  # noqa: ARG001 - it has none
+def _channel_sum(layout: Layout, arrays: Arrays, residuals: Any, shape: Shape) -> list[jax.Array]:
     (x,) = arrays
     (total,) = layout.sums(layout.view(x).astype(np.float64))
     return [total.astype(x.dtype)]
 
 
-def _spread(arrays: Arrays, residuals: Any, shape: Shape) -> list[jax.Array]:  # noqa: ARG001
+def _spread(arrays: Arrays, residuals: Any, shape: Shape) -> list[jax.Array]:
     return [jnp.broadcast_to(column(arrays[0], len(shape)), shape)]
 
 
 _CHANNEL_SUM = LinearPrimitive(
     "channel_sum",
     partial(_channel_sum, CPU),
-    lambda arrays, shape: [shape[1:2]],  # noqa: ARG005
+    lambda arrays, shape: [shape[1:2]],
     on_gpu=partial(_channel_sum, GPU),
 )
-_SPREAD = LinearPrimitive("spread", _spread, lambda arrays, shape: [shape])  # noqa: ARG005
+_SPREAD = LinearPrimitive("spread", _spread, lambda arrays, shape: [shape])
 are_transposes(_CHANNEL_SUM, _SPREAD)
 
 

@@ -169,7 +169,7 @@ def _vector(batch: Batch, value: jax.Array | None, default: float) -> jax.Array:
 # Forwards: weight * P(v) + dweight * xhat + dbias.
 
 
-def _push(layout: Layout, arrays: Arrays, residuals: tuple[Batch, jax.Array], shape: Shape) -> list[jax.Array]:  # noqa: ARG001
+def _push(layout: Layout, arrays: Arrays, residuals: tuple[Batch, jax.Array], shape: Shape) -> list[jax.Array]:
     (v, *parameters), (batch, weight) = arrays, residuals
     rest, _, sums = _sums(layout, v, batch, batch.weights)
     dweight, dbias = map(wide, parameters)
@@ -197,7 +197,7 @@ def _push_derivative(
 # s * (g - w * sum(g) / n - w * xhat * sum(xhat * g) / n).
 
 
-def _pull(layout: Layout, arrays: Arrays, residuals: tuple[Batch, jax.Array], shape: Shape) -> list[jax.Array]:  # noqa: ARG001
+def _pull(layout: Layout, arrays: Arrays, residuals: tuple[Batch, jax.Array], shape: Shape) -> list[jax.Array]:
     (dy,), (batch, weight) = arrays, residuals
     rest, (dbias, dweight), sums = _sums(layout, dy, batch, None)
     explained = _line(*(_share(total, batch) for total in sums), rest, batch)
@@ -302,14 +302,14 @@ def _broadcast(vector: jax.Array, batch: Batch) -> jax.Array:
 _pushforward = LinearPrimitive(
     "batch_norm_pushforward",
     partial(_push, CPU),
-    lambda arrays, shape: arrays[:1],  # noqa: ARG005
+    lambda arrays, shape: arrays[:1],
     _push_derivative,
     partial(_push, GPU),
 )
 _pullback = LinearPrimitive(
     "batch_norm_pullback",
     partial(_pull, CPU),
-    lambda arrays, shape: [arrays[0], arrays[0][1:2], arrays[0][1:2]],  # noqa: ARG005
+    lambda arrays, shape: [arrays[0], arrays[0][1:2], arrays[0][1:2]],
     _pull_derivative,
     partial(_pull, GPU),
 )

@@ -207,7 +207,7 @@ def _first_few(x: jax.Array) -> jax.Array:
     if few == 1:
         return first
     rows = min(few, x.shape[0])
-    values = wide(x[:rows] if x.ndim == 2 else x[:rows, :, : -(-few // rows)])  # noqa: PLR2004 - (N, C)
+    values = wide(x[:rows] if x.ndim == 2 else x[:rows, :, : -(-few // rows)])
     (total,) = gpu_sums.channel_sums(values - column(first, x.ndim))  # 0 for a constant channel
     return first + total / (values.size // x.shape[1])
 

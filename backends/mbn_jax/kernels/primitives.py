@@ -44,7 +44,7 @@ Levels: TypeAlias = tuple[Level, ...]
 def usual_rules() -> Iterator[None]:
     """Trace as functions of maps are written: with 64-bit numbers, and promoting as JAX does unless it is told."""
     rank, dtype = jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard")
-    with enable_x64(True), rank, dtype:  # noqa: FBT003 - its only argument
+    with enable_x64(True), rank, dtype:
         yield
 
 
@@ -93,7 +93,7 @@ class WidePrimitive:
         return vectorized(lambda *leaves: function(*tree.unflatten(leaves), **settings), levels)(*operands)
 
     def _run(self, *operands: Any, **parameters: Any) -> list[jax.Array]:
-        with jax.disable_jit(False):  # noqa: FBT003 - its only argument; a primitive runs compiled or not at all
+        with jax.disable_jit(False):
             return _compiled(self.primitive, *operands, **parameters)
 
     def _abstract_eval(self, *operands: Any, levels: Levels, **parameters: Any) -> list[Any]:

@@ -16,7 +16,7 @@ import torch
 from mbn.contract import Batch, Kernels, Moments, Params, Settings, State, Stats
 from mbn_common.channel_stats import Pair, Scaled
 from mbn_cpu import huge_pages, thread_pool
-from mbn_cpu.installed import Host
+from mbn_cpu.backend import HostBackend
 from mbn_torch.channel_stats import TorchKernels
 
 _has_versions = hasattr(torch._C, "_to_dlpack_versioned")  # noqa: SLF001 - Torch 2.9 and later
@@ -64,14 +64,14 @@ class ArrayBatch(NamedTuple):
 class CpuKernels(TorchKernels):
     """Kernels of NumPy arrays."""
 
-    def __init__(self, own: Host, kernels: Kernels) -> None:
+    def __init__(self, own: HostBackend, kernels: Kernels) -> None:
         """Take a backend of arrays and the kernels to use of it."""
         self._own, self._kernels = own, kernels
         self._is_at_once = kernels.train is not None  # which one thread does
 
     @classmethod
     @cache
-    def of(cls, own: Host, kernels: Kernels) -> "CpuKernels":
+    def of(cls, own: HostBackend, kernels: Kernels) -> "CpuKernels":
         """Return the one for these."""
         return cls(own, kernels)
 
@@ -113,14 +113,14 @@ class CpuKernels(TorchKernels):
         self, batch: ArrayBatch, params: Params, state: State, settings: Settings, out: torch.Tensor | None
     ) -> tuple[torch.Tensor, State, Stats]:
         """Return output, new state and statistics, which are arrays, of a step of training."""
-        y, after, stats = self._step(batch, params, state, settings, True, out)  # noqa: FBT003
+        y, after, stats = self._step(batch, params, state, settings, True, out)
         return y, State(*map(_tensor, after)), stats
 
     def evaluate(
         self, batch: ArrayBatch, params: Params, state: State, settings: Settings, out: torch.Tensor | None
     ) -> torch.Tensor:
         """Return the output of evaluation."""
-        return self._step(batch, params, state, settings, False, out)[0]  # noqa: FBT003
+        return self._step(batch, params, state, settings, False, out)[0]
 
     def _step(
         self,
@@ -128,7 +128,7 @@ class CpuKernels(TorchKernels):
         params: Params,
         state: State,
         settings: Settings,
-        training: bool,  # noqa: FBT001 - in every call, where keywords cost
+        training: bool,
         out: torch.Tensor | None,
     ) -> tuple[torch.Tensor, State, Stats]:
         y = _like(batch.x) if out is None else out

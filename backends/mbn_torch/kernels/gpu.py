@@ -225,7 +225,7 @@ def _sums(
         *_other_rows(x),
         UNIT_X=tiles.units[0],
         UNROLLED=tiles.loads,
-        ROUGH=statistics == 3,  # noqa: PLR2004
+        ROUGH=statistics == 3,
         **tiles.constants,
     )
     return partials

@@ -435,7 +435,7 @@ def finish_moments(
 def _counted(num_batches_tracked):
     """Return the count of batches after one more; the largest int64 stays."""
     count = tl.load(num_batches_tracked)
-    return tl.where(count == 0x7FFFFFFFFFFFFFFF, count, count + 1)  # noqa: PLR2004 - int64
+    return tl.where(count == 0x7FFFFFFFFFFFFFFF, count, count + 1)
 
 
 @triton.jit

@@ -71,7 +71,7 @@ def _tiling(
     strides: tuple[tuple[int, ...], ...],
     weights: tuple[int, ...] | None,
     itemsize: int,
-    sums: bool,  # noqa: FBT001 - the key of a cache
+    sums: bool,
 ) -> Tiling:
     (rows, channels, positions), found = described(shape, strides, weights)
     extents = rows, positions, channels

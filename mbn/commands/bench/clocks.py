@@ -60,7 +60,7 @@ class HostClock(Clock):
 
     waits: ClassVar[bool] = True
 
-    def sets(self, nbytes: int) -> int:  # noqa: ARG002 - a processor's caches are part of what is measured
+    def sets(self, nbytes: int) -> int:
         """Return 1."""
         return 1
 
@@ -143,7 +143,7 @@ class QueueClock(DeviceClock):
         """Wait after each round of calls."""
         return [elapsed(lambda: self._wait(calls()), 1) for _ in range(number)]
 
-    def beyond_arrays(self, call: Call) -> int | None:  # noqa: ARG002 - nothing tells
+    def beyond_arrays(self, call: Call) -> int | None:
         """Return None."""
         return None
 

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         written[args.json] = record.to_json(result).encode()
     if args.plot and result.timed:
-        from mbn.commands.bench import plot  # noqa: PLC0415 - matplotlib is an extra
+        from mbn.commands.bench import plot
 
         picture = io.BytesIO()
         plot.save(result, picture)
@@ -60,8 +60,7 @@ def _on_device(device: str, backends: list[str]) -> list[str]:
     specs = [options.on_device(spec, device) for spec in backends]
     found = measurement.placed(specs)
     if not found:
-        message = f"no backend here has a device {device!r}. `mbn backends` says which devices there are."
-        raise UsageError(message)
+        raise UsageError(f"no backend here has a device {device!r}. `mbn backends` says which devices there are.")
     left_out = [spec.partition(":")[0] for spec in specs if spec not in found]
     if left_out:
         console().print(f"Not on {device}, and so left out: {', '.join(left_out)}.\n", highlight=False)
@@ -83,6 +82,5 @@ def _workload(args: argparse.Namespace) -> Workload:
     workload = Workload(args.shape, args.dtype, args.axis, args.masked)
     options.check_memory(workload.shape, options.numpy_dtype(workload.dtype))
     if workload.size <= workload.num_features:
-        message = f"shape {workload.shape} has one value per channel; training takes more."
-        raise UsageError(message)
+        raise UsageError(f"shape {workload.shape} has one value per channel; training takes more.")
     return workload

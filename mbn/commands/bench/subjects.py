@@ -78,14 +78,11 @@ class Layer(Subject):
     def __init__(self, backend: Backend, workload: Workload, device: str | None) -> None:
         can = backend.capabilities
         if workload.dtype not in can.dtypes:
-            message = f"{backend.name} takes no {workload.dtype} here"
-            raise NotImplementedError(message)
+            raise NotImplementedError(f"{backend.name} takes no {workload.dtype} here")
         if workload.masked and not can.masks:
-            message = f"{backend.name} takes no masks"
-            raise NotImplementedError(message)
+            raise NotImplementedError(f"{backend.name} takes no masks")
         if workload.transposed and not can.strided:
-            message = f"{backend.name} has no arrays that are not contiguous"
-            raise NotImplementedError(message)
+            raise NotImplementedError(f"{backend.name} has no arrays that are not contiguous")
         self.version, self.device = backend.version, device or can.devices[0]
         self.workload = workload
         self._backend, self._device = backend, device

@@ -62,8 +62,7 @@ class Worker:
 
     def _seconds(self, mode: str) -> float:
         if not self._subjects:
-            message = f"{mode} comes after a Preparation"
-            raise RuntimeError(message)
+            raise RuntimeError(f"{mode} comes after a Preparation")
         clock = self._subjects[0].clock
         seconds = clock.seconds(
             self._captured.get(mode) or [each.step(mode) if clock.waits else each.call(mode) for each in self._subjects]

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         written[args.json] = record.to_json(comparisons, result).encode()
     if args.plot and any(comparison.errors for comparison in comparisons):
-        from mbn.commands.compare import plot  # noqa: PLC0415 - matplotlib is an extra
+        from mbn.commands.compare import plot
 
         picture = io.BytesIO()
         plot.save(comparisons, picture)

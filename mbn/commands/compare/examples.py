@@ -82,8 +82,7 @@ def read(path: Path, dtype: str | None) -> list[Example]:
     """
     arrays = _load(path)
     if not arrays:
-        message = f"{path} holds no arrays."
-        raise UsageError(message)
+        raise UsageError(f"{path} holds no arrays.")
     for name, x in arrays.items():
         _check_array(name, x, dtype)
     return [_with_random_parameters(f"{name} {x.shape}", x, dtype or dtype_name(x.dtype)) for name, x in arrays.items()]
@@ -99,8 +98,9 @@ def _with_random_parameters(name: str, x: np.ndarray, dtype: str) -> Example:
         x = x.astype(numpy_dtype(dtype))
     limit = float(np.sqrt(np.finfo(layer_dtype(dtype)).max) / 2)
     if not (np.abs(x.astype(np.float64)) <= limit).all():
-        message = f"{name} holds NaN, infinite or huge values as {dtype}: only variances that fit can be compared."
-        raise UsageError(message)
+        raise UsageError(
+            f"{name} holds NaN, infinite or huge values as {dtype}: only variances that fit can be compared."
+        )
     weight, bias = np.random.default_rng(_SEED).standard_normal((2, x.shape[1])).astype(layer_dtype(dtype))
     return Example(name, x, weight, bias)
 
@@ -111,16 +111,13 @@ def _load(path: Path) -> dict[str, np.ndarray]:
             loaded = np.load(file, allow_pickle=False)
             arrays = {path.name: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
     except OSError as error:
-        message = f"{path} cannot be read: {error.strerror or error}."
-        raise UsageError(message) from error
+        raise UsageError(f"{path} cannot be read: {error.strerror or error}.") from error
     except Exception as error:  # a file can have Python's parser, zlib or the memory raise anything
         why = "" if "pickle" in str(error) else f" ({_first_line(error)})"  # what NumPy takes all other files for
-        message = f"{path} is no .npy or .npz file of numbers that fit into memory{why}."
-        raise UsageError(message) from error
+        raise UsageError(f"{path} is no .npy or .npz file of numbers that fit into memory{why}.") from error
     for name, x in arrays.items():
         if not isinstance(x, np.ndarray):
-            message = f"{path} is no .npz file of numbers: {name} is no array."
-            raise UsageError(message)
+            raise UsageError(f"{path} is no .npz file of numbers: {name} is no array.")
     return arrays
 
 
@@ -130,11 +127,9 @@ def _first_line(error: Exception) -> str:
 
 def _check_array(name: str, x: np.ndarray, dtype: str | None) -> None:
     if x.ndim not in (2, 3):
-        message = f"{name} has shape {x.shape}; BatchNorm1d takes (N, C) or (N, C, L)."
-        raise UsageError(message)
+        raise UsageError(f"{name} has shape {x.shape}; BatchNorm1d takes (N, C) or (N, C, L).")
     if x.size <= x.shape[1]:
-        message = f"{name} has shape {x.shape}; training takes more than one value per channel."
-        raise UsageError(message)
+        raise UsageError(f"{name} has shape {x.shape}; training takes more than one value per channel.")
     convertible = x.dtype.kind in "fiu"
     if not convertible or (dtype is None and dtype_name(x.dtype) not in DTYPES):
         message = f"{name} is {x.dtype}, and what can be compared is {', '.join(DTYPES)}."

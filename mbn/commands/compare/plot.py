@@ -52,7 +52,7 @@ def _draw(panel: Axes, names: list[str], quantity: str, comparisons: list[Compar
     for (a, b), (share, ulp) in worst.items():
         row, column = names.index(b) - 1, names.index(a)
         shares[row, column] = share
-        ink = _INK if share < 0.6 else "white"  # noqa: PLR2004 - where the shades turn dark
+        ink = _INK if share < 0.6 else "white"
         panel.text(column, row, format_ulp(ulp), ha="center", va="center", color=ink, fontsize=13)
     panel.imshow(shares, cmap=colours, vmin=0, vmax=1)
     panel.set_xticks(range(size), names[:-1])

@@ -78,4 +78,4 @@ def format_ulp(ulp: float) -> str:
     """Return an error as text; an exact 0 is told from a small one."""
     if ulp == 0 or math.isinf(ulp):
         return f"{ulp:.0f}"
-    return f"{ulp:.2f}" if ulp < 1000 else f"{ulp:.1e}"  # noqa: PLR2004 - where decimals stop to matter
+    return f"{ulp:.2f}" if ulp < 1000 else f"{ulp:.1e}"

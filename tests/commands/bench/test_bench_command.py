@@ -63,7 +63,7 @@ def refused(capsys, *arguments):
 def test_in_real_processes(tmp_path):
     path = tmp_path / "out.json"
     command = [sys.executable, "-m", "mbn", "bench", "--shape", "64,8", "--modes", "train", "--json", str(path)]
-    ended = subprocess.run(  # noqa: S603 - our own command
+    ended = subprocess.run(
         [*command, "--backends", "numpy"],
         capture_output=True,
         text=True,

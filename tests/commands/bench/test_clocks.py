@@ -128,7 +128,7 @@ class Queued(Subject):
     def own(self, host):
         return host
 
-    def call(self, mode):  # noqa: ARG002
+    def call(self, mode):
         return self.work.work
 
 
@@ -212,7 +212,7 @@ def cupy_clock(monkeypatch):
     cupy.get_default_memory_pool = lambda: pool
     cupy.cuda = SimpleNamespace(
         Event=Event,
-        Stream=lambda *, non_blocking: Context("stream"),  # noqa: ARG005
+        Stream=lambda *, non_blocking: Context("stream"),
         MemoryPool=Pool,
         Device=lambda: Context("device"),
         using_allocator=lambda _: Context("pool"),
@@ -220,7 +220,7 @@ def cupy_clock(monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.delitem(sys.modules, "mbn.commands.bench.peers.cupy", raising=False)
-    from mbn.commands.bench.peers.cupy import Clock  # noqa: PLC0415 - over the CuPy of this test
+    from mbn.commands.bench.peers.cupy import Clock
 
     yield Clock(SimpleNamespace(device=SimpleNamespace(use=lambda: log.append("use")))), log, device, pool
     monkeypatch.delitem(sys.modules, "mbn.commands.bench.peers.cupy")
@@ -258,9 +258,9 @@ def test_memory_beyond_arrays_is_what_the_pool_grew_by_less_outputs(cupy_clock):
 
 @pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
 def test_torch_is_timed_by_its_events(monkeypatch):
-    import torch  # noqa: PLC0415 - which may not be there
+    import torch
 
-    from mbn.commands.bench.peers.torch import Clock  # noqa: PLC0415 - the same
+    from mbn.commands.bench.peers.torch import Clock
 
     device = Device(1e-3)
 

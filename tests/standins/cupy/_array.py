@@ -57,7 +57,7 @@ class ndarray:  # noqa: N801 - CuPy's name
         operand(self)[key] = operand(value)
 
     def __reduce__(self):
-        from . import asarray  # noqa: PLC0415
+        from . import asarray
 
         return asarray, (self.get(),)
 

@@ -86,7 +86,7 @@ class Copy(Subject):
         self.device = f"cuda:{self.x.device.id}"
         self._copy = cupy.empty_like(self.x)
 
-    def call(self, mode: str) -> Call:  # noqa: ARG002 - it is always the same
+    def call(self, mode: str) -> Call:
         x, copy = self.x, self._copy
         return lambda: copy.data.copy_from_device_async(x.data, x.nbytes)
 

@@ -20,8 +20,7 @@ class Module(JaxSubject):
 
     def __init__(self, workload: Workload, device: str | None) -> None:
         if workload.masked or workload.dtype == "float64":
-            message = "no step of nnx.BatchNorm with a mask or float64 is measured"
-            raise NotImplementedError(message)
+            raise NotImplementedError("no step of nnx.BatchNorm with a mask or float64 is measured")
         self.workload, self._device = workload, device
         self.device = str(next(iter(self.x.devices())))
         module = nnx.BatchNorm(workload.num_features, dtype=self.x.dtype, rngs=nnx.Rngs(0))

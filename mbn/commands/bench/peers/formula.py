@@ -23,8 +23,9 @@ class Formula(Subject):
 
     def __init__(self, workload: Workload, device: str | None) -> None:
         if device not in (None, "cpu") or workload.masked:
-            message = "the formula takes no masks" if workload.masked else "the formula is on the CPU alone"
-            raise NotImplementedError(message)
+            raise NotImplementedError(
+                "the formula takes no masks" if workload.masked else "the formula is on the CPU alone"
+            )
         self.workload = workload
         ndim = len(workload.shape)
         self._axes = tuple(axis for axis in range(ndim) if axis != workload.axis % ndim)

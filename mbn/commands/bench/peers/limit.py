@@ -14,9 +14,9 @@ def copy(workload: Workload, device: str | None) -> Subject:
     if device in (None, "cpu"):
         return Copy(workload)
     if find_spec("cupy"):
-        from mbn.commands.bench.peers import cupy as framework  # noqa: PLC0415 - only who is measured is imported
+        from mbn.commands.bench.peers import cupy as framework
     else:
-        from mbn.commands.bench.peers import torch as framework  # noqa: PLC0415 - the same
+        from mbn.commands.bench.peers import torch as framework
     return framework.Copy(workload, device)
 
 
@@ -30,7 +30,7 @@ class Copy(Subject):
         self.workload = workload
         self._copy = np.zeros_like(self.x)
 
-    def call(self, mode: str) -> Call:  # noqa: ARG002 - it is always the same
+    def call(self, mode: str) -> Call:
         x, copy = self.x, self._copy
         return lambda: np.copyto(copy, x)
 

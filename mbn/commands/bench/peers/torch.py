@@ -93,8 +93,7 @@ class Module(TorchSubject):
 
     def __init__(self, workload: Workload, device: str | None) -> None:
         if workload.masked:
-            message = "torch.nn.BatchNorm1d takes no masks"
-            raise NotImplementedError(message)
+            raise NotImplementedError("torch.nn.BatchNorm1d takes no masks")
         self.workload, self._device, self.masks = workload, device or "cpu", {}
         self.device = str(self.x.device)
         dtype = torch.float64 if workload.dtype == "float64" else torch.float32
@@ -105,7 +104,7 @@ class Module(TorchSubject):
 
     def own(self, host: np.ndarray) -> torch.Tensor:
         tensor = mbn.asarray(host, backend="torch", device=self._device).clone()
-        is_last = self.workload.axis == -1 and tensor.ndim == 3  # noqa: PLR2004 - (N, L, C)
+        is_last = self.workload.axis == -1 and tensor.ndim == 3
         return tensor.transpose(1, 2) if is_last else tensor
 
 
@@ -119,7 +118,7 @@ class Copy(TorchSubject):
         self.device = str(self.x.device)
         self._copy = torch.empty_like(self.x)
 
-    def call(self, mode: str) -> Call:  # noqa: ARG002 - it is always the same
+    def call(self, mode: str) -> Call:
         x, copy = self.x, self._copy
         return lambda: copy.copy_(x)
 
