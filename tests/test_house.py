@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import house
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 import mbn
+from mbn.contract import Batch
 
 FILES = house.modules()
 IMPORTS = house.imports(FILES)
@@ -140,3 +142,29 @@ def test_backends_allocate_nothing_when_they_are_imported(monkeypatch: pytest.Mo
     monkeypatch.setattr(np, "empty", lambda shape, *rest: allocated.append(shape) or empty(shape, *rest))
     importlib.import_module("mbn_numpy.backend")
     assert all(np.prod(shape) <= 1 for shape in allocated)
+
+
+@pytest.mark.parametrize("shape", [(32, 64), (4096, 64, 16)], ids=["steps at once", "passes"])
+@pytest.mark.parametrize("training", [True, False])
+def test_x_goes_straight_down_to_the_kernels(shape: tuple[int, ...], *, training: bool) -> None:
+    bn, x = mbn.BatchNorm1d(shape[1], backend="numpy").train(training), np.ones(shape, np.float32)
+    bn(x)
+    files: list[str] = []
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        names = frame.f_code.co_varnames[: frame.f_code.co_argcount + frame.f_code.co_kwonlyargcount]
+        values = [frame.f_locals.get(name) for name in names]
+        is_there = any(value is x or (isinstance(value, Batch) and value.x is x) for value in values)
+        is_ours = frame.f_code.co_filename in map(str, FILES.values())
+        if event == "call" and is_there and is_ours and frame.f_code.co_filename not in files[-1:]:
+            files.append(frame.f_code.co_filename)
+
+    sys.setprofile(note)
+    try:
+        bn(x)
+    finally:
+        sys.setprofile(None)
+    is_kernel = [Path(file).parent.name == "kernels" for file in files]
+    down = files[: is_kernel.index(True) + 1]
+    assert len(down) <= 7, down
+    assert len(set(down)) == len(down), down

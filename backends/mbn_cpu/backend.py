@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from mbn.contract import Backend, Batch, Capabilities, Kernels, Operation, numpy_dtype, overlaps_itself
-from mbn_cpu.channel_stats import is_wide
 from mbn_cpu.kernels.host import HostKernels, fits_float64
 
 _FEW_FOR_NUMPY = 1 << 14
@@ -95,7 +94,7 @@ class HostBackend(Backend):
 
 def suits_numpy_steps(x: np.ndarray, weights: np.ndarray | None, other: np.ndarray | None) -> bool:
     """Tell whether NumPy's steps are the faster way: a call of NumPy costs more than its arithmetic."""
-    return weights is None and x.size <= _FEW_FOR_NUMPY and not is_wide(x)
+    return weights is None and x.size <= _FEW_FOR_NUMPY and x.dtype.char != "d"
 
 
 def suits_numba_steps(x: np.ndarray, weights: np.ndarray | None, other: np.ndarray | None) -> bool:
