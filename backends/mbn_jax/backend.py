@@ -20,7 +20,7 @@ from mbn_jax.integration import argument, eps_argument, widened
 from mbn_jax.kernels import own_statistics as own
 from mbn_jax.kernels import passes
 from mbn_jax.kernels.channel_sums import is_known
-from mbn_jax.kernels.pairs import Pair, Square, Statistic, widest_dtype
+from mbn_jax.kernels.pairs import Mean, Pair, Square, Variance, widest_dtype
 
 _ALIGNMENT = 16
 """What compiled code asks of its arguments on a GPU, in bytes. On the CPU JAX copies what does not comply."""
@@ -198,7 +198,7 @@ class JaxKernels(Kernels):
         step = passes.reciprocal(num_batches_tracked) if momentum is None else momentum
         return step if isinstance(count, int) else passes.step(argument(step), count, correction)
 
-    def lerp(self, start: jax.Array, end: Statistic, step: float | Pair | jax.Array) -> jax.Array:
+    def lerp(self, start: jax.Array, end: Mean | Variance, step: float | Pair | jax.Array) -> jax.Array:
         return passes.lerp(start, end, argument(step))
 
 

@@ -102,7 +102,8 @@ class TorchBackend(Backend):
             x = torch.as_tensor(_from_numpy(np.asarray(x)), device=device or torch.get_default_device())
         if x.is_meta and device is not None and device.type != "meta":
             raise ValueError(_NO_VALUES)
-        return x.to(device=device, dtype=_dtype(dtype))
+        tensor: torch.Tensor = x.to(device=device, dtype=_dtype(dtype))
+        return tensor
 
     def to_numpy(self, x: torch.Tensor) -> np.ndarray:
         if is_fake(x):
@@ -112,7 +113,7 @@ class TorchBackend(Backend):
         return x.numpy(force=True)
 
     def from_dlpack(self, x: Any) -> torch.Tensor:
-        return torch.from_dlpack(x)
+        return torch.utils.dlpack.from_dlpack(x)
 
     @contextmanager
     def exported(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -215,7 +216,7 @@ class TorchBackend(Backend):
         return not is_backward()
 
     def write(self, before: Held, after: Held) -> Held:
-        pairs = [(old, new) for old, new in zip(before, after, strict=True) if old is not new]
+        pairs: list[tuple[Any, Any]] = [(old, new) for old, new in zip(before, after, strict=True) if old is not new]
         if not all(isinstance(old, torch.Tensor) and _is_alike(new, old) for old, new in pairs):
             return after
         if torch.compiler.is_compiling():  # a program with a switch of autograd in it can be saved, and not loaded
@@ -227,8 +228,9 @@ class TorchBackend(Backend):
                 for old, new in pairs:
                     old.copy_(new)
             elif pairs:  # in one call, which no interrupt splits
+                olds, news = map(list, zip(*pairs, strict=True))
                 with self.writing():
-                    torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+                    torch._foreach_copy_(olds, news)
         return before
 
     def writing(self) -> AbstractContextManager[Any]:
@@ -267,7 +269,7 @@ def _device(device: Any, usable: tuple[str, ...]) -> torch.device:
     except (RuntimeError, TypeError):
         found = None
     # Of a text, Torch keeps the last digits of an index alone.
-    if str(found) not in names or (isinstance(device, str) and str(found) != device):
+    if found is None or str(found) not in names or (isinstance(device, str) and str(found) != device):
         message = f"Torch's devices here are {', '.join(usable)}, not {device!r}."
         raise ValueError(message)
     return found

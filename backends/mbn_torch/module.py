@@ -44,7 +44,7 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
         self._share()
 
     @property
-    def num_features(self) -> int:
+    def num_features(self) -> int:  # type: ignore[override]  # Torch's is an attribute
         """The number of channels."""
         return self.layer.num_features
 
@@ -135,7 +135,8 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
 
     def _node(self, x: torch.fx.Proxy, **places: Any) -> Any:
         """Return the output in a graph of ``torch.fx``, of which this module is a leaf, as all of Torch's own are."""
-        name = x.tracer.path_of_module(self)
+        tracer: Any = x.tracer
+        name = tracer.path_of_module(self)
         if not name:
             message = (
                 "torch.fx traces what calls modules, and this one is a leaf of its graphs: put it into a model, "
@@ -143,7 +144,7 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
             )
             raise TypeError(message)
         given = {key: value for key, value in places.items() if value is not None}
-        return x.tracer.create_proxy("call_module", name, (x,), given)
+        return tracer.create_proxy("call_module", name, (x,), given)
 
     def _trains(self) -> bool:
         return self.training and not self.layer._frozen  # noqa: SLF001 - the module is a part of the layer

@@ -16,7 +16,7 @@ def copy(workload: Workload, device: str | None) -> Subject:
     if find_spec("cupy"):
         from mbn.commands.bench.peers import cupy as framework  # noqa: PLC0415 - only who is measured is imported
     else:
-        from mbn.commands.bench.peers import torch as framework  # noqa: PLC0415 - the same
+        from mbn.commands.bench.peers import torch as framework  # type: ignore[no-redef]  # noqa: PLC0415 - the same
     return framework.Copy(workload, device)
 
 
