@@ -28,7 +28,7 @@ class Pair(NamedTuple):
 class Scaled(NamedTuple):
     """Statistics beyond the range of float64, or that lose digits there: ``values * 2**exponent``."""
 
-    values: Pair | Array
+    values: Any
     """A mean as a pair, or a variance."""
     exponent: Array
     """The exponent of each channel's unit, an integer; nearly always 0."""
@@ -41,7 +41,7 @@ Variance: TypeAlias = Scaled | Array
 class Formulas:
     """The formulas in one namespace."""
 
-    def __init__(self, namespace: Any, array: type) -> None:
+    def __init__(self, namespace: Any, array: type[Any]) -> None:
         """Take a namespace with the functions of NumPy, and the class of its arrays."""
         self.xp, self._array = namespace, array
 

@@ -39,13 +39,13 @@ def described(
         weights: of sample weights, (N,) or (N, L), in values; their strides are the last of the result.
     """
     rows, channels, positions = (*shape, 1)[:3]
-    found = [(*own, 0)[:3] for own in strides]
+    given = [(*own, 0)[:3] for own in strides]
     if weights is not None:
         row, position = (*weights, 0)[:2]
-        found.append((row, 0, position))
+        given.append((row, 0, position))
     found = [
         Strides(row * (rows > 1), channel * (channels > 1), position * (positions > 1))
-        for row, channel, position in found
+        for row, channel, position in given
     ]
     if rows == 1 or (positions > 1 and all(own.row == positions * own.position for own in found)):
         found = [Strides(own.position, own.channel, 0) for own in found]

@@ -42,8 +42,7 @@ class HostBackend(Backend):
 
     def asarray(self, x: Any, dtype: str | None = None, device: Any = None) -> np.ndarray:
         if device not in (None, "cpu"):
-            message = f"NumPy's only device is 'cpu', not {device!r}."
-            raise ValueError(message)
+            raise ValueError(f"NumPy's only device is 'cpu', not {device!r}.")
         return np.asarray(x, None if dtype is None else numpy_dtype(dtype))
 
     def to_numpy(self, x: Any) -> np.ndarray:

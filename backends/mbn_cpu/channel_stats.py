@@ -11,7 +11,7 @@ from mbn.contract import Moments, Stats
 from mbn_common.channel_stats import Formulas, Mean, Pair, Scaled, Variance
 
 _LIMIT = np.iinfo(np.int64).max
-WIDE = np.float64
+WIDE = np.dtype(np.float64)
 
 
 _LEAST, _MOST = 2.0**-900, 2.0**1000
@@ -65,7 +65,8 @@ class HostFormulas(Formulas):
 def _are_equal(first: Moments, second: Moments) -> np.ndarray:
     """Return which means of two batches are equal."""
     (hi, lo), (other_hi, other_lo) = first.mean, second.mean
-    return (other_hi - hi) + (other_lo - lo) == 0
+    are_equal: np.ndarray = (other_hi - hi) + (other_lo - lo) == 0
+    return are_equal
 
 
 FORMULAS = HostFormulas(np, np.ndarray)
@@ -97,7 +98,8 @@ def fold_rows(d: np.ndarray) -> np.ndarray:
         half = (n + 1) // 2
         d[: n - half] += d[half:n]
         n = half
-    return d[0]
+    total: np.ndarray = d[0]
+    return total
 
 
 def units(sums: np.ndarray, count: float | np.ndarray) -> np.ndarray:
@@ -111,7 +113,8 @@ def units(sums: np.ndarray, count: float | np.ndarray) -> np.ndarray:
     """
     total, squares = sums
     m2 = squares - total * (total / count)
-    return np.ldexp(1.0, exponent_of(np.array((np.sqrt(count) * np.sqrt(m2), m2))) + 2)
+    powers: np.ndarray = np.ldexp(1.0, exponent_of(np.array((np.sqrt(count) * np.sqrt(m2), m2))) + 2)
+    return powers
 
 
 def is_far(squares: np.ndarray, m2: np.ndarray) -> bool:
@@ -124,7 +127,7 @@ def invstd(var: Variance, eps: float) -> np.ndarray:
     if isinstance(var, Scaled):
         var = np.ldexp(*var)
     spread = np.add(var, eps, dtype=WIDE)
-    result = 1 / np.sqrt(spread)
+    result: np.ndarray = 1 / np.sqrt(spread)
     if eps == 0:
         result[spread == 0] = 0
     return result
@@ -188,7 +191,8 @@ def in_range(m2: np.ndarray) -> np.ndarray:
 
 def exponent_of(values: np.ndarray) -> np.ndarray:
     """Return the least e of each value that makes ``abs(value) < 2**e``; 0 for 0."""
-    return np.frexp(values)[1]
+    exponent: np.ndarray = np.frexp(values)[1]
+    return exponent
 
 
 def scaled(pair: Pair, exponent: np.ndarray) -> Pair:

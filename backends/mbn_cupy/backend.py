@@ -26,8 +26,7 @@ class CupyBackend(Backend):
     def __init__(self) -> None:
         count = cupy.cuda.runtime.getDeviceCount()
         if count == 0:
-            message = "CUDA finds no device."
-            raise RuntimeError(message)
+            raise RuntimeError("CUDA finds no device.")
         self._capabilities = Capabilities(
             dtypes=frozenset({"float16", "float32", "float64"} | ({"bfloat16"} if _KNOWS_BFLOAT16 else set())),
             devices=tuple(f"cuda:{index}" for index in range(count)),
@@ -101,14 +100,12 @@ class CupyBackend(Backend):
             return cupy.cuda.Device()  # the current one, CuPy's default
         usable = self.capabilities.devices
         if name not in usable:
-            message = f"CuPy's devices here are {', '.join(usable)}, not {device!r}."
-            raise ValueError(message)
+            raise ValueError(f"CuPy's devices here are {', '.join(usable)}, not {device!r}.")
         return cupy.cuda.Device(usable.index(name))
 
 
 def _dtype(dtype: Any) -> np.dtype:
     found = numpy_dtype(dtype) if dtype == "bfloat16" and _KNOWS_BFLOAT16 else np.dtype(dtype)
     if found.char not in _DTYPE_CHARACTERS and not (found.name == "bfloat16" and _KNOWS_BFLOAT16):
-        message = f"CuPy has no dtype {found}."
-        raise TypeError(message)
+        raise TypeError(f"CuPy has no dtype {found}.")
     return found.newbyteorder("=")

@@ -24,7 +24,7 @@ class Variant(NamedTuple):
     @property
     def options(self) -> tuple[str, ...]:
         """The compiler's options."""
-        told = self._replace(weighted=int(self.weighted))._asdict()
+        told = self._asdict() | {"weighted": int(self.weighted)}
         return "--std=c++17", *(f"-D{name.upper()}={value}" for name, value in told.items())
 
 

@@ -194,7 +194,7 @@ class _Call(NamedTuple):
         arguments = _COLUMNS, blocks, channels, results, *arguments
         kernel(name, self.variant)((-(-channels // _COLUMNS), 1, 1), (_COLUMNS * lanes, 1, 1), arguments)
 
-    def known(self, mean: Mean, var: Variance) -> tuple[Any, ...]:
+    def known(self, mean: Any, var: Variance) -> tuple[Any, ...]:
         """Return the arguments mean, rest, var and exponent of a batch, and the running statistics: those there are."""
         if isinstance(var, Scaled):
             (hi, lo), exponent = mean

@@ -78,6 +78,7 @@ def _layout(
     weights_strides: tuple[int, ...] | None,
 ) -> Layout:
     own_strides = [tuple(stride // itemsize for stride in own) for own in all_strides]
+    strides: Sequence[Strides]
     (rows, channels, positions), strides = described(shape, own_strides, weights_strides)
     row, channel, position = map(abs, strides[0])
     if (row < channel or channels == 1) if positions == 1 else row < position:  # neighbours are positions

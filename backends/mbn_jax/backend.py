@@ -20,7 +20,7 @@ from mbn_jax.integration import argument, eps_argument, widened
 from mbn_jax.kernels import own_statistics as own
 from mbn_jax.kernels import passes
 from mbn_jax.kernels.channel_sums import is_known
-from mbn_jax.kernels.pairs import Pair, Square, Statistic, widest_dtype
+from mbn_jax.kernels.pairs import Mean, Pair, Square, Variance, widest_dtype
 
 _ALIGNMENT = 16
 """What compiled code asks of its arguments on a GPU, in bytes. On the CPU JAX copies what does not comply."""
@@ -57,8 +57,7 @@ class JaxBackend(Backend):
         with jax.ensure_compile_time_eval():  # as in asarray
             array = jax.dlpack.from_dlpack(x)
         if array.unsafe_buffer_pointer() % _ALIGNMENT:
-            message = f"JAX computes on memory that begins at a multiple of {_ALIGNMENT} bytes."
-            raise BufferError(message)
+            raise BufferError(f"JAX computes on memory that begins at a multiple of {_ALIGNMENT} bytes.")
         return array
 
     def device(self, x: jax.Array) -> str | None:
@@ -113,8 +112,7 @@ class JaxBackend(Backend):
         except ModuleNotFoundError as error:
             if error.name != "flax":
                 raise
-            message = "JAX's modules are those of flax, which is not installed: pip install flax."
-            raise ImportError(message) from error
+            raise ImportError("JAX's modules are those of flax, which is not installed: pip install flax.") from error
         return BatchNorm1d(layer, adopt)
 
 
@@ -198,7 +196,7 @@ class JaxKernels(Kernels):
         step = passes.reciprocal(num_batches_tracked) if momentum is None else momentum
         return step if isinstance(count, int) else passes.step(argument(step), count, correction)
 
-    def lerp(self, start: jax.Array, end: Statistic, step: float | Pair | jax.Array) -> jax.Array:
+    def lerp(self, start: jax.Array, end: Mean | Variance, step: float | Pair | jax.Array) -> jax.Array:
         return passes.lerp(start, end, argument(step))
 
 
@@ -274,8 +272,7 @@ def _device(given: jax.Device | str) -> jax.Device:
     with suppress(RuntimeError, KeyError):  # no such platform, no such index
         devices = jax.local_devices(backend=platform)
         return {str(number): device for number, device in enumerate(devices)}[index or "0"]
-    message = f"JAX has no device {given!r} here; it has {', '.join(_device_names())}."
-    raise ValueError(message)
+    raise ValueError(f"JAX has no device {given!r} here; it has {', '.join(_device_names())}.")
 
 
 def _dtype(name: str) -> np.dtype:
@@ -283,11 +280,10 @@ def _dtype(name: str) -> np.dtype:
     dtype = np.dtype(name)
     usable = jax.dtypes.canonicalize_dtype(dtype)
     if usable != dtype and dtype.kind not in "iu":
-        message = (
+        raise TypeError(
             f"JAX has no {dtype} while 64-bit numbers are off. Turn them on, by JAX_ENABLE_X64=1 in the environment or "
             f"jax.config.update('jax_enable_x64', True) before anything is computed; or convert to {usable}."
         )
-        raise TypeError(message)
     return usable
 
 

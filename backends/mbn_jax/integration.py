@@ -71,7 +71,7 @@ def compiled_step(
     momentum: jax.Array | None,
     *,
     forward: Callable[..., Any],
-    kernels: Kernels,
+    kernels: Any,
     dtype: str,
     correction: int,
     training: bool,
@@ -79,7 +79,7 @@ def compiled_step(
 ) -> tuple[jax.Array, State, Stats | None]:
     """Run a step of which nothing is static but the way that it takes: no momentum has it compiled anew."""
     batch = Batch(widened(x, dtype), sample_weight, dtype)
-    settings = Settings(None, dtype, eps, momentum, 1, correction)
+    settings = Settings(None, dtype, eps, momentum, 1, correction)  # type: ignore[arg-type]  # traced
     y, state, stats = forward(kernels, batch, params, state, settings, training, None, keep, kernels.group)
     return y.astype(x.dtype), state, stats
 

@@ -111,7 +111,7 @@ class _Definition:
         self.layer = layer
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Definition) and jax.tree.structure(self.layer) == jax.tree.structure(other.layer)
+        return isinstance(other, _Definition) and jax.tree.structure(self.layer) == jax.tree.structure(other.layer)  # type: ignore[operator]
 
     def __hash__(self) -> int:
         return hash(jax.tree.structure(self.layer))
@@ -120,7 +120,7 @@ class _Definition:
         return repr(self.layer)
 
 
-def _variable(kind: type[nnx.Variable], array: jax.Array | None) -> Any:
+def _variable(kind: type[nnx.Variable[Any]], array: jax.Array | None) -> Any:
     """Return a variable with an array of its own, which may be donated."""
     return nnx.data(None) if array is None else kind(jnp.array(array, copy=True))
 

@@ -101,7 +101,8 @@ class TorchBackend(Backend):
             x = torch.as_tensor(_from_numpy(np.asarray(x)), device=device or torch.get_default_device())
         if x.is_meta and device is not None and device.type != "meta":
             raise ValueError(_NO_VALUES)
-        return x.to(device=device, dtype=_dtype(dtype))
+        tensor: torch.Tensor = x.to(device=device, dtype=_dtype(dtype))
+        return tensor
 
     def to_numpy(self, x: torch.Tensor) -> np.ndarray:
         if is_fake(x):
@@ -111,7 +112,7 @@ class TorchBackend(Backend):
         return x.numpy(force=True)
 
     def from_dlpack(self, x: Any) -> torch.Tensor:
-        return torch.from_dlpack(x)
+        return torch.utils.dlpack.from_dlpack(x)
 
     @contextmanager
     def exported(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -204,17 +205,16 @@ class TorchBackend(Backend):
                 raise RuntimeError(NOT_REGISTERED)
             return True
         if is_transformed() and any(map(is_traced, after)) and not any(map(is_traced, before)):
-            message = (
+            raise RuntimeError(
                 "a layer in training would keep running statistics that end with this transformation of torch.func. "
                 "Use bn.apply(params, state, x, training=True), which returns the new state, or eval() or freeze()."
             )
-            raise RuntimeError(message)
         if is_scripted() and any(map(is_constant, before)):
             raise RuntimeError(NOT_REGISTERED)
         return not is_backward()
 
     def write(self, before: Held, after: Held) -> Held:
-        pairs = [(old, new) for old, new in zip(before, after, strict=True) if old is not new]
+        pairs: list[tuple[Any, Any]] = [(old, new) for old, new in zip(before, after, strict=True) if old is not new]
         if not all(isinstance(old, torch.Tensor) and _is_alike(new, old) for old, new in pairs):
             return after
         if torch.compiler.is_compiling():  # a program with a switch of autograd in it can be saved, and not loaded
@@ -226,8 +226,9 @@ class TorchBackend(Backend):
                 for old, new in pairs:
                     old.copy_(new)
             elif pairs:  # in one call, which no interrupt splits
+                olds, news = map(list, zip(*pairs, strict=True))
                 with self.writing():
-                    torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+                    torch._foreach_copy_(olds, news)
         return before
 
     def writing(self) -> AbstractContextManager[Any]:
@@ -254,8 +255,7 @@ def _from_numpy(x: np.ndarray) -> torch.Tensor:
 def _dtype(name: str | None) -> torch.dtype | None:
     dtype = None if name is None else getattr(torch, name, name)
     if isinstance(dtype, str) or not isinstance(dtype, torch.dtype | None):
-        message = f"Torch has no dtype {name!r}."
-        raise TypeError(message)
+        raise TypeError(f"Torch has no dtype {name!r}.")
     return dtype
 
 
@@ -266,9 +266,8 @@ def _device(device: Any, usable: tuple[str, ...]) -> torch.device:
     except (RuntimeError, TypeError):
         found = None
     # Of a text, Torch keeps the last digits of an index alone.
-    if str(found) not in names or (isinstance(device, str) and str(found) != device):
-        message = f"Torch's devices here are {', '.join(usable)}, not {device!r}."
-        raise ValueError(message)
+    if found is None or str(found) not in names or (isinstance(device, str) and str(found) != device):
+        raise ValueError(f"Torch's devices here are {', '.join(usable)}, not {device!r}.")
     return found
 
 

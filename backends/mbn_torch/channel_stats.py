@@ -5,7 +5,7 @@ order: nothing is written to, and no branch that is not taken turns a derivative
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,7 +30,7 @@ def parts(statistic: Mean | Variance | None) -> tuple[torch.Tensor | None, ...]:
     return statistic if isinstance(statistic, Pair) else (statistic,)
 
 
-def separate(mean: Mean, var: Variance) -> tuple[torch.Tensor | None, ...]:
+def separate(mean: Any, var: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
     """Return a mean in two parts, a variance and the exponents of their units; None is none."""
     exponent = None
     if isinstance(var, Scaled):
@@ -71,8 +71,8 @@ def line(
     dtype: torch.dtype,
 ) -> Line:
     """Return how to normalise in ``dtype``."""
-    hi, lo, var, unit = separate(mean, var)
-    unit = 0 if unit is None else unit
+    hi, lo, var, given = separate(mean, var)
+    unit = 0 if given is None else given
     number, exponent = weighed(*spread(var, unit, eps), weight)
     center = limited(hi if lo is None else hi + lo, dtype)
     before = exponent_before(number, exponent, center, unit, dtype)

@@ -18,7 +18,7 @@ class Differentiable:
 
     def __init__(self, group: Group) -> None:
         """Take a group that gathers values alone."""
-        self._group = group
+        self._group, self.rank = group, group.rank
 
     def gather(self, values: T) -> Sequence[T]:
         """Return the values of all replicas, differentiable by the inputs of each."""

@@ -60,8 +60,7 @@ def bind(
         if not is_recorded(x, *params):
             return forward(kernels, batch, params, state, settings, training, out, group=group)
         if out is not None:
-            message = "out is written to, which autograd cannot record: call it under torch.no_grad()."
-            raise RuntimeError(message)
+            raise RuntimeError("out is written to, which autograd cannot record: call it under torch.no_grad().")
         return BatchNorm.apply(x, *params, kernels, batch, state, settings, training, group, forward, gradients)
 
     def gradients(dy: torch.Tensor, batch: Batch, weight: Any, stats: Stats, *rest: Any) -> Gradients:
@@ -151,15 +150,16 @@ class Pullback(Function):
         dtype, stats, eps, needs, group, pullback = ctx.rest
         with torch.enable_grad():
             # Of views, since dy is often a function of x, and that is not what the derivative is of.
-            inputs = dy, x, weight = [tensor if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+            views: list[Any] = [tensor if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+            dy, x, weight = views
             outputs = _by_formulas(pullback, dy, Batch(x, sample_weight, dtype), weight, stats, eps, needs, group)
         is_needed = ctx.needs_input_grad[:3]
-        found = _vjp(outputs, list(compress(inputs, is_needed)), gradients)
+        found = _vjp(outputs, list(compress(views, is_needed)), gradients)
         return *(next(found) if needed else None for needed in is_needed), None, None, None, None, None, None, None
 
 
 def _vjp(
-    outputs: Sequence[torch.Tensor | None], inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]
+    outputs: Sequence[Any], inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]
 ) -> Iterator[torch.Tensor | None]:
     """Iterate over the gradients of inputs, given those of outputs; None is none."""
     pairs = [

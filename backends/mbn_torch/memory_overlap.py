@@ -28,7 +28,7 @@ def conflict(out: torch.Tensor, x: torch.Tensor) -> str | None:  # noqa: PLR0911
         return "overlaps itself: some of its values share memory"
     # Writing to x itself is safe: each value is read before the one in its place is written.
     is_same = out.data_ptr() == x.data_ptr() and out.stride() == x.stride()
-    is_apart = is_same or not np.shares_memory(*(np.asarray(_Memory(tensor)) for tensor in (out, x)))
+    is_apart = is_same or not np.shares_memory(np.asarray(_Memory(out)), np.asarray(_Memory(x)))
     return None if is_apart else "overlaps x in memory without being x"
 
 

@@ -44,7 +44,7 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
         self._share()
 
     @property
-    def num_features(self) -> int:
+    def num_features(self) -> int:  # type: ignore[override]  # Torch's is an attribute
         """The number of channels."""
         return self.layer.num_features
 
@@ -127,23 +127,22 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
 
     def __prepare_scriptable__(self) -> Self:
         """Refuse ``torch.jit.script``, which would have to compile all of mbn."""
-        message = (
+        raise RuntimeError(
             "torch.jit.script compiles no module of mbn. Have torch's own compiled, "
             "mbn.replace_batchnorm(model, back=True); or use torch.jit.trace or torch.export."
         )
-        raise RuntimeError(message)
 
     def _node(self, x: torch.fx.Proxy, **places: Any) -> Any:
         """Return the output in a graph of ``torch.fx``, of which this module is a leaf, as all of Torch's own are."""
-        name = x.tracer.path_of_module(self)
+        tracer: Any = x.tracer
+        name = tracer.path_of_module(self)
         if not name:
-            message = (
+            raise TypeError(
                 "torch.fx traces what calls modules, and this one is a leaf of its graphs: put it into a model, "
                 "torch.nn.Sequential(module) say."
             )
-            raise TypeError(message)
         given = {key: value for key, value in places.items() if value is not None}
-        return x.tracer.create_proxy("call_module", name, (x,), given)
+        return tracer.create_proxy("call_module", name, (x,), given)
 
     def _trains(self) -> bool:
         return self.training and not self.layer._frozen  # noqa: SLF001 - the module is a part of the layer

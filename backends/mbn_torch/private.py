@@ -6,7 +6,7 @@ Under ``torch.compile`` nothing here may be traced but ``is_compiling``, which D
 from typing import Any
 
 import torch
-from torch._C import _current_graph_task_id, _get_value_trace, _is_tracing, _len_torch_dispatch_stack
+from torch._C import _current_graph_task_id, _get_value_trace, _is_tracing, _len_torch_dispatch_stack  # type: ignore[attr-defined]
 from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor, peek_interpreter_stack
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
@@ -55,7 +55,7 @@ def is_constant(value: torch.Tensor | None) -> bool:
     if value is None:
         return False
     try:
-        return _get_value_trace(value).node().kind() == "prim::Constant"
+        return bool(_get_value_trace(value).node().kind() == "prim::Constant")
     except RuntimeError:  # it would be one if it did not require a gradient
         return True
 

@@ -114,7 +114,7 @@ class Target(NamedTuple):
         host = self.numpy(array)
         assert host.dtype.name == dtype, f"dtype is {host.dtype}, not {dtype}"
         assert host.shape == exact.hi.shape, f"shape is {host.shape}, not {exact.hi.shape}"
-        least = float(ml_dtypes.finfo(dtype).smallest_normal)  # type: ignore[no-untyped-call]
+        least = float(ml_dtypes.finfo(dtype).smallest_normal)
         is_0 = (host == 0) & (np.abs(exact.hi) < least)
         if is_0.any() and self._takes_for_0(least / 2, dtype):
             exact = ulp.Exact(np.where(is_0, 0, exact.hi), np.where(is_0, 0, exact.lo), exact.magnitude)

@@ -18,8 +18,9 @@ T = TypeVar("T")
 class Group(Protocol):
     """Replicas that compute the same step, each on a batch of its own."""
 
-    rank: int
-    """Which of them this one is, from 0."""
+    @property
+    def rank(self) -> Any:
+        """Which of them this one is, an integer from 0."""
 
     def gather(self, values: T) -> Sequence[T]:
         """Return the values of all replicas, in the order of their ranks. Each replica has to call it.

@@ -25,7 +25,7 @@ def read(module: Any, variables: Any) -> tuple[Snapshot, list[str]]:
     Where a module leaves the mode to its calls, the layer is in evaluation mode.
     """
     _check(module, variables)
-    arrays = _held(module) if isinstance(module, nnx.BatchNorm) else _given(module, variables)
+    arrays: dict[str, Any] = _held(module) if isinstance(module, nnx.BatchNorm) else _given(module, variables)
     layer, notes = conventions.snapshot(
         arrays,
         training=module.use_running_average is False,

@@ -136,4 +136,5 @@ def _own(array: np.ndarray) -> Any:
 
 
 def _to_numpy(variable: Any) -> np.ndarray:
-    return keras.ops.convert_to_numpy(variable.value)  # the variable itself is no array to NumPy 2
+    array: np.ndarray = keras.ops.convert_to_numpy(variable.value)  # the variable itself is no array to NumPy 2
+    return array

@@ -65,7 +65,7 @@ def write(layer: Snapshot, model: Any, name: str | None) -> tuple[Any, list[str]
     shape, dtype = arguments["num_features"], arguments["dtype"]
     entries = {"weight": np.ones(shape, dtype), "bias": np.zeros(shape, dtype), **layer.entries}
     arrays = {key: entries[key] for key in _KEYS}
-    attributes = {"epsilon": eps, "momentum": float(momentum)}
+    attributes: dict[str, Any] = {"epsilon": eps, "momentum": float(momentum)}
     if model is not None and name is not None:
         result, rounded = onnx_graph.replaced(model, name, attributes, arrays)
         return result, notes + rounded
@@ -77,7 +77,7 @@ def _found(source: Any, which: Any) -> tuple[onnx.NodeProto, onnx.GraphProto]:
     """Return a node, and a graph that has its weights."""
     if isinstance(source, onnx.ModelProto) and isinstance(which, str):
         return onnx_graph.find(source.graph, which), source.graph
-    initializers = list(which) if isinstance(which, Iterable) else [None]
+    initializers: list[Any] = list(which) if isinstance(which, Iterable) else [None]
     if not isinstance(source, onnx.NodeProto) or not all(isinstance(each, onnx.TensorProto) for each in initializers):
         raise TypeError(
             "from_onnx takes an onnx.ModelProto and the name of a node, or an onnx.NodeProto and its initializers "

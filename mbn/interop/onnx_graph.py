@@ -33,8 +33,9 @@ def find(graph: onnx.GraphProto, name: str) -> onnx.NodeProto:
         raise ValueError(
             f"the model has {len(named)} nodes named {name!r}; its batch norms are: {', '.join(known) or 'none'}."
         )
-    check(named[0])
-    return named[0]
+    node: onnx.NodeProto = named[0]
+    check(node)
+    return node
 
 
 def check(node: onnx.NodeProto) -> None:
@@ -103,7 +104,7 @@ def replaced(
 
 def _source(graph: onnx.GraphProto, name: str, key: str) -> onnx.TensorProto:
     """Return the initializer or constant that a name stands for, maybe by way of some Identity."""
-    initializers = {tensor.name: tensor for tensor in graph.initializer}
+    initializers: dict[str, onnx.TensorProto] = {tensor.name: tensor for tensor in graph.initializer}
     nodes = {output: node for node in graph.node for output in node.output}
     given, seen = name, set()
     while name not in initializers:
@@ -115,7 +116,8 @@ def _source(graph: onnx.GraphProto, name: str, key: str) -> onnx.TensorProto:
         if node is not None and node.op_type == "Constant":
             for attribute in node.attribute:
                 if attribute.name == "value" and attribute.HasField("t"):
-                    return attribute.t
+                    tensor: onnx.TensorProto = attribute.t
+                    return tensor
         raise ValueError(f"{key} is {given!r}, and there is neither an initializer nor a constant tensor of that name.")
     return initializers[name]
 
@@ -158,7 +160,8 @@ def _type_name(tensor: onnx.TensorProto) -> str:
 
 
 def _named(data_type: int) -> str:
-    return TensorProto.DataType.Name(data_type).lower()
+    name: str = TensorProto.DataType.Name(data_type)
+    return name.lower()
 
 
 def _called(node: onnx.NodeProto) -> str:

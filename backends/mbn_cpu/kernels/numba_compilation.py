@@ -24,7 +24,7 @@ _warned: list[Exception] = []
 """The error of the cache that the warning has named, if there was one."""
 
 
-def compiled(function: Callable[..., object], **options: object) -> Callable[..., object]:
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """Return a function as Numba compiles it for the arguments that come."""
     _modules.add(function.__module__)
     made = numba.njit(function, nogil=True, error_model="numpy", **options)

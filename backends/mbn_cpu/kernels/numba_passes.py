@@ -184,7 +184,7 @@ def grad_input(
     with np.errstate(all="ignore"):
         scale, shared = projection(stats, weight, eps, sums)
     center, slope, average = (_NOTHING,) * 3 if shared is None else shared[1:]
-    dx = np.empty_like(x)
+    dx: np.ndarray = np.empty_like(x)
 
     def task(
         layout: Layout, sizes: tuple[int, int], dx: np.ndarray, x: np.ndarray, dy: np.ndarray, w: np.ndarray

@@ -118,7 +118,7 @@ def grad_input(
     x, weights, _ = batch
     scale, shared = projection(stats, weight, eps, sums)
     columns = Columns(scale) if shared is None else Columns(*shared)
-    dx = np.empty_like(x)
+    dx: np.ndarray = np.empty_like(x)
 
     def write(
         scratch: Scratch, tile: Tile, dx: np.ndarray, dy: np.ndarray, x: np.ndarray, w: np.ndarray | None
@@ -143,7 +143,7 @@ def grad_input(
 
 
 def _shifted_sums(
-    x: np.ndarray, shift: np.ndarray, weights: np.ndarray | None, units: Sequence[np.ndarray] = ()
+    x: np.ndarray, shift: np.ndarray, weights: np.ndarray | None, units: np.ndarray | tuple[()] = ()
 ) -> np.ndarray:
     """Return the weighted sums of x - shift and of its squares for each channel, (2, C) in float64.
 
@@ -180,7 +180,8 @@ def _shifted_sums(
 
 def _sums(
     terms: Callable[..., Iterator[np.ndarray]],
-    *arrays: np.ndarray | None,
+    x: np.ndarray,
+    *others: np.ndarray | None,
     num: int = 2,
     add_rows: Callable[[np.ndarray], np.ndarray] = np.add.reduce,
 ) -> np.ndarray:
@@ -189,8 +190,8 @@ def _sums(
     ``terms`` yields those of a tile; one may be used up for the next, and by ``add_rows``. One after another is the
     fastest way to add up rows, and enough where sums have parts or float64 is more than is asked for.
     """
-    rows = _rows(numpy_tiles.for_sums(arrays[0]), *arrays)
-    partial = np.empty((len(rows), num, arrays[0].shape[1]))
+    rows = _rows(numpy_tiles.for_sums(x), x, *others)
+    partial = np.empty((len(rows), num, x.shape[1]))
 
     def add(scratch: Scratch, totals: np.ndarray, tile: Tile, *own: np.ndarray | None) -> None:
         for total, values in zip(totals, terms(scratch, tile, *own), strict=True):

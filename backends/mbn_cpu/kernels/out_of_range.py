@@ -183,7 +183,7 @@ def grad_input(
 def _is_zero(var: Variance, weight: np.ndarray | None, eps: float) -> np.ndarray:
     """Return for which channels 0 is the right scale."""
     var = np.ldexp(*var) if isinstance(var, Scaled) else var.astype(WIDE)
-    is_zero = (var + eps == 0) | np.isinf(var)
+    is_zero: np.ndarray = (var + eps == 0) | np.isinf(var)
     return is_zero if weight is None else is_zero | (weight == 0)
 
 

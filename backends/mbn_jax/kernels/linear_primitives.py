@@ -46,8 +46,9 @@ class LinearPrimitive(WidePrimitive):
         on_gpu: Callable[[Arrays, Any, Shape], list[jax.Array]] | None = None,
     ) -> None:
         super().__init__(name, function, on_gpu)
-        self._shapes, self._derivative = shapes, derivative
-        self.transpose: WidePrimitive | None = None
+        self._shapes = shapes
+        self._derivative: Any = derivative
+        self.transpose: WidePrimitive
         ad.primitive_jvps[self.primitive] = self._jvp
         ad.primitive_transposes[self.primitive] = self._transpose
 
@@ -55,7 +56,7 @@ class LinearPrimitive(WidePrimitive):
         """Apply the map. ``shape`` is what the arrays don't tell of the results."""
         return super().__call__(list(arrays), residuals, shape=shape)
 
-    def _abstract_eval(self, *operands: Any, tree: Any, levels: Levels, shape: Shape) -> list[Any]:
+    def _abstract_eval(self, *operands: Any, tree: Any, levels: Levels, shape: Shape) -> list[Any]:  # type: ignore[override]  # its own settings
         depth = len(levels)
         arrays, _ = tree.unflatten(operands)
         batch, dtype = operands[0].shape[:depth], operands[0].dtype
@@ -96,13 +97,13 @@ class LinearPrimitive(WidePrimitive):
         levels = tuple(level._replace(has_axis=(True,) * len(cotangents) + level.has_axis[count:]) for level in levels)
         results = self.transpose.bind(*leaves, tree=tree, levels=levels, **parameters)
         # An array that is not asked for is a zero that JAX has written out.
-        results = [
+        asked_for = [
             _lying_as(array.aval, result) if ad.is_undefined_primal(array) else None
             for array, result in zip(arrays, results, strict=True)
         ]
-        return results + [None] * (len(operands) - count)
+        return asked_for + [None] * (len(operands) - count)
 
-    def _batch(
+    def _batch(  # type: ignore[override]  # the same
         self, axis_data: Any, operands: Arrays, axes: Sequence[int | None], *, tree: Any, **parameters: Any
     ) -> tuple[list[jax.Array], list[int | None]]:
         operands, axes = list(operands), list(axes)

@@ -23,9 +23,9 @@ from mbn_jax.group import AxisGroup
 from mbn_jax.kernels import passes
 from mbn_jax.kernels.channel_sums import column, once
 from mbn_jax.kernels.layouts import CPU, GPU, Layout
-from mbn_jax.kernels.linear_primitives import Arrays, LinearPrimitive, Shape, are_transposes, channel_sum, spread
-from mbn_jax.kernels.pairs import Pair, Scaled, Square, Statistic, as_pair, as_scaled, wide
-from mbn_jax.kernels.primitives import WidePrimitive
+from mbn_jax.kernels.linear_primitives import LinearPrimitive, Shape, are_transposes, channel_sum, spread
+from mbn_jax.kernels.pairs import Mean, Pair, Scaled, Square, Variance, as_pair, as_scaled, wide
+from mbn_jax.kernels.primitives import Arrays, WidePrimitive
 
 
 class Batch(NamedTuple):
@@ -35,7 +35,8 @@ class Batch(NamedTuple):
     weights: jax.Array | None
     mean: Scaled
     invstd: Scaled
-    count: Pair | None
+    count: Any
+    """A pair, or None; a field of tuples has this name too."""
     group: AxisGroup | None = None
     """The replicas whose values they are the statistics of, if there are others."""
 
@@ -79,7 +80,7 @@ def pullback(dy: jax.Array, batch: Batch, weight: jax.Array | None) -> tuple[jax
 
 @jax.jit
 def grad_sums(
-    dy: jax.Array, x: jax.Array, mean: Statistic, var: Statistic, eps: Square, weights: jax.Array | None
+    dy: jax.Array, x: jax.Array, mean: Mean, var: Variance, eps: Square, weights: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """Return the sums of dy and dy * xhat for each channel, xhat by any statistics."""
     compute = passes.compute_dtype(x, mean)
@@ -173,7 +174,8 @@ def _push(layout: Layout, arrays: Arrays, residuals: tuple[Batch, jax.Array], sh
     (v, *parameters), (batch, weight) = arrays, residuals
     rest, _, sums = _sums(layout, v, batch, batch.weights)
     dweight, dbias = map(wide, parameters)
-    unexplained = wide(v) - _line(*(_share(total, batch) for total in sums), rest, batch)
+    constant, slope = (_share(total, batch) for total in sums)
+    unexplained = wide(v) - _line(constant, slope, rest, batch)
     change = _steepened(unexplained, batch, weight) + _line(dbias, dweight, rest, batch)
     return [passes.unmasked(change, batch.weights).astype(v.dtype)]
 
@@ -200,7 +202,8 @@ def _push_derivative(
 def _pull(layout: Layout, arrays: Arrays, residuals: tuple[Batch, jax.Array], shape: Shape) -> list[jax.Array]:
     (dy,), (batch, weight) = arrays, residuals
     rest, (dbias, dweight), sums = _sums(layout, dy, batch, None)
-    explained = _line(*(_share(total, batch) for total in sums), rest, batch)
+    constant, slope = (_share(total, batch) for total in sums)
+    explained = _line(constant, slope, rest, batch)
     if batch.weights is not None:
         explained *= wide(batch.weights)
     dx = _steepened(wide(dy) - explained, batch, weight)
@@ -233,7 +236,7 @@ def _pull_derivative(
 
 def _sums(
     layout: Layout, v: jax.Array, batch: Batch, factor: jax.Array | None
-) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     """Return the sums of v and of xhat * v for each channel, in float64; of each value times a factor, if any.
 
     They are these values' own, and those of all replicas. Before them comes what is left of the mean beside its first
@@ -248,14 +251,14 @@ def _sums(
     if factor is not None:
         v *= view(factor)
     if batch.count is None:
-        own = every = tuple(layout.sums(v, v * deviation))
+        own = every = layout.sums(v, v * deviation)
         rest = wide(batch.mean.pair.lo) * wide(batch.mean.unit) * (1 if unit is None else unit)
     else:
         drift, *own = layout.sums(deviation if weights is None else deviation * weights, v, v * deviation)
         drift, *every = summed((drift, *own), batch.group)
         rest = _share(drift, batch)
-    own, every = ((total, (product - rest * total) * invstd) for total, product in (own, every))
-    return rest, own, every
+    of_own, of_every = ((total, (product - rest * total) * invstd) for total, product in (own, every))
+    return rest, of_own, of_every
 
 
 def _center(batch: Batch) -> jax.Array:

@@ -9,7 +9,7 @@ Everything can be traced, and differentiates as the real numbers that it stands 
 """
 
 import math
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +44,9 @@ NOTHING = 2.0**-500
 The quotient of that unit and one of the number's own size then stays within float64, and so does its square.
 """
 
-Statistic: TypeAlias = Scaled | Square | jax.Array
-"""A mean, a variance, or either as a plain vector."""
+Mean: TypeAlias = Scaled | jax.Array
+Variance: TypeAlias = Square | jax.Array
+"""Either may be a plain vector."""
 
 
 def widest_dtype() -> np.dtype:
@@ -63,15 +64,17 @@ def number(value: float) -> Pair:
 
     As a plain number it would be rounded to float32 on its way.
     """
-    hi = np.asarray(value, widest_dtype())
-    return Pair(hi, np.asarray(value - float(hi), hi.dtype))
+    hi: Any = np.asarray(value, widest_dtype())
+    lo: Any = np.asarray(value - float(hi), hi.dtype)
+    return Pair(hi, lo)
 
 
 def squared(value: float) -> Square:
     """Return a Python number, at least 0, in the same way as a square."""
     lowest, highest = limits(widest_dtype())
-    unit = min(max(math.ldexp(1.0, math.frexp(value)[1] // 2), lowest), highest)
-    return Square(number(value / unit / unit), np.asarray(unit, widest_dtype()))
+    power = min(max(math.ldexp(1.0, math.frexp(value)[1] // 2), lowest), highest)
+    unit: Any = np.asarray(power, widest_dtype())
+    return Square(number(value / power / power), unit)
 
 
 def limits(dtype: np.dtype) -> tuple[float, float]:
@@ -80,8 +83,8 @@ def limits(dtype: np.dtype) -> tuple[float, float]:
     return 1 / largest, largest
 
 
-def as_scaled(value: Statistic, dtype: np.dtype) -> Scaled:
-    """Return a mean in units of ``dtype``; ``value`` is no ``Square``."""
+def as_scaled(value: Mean, dtype: np.dtype) -> Scaled:
+    """Return a mean in units of ``dtype``."""
     if not isinstance(value, Scaled):
         return Scaled(as_pair(value, dtype), jnp.ones_like(value, dtype))
     return Scaled(as_pair(value.pair, dtype), value.unit.astype(dtype))
@@ -93,7 +96,7 @@ def in_own_units(value: Scaled, dtype: np.dtype) -> Scaled:
     return Scaled(as_pair(times(value.pair, value.unit / own), dtype), own.astype(dtype))
 
 
-def as_square(value: Statistic, dtype: np.dtype) -> Square:
+def as_square(value: Variance, dtype: np.dtype) -> Square:
     """Return a variance as a square of ``dtype``."""
     if not isinstance(value, Square):
         is_subnormal, part = subnormal(value)
@@ -106,7 +109,7 @@ def as_square(value: Statistic, dtype: np.dtype) -> Square:
     return Square(as_pair(times(times(value.pair, ratio), ratio), dtype), unit.astype(dtype))
 
 
-def times(a: Pair, power: jax.Array) -> Pair:
+def times(a: Pair, power: jax.Array | float) -> Pair:
     """Return a pair times a power of two."""
     return Pair(a.hi * power, a.lo * power)
 

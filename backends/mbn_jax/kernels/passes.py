@@ -21,10 +21,11 @@ from mbn_jax.kernels.layouts import CPU, GPU, Layout, is_sharded
 from mbn_jax.kernels.linear_primitives import Shape, channel_sum, spread
 from mbn_jax.kernels.pairs import (
     NOTHING,
+    Mean,
     Pair,
     Scaled,
     Square,
-    Statistic,
+    Variance,
     add,
     as_pair,
     as_scaled,
@@ -188,8 +189,8 @@ def _located(
 ) -> tuple[Pair, jax.Array]:
     """Return the mean and about the mean size of the deviations from a center, without a sum beyond float64."""
     weights = layout.view(weights)
-    size = x.size // x.shape[1]
-    share = 0.25 * 0.5 ** (size.bit_length() if is_known(size) else 64)
+    number = x.size // x.shape[1]
+    share = 0.25 * 0.5 ** (number.bit_length() if is_known(number) else 64)
     part = unmasked(wide(layout.view(x)) * share - layout.broadcast(center * share, x.ndim), weights)
     total, size = layout.sums(part if weights is None else part * (weights / n), jnp.abs(part))
     if weights is None:
@@ -267,7 +268,7 @@ def moments(x: jax.Array, weights: jax.Array | None) -> tuple[Pair, Scaled, Squa
 @moments.defjvp
 def _moments_jvp(
     primals: tuple[jax.Array, jax.Array | None], tangents: tuple[jax.Array, jax.Array | None]
-) -> tuple[tuple[Any, ...], ...]:
+) -> tuple[Any, Any]:
     """Differentiate the definitions, not the sums."""
     (x, weights), (dx, _) = primals, tangents
     total_weight, mean, m2 = moments(x, weights)
@@ -279,8 +280,8 @@ def _moments_jvp(
     dmean = channel_sum(dx) / n
     dm2 = 2 * channel_sum(deviation / spread(m2.unit, x.shape) * dx) / n / m2.unit
     zeros = jax.tree.map(jnp.zeros_like, (total_weight, mean, m2))
-    dmean = Pair(dmean / mean.unit, zeros[1].pair.lo)
-    changes = zeros[0], zeros[1]._replace(pair=dmean), zeros[2]._replace(pair=Pair(dm2, zeros[2].pair.lo))
+    moved = Pair(dmean / mean.unit, zeros[1].pair.lo)
+    changes = zeros[0], zeros[1]._replace(pair=moved), zeros[2]._replace(pair=Pair(dm2, zeros[2].pair.lo))
     return (total_weight, mean, m2), changes
 
 
@@ -308,7 +309,7 @@ def _merge(*batches: tuple[Pair, Scaled, Square]) -> list[jax.Array]:
     unit = jnp.maximum(*(mean.unit for mean in means))
     mean, other_mean = (times(mean.pair, mean.unit / unit) for mean in means)
     apart = add(other_mean, negative(mean))
-    mean = in_own_units(Scaled(add(mean, multiply(apart, shares[1])), unit), dtype)
+    merged = in_own_units(Scaled(add(mean, multiply(apart, shares[1])), unit), dtype)
     squares = [as_square(m2, compute) for _, _, m2 in batches]
     size = power_of_two(jnp.maximum(jnp.abs(apart.hi), NOTHING) * unit, compute)
     size = jnp.maximum(jnp.maximum(*(square.unit for square in squares)), size)
@@ -318,7 +319,7 @@ def _merge(*batches: tuple[Pair, Scaled, Square]) -> list[jax.Array]:
     ]
     apart = times(apart, unit / size)
     m2 = add(add(*within), multiply(multiply(apart, apart), multiply(*shares)))
-    return [*as_pair(total, dtype), *mean.pair, mean.unit, *_square_in_own_units(m2, size, dtype)]
+    return [*as_pair(total, dtype), *merged.pair, merged.unit, *_square_in_own_units(m2, size, dtype)]
 
 
 _MERGE = WidePrimitive("merge", _merge)
@@ -338,8 +339,8 @@ def variance(m2: Square, count: Pair, correction: int) -> Square:
 @jax.jit
 def normalize(
     x: jax.Array,
-    mean: Statistic,
-    var: Statistic,
+    mean: Mean,
+    var: Variance,
     weight: jax.Array | None,
     bias: jax.Array | None,
     eps: Square,
@@ -419,13 +420,13 @@ def _affine_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[ja
 
 
 @jax.jit
-def lerp(start: jax.Array, end: Statistic, weight: Pair | jax.Array) -> jax.Array:
+def lerp(start: jax.Array, end: Mean | Variance, weight: Pair | jax.Array) -> jax.Array:
     """Return (1 - weight) * start + weight * end, rounded to the dtype of start."""
     # Constants before anything is computed: then even a gradient that is taken step by step leaves no tracer behind.
     return _LERP(*lax.stop_gradient((start, end, weight)))[0]
 
 
-def _lerp(start: jax.Array, end: Statistic, weight: Pair | jax.Array) -> list[jax.Array]:
+def _lerp(start: jax.Array, end: Mean | Variance, weight: Pair | jax.Array) -> list[jax.Array]:
     old, step = wide(start), wide(weight)
     new = step * wide(end.pair if isinstance(end, Scaled | Square) else end)
     if isinstance(end, Scaled | Square):
@@ -455,11 +456,11 @@ def step(weight: Pair | jax.Array, count: Pair, correction: int) -> Pair:
 def grad_input(
     dy: jax.Array,
     x: jax.Array,
-    mean: Statistic,
-    var: Statistic,
+    mean: Mean,
+    var: Variance,
     weight: jax.Array | None,
     eps: Square,
-    sums: tuple[Statistic, Statistic] | None,
+    sums: tuple[jax.Array, jax.Array] | None,
     count: Pair | None,
     weights: jax.Array | None,
 ) -> jax.Array:
@@ -467,9 +468,9 @@ def grad_input(
     compute = compute_dtype(x, mean)
     mean, scale = as_scaled(mean, compute), invstd(var, eps, compute)
     change = unmasked(dy.astype(compute), weights)
-    if sums is not None:
-        means = [divide(as_pair(total, compute), divisor(as_pair(count, compute))) for total in sums]
-        change = residual(change, affine(x, mean, scale, None, None, weights), *means, weights)
+    if sums is not None and count is not None:
+        average, slope = (divide(as_pair(total, compute), divisor(as_pair(count, compute))) for total in sums)
+        change = residual(change, affine(x, mean, scale, None, None, weights), average, slope, weights)
     first, second = (spread(once(factor), x.shape) for factor in factors(scale, weight))
     return unmasked(_multiplied(change, first, second), weights).astype(x.dtype)
 
@@ -512,7 +513,7 @@ def _before_and_after(center: jax.Array, factor: jax.Array) -> tuple[jax.Array, 
     return jnp.where(is_small, factor, jnp.minimum(factor, 1)), jnp.where(is_small, 1, jnp.maximum(factor, 1))
 
 
-def compute_dtype(x: jax.Array, mean: Statistic | None = None) -> jnp.dtype:
+def compute_dtype(x: jax.Array, mean: Mean | None = None) -> jnp.dtype:
     """Return the dtype to compute in: that of a mean if it is wider, and float32 for float16 and bfloat16."""
     compute = wider(x.dtype, jnp.float32)
     if mean is None:
@@ -530,7 +531,7 @@ def plain(value: Scaled) -> jax.Array:
     return value.pair.hi * value.unit
 
 
-def invstd(var: Statistic, eps: Square, dtype: jnp.dtype) -> Scaled:
+def invstd(var: Variance, eps: Square, dtype: jnp.dtype) -> Scaled:
     """Return 1 / sqrt(var + eps), and 0 where that is 0, in numbers of ``dtype``."""
     return _invstd(as_square(var, dtype), as_square(eps, dtype))
 

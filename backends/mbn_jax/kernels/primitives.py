@@ -23,7 +23,7 @@ from mbn_jax.kernels.layouts import over
 try:
     from jax import enable_x64
 except ImportError:  # JAX 0.7
-    from jax.experimental import enable_x64
+    from jax.experimental import enable_x64  # type: ignore[attr-defined, no-redef]  # of another version
 
 Arrays: TypeAlias = Sequence[jax.Array]
 
@@ -71,8 +71,9 @@ class WidePrimitive:
         primitive.def_abstract_eval(self._abstract_eval)
         batching.fancy_primitive_batchers[primitive] = self._batch
         mlir.register_lowering(primitive, partial(self._lower, function))
-        for platform in ("cuda", "rocm") if on_gpu else ():
-            mlir.register_lowering(primitive, partial(self._lower, on_gpu), platform)
+        if on_gpu is not None:
+            for platform in ("cuda", "rocm"):
+                mlir.register_lowering(primitive, partial(self._lower, on_gpu), platform)
 
     def __call__(self, *arguments: Any, **settings: Any) -> list[jax.Array]:
         """Apply the map."""
@@ -153,7 +154,9 @@ def _with_wide_sizes(context: Any, kinds: list[Any]) -> Any:
     convert = mlir.lower_fun(lambda *sizes: [size.astype(np.int64) for size in sizes], multiple_results=True)
     sizes = convert(context.replace(avals_in=kinds), *context.dim_var_values)
     module = context.module_context
-    caches = {name: {} for name in ("lowering_cache", "cached_primitive_lowerings") if hasattr(module, name)}
+    caches: dict[str, Any] = {
+        name: {} for name in ("lowering_cache", "cached_primitive_lowerings") if hasattr(module, name)
+    }
     return context.replace(dim_var_values=tuple(sizes), module_context=module.replace(**caches))
 
 
@@ -179,7 +182,7 @@ def _manual_axes(kind: Any) -> frozenset[Any]:
 def _vary(operand: Any, axes: tuple[Any, ...]) -> jax.Array:
     if hasattr(lax, "pcast"):
         return lax.pcast(operand, axes, to="varying")
-    return lax.pvary(operand, axes)  # until JAX 0.8
+    return lax.pvary(operand, axes)  # type: ignore[attr-defined]  # until JAX 0.8
 
 
 def result_type(operands: Sequence[Any], levels: Levels, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -203,7 +206,7 @@ def result_type(operands: Sequence[Any], levels: Levels, shape: tuple[int, ...],
     return kind.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
 
 
-def vectorized(function: Callable[..., Any], levels: Levels) -> Callable[..., Any]:
+def vectorized(function: Callable[..., Any], levels: Sequence[Level]) -> Callable[..., Any]:
     """Return ``function`` under a vmap for each level, which says what arguments have its axis in front."""
     for level in reversed(levels):
         axes = tuple(0 if has_axis else None for has_axis in level.has_axis)

@@ -35,7 +35,7 @@ class _Shared:
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
 
-    def __dlpack__(self, *, max_version: tuple[int, int] | None = None, **_: object) -> object:
+    def __dlpack__(self, *, max_version: tuple[int, int] | None = None, **_: object) -> Any:
         is_versioned = max_version is not None and _has_versions
         return (torch._C._to_dlpack_versioned if is_versioned else torch._C._to_dlpack)(self.tensor)  # noqa: SLF001
 
@@ -142,12 +142,12 @@ class CpuKernels(TorchKernels):
 
     def pullback(
         self, dy: torch.Tensor, batch: ArrayBatch, weight: torch.Tensor | None, stats: Stats, eps: float
-    ) -> tuple[torch.Tensor, ...]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the gradients of x, weight and bias."""
         arguments = as_array(_wide(dy)), batch.arrays, as_array(weight), as_array(stats), eps
         with nullcontext() if self._is_at_once else _limited():
-            dx, *sums = self._own.pullback(self._kernels, *arguments)
-        return _arranged(dx, batch.x), *map(_tensor, sums)
+            dx, dweight, dbias = self._own.pullback(self._kernels, *arguments)
+        return _arranged(dx, batch.x), _tensor(dweight), _tensor(dbias)
 
 
 def tensors(stats: Stats) -> Stats:
@@ -187,7 +187,7 @@ def _tensor(value: Any) -> Any:
 
 def _arranged(values: np.ndarray, x: torch.Tensor) -> torch.Tensor:
     """Return an array in the shape of x as a tensor in its dtype and memory order, as Torch has it."""
-    tensor = _tensor(values)
+    tensor: torch.Tensor = _tensor(values)
     if tensor.dtype == x.dtype:
         if tensor.stride() == x.stride():
             return tensor

@@ -7,7 +7,7 @@ blocks that stay in the caches. What autograd has to see through is in the formu
 
 from collections.abc import Callable, Iterator
 from itertools import repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -91,9 +91,10 @@ class EagerKernels(TorchKernels):
         mean, var, _ = stats
         weight, bias = params
         compute = torch.promote_types(x.dtype, torch.float32)  # float16 and bfloat16 are computed in float32
-        before, center, scale, shift = (
+        columns: Iterator[Any] = (
             None if vector is None else vector[:, None] for vector in line(mean, var, weight, bias, eps, compute)
         )
+        before, center, scale, shift = columns
         y = torch.empty_like(x) if out is None else out
         for block, part, mask in _blocks(lifted(x), lifted(y), _mask(weights, compute)):
             values = part if part.dtype == compute else torch.empty_like(part, dtype=compute)
@@ -193,9 +194,9 @@ class _Origin(NamedTuple):
 
 
 def _origin(mean: Mean, var: Variance, eps: float, dtype: torch.dtype) -> _Origin:
-    hi, lo, var, unit = separate(mean, var)
+    hi, lo, var, given = separate(mean, var)
     hi, lo = as_pair(hi if lo is None else Pair(hi, lo))
-    unit = 0 if unit is None else unit
+    unit = 0 if given is None else given
     scale = number, exponent = spread(var, unit, eps)
     center = hi + lo
     rest = (hi - center) + lo
@@ -263,7 +264,7 @@ def _shifted_sums(
     return (sums[0], sums[1]) if apart is None else (sums[0] + sums[2], sums[1] + sums[3])
 
 
-def _sums(terms: Callable[..., tuple[torch.Tensor, ...]], *arrays: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+def _sums(terms: Callable[..., tuple[torch.Tensor, ...]], *arrays: Any) -> tuple[torch.Tensor, ...]:
     """Return the sums of all terms of arrays of (N, C, L) for each channel, in float64.
 
     ``terms`` gives those of a block, in tensors of its own.
@@ -273,9 +274,7 @@ def _sums(terms: Callable[..., tuple[torch.Tensor, ...]], *arrays: torch.Tensor 
     return fold(fold(torch.stack(chunks)).movedim(-1, 0)).unbind()
 
 
-def _chunk_sums(
-    terms: Callable[..., tuple[torch.Tensor, ...]], arrays: tuple[torch.Tensor | None, ...], rows: int
-) -> torch.Tensor:
+def _chunk_sums(terms: Callable[..., tuple[torch.Tensor, ...]], arrays: tuple[Any, ...], rows: int) -> torch.Tensor:
     """Return the sums of all terms over the first axis, (terms, C, L), adding up blocks of so many rows."""
     blocks = _split(rows, *arrays)
     sums = terms(*next(blocks))
@@ -297,7 +296,7 @@ def fold(d: torch.Tensor) -> torch.Tensor:
     return d[0]
 
 
-def _blocks(*arrays: torch.Tensor | None) -> Iterator[tuple[torch.Tensor | None, ...]]:
+def _blocks(*arrays: Any) -> Iterator[tuple[Any, ...]]:
     return _split(_rows(arrays[0]), *arrays)
 
 
@@ -307,7 +306,7 @@ def _rows(x: torch.Tensor) -> int:
     return max(1, block // (x.shape[1] * x.shape[2]))
 
 
-def _split(rows: int, *arrays: torch.Tensor | None) -> Iterator[tuple[torch.Tensor | None, ...]]:
+def _split(rows: int, *arrays: Any) -> Iterator[tuple[Any, ...]]:
     """Iterate over blocks of so many rows of all arrays; one that is None stays None."""
     if len(arrays[0]) <= rows:
         return iter([arrays])

@@ -118,7 +118,7 @@ class Triton(TorchKernels):
 
     def pullback(
         self, dy: torch.Tensor, batch: Batch, weight: torch.Tensor | None, stats: Stats, eps: float
-    ) -> tuple[torch.Tensor, ...]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the gradients of x, weight and bias."""
         sums, (dbias, dweight) = _grad_sums(dy, batch, stats, eps, None if weight is None else weight.dtype)
         dx = self.grad_input(dy, batch, stats, weight, eps, None if stats.count is None else sums)
@@ -233,7 +233,7 @@ def _sums(
 
 def _grad_sums(
     dy: torch.Tensor, batch: Batch, stats: Stats, eps: float, dtype: torch.dtype | None
-) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
     """Return the sums of dy and of dy * xhat for each channel, in float64 and in a dtype if there is one."""
     x, weights, _ = batch
     tiles = tiling((x, dy), weights, sums=True)
@@ -265,8 +265,9 @@ def _grad_sums(
         triton_kernels.finish_grad_sums[grid](
             partials, *known, sums, rounded, _bits(eps), programs, channels, WIDE=x.dtype == WIDE, **shape
         )
-    vectors = sums.unbind()
-    return vectors, vectors if rounded is None else rounded.unbind()
+    vectors: Any = sums.unbind()
+    narrow: Any = vectors if rounded is None else rounded.unbind()
+    return vectors, narrow
 
 
 def _contiguous(*vectors: torch.Tensor | None) -> list[torch.Tensor | None]:
@@ -292,7 +293,8 @@ def _finishing(programs: int, channels: int) -> tuple[tuple[int], dict[str, int]
 
 def _bits(number: float) -> int:
     """Return the bits of a float64 as an integer."""
-    return struct.unpack("q", struct.pack("d", number))[0]
+    bits: int = struct.unpack("q", struct.pack("d", number))[0]
+    return bits
 
 
 TRITON = Triton()

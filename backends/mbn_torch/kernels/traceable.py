@@ -5,6 +5,8 @@ differentiable operations, in float64, and a value of weight 0 is replaced befor
 no derivative multiplies it. Nothing is written to and nothing depends on a value, so that all of it traces.
 """
 
+from typing import Any
+
 import torch
 
 from mbn.contract import Batch, Moments, Params, Stats
@@ -14,7 +16,6 @@ from mbn_torch.channel_stats import (
     Mean,
     Scaled,
     TorchKernels,
-    Variance,
     as_pair,
     divisor,
     exponent_of,
@@ -47,7 +48,8 @@ class TraceableKernels(TorchKernels):
         shift = heaviest(x, weights)
         values = _counted(x, shift, weights)
         constants = values.detach()
-        unit, factor = None, 1
+        unit = None
+        factor: torch.Tensor | int = 1
         if not is_scripted():  # there, nobody sees the bits of a number
             unit = units_of(torch.maximum(constants.amax((0, 2)), -constants.amin((0, 2))))
             factor, shift = power(-unit)[:, None], scaled(shift, -unit)
@@ -111,11 +113,13 @@ class TraceableKernels(TorchKernels):
         return _like(x, dx * scaled(number, exponent - half)[:, None] * power(half)[:, None], weights)
 
 
-def _xhat(x: torch.Tensor, mean: Mean, var: Variance, eps: float, weights: torch.Tensor | None) -> torch.Tensor:
+def _xhat(x: torch.Tensor, mean: Mean, var: Any, eps: float, weights: torch.Tensor | None) -> torch.Tensor:
     """Return (x - mean) / sqrt(var + eps) as (N, C, L) in float64."""
     if isinstance(mean, Scaled):
         (hi, lo), unit = mean
-        d = _counted(lifted(x), scaled(hi, unit), weights) * power(-unit)[:, None] - hi[:, None] - lo[:, None]
+        d: torch.Tensor = (
+            _counted(lifted(x), scaled(hi, unit), weights) * power(-unit)[:, None] - hi[:, None] - lo[:, None]
+        )
         number, exponent = spread(var.values, unit, eps)
         return d * scaled(number, exponent + unit)[:, None]
     hi, lo = as_pair(mean)

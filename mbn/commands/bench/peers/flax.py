@@ -24,12 +24,13 @@ class Module(JaxSubject):
         self.workload, self._device = workload, device
         self.device = str(next(iter(self.x.devices())))
         module = nnx.BatchNorm(workload.num_features, dtype=self.x.dtype, rngs=nnx.Rngs(0))
-        graph, self._params, self._state = nnx.split(module, nnx.Param, ...)
+        graph, *states = nnx.split(module, nnx.Param, ...)
+        self._params, self._state = states
 
         def forward(params: Any, state: Any, x: Any, *, training: bool) -> tuple[Any, Any]:
             module = nnx.merge(graph, params, state, copy=True)  # by value: its variables are of this trace
             y = module(x, use_running_average=not training)
-            return y, nnx.split(module, nnx.Param, ...)[2]
+            return y, nnx.split(module, nnx.Param, ...)[-1]
 
         self._steps = Steps(forward, {})
 

@@ -56,7 +56,7 @@ class Formula(Subject):
         return xhat * self._weight + self._bias
 
     def _evaluate(self) -> np.ndarray:
-        xhat = (self.x - self._running_mean) / np.sqrt(self._running_var + _EPS)
+        xhat: np.ndarray = (self.x - self._running_mean) / np.sqrt(self._running_var + _EPS)
         return xhat * self._weight + self._bias
 
     def _backward(self) -> tuple[Any, ...]:

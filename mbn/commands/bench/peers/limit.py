@@ -16,7 +16,7 @@ def copy(workload: Workload, device: str | None) -> Subject:
     if find_spec("cupy"):
         from mbn.commands.bench.peers import cupy as framework
     else:
-        from mbn.commands.bench.peers import torch as framework
+        from mbn.commands.bench.peers import torch as framework  # type: ignore[no-redef]
     return framework.Copy(workload, device)
 
 

@@ -32,7 +32,8 @@ class Clock(EventClock):
 
     def between(self, start: Any, end: Any) -> float:
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        seconds: float = start.elapsed_time(end) / 1e3
+        return seconds
 
     def beyond_arrays(self, call: Call) -> int:
         """Return what Torch's allocator tells of its peak."""
@@ -67,7 +68,7 @@ class TorchSubject(Subject):
     masks: Any
 
     @property
-    def clock(self) -> clocks.Clock:
+    def clock(self) -> clocks.Clock:  # type: ignore[override]  # it depends on x
         return Clock(self.x.device) if self.x.is_cuda else clocks.HostClock()
 
     def wait(self, result: Any) -> Any:
@@ -83,7 +84,8 @@ class Layer(TorchSubject, subjects.Layer):
         return _call(self, self.layer, mode)
 
     def own(self, host: np.ndarray) -> torch.Tensor:
-        return super().own(host).clone()
+        tensor: torch.Tensor = super().own(host).clone()
+        return tensor
 
 
 class Module(TorchSubject):
@@ -103,7 +105,7 @@ class Module(TorchSubject):
         return _call(self, self._module, mode)
 
     def own(self, host: np.ndarray) -> torch.Tensor:
-        tensor = mbn.asarray(host, backend="torch", device=self._device).clone()
+        tensor: torch.Tensor = mbn.asarray(host, backend="torch", device=self._device).clone()
         is_last = self.workload.axis == -1 and tensor.ndim == 3
         return tensor.transpose(1, 2) if is_last else tensor
 
@@ -123,7 +125,8 @@ class Copy(TorchSubject):
         return lambda: copy.copy_(x)
 
     def own(self, host: np.ndarray) -> torch.Tensor:
-        return mbn.asarray(host, backend="torch", device=self._device)
+        tensor: torch.Tensor = mbn.asarray(host, backend="torch", device=self._device)
+        return tensor
 
 
 def _call(subject: TorchSubject, bn: Any, mode: str) -> Call:
