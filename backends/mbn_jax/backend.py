@@ -14,7 +14,7 @@ import numpy as np
 from jax.tree_util import GetAttrKey
 
 from mbn.contract import Backend, Batch, Capabilities, Kernels, Moments, Params, State, Stats, dtype_name
-from mbn_jax import integration
+from mbn_jax import channel_stats, integration
 from mbn_jax.group import AxisGroup
 from mbn_jax.integration import argument, eps_argument, widened
 from mbn_jax.kernels import own_statistics as own
@@ -179,25 +179,25 @@ class JaxKernels(Kernels):
         lengths: jax.Array | None,
         sample_weight: jax.Array | None,
     ) -> jax.Array:
-        return passes.combine_weights(shape, dtype, mask, lengths, sample_weight)
+        return channel_stats.combine_weights(shape, dtype, mask, lengths, sample_weight)
 
     def merge(self, first: Moments, second: Moments) -> Moments:
-        merged = Moments(*passes.merge(*map(argument, first), *map(argument, second)))
+        merged = Moments(*channel_stats.merge(*map(argument, first), *map(argument, second)))
         if isinstance(first.count, int) and isinstance(second.count, int):
             return merged._replace(count=first.count + second.count)
         return merged
 
     def variance(self, moments: Moments, correction: int) -> Square:
-        return passes.variance(moments.m2, argument(moments.count), correction)
+        return channel_stats.variance(moments.m2, argument(moments.count), correction)
 
     def step(
         self, momentum: float | Pair | None, num_batches_tracked: jax.Array | None, count: int | Pair, correction: int
     ) -> float | Pair | jax.Array:
-        step = passes.reciprocal(num_batches_tracked) if momentum is None else momentum
-        return step if isinstance(count, int) else passes.step(argument(step), count, correction)
+        step = channel_stats.reciprocal(num_batches_tracked) if momentum is None else momentum
+        return step if isinstance(count, int) else channel_stats.step(argument(step), count, correction)
 
     def lerp(self, start: jax.Array, end: Mean | Variance, step: float | Pair | jax.Array) -> jax.Array:
-        return passes.lerp(start, end, argument(step))
+        return channel_stats.lerp(start, end, argument(step))
 
 
 JaxBackend.kernels = JaxKernels()

@@ -34,6 +34,7 @@ def in_64_bits(plant: Callable[[], None]) -> Callable[[], None]:
 
 
 def means_in_one_unit() -> None:
+    from mbn_jax import channel_stats
     from mbn_jax.kernels import pairs, passes
 
     def as_they_are(value, dtype):
@@ -41,38 +42,41 @@ def means_in_one_unit() -> None:
             pairs.as_pair(pairs.times(value.pair, value.unit), dtype), passes.jnp.ones_like(value.unit, dtype)
         )
 
-    passes.in_own_units = as_they_are
+    passes.in_own_units = channel_stats.in_own_units = as_they_are
 
 
 def variances_in_one_unit() -> None:
+    from mbn_jax import channel_stats
     from mbn_jax.kernels import pairs, passes
 
     def as_they_are(square, unit, dtype):
         return [*pairs.as_pair(pairs.times(pairs.times(square, unit), unit), dtype), passes.jnp.ones_like(unit, dtype)]
 
-    passes._square_in_own_units = as_they_are
+    passes.square_in_own_units = channel_stats.square_in_own_units = as_they_are
 
 
 def one_factor() -> None:
-    from mbn_jax.kernels import passes, primitives
+    from mbn_jax import channel_stats
+    from mbn_jax.kernels import primitives
 
     def product(invstd, weight):
-        scale = passes.plain(invstd) * (1 if weight is None else weight)
-        return [passes.jnp.ones_like(scale), scale]
+        scale = channel_stats.plain(invstd) * (1 if weight is None else weight)
+        return [channel_stats.jnp.ones_like(scale), scale]
 
-    passes._FACTORS = primitives.WidePrimitive("factors", product)
+    channel_stats._FACTORS = primitives.WidePrimitive("factors", product)
 
 
 def factors_for_a_weight_of_1() -> None:
-    from mbn_jax.kernels import passes, primitives
+    from mbn_jax import channel_stats
+    from mbn_jax.kernels import primitives
 
-    own, where = passes._factors, passes.jnp.where
+    own, where = channel_stats._factors, channel_stats.jnp.where
 
     def without_0(invstd, weight):
         first, second = own(invstd, where(weight == 0, 1, weight))
         return [first, where(weight == 0, 0, second)]
 
-    passes._FACTORS = primitives.WidePrimitive("factors", without_0)
+    channel_stats._FACTORS = primitives.WidePrimitive("factors", without_0)
 
 
 def squares_as_found() -> None:
@@ -82,9 +86,9 @@ def squares_as_found() -> None:
 
 
 def weights_as_they_are() -> None:
-    from mbn_jax.kernels import passes
+    from mbn_jax import channel_stats
 
-    passes._in_range = lambda weights: weights
+    channel_stats._in_range = lambda weights: weights
 
 
 def narrow_sums_in_evaluation() -> None:
@@ -92,25 +96,25 @@ def narrow_sums_in_evaluation() -> None:
 
     def narrow(dy, given):
         x, weights, mean, invstd, _ = given
-        xhat = own_statistics.kernels.affine(x, mean, invstd, None, None, weights)
-        dy = own_statistics.kernels.unmasked(dy, weights)
+        xhat = own_statistics.passes.affine(x, mean, invstd, None, None, weights)
+        dy = own_statistics.passes.unmasked(dy, weights)
         return [dy, *map(own_statistics.channel_sum, (dy, dy * xhat))]
 
-    whole = own_statistics._sums
-    own_statistics._sums = lambda *rest: narrow(*rest[1:3]) if rest[2].count is None else whole(*rest)
+    own = own_statistics._sums
+    own_statistics._sums = lambda *rest: narrow(*rest[1:3]) if rest[2].count is None else own(*rest)
 
 
-def last_run_dropped() -> None:
+def last_chunk_dropped() -> None:
     from mbn_jax.kernels import gpu_sums
 
-    in_runs = gpu_sums._in_chunks
+    in_chunks = gpu_sums._in_chunks
 
-    def whole_runs(x, axis):
-        run = min(gpu_sums.CHUNK, x.shape[axis])
-        whole = x.shape[axis] // run * run
-        return in_runs(x.at[(slice(None),) * axis + (slice(whole, None),)].set(0), axis)
+    def full_chunks(x, axis):
+        chunk = min(gpu_sums.CHUNK, x.shape[axis])
+        full = x.shape[axis] // chunk * chunk
+        return in_chunks(x.at[(slice(None),) * axis + (slice(full, None),)].set(0), axis)
 
-    gpu_sums._in_chunks = whole_runs
+    gpu_sums._in_chunks = full_chunks
 
 
 def deviations_from_nothing() -> None:
@@ -122,7 +126,7 @@ def deviations_from_nothing() -> None:
 def channels_mixed_up() -> None:
     from mbn_jax.kernels import layouts, passes
 
-    passes.GPU = layouts.GPU._replace(place=lambda vector, ndim: layouts.GPU.broadcast(vector[::-1], ndim))
+    passes.GPU = layouts.GPU._replace(broadcast=lambda vector, ndim: layouts.GPU.broadcast(vector[::-1], ndim))
 
 
 def factors_in_any_order() -> None:
@@ -140,7 +144,7 @@ BUGS = {
     "squares out of range": Bug(in_64_bits(squares_as_found), "test_any_eps_and_weight[jax-float64-1e+200"),
     "weights out of range": Bug(weights_as_they_are, "test_sample_weights_of_any_size"),
     "sums in evaluation": Bug(narrow_sums_in_evaluation, "test_sums_that_cancel_in_evaluation"),
-    "dropped": Bug(on_gpu(last_run_dropped), "test_long_channels"),
+    "dropped": Bug(on_gpu(last_chunk_dropped), "test_long_channels"),
     "cancelled": Bug(on_gpu(deviations_from_nothing), "test_float32_with_a_large_mean"),
     "mixed up": Bug(on_gpu(channels_mixed_up), "test_first_values_masked"),
 }

@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 
 from mbn.contract import summed
+from mbn_jax import channel_stats
 from mbn_jax.group import AxisGroup
 from mbn_jax.kernels import passes
 from mbn_jax.kernels.channel_sums import column, once
@@ -53,7 +54,9 @@ def batch(
     """Return values with their own statistics, or those of all replicas."""
     mean, var, count = lax.stop_gradient((mean, var, count))
     dtype = mean.unit.dtype
-    return Batch(x, weights, mean, passes.invstd(var, eps, dtype), passes.divisor(as_pair(count, dtype)), group)
+    return Batch(
+        x, weights, mean, channel_stats.invstd(var, eps, dtype), channel_stats.divisor(as_pair(count, dtype)), group
+    )
 
 
 @jax.custom_jvp
@@ -84,7 +87,7 @@ def grad_sums(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the sums of dy and dy * xhat for each channel, xhat by any statistics."""
     compute = passes.compute_dtype(x, mean)
-    given = Batch(x, weights, as_scaled(mean, compute), passes.invstd(var, eps, compute), None)
+    given = Batch(x, weights, as_scaled(mean, compute), channel_stats.invstd(var, eps, compute), None)
     return _grad_sums(dy.astype(compute), given)
 
 
@@ -126,7 +129,7 @@ def _standardize_jvp(primals: tuple[Batch], tangents: tuple[Batch]) -> tuple[jax
 @jax.custom_jvp
 def _scale(batch: Batch) -> jax.Array:
     """Return s."""
-    return passes.plain(batch.invstd)
+    return channel_stats.plain(batch.invstd)
 
 
 @_scale.defjvp
@@ -291,7 +294,7 @@ def _line(constant: jax.Array, slope: jax.Array, rest: jax.Array, batch: Batch) 
 
 def _steepened(change: jax.Array, batch: Batch, weight: jax.Array) -> jax.Array:
     """Return a change of xhat, in float64, times s * weight."""
-    first, second = (wide(factor) for factor in passes.factors(batch.invstd, weight))
+    first, second = (wide(factor) for factor in channel_stats.factors(batch.invstd, weight))
     if batch.mean.unit.dtype == np.float64:
         return change * _broadcast(first, batch) * _broadcast(second, batch)
     return change * _broadcast(first * second, batch)
