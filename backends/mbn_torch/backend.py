@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch.utils import _pytree as pytree
 
 from mbn.contract import (
     Backend,
@@ -35,6 +34,7 @@ from mbn_torch.module import BatchNorm1d
 from mbn_torch.private import (
     CPU,
     common_device,
+    copy_all,
     is_backward,
     is_constant,
     is_fake,
@@ -42,6 +42,7 @@ from mbn_torch.private import (
     is_scripted,
     is_traced,
     is_transformed,
+    tree_leaves,
 )
 
 _NO_VALUES = (
@@ -144,7 +145,7 @@ class TorchBackend(Backend):
         return x.detach()
 
     def finish(self, *values: Any) -> None:
-        if any(is_fake(leaf) for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)):
+        if any(is_fake(leaf) for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)):
             raise ValueError(_NO_VALUES)
 
     def kernels_for(
@@ -226,9 +227,9 @@ class TorchBackend(Backend):
                 for old, new in pairs:
                     old.copy_(new)
             elif pairs:  # in one call, which no interrupt splits
-                olds, news = map(list, zip(*pairs, strict=True))
+                olds, news = zip(*pairs, strict=True)
                 with self.writing():
-                    torch._foreach_copy_(olds, news)
+                    copy_all(news, olds)
         return before
 
     def writing(self) -> AbstractContextManager[Any]:

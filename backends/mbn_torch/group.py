@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch.autograd import Function
-from torch.utils import _pytree as pytree
 
 from mbn.contract import Group
+from mbn_torch.private import tree_flatten, tree_unflatten
 
 T = TypeVar("T")
 
@@ -22,10 +22,10 @@ class Differentiable:
 
     def gather(self, values: T) -> Sequence[T]:
         """Return the values of all replicas, differentiable by the inputs of each."""
-        leaves, tree = pytree.tree_flatten(values)
+        leaves, tree = tree_flatten(values)
         gathered = _Gather.apply(self._group, *leaves)
         return [
-            pytree.tree_unflatten(gathered[start : start + len(leaves)], tree)
+            tree_unflatten(gathered[start : start + len(leaves)], tree)
             for start in range(0, len(gathered), len(leaves))
         ]
 

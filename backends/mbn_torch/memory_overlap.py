@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from mbn.contract import overlaps_itself
-from mbn_torch.private import is_recorded, is_traced
+from mbn_torch.private import is_recorded, is_traced, is_zero_tensor
 
 
 def conflict(out: torch.Tensor, x: torch.Tensor) -> str | None:  # noqa: PLR0911 - a reason each
@@ -22,7 +22,7 @@ def conflict(out: torch.Tensor, x: torch.Tensor) -> str | None:  # noqa: PLR0911
         return "is not recorded by autograd, and x requires grad: call it under torch.no_grad()"
     if out.is_inference() and not torch.is_inference_mode_enabled():
         return "was made under torch.inference_mode() and can be written to only there"
-    if out.is_neg() or out.is_conj() or out._is_zerotensor():  # noqa: SLF001 - there is no public way to ask
+    if out.is_neg() or out.is_conj() or is_zero_tensor(out):
         return "is a view that changes what it shows of its memory (of conj().imag, say): give a plain one"
     if not out.is_contiguous() and overlaps_itself(tuple(out.shape), out.stride(), 1):
         return "overlaps itself: some of its values share memory"

@@ -1,8 +1,10 @@
-"""What Torch does with operations at the moment. All that has to be asked of its inner parts is asked here.
+"""The private parts of Torch, and questions about what it does with operations at the moment, many of which need them.
 
-Under ``torch.compile`` nothing here may be traced but ``is_compiling``, which Dynamo takes for a constant.
+A version of Torch that moves one of them breaks this file and no other. Under ``torch.compile`` nothing here may be
+traced but ``is_compiling``, which Dynamo takes for a constant.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,18 +12,20 @@ from torch._C import _current_graph_task_id, _get_value_trace, _is_tracing, _len
 from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor, peek_interpreter_stack
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten  # noqa: F401 - for other files
 
 _OWN = torch.Tensor, torch.nn.Parameter
 """Classes whose operations nobody overrides."""
 CPU = -1
-"""The place of what is in host memory."""
+"""The number of the device that has the host's memory, beside the indices of GPUs."""
+_HAS_VERSIONS = hasattr(torch._C, "_to_dlpack_versioned")  # Torch 2.9 and later
 
 
 def is_transformed() -> bool:
     """Tell whether operations are compiled, vectorised or differentiated forwards, or by ``torch.func``."""
     if torch.compiler.is_compiling() or peek_interpreter_stack() is not None:
         return True
-    return forward_ad._current_level >= 0  # noqa: SLF001 - there is no public way to ask
+    return forward_ad._current_level >= 0
 
 
 def is_recorded(*values: Any) -> bool:
@@ -73,7 +77,7 @@ def common_device(*values: torch.Tensor | None) -> int | None:
             continue
         if type(value) not in _OWN or value.layout is not torch.strided:
             return None
-        if value.is_neg() or value._is_zerotensor():  # noqa: SLF001 - there is no public way to ask
+        if value.is_neg() or is_zero_tensor(value):
             return None
         if is_functorch_wrapped_tensor(value) or is_legacy_batchedtensor(value):
             return None
@@ -87,3 +91,18 @@ def common_device(*values: torch.Tensor | None) -> int | None:
 def is_backward() -> bool:
     """Tell whether this runs within a backward pass, as a forward pass does that activation checkpointing repeats."""
     return _current_graph_task_id() != -1
+
+
+def is_zero_tensor(value: torch.Tensor) -> bool:
+    """Tell whether this is a tensor of zeros without memory, as derivatives in forward mode can be."""
+    return value._is_zerotensor()
+
+
+def copy_all(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
+    """Copy tensors to others in one call, which no interrupt splits."""
+    torch._foreach_copy_(list(targets), list(sources))
+
+
+def to_dlpack(tensor: torch.Tensor, *, is_versioned: bool) -> object:
+    """Return what ``Tensor.__dlpack__`` does, without its checks."""
+    return (torch._C._to_dlpack_versioned if is_versioned and _HAS_VERSIONS else torch._C._to_dlpack)(tensor)

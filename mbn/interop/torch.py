@@ -10,6 +10,8 @@ from torch.nn.parameter import is_lazy
 from mbn.interop import conventions
 from mbn.state.snapshot import Snapshot
 
+_OF_MORE_AXES = nn.BatchNorm2d, nn.BatchNorm3d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d
+
 
 def read(module: Any) -> tuple[Snapshot, list[str]]:
     """Return a layer that does what a module does, and what it does in another way."""
@@ -90,7 +92,7 @@ def _check(module: Any) -> None:
     name = type(module).__name__
     if not isinstance(module, nn.BatchNorm1d | nn.LazyBatchNorm1d | nn.SyncBatchNorm):
         message = f"from_torch takes a torch.nn.BatchNorm1d, not {name}."
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):  # noqa: SLF001 - all of them and no others
+        if isinstance(module, _OF_MORE_AXES):
             message += (
                 " One for more axes does the same on (N, C, L), with the others as one: load its state_dict() into a "
                 "layer, and reshape inputs."

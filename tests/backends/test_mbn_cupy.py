@@ -307,7 +307,7 @@ def test_an_item_is_as_wide_as_shape_order_and_alignment_let_it_be(cupy):
 
     def item(x, *others):
         found = layout((x, *others), None)
-        return found.channels, found.places
+        return found.channels, found.positions
 
     x = cupy.asarray(_sample(8, 12))
     assert item(x) == (4, 1)

@@ -210,7 +210,7 @@ def test_traced_by_torch_jit():
 
 
 def test_without_versions_of_dlpack(monkeypatch):
-    monkeypatch.setattr(host, "_has_versions", False)
+    monkeypatch.setattr(private, "_HAS_VERSIONS", False)
     x = sample(50, 8)
     assert not host.as_array(x).flags.writeable
     host._writable(x)[...] = 1

@@ -18,9 +18,7 @@ from mbn_common.channel_stats import Pair, Scaled
 from mbn_cpu import huge_pages, thread_pool
 from mbn_cpu.backend import HostBackend
 from mbn_torch.channel_stats import TorchKernels
-
-_has_versions = hasattr(torch._C, "_to_dlpack_versioned")  # noqa: SLF001 - Torch 2.9 and later
-
+from mbn_torch.private import to_dlpack
 
 _HALVES = torch.float16, torch.bfloat16
 _FORMS = Pair, Scaled
@@ -36,8 +34,7 @@ class _Shared:
         self.tensor = tensor
 
     def __dlpack__(self, *, max_version: tuple[int, int] | None = None, **_: object) -> Any:
-        is_versioned = max_version is not None and _has_versions
-        return (torch._C._to_dlpack_versioned if is_versioned else torch._C._to_dlpack)(self.tensor)  # noqa: SLF001
+        return to_dlpack(self.tensor, is_versioned=max_version is not None)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return 1, 0  # the CPU
