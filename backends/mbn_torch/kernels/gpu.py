@@ -13,7 +13,7 @@ import triton.language as tl
 
 from mbn.contract import Batch, Moments, Params, Settings, State, Stats
 from mbn_torch.channel_stats import WIDE, TorchKernels, heaviest, in_units, lifted, separate
-from mbn_torch.kernels import triton_kernels
+from mbn_torch.kernels import triton_gradients, triton_moments, triton_normalize
 from mbn_torch.kernels.triton_tiles import Tiling, tiling
 
 _COMPUTE = {torch.float16: tl.float32, torch.bfloat16: tl.float32, torch.float32: tl.float32, torch.float64: tl.float64}
@@ -44,7 +44,7 @@ class Triton(TorchKernels):
         of_x, of_y, *of_weights = tiles.strides
         unit_x, unit_y = tiles.units
         with torch.cuda.device_of(x):
-            triton_kernels.normalize[tiles.grid](
+            triton_normalize.normalize[tiles.grid](
                 x,
                 y,
                 *_contiguous(*separate(mean, var), weight, bias),
@@ -84,7 +84,7 @@ class Triton(TorchKernels):
         unit_x, unit_dy, unit_dx = tiles.units
         is_tensor = isinstance(count, torch.Tensor)
         with torch.cuda.device_of(x):
-            triton_kernels.grad_input[tiles.grid](
+            triton_gradients.grad_input[tiles.grid](
                 x,
                 dy,
                 dx,
@@ -149,7 +149,7 @@ def _moments(
     before = State(*_contiguous(*state))
     after = State(*(None if old is None else torch.empty_like(old) for old in before))
     grid, shape = _finishing(programs, channels)
-    triton_kernels.finish_moments[grid](
+    triton_moments.finish_moments[grid](
         partials,
         x,
         shift,
@@ -184,7 +184,7 @@ def _rough_moments(
     center = torch.empty((3, channels), dtype=WIDE, device=x.device)
     exponents = torch.empty(channels, dtype=torch.int32, device=x.device)
     grid, shape = _finishing(programs, channels)
-    triton_kernels.finish_rough_moments[grid](
+    triton_moments.finish_rough_moments[grid](
         partials,
         x,
         shift,
@@ -213,7 +213,7 @@ def _sums(
     channels, (_, programs) = x.shape[1], tiles.grid
     partials = torch.empty((programs, statistics + (weights is not None), channels), dtype=WIDE, device=x.device)
     of_x, *of_weights = tiles.strides
-    triton_kernels.moments[tiles.grid](
+    triton_moments.moments[tiles.grid](
         x,
         weights,
         shift,
@@ -243,7 +243,7 @@ def _grad_sums(
     known = _contiguous(*separate(stats.mean, stats.var))
     with torch.cuda.device_of(x):
         partials = torch.empty((programs, 2, channels), dtype=WIDE, device=x.device)
-        triton_kernels.grad_sums[tiles.grid](
+        triton_gradients.grad_sums[tiles.grid](
             x,
             dy,
             *known,
@@ -262,7 +262,7 @@ def _grad_sums(
         sums = torch.empty((2, channels), dtype=WIDE, device=x.device)
         rounded = None if dtype in {None, WIDE} else torch.empty((2, channels), dtype=dtype, device=x.device)
         grid, shape = _finishing(programs, channels)
-        triton_kernels.finish_grad_sums[grid](
+        triton_gradients.finish_grad_sums[grid](
             partials, *known, sums, rounded, _bits(eps), programs, channels, WIDE=x.dtype == WIDE, **shape
         )
     vectors = sums.unbind()
