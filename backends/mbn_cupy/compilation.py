@@ -1,4 +1,11 @@
-"""From ``cuda/`` to functions, compiled when they are first called; CuPy keeps what was compiled on disk."""
+"""The compilation of the kernels in ``cuda/`` at their first call; CuPy keeps the compiled code on disk.
+
+The files of ``cuda/`` are one source. Each combination of dtypes, items and weights is compiled as a module of its own,
+with all kernels in it, by macros::
+
+    Variant(value="float32", statistic="float32", channels=4, positions=1, weighted=False)
+        -> -DVALUE=float32 -DSTATISTIC=float32 -DCHANNELS=4 -DPOSITIONS=1 -DWEIGHTED=0
+"""
 
 from functools import cache
 from pathlib import Path
@@ -6,6 +13,7 @@ from typing import Any, NamedTuple
 
 import cupy
 
+# In the order in which they use each other.
 _FILES = (
     *("values.cuh", "threads.cuh", "merging.cuh", "channels.cuh"),
     *("moments.cu", "normalization.cu", "gradients.cu"),
@@ -13,13 +21,17 @@ _FILES = (
 
 
 class Variant(NamedTuple):
-    """What the compiler is told; see ``values.cuh`` and ``threads.cuh``."""
+    """The macros that the compiler is given; see ``values.cuh`` and ``threads.cuh``."""
 
     value: str
+    """The dtype of x, y and their gradients."""
     statistic: str
+    """The dtype of weights, parameters and running statistics: float32 or float64."""
     channels: int
     positions: int
+    """Channels and positions of the item that a thread reads at once; one of them is 1."""
     weighted: bool
+    """Whether there are sample weights."""
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -29,14 +41,17 @@ class Variant(NamedTuple):
 
 
 def source() -> str:
-    """Return the source of all kernels, in one piece: then no compiler has to find a file."""
+    """Return the source of all kernels in one piece, so that no compiler has to find a file.
+
+    The lines keep their numbers and the names of their files in the compiler's messages.
+    """
     folder = Path(__file__).with_name("cuda")
     return "".join(f'#line 1 "{name}"\n{(folder / name).read_text(encoding="utf-8")}' for name in _FILES)
 
 
 @cache
 def kernel(name: str, variant: Variant) -> Any:
-    """Return a kernel: a function of grid, block and arguments, on the current device and stream."""
+    """Return a kernel: a function of grid, block and arguments that launches it on the current device and stream."""
     return _module(variant).get_function(name)
 
 

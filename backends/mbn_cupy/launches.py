@@ -1,6 +1,21 @@
-"""How arrays lie in memory, and which threads of a GPU read what of them.
+"""The layout of arrays in memory, and the grids of blocks and threads that go through them.
 
-It depends on shapes, strides and alignment alone: not on the GPU, or bits would.
+Arrays are rows x channels x positions, and ``cuda/threads.cuh`` has a sketch of the items, columns and lanes by which
+threads share them. This module chooses their numbers so that neighbouring threads read neighbouring memory::
+
+    neighbours in memory    rows x channels x positions    item             lanes of positions    lanes of channels
+    channels                N*L x C x 1, or N x C x L      1-4 channels     1                     a cache line of items
+    positions along L       N x C x L                      1-8 positions    up to a warp          what a warp has left
+    samples                 L x C x N, or 1 x C x N        1-8 positions    up to a warp          what a warp has left
+
+A grid is tiles of channels by shares of items. In a column of a block ``sharing`` threads take items in turn::
+
+    all items of a channel    |---------- share ----------|---------- share ----------|-- the rest --|
+                               blockIdx.y = 0              blockIdx.y = 1              blockIdx.y = 2
+    share, to sum up          a multiple of sharing * 16 items: a thread holds 16 at a time, or a divisor of 16
+    share, to write           a multiple of sharing * 4 items: a thread reads 4 before it writes any
+
+All of this depends on shapes, strides and alignment alone. It does not depend on the GPU, or the bits of sums would.
 """
 
 from collections.abc import Sequence
@@ -12,53 +27,57 @@ import cupy
 from mbn_common.strides import described
 
 THREADS = 256
-"""In a block, at most: as in ``threads.cuh``."""
+"""Threads of a block at most; ``threads.cuh`` has the same number."""
 _WARP = 32
 _LINE = 128
-"""Bytes of a cache line: what neighbouring threads read together, where channels are next to each other."""
+"""Bytes of a cache line, which neighbouring threads read together where channels are next to each other."""
 _WIDEST = 16
 """Bytes that a thread can read at once."""
 _RUN = 16
-"""A multiple of the items that a thread sums up in a run."""
+"""Items of which a thread sums up a multiple; a multiple of all values of RUN in ``threads.cuh``, which it holds."""
 _ENOUGH_BLOCKS = 512
-"""Blocks to keep a GPU busy. Where there would be more, threads do several runs: blocks have work of their own."""
+"""Blocks that keep a GPU busy. Beyond that a thread takes more items instead: each block has work of its own, too."""
 _SUMMING_BLOCKS = 4096
-"""At most, since each leaves a result behind: they are to be small beside x."""
+"""Blocks of a kernel that sums up, at most: each leaves a result behind, and results are to be small beside x."""
 _STEP = 4
-"""Items that a thread reads before it writes any."""
+"""Items that a thread reads before it writes any: UNROLLED in ``threads.cuh``."""
 _WRITING_BLOCKS = 8192
-"""At most."""
+"""Blocks of a kernel that writes a value for each of x, at most."""
 
 Strides = tuple[int, int, int]
-"""Of rows, channels and positions, in values."""
+"""The strides of rows, channels and positions, in values."""
 
 
 class Cover(NamedTuple):
     """A grid of blocks that goes through all values once."""
 
     blocks: tuple[int, int, int]
-    """Those for all channels, and those that share a channel."""
+    """Blocks along channels, blocks that share the items of a channel, and 1."""
     threads: tuple[int, int, int]
+    """Threads of a block, along one axis."""
     arguments: tuple[int, ...]
-    """The kernels' first: lanes of positions and of channels, items that a block shares, rows, channels, positions."""
+    """The first arguments of a kernel: position_lanes, channel_lanes, share, rows, channels and positions."""
 
 
 class Layout(NamedTuple):
     """Arrays of one shape as rows x channels x positions."""
 
     strides: tuple[Strides, ...]
-    """Of the arrays in their order; at last of the weights, which have one channel for all."""
+    """The strides of the arrays in their order, and at last of the weights: 0 along channels."""
     channels: int
     positions: int
-    """Neighbours that a thread reads at once, its item: channels or positions, of which the other is 1."""
+    """Neighbouring channels and positions of an item, which a thread reads at once; one of them is 1."""
     summing: Cover
-    """For kernels that leave a result for each block and channel."""
+    """The grid of kernels that leave a result for each block and channel."""
     writing: Cover
-    """For those that write to each position."""
+    """The grid of kernels that write a value for each of x."""
 
 
 def layout(arrays: Sequence[cupy.ndarray], weights: cupy.ndarray | None) -> Layout:
-    """Return the layout of arrays of (N, C) or (N, C, L), and weights; the order of threads is that of the first."""
+    """Return the layout of arrays of one shape, (N, C) or (N, C, L), and of weights, (N,), (N, L) or None.
+
+    Neighbouring threads take neighbouring values of the first array.
+    """
     first = arrays[0]
     return _layout(
         first.shape,
@@ -80,19 +99,22 @@ def _layout(
     own_strides = [tuple(stride // itemsize for stride in own) for own in all_strides]
     strides: Sequence[Strides]
     (rows, channels, positions), strides = described(shape, own_strides, weights_strides)
+    # Positions are the axis of neighbours that are not channels: where rows are nearer in memory, the two are swapped.
     row, channel, position = map(abs, strides[0])
-    if (row < channel or channels == 1) if positions == 1 else row < position:  # neighbours are positions
+    if (row < channel or channels == 1) if positions == 1 else row < position:
         strides = [(position, channel, row) for row, channel, position in strides]
         rows, positions = positions, rows
+    # Channels are next to each other: items are of channels.
     _, channel, position = map(abs, strides[0])
     if positions == 1 or channel < position:
-        # Four channels at most, since a thread keeps what it has found of each.
+        # Four channels at most, since a thread keeps the statistics of each in registers.
         widest = min(4, _WIDEST // itemsize)
         item = _item(
             [(channel, row, position) for row, channel, position in strides], channels, widest, itemsize, offsets
         )
         lanes = 1, min(_power(channels // item), _WARP, _LINE // (item * itemsize))
         return _covered(strides, (rows, channels, positions), (item, 1), lanes)
+    # Positions are next to each other: items are of positions.
     widest = _WIDEST // itemsize
     item = _item([(position, row, channel) for row, channel, position in strides], positions, widest, itemsize, offsets)
     position_lanes = min(_power(positions // item), _WARP)
@@ -101,7 +123,11 @@ def _layout(
 
 
 def _item(strides: Sequence[Strides], length: int, widest: int, itemsize: int, offsets: tuple[int, ...]) -> int:
-    """Return how many neighbours, along the axis of the first strides, can be read at once in all arrays."""
+    """Return how many neighbours, along an axis of ``length``, can be read at once in all arrays: 8, 4, 2 or 1.
+
+    ``strides`` are of that axis first, and of the two others. ``offsets`` are bytes from an aligned address. An item
+    has to lie in one piece, at a multiple of its size.
+    """
     own = list(zip(strides, offsets, strict=False))  # weights have no offset: they are read one by one
     for size in (8, 4, 2):
         if size > widest or length % size:
@@ -117,10 +143,15 @@ def _item(strides: Sequence[Strides], length: int, widest: int, itemsize: int, o
 def _covered(
     strides: Sequence[Strides], sizes: tuple[int, int, int], item: tuple[int, int], lanes: tuple[int, int]
 ) -> Layout:
+    """Return the layout of arrays with ``sizes`` rows, channels and positions, from its item and lanes.
+
+    Both are pairs: channels and positions of an item; lanes of positions and of channels.
+    """
     rows, channels, positions = sizes
     items = rows * (positions // item[1])
     sharing = min(THREADS // lanes[1], _power(items))  # threads with the same channels
     tiles = -(-channels // (lanes[1] * item[0]))
+    # Steps of all lanes of a column together, of 16 items each to sum up, and of 4 to write.
     runs = -(-items // (sharing * _RUN))
     blocks = min(max(runs // 4, -(-_ENOUGH_BLOCKS // tiles)), max(1, _SUMMING_BLOCKS // tiles), runs)
     steps = -(-items // (sharing * _STEP))
@@ -134,5 +165,5 @@ def _covered(
 
 
 def _power(number: int) -> int:
-    """Return the least power of two that is no less."""
+    """Return the least power of two that is not less than a number."""
     return 1 << (number - 1).bit_length()

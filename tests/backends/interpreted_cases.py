@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from interpreted import cuda
+from interpreted import gpu
 from torch_samples import POWERS, assert_size_changes_nothing, draw_weights, relative_error, sample
 
 import mbn
@@ -17,7 +17,7 @@ from mbn.conformance import oracle, ulp
 from mbn.contract import Batch, Params, Settings, Stats
 from mbn.step import compose
 from mbn_torch.channel_stats import scaled, separate
-from mbn_torch.kernels import triton_kernels, triton_tiles
+from mbn_torch.kernels import triton_gradients, triton_moments, triton_normalize, triton_tiles
 from mbn_torch.kernels.eager import EAGER
 from mbn_torch.kernels.gpu import TRITON
 
@@ -295,13 +295,17 @@ def test_nothing_planted():
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_bug_is_found(name, tmp_path, monkeypatch):
     right, wrong = PLANTED[name]
-    source = Path(triton_kernels.__file__).read_text()
-    assert right in source
-    path = tmp_path / "planted.py"
-    path.write_text(source.replace(right, wrong))
-    spec = importlib.util.spec_from_file_location("planted", path)
-    planted = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(planted)
-    monkeypatch.setattr(cuda, "triton_kernels", planted)
+    is_planted = False
+    for module in (triton_moments, triton_normalize, triton_gradients):
+        source = Path(module.__file__).read_text()
+        if right in source:
+            is_planted = True
+            path = tmp_path / Path(module.__file__).name
+            path.write_text(source.replace(right, wrong))
+            spec = importlib.util.spec_from_file_location("planted", path)
+            planted = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(planted)
+            monkeypatch.setattr(gpu, module.__name__.rpartition(".")[2], planted)
+    assert is_planted
     with pytest.raises(AssertionError):
         _everything()

@@ -193,7 +193,7 @@ BUGS = {
         "cuda/gradients.cu", "gradient *= back.after", "gradient *= 1", "test_gradients_of_the_size_of_the_values"
     ),
     "weights out of range": Bug(
-        "vectors.py",
+        "channel_stats.py",
         "FORMULAS = Formulas(cupy, cupy.ndarray)",
         "FORMULAS = Formulas(cupy, cupy.ndarray)\nFORMULAS.summable = lambda weights: weights",
         "test_sample_weights_of_any_size_in_float64",

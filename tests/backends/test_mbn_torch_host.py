@@ -16,6 +16,7 @@ from mbn_cpu import huge_pages, installed, thread_pool
 torch = pytest.importorskip("torch")
 backend = mbn.get_backend("torch")
 host, module = import_module("mbn_torch.kernels.cpu"), import_module("mbn_torch.backend")
+private = import_module("mbn_torch.private")
 EAGER = import_module("mbn_torch.kernels.eager").EAGER
 
 SHAPES = [(32, 8), (700, 40), (130, 12, 33), (9, 4, 5000), (70_000, 8), (150, 16, 256)]

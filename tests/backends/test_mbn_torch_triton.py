@@ -21,20 +21,21 @@ from triton.compiler import ASTSource
 from mbn.contract import Batch, Settings
 from mbn.step import compose
 from mbn_torch import backend as module
-from mbn_torch.kernels import gpu, triton_kernels
+from mbn_torch.kernels import gpu, triton_gradients, triton_moments, triton_normalize
 from mbn_torch.kernels.eager import EAGER
 from mbn_torch.private import CPU, common_device
 
 HERE = Path(__file__).parent
-NAMES = (
-    "moments",
-    "finish_rough_moments",
-    "finish_moments",
-    "normalize",
-    "grad_sums",
-    "finish_grad_sums",
-    "grad_input",
-)
+MODULES = {
+    "moments": triton_moments,
+    "finish_rough_moments": triton_moments,
+    "finish_moments": triton_moments,
+    "normalize": triton_normalize,
+    "grad_sums": triton_gradients,
+    "finish_grad_sums": triton_gradients,
+    "grad_input": triton_gradients,
+}
+"""The modules of the kernels."""
 AREAS = {
     "accuracy": "test_accuracy or test_population",
     "gradients": "test_gradients or test_masks or test_out",
@@ -96,7 +97,7 @@ class _Recorder:
 
     def __init__(self):
         self.launches = []
-        for name in NAMES:
+        for name in MODULES:
             setattr(self, name, _Launcher(name=name, launches=self.launches))
 
 
@@ -108,7 +109,8 @@ class _Launcher(SimpleNamespace):
 @pytest.fixture
 def recorder(monkeypatch):
     kept = _Recorder()
-    monkeypatch.setattr(gpu, "triton_kernels", kept)
+    for name in ("triton_moments", "triton_normalize", "triton_gradients"):
+        monkeypatch.setattr(gpu, name, kept)
     return kept
 
 
@@ -116,7 +118,7 @@ def _launches(recorder, *batch, **options):
     """Return the launches of all three together, in which there is each kernel."""
     launches = [launch for part in _run(recorder, *batch, **options) for launch in part]
     is_wide = batch[1] == torch.float64
-    assert {name for name, *_ in launches} == {name for name in NAMES if is_wide or "rough" not in name}
+    assert {name for name, *_ in launches} == {name for name in MODULES if is_wide or "rough" not in name}
     return launches
 
 
@@ -161,7 +163,7 @@ _TYPES = {
 
 def _compile(name, args, kwargs, capability):
     """Compile a launch as Triton would at the first one on a card."""
-    kernel = getattr(triton_kernels, name)
+    kernel = getattr(MODULES[name], name)
     options = {key: kwargs[key] for key in ("num_warps", "enable_fp_fusion")}
     bound = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
     signature, constants, attributes = {}, {}, {}

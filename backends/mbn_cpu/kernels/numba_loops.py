@@ -4,11 +4,40 @@ They have to release the interpreter's lock, since threads run them side by side
 orders; and to be cached on disk. All of them are in this file, because Numba's cache looks for changes no further than
 the file of a function.
 
-A chunk x is (N, C, L), or (N, L, C) with channels last, as one axis; an (N, C) has an L of 1. The sum of a channel is
-made of several partial sums. Where there are fewer of them than L, positions take turns; else several samples lie side
-by side. Each is summed up in the order of n and l, and those of a channel as a tree. ``w`` has the weight of each
-(n, l), or nothing at all where each value counts once; loops that are given weights leave out values of weight 0,
-whatever they are. Vectors are (C,), in float64 if nothing else is said.
+Arguments of all loops:
+
+- ``x``, ``dy``, ``y``, ``dx``: a chunk, (N, C, L), or (N, L, C) where channels come ``last``, as one contiguous axis in
+  float32 or float64. An (N, C) has an L of 1, and counts as either. ``y`` and ``dx`` are written.
+- ``w``: the weight of each cell of the chunk, (N, L) as one axis in float64; of size 0 where each value counts once.
+  Loops that are given weights leave out values of weight 0, whatever they are.
+- ``last``, ``c``, ``length``: whether channels come last, C, and the L of the chunk.
+- vectors: (C,) in float64, if nothing else is said.
+- ``partials``: the number of partial sums of a channel. ``width = partials * c`` numbers are all of them; they are a
+  *row of sums*, and ``inner`` of them in turn are of one channel.
+
+The values of a chunk go to partial sums as follows. Values of one row of this sketch go to the partial sums 0, 1, 2,
+... side by side, and the next row is added to them. c is a channel, l a position, n a sample::
+
+    partials = samples * L >= L     memory (N, C, L), L = 2, partials = 4: two samples side by side, inner = L
+                                      n0c0l0 n0c0l1 n0c1l0 n0c1l1 n1c0l0 n1c0l1 n1c1l0 n1c1l1
+                                      n2c0l0 n2c0l1 n2c1l0 n2c1l1 n3c0l0 ...
+                                    channels last, the same samples side by side in memory (N, L, C), inner = 1
+
+    partials < L, channels last     memory (N, L, C), partials = 4: four positions side by side, inner = 1
+                                      n0l0c0 n0l0c1 n0l1c0 n0l1c1 n0l2c0 n0l2c1 n0l3c0 n0l3c1
+                                      n0l4c0 ...                       what fills no row is added at the end
+
+    partials < L, channels before   memory (N, C, L), partials = 4: a row is four positions of one channel, inner = 4
+                                      n0c0: l0 l1 l2 l3                to the partial sums of channel 0
+                                            l4 l5 ...
+                                      n0c1: l0 l1 l2 l3                to those of channel 1
+
+So a partial sum has the same values in the same order in both memory orders: in that of n and l, and those of positions
+beyond the last full row at the end. ``_collapse`` adds up the partial sums of a channel as a tree::
+
+    p0  p1  p2  p3  p4           half = 3: p0 += p3, p1 += p4
+    p0  p1  p2                   half = 2: p0 += p2
+    p0  p1                       half = 1: p0 += p1
 """
 
 import numpy as np
@@ -17,24 +46,27 @@ from mbn_cpu.channel_stats import FAR_SQUARE
 from mbn_cpu.kernels.numba_compilation import compiled, loop
 
 _WIDTH = 256
-"""Values that make a loop long enough."""
+"""Values in a row that make a loop long enough, for loops that sum up nothing."""
 _LEAST = float(np.finfo(np.float32).smallest_normal)
 """The least number with all digits of float32."""
 _FAR = 2.0**102
-"""No number of float32 is so far from one below this that the difference overflows."""
+"""A bound of numbers that may be subtracted from any of float32 without an overflow.
+
+They are less than half of the last digit of the largest.
+"""
 _FEW = 4
-"""Rows that are added up before their sums are taken apart."""
+"""Rows that are added up before their sums are split into multiples of a unit and rests."""
 
 
 @loop
 def shifted_sums(x, w, last, c, length, partials, shift, sums):
-    """Write the weighted sums of x - shift and of its squares, (2, C)."""
+    """Write the weighted sums of x - shift and of its squares to ``sums``, (2, C)."""
     _channel_sums(None, x, w, last, c, length, partials, shift, sums)
 
 
 @loop
 def gradient_sums(dy, x, w, last, c, length, partials, shift, sums):
-    """Write the sums of dy and of dy * (x - shift), (2, C)."""
+    """Write the sums of dy and of dy * (x - shift) to ``sums``, (2, C); weights only tell which values count."""
     _channel_sums(dy, x, w, last, c, length, partials, shift, sums)
 
 
@@ -42,13 +74,11 @@ def gradient_sums(dy, x, w, last, c, length, partials, shift, sums):
 def _channel_sums(dy, x, w, last, c, length, partials, shift, sums):
     """Write the sums of one of the two above: ``dy`` is None, for which the compiler drops a branch, or an array.
 
-    ::
-
-        partials >= L, or channels last    a row of sums has several samples      N, L, C: |c0 c1 c2|c0 c1 c2|...
-        partials < L                       a row of sums is a part of a channel   N, C, L: |l0 l1 l2 l3|l4 l5 l6 l7|...
+    The top of this file has a sketch of the three cases: the first two are rows here, the third is planes.
     """
     width, inner = partials * c, 1 if last else min(partials, length)
     total, products, center = np.zeros(width), np.zeros(width), _spread(shift, width, inner)
+    # Where samples lie side by side, a row may have parts of several: the whole chunk is as one sample.
     sample = length * c if partials < length else x.size
     if last or partials >= length:
         if w.size:
@@ -65,13 +95,17 @@ def _channel_sums(dy, x, w, last, c, length, partials, shift, sums):
 
 @loop
 def parted_sums(x, w, last, c, length, partials, shift, units, sums):
-    """Write the sums of ``shifted_sums`` in parts, (4, C): of each, multiples that add up exactly, and the rest.
+    """Write the sums of ``shifted_sums`` in parts to ``sums``, (4, C): of each, multiples of a unit, and the rest.
 
-    ``mbn_cpu.channel_stats.units`` makes the units, (2, C), that tell them apart. However many values come after one
-    beside which they are small, no more than a few of them are added to it.
+    ``units``, (2, C), has a power of two for each sum, which ``mbn_cpu.channel_stats.units`` makes. The multiples add
+    up exactly, and the rests are small. Without that, one value that dwarfs all others would cost each of those that
+    come after it a rounding; so it costs only the few that are added up before the sums are split.
+
+    The layout of ``parts`` is a row of sums for each row of ``sums``. ``few`` are the two sums of a few rows.
     """
     width, inner = partials * c, 1 if last else min(partials, length)
     few, parts, center = np.zeros((2, width)), np.zeros((4, width)), _spread(shift, width, inner)
+    # The same as in _channel_sums, of a few rows at a time; in the end each part is reduced by itself.
     total, squares = few
     of_total, of_squares = _spread(units[0], width, inner), _spread(units[1], width, inner)
     if last or partials >= length:
@@ -107,7 +141,11 @@ def parted_sums(x, w, last, c, length, partials, shift, units, sums):
 
 @loop
 def _take_apart(sums, units, multiples, rests):
-    """Add sums in two parts to others, and begin them anew."""
+    """Add sums to ``multiples`` and ``rests``, split by their units, and set them to 0.
+
+    A unit is larger than any sum. To add it to one and to take it off rounds the sum to a multiple of the unit's last
+    digit, and no sum of such multiples needs more digits than float64 has.
+    """
     for k in range(sums.size):
         multiple = (sums[k] + units[k]) - units[k]
         multiples[k] += multiple
@@ -117,7 +155,8 @@ def _take_apart(sums, units, multiples, rests):
 
 @loop
 def normalize(x, w, y, last, c, length, center, scale, shift):
-    """Write (x - center) * scale + shift, vectors and arithmetic in the dtype of x and y."""
+    """Write (x - center) * scale + shift to y, and 0 where the weight is 0; vectors are in the dtype of x and y."""
+    # Rows of several samples or positions, of which each value has its own number in a row as long.
     if last or length < _WIDTH:
         width, inner = _row(last, c, length)
         center, scale, shift = _spread(center, width, inner), _spread(scale, width, inner), _spread(shift, width, inner)
@@ -126,6 +165,7 @@ def normalize(x, w, y, last, c, length, center, scale, shift):
         else:
             _normalize_rows(x, y, width, center, scale, shift)
         return
+    # Long sequences: a loop for each, with the numbers of its channel.
     for row in range(x.size // length):
         values, out = x[row * length :][:length], y[row * length :][:length]
         k, a, b = center[row % c], scale[row % c], shift[row % c]
@@ -141,9 +181,10 @@ def normalize(x, w, y, last, c, length, center, scale, shift):
 
 @loop
 def input_gradient(dy, x, w, dx, last, c, length, center, slope, average, scale):
-    """Write scale * (dy - w * ((x - center) * slope + average)), computed in float64 and rounded once.
+    """Write scale * (dy - w * ((x - center) * slope + average)) to dx, and 0 where the weight is 0.
 
-    Without a ``center`` it is scale * dy, and x is not read.
+    It is computed in float64 and rounded once. Where ``center`` has a size of 0 mean and variance are constants: dx is
+    scale * dy then, and x is not read.
     """
     if last or length < _WIDTH:
         width, inner = _row(last, c, length)
@@ -179,15 +220,19 @@ def input_gradient(dy, x, w, dx, last, c, length, center, slope, average, scale)
 
 @compiled
 def train(x, y, last, c, length, partials, weight, bias, running, share, eps, correction):
-    """Write the output of a step of training; return new running statistics, (2, C), and mean and variance, (3, C).
+    """Do a step of training on a whole batch without weights: write the output to y, and return three results.
 
-    And whether a channel is beyond the range of what is computed here, which then leaves the output as it is.
-    ``weight``, ``bias`` and ``running``, (2, C), are empty where there are none; ``share`` is the weight of the batch
-    in the running statistics. The mean is the sum of the first two rows of what is returned, the variance the third.
+    They are new running statistics, (2, C) as ``running`` is; statistics of the batch, (3, C), of which the first two
+    rows add up to the mean and the third is the biased variance; and whether a channel is beyond the range of float32.
+    If one is, y is not written, and the caller takes another way.
+
+    ``weight`` and ``bias``, (C,), and ``running``, mean and variance, are empty where there are none. ``share`` is the
+    weight of the batch in the running statistics, and ``correction`` is taken off the count for their variance.
     """
     n = x.size // c
     no_weights = np.empty(0)
     stats, sums = np.empty((3, c)), np.empty((2, c))
+    # Sums around the first value of each channel; if one is an outlier, again around the mean that they give.
     for channel in range(c):
         stats[0, channel] = x[channel] if last else x[channel * length]
     shifted_sums(x, no_weights, last, c, length, partials, stats[0], sums)
@@ -195,6 +240,8 @@ def train(x, y, last, c, length, partials, weight, bias, running, share, eps, co
         for channel in range(c):
             stats[0, channel] += sums[0, channel] / n
         shifted_sums(x, no_weights, last, c, length, partials, stats[0], sums)
+    # Mean, variance, running statistics, and the line to normalise by, channel by channel in float64. The line is in
+    # the dtype of x: its center is the rounded mean, and its shift makes good the rest.
     new = np.empty_like(running)
     center, scale, shift = np.empty(c, x.dtype), np.empty(c, x.dtype), np.empty(c, x.dtype)
     is_beyond = False
@@ -202,7 +249,7 @@ def train(x, y, last, c, length, partials, weight, bias, running, share, eps, co
         value, mean = stats[0, channel], sums[0, channel] / n
         m2 = sums[1, channel] - sums[0, channel] * mean
         var, hi = m2 / n, value + mean
-        lo = mean - (hi - value)  # as mbn_cpu.channel_stats.added has them
+        lo = mean - (hi - value)  # the same as mbn_cpu.channel_stats.added
         stats[0, channel], stats[1, channel], stats[2, channel] = hi, lo, var
         if running.size:
             new[0, channel], new[1, channel] = running[0, channel], running[1, channel]
@@ -221,14 +268,16 @@ def train(x, y, last, c, length, partials, weight, bias, running, share, eps, co
 
 @compiled
 def pull_back(dy, x, dx, last, c, length, partials, weight, hi, lo, var, count, eps, result):
-    """Write the gradient of x, and those of bias and weight to ``result``, (2, C).
+    """Write the gradient of x to dx, and those of bias and weight, the sums of dy and dy * xhat, to ``result``, (2, C).
 
-    ``lo`` is empty where the mean has no rest, and ``count`` is 0 where mean and variance are constants.
+    The mean is hi + lo, and ``lo`` is empty where it has no rest. ``count`` is 0 where mean and variance are constants.
+    ``weight`` is empty where there is none.
     """
     no_weights = np.empty(0)
     sums, center = np.empty((2, c)), hi.astype(np.float64)
     gradient_sums(dy, x, no_weights, last, c, length, partials, center, sums)
     scale, slope, average = np.empty(c), np.empty(c), np.empty(c)
+    # The deviations were from hi: the rest of the mean times the sum of dy comes off the products.
     for channel in range(c):
         invstd, rest = _invstd(np.float64(var[channel]), eps), lo[channel] if lo.size else 0.0
         sums[1, channel] = (sums[1, channel] - rest * sums[0, channel]) * invstd
@@ -244,9 +293,9 @@ def pull_back(dy, x, dx, last, c, length, partials, weight, hi, lo, var, count, 
 
 @compiled
 def evaluate(x, y, last, c, length, weight, bias, running_mean, running_var, eps):
-    """Write the output of evaluation; ``weight`` and ``bias`` are empty where there are none.
+    """Write the output of evaluation to y, and return whether a channel is beyond the range, as ``train`` does.
 
-    Return whether a channel is beyond the range, as ``train`` does.
+    ``weight`` and ``bias`` are empty where there are none; they and the running statistics are in their own dtypes.
     """
     center, scale, shift = np.empty(c, x.dtype), np.empty(c, x.dtype), np.empty(c, x.dtype)
     is_beyond = False
@@ -264,7 +313,7 @@ def evaluate(x, y, last, c, length, weight, bias, running_mean, running_var, eps
 
 @compiled
 def _is_far(sums, n):
-    """Tell what ``mbn_cpu.channel_stats.is_far`` does."""
+    """Tell whether sums of n values, (2, C), were made too far from a mean; see ``mbn_cpu.channel_stats.is_far``."""
     far = False
     for channel in range(sums.shape[1]):
         total, squares = sums[0, channel], sums[1, channel]
@@ -274,27 +323,33 @@ def _is_far(sums, n):
 
 @compiled
 def _is_beyond(center, factor, scale, shift):
-    """Tell whether float32 cannot hold what a channel is normalised by; a factor of 0 it can, and NaN is to be seen."""
+    """Tell whether float32 cannot hold the numbers that a channel is normalised by.
+
+    ``factor`` is the scale in float64. A factor of 0 is no loss, nor is NaN, which shows in the output.
+    """
     lost = ((abs(scale) < _LEAST) & (factor != 0)) | (abs(scale) == np.inf)
     return lost | (abs(center) >= _FAR) | (abs(shift) >= _FAR)  # no branch, so that channels go together
 
 
 @compiled
 def _invstd(var, eps):
-    """Return 1 / sqrt(var + eps), and 0 where that has no value."""
+    """Return 1 / sqrt(var + eps), and 0 where var + eps is 0."""
     return 0.0 if var + eps == 0 else 1 / np.sqrt(var + eps)
 
 
 @loop
 def _row(last, c, length):
-    """Return how many values make a row for loops, and how many of them in turn have the same channel."""
+    """Return the width of a row of values for loops that sum up nothing, and how many in turn are of one channel.
+
+    A row is one sample (or, with channels last, one position), or as many as make ``_WIDTH`` values.
+    """
     plane, inner = (c, 1) if last else (c * length, length)
     return plane * max(1, _WIDTH // plane), inner
 
 
 @loop
 def _spread(vector, width, inner):
-    """Return a vector for each value of a row, of which so many in turn have the same channel."""
+    """Return a vector spread to the values of a row of ``width``, of which ``inner`` in turn are of one channel."""
     row = np.empty(width, vector.dtype)
     k = 0
     for _ in range(width // (vector.size * inner)):
@@ -307,9 +362,14 @@ def _spread(vector, width, inner):
 
 @loop
 def _collapse(row, partials, inner, out):
-    """Write the sum of the partial sums of each channel, a tree of additions; ``inner`` in turn are of one channel."""
+    """Write the sums of the channels to ``out``, (C,), from a row of sums.
+
+    In the row ``inner`` numbers in turn are of one channel. The partial sums of a channel are added in a tree, the
+    upper half to the lower one, until one is left.
+    """
     values = np.empty(partials)
     for channel in range(out.size):
+        # Gather them: they lie in groups of ``inner``, and a group of each channel comes before the next groups.
         for partial in range(partials):
             values[partial] = row[(partial // inner * out.size + channel) * inner + partial % inner]
         n = partials
@@ -323,8 +383,9 @@ def _collapse(row, partials, inner, out):
 
 @loop
 def _normalize_rows(x, y, width, center, scale, shift):
+    """Normalise rows of ``width``, for whose values there are as many centers, scales and shifts; no weights."""
     full = x.size // (4 * width) * (4 * width)
-    for b in range(0, full, 4 * width):  # four at a time, for which the vectors are read once
+    for b in range(0, full, 4 * width):  # four at a time, so that the vectors are read once for four rows
         x0, x1 = x[b:][:width], x[b + width :][:width]
         x2, x3 = x[b + 2 * width :][:width], x[b + 3 * width :][:width]
         y0, y1 = y[b:][:width], y[b + width :][:width]
@@ -343,13 +404,17 @@ def _normalize_rows(x, y, width, center, scale, shift):
 def _add_rows(  # noqa: C901 - of two branches one is compiled
     dy, x, width, sample, center, total, products
 ):
-    """Add up rows of ``width``, and in the end what each sample, so many values, has left over."""
+    """Add rows of ``width`` to the row of sums, and in the end what each sample, of so many values, has left over.
+
+    ``center``, ``total`` and ``products`` have ``width`` numbers; the latter two are rows of sums.
+    """
     samples, rows, rest = x.size // sample, sample // width, sample % width
-    if rest == 0:  # nothing between the rows of one sample and the next
+    if rest == 0:  # the rows of all samples follow each other without a gap
         samples, rows, sample = 1, samples * rows, x.size
     for n in range(samples):
         first = n * sample
-        if dy is None:  # four rows at a time: a quarter of the traffic of the sums
+        # Several rows at a time: the sums are read and written once for all of them, and added to in the same order.
+        if dy is None:
             together = 4
             for r in range(0, rows - rows % 4, 4):
                 b = first + r * width
@@ -376,7 +441,7 @@ def _add_rows(  # noqa: C901 - of two branches one is compiled
 
 @loop
 def _add_row(dy, x, first, size, center, total, products):
-    """Add up values one by one, from the first of so many on."""
+    """Add ``size`` values, from the index ``first`` on, to as many of the sums."""
     row = x[first:][:size]
     if dy is None:
         for k in range(row.size):
@@ -392,7 +457,11 @@ def _add_row(dy, x, first, size, center, total, products):
 
 @loop
 def _add_planes(dy, x, c, length, partials, shift, total, products):
-    """Add up the values of each channel partial sum by partial sum, and in the end what fills no row."""
+    """Add the values of long sequences to the partial sums of their channels, and in the end what fills no row.
+
+    ``shift`` is (C,); ``total`` and ``products`` are rows of sums, C x partials. What a sequence has
+    beyond its full rows comes after the full rows of all, the same as with channels last.
+    """
     full = length - length % partials
     for begin, end in ((0, full), (full, length)):
         for row in range(x.size // length):
@@ -415,12 +484,15 @@ def _add_planes(dy, x, c, length, partials, shift, total, products):
                         other[i] += gradient[i] * (block[i] - k)
 
 
-# With weights: what has none is replaced before anything is computed of it.
+# The same loops with weights. A value of weight 0 may be NaN, so its terms are replaced by 0, not multiplied by it.
 
 
 @loop
 def _spread_weights(w, position, last, c, length, row):
-    """Write the weight of each value of a row whose weights begin at ``position``."""
+    """Write the weight of each value of ``row``, a part of a chunk whose weights begin at the index ``position`` of w.
+
+    With channels last each weight is repeated for C values in turn; else the weights of each sample are, C times.
+    """
     if last:
         for start in range(0, row.size, c):
             weight, part = w[position + start // c], row[start:][:c]
@@ -432,7 +504,7 @@ def _spread_weights(w, position, last, c, length, row):
         for i in range(length):
             plane[i] = weights[i]
         done = length
-        while done < plane.size:  # twice as many each time: long loops
+        while done < plane.size:  # Each copy doubles what is done, so that the loops become long.
             source, copy = plane[:done], plane[done:][:done]
             for i in range(copy.size):
                 copy[i] = source[i]
@@ -441,7 +513,7 @@ def _spread_weights(w, position, last, c, length, row):
 
 @loop
 def _add_weighted_rows(dy, x, w, last, c, length, width, sample, center, total, products):
-    """Add up rows as ``_add_rows`` does. A gradient is not weighted: a weight of 0 alone matters to it."""
+    """Add rows as ``_add_rows`` does, in the same order. Gradients of weight 0 are left out, others count once."""
     row, full = np.empty(width), sample - sample % width
     for begin, end in ((0, full), (full, sample)):
         for first in range(0, x.size, sample):
@@ -465,7 +537,7 @@ def _add_weighted_rows(dy, x, w, last, c, length, width, sample, center, total, 
 
 @loop
 def _add_weighted_planes(dy, x, w, c, length, partials, shift, total, products):
-    """Add up values as ``_add_planes`` does."""
+    """Add values as ``_add_planes`` does, in the same order. Gradients of weight 0 are left out, others count once."""
     full = length - length % partials
     for begin, end in ((0, full), (full, length)):
         for row in range(x.size // length):
@@ -492,6 +564,7 @@ def _add_weighted_planes(dy, x, w, c, length, partials, shift, total, products):
 
 @loop
 def _normalize_counted_rows(x, w, y, last, c, length, center, scale, shift):
+    """Normalise rows as ``_normalize_rows`` does, and write 0 where the weight is 0."""
     width = center.size
     row = np.empty(width)
     for b in range(0, x.size, width):
@@ -505,6 +578,7 @@ def _normalize_counted_rows(x, w, y, last, c, length, center, scale, shift):
 
 @loop
 def _scale_rows(dy, w, dx, last, c, length, scale):
+    """Write scale * dy row by row, and 0 where the weight is 0; there is a scale for each value of a row."""
     width = scale.size
     row = np.ones(width)
     for b in range(0, dy.size, width):
@@ -519,6 +593,7 @@ def _scale_rows(dy, w, dx, last, c, length, scale):
 
 @loop
 def _project_rows(dy, x, w, dx, last, c, length, center, slope, average, scale):
+    """Write what ``input_gradient`` does row by row; there are as many of the vectors' numbers as values in a row."""
     width = scale.size
     row = np.empty(width)
     for b in range(0, x.size, width):

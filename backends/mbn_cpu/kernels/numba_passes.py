@@ -1,8 +1,28 @@
 """The passes over x with loops that Numba compiles.
 
-Each reads x once, in the memory order that it has, and needs no memory beside its result but for halves and for arrays
-whose memory is not in one piece, which are brought into a chunk of their own, one after another. How sums are cut
-depends on the shape and dtype of x alone, so the bits do not depend on memory order, run or number of threads.
+A pass cuts x into chunks, and each chunk is a task for one thread. A chunk is samples and positions of all channels::
+
+    x, (N, C, L), N > 1 and samples of moderate size     x of one sample, or of samples beyond _LARGE values
+
+         +---------- C x L ----------+                        +----- positions -----+----- positions -----+-----+
+      n0 |                           |                     n0 | chunk 0             | chunk 1             | 2   |
+      n1 |  chunk 0                  |                        +---------------------+---------------------+-----+
+         +---------------------------+                     n1 | chunk 3             | chunk 4             | 5   |
+      n2 |                           |                        +---------------------+---------------------+-----+
+      n3 |  chunk 1                  |                      each of all channels
+         +---------------------------+
+      n4 |  chunk 2, the rest        |
+         +---------------------------+
+
+A loop of ``numba_loops`` takes a chunk as one contiguous axis. One that sums up has ``partials`` sums of each channel,
+which it adds up in a tree, and leaves one number per channel of each chunk; those of the chunks are a tree again::
+
+    chunk i --loop: partials sums per channel, a tree--> partial[i], 2 x C
+    partial, chunks x 2 x C --fold_rows: the second half of the chunks to the first, until one is left--> 2 x C
+
+Each pass reads x once, in the memory order that it has. It needs no memory beside its result but for halves, and for
+arrays whose memory is not in one piece, of which each task copies a chunk. The chunks and the partial sums depend on
+the shape and dtype of x alone, so the bits do not depend on memory order or on the number of threads.
 """
 
 from collections.abc import Callable
@@ -30,42 +50,52 @@ from mbn_cpu.kernels import numba_float16, numba_loops
 from mbn_cpu.kernels.numpy_tiles import Scratch
 
 _CHUNK = 1 << 18
-"""Values that one task takes: enough to be worth a thread's while."""
+"""Values of a chunk: enough to be worth a task of a thread."""
 _SHARE = 2
-"""Chunks that are worth a thread of their own, which takes some of the time of one to wake up."""
+"""Chunks that are worth a thread of their own: to wake one up takes some of the time of a chunk."""
 _LARGE = 1 << 22
-"""Values of a sample from which on its sequence is cut too."""
+"""Values of a sample beyond which its sequence is cut too."""
 _PARTIALS = 32
 """Partial sums of a channel, for sequences of more than twice as many positions."""
 _ROW = 256
-"""Values that a row of partial sums has at least for shorter ones, where there are so many."""
+"""Values of a row of partial sums up to which several samples lie side by side in it, for shorter sequences."""
 _PRECISION = 8
-"""By how much chunks are smaller in float64, and partial sums more where sums have no parts: few values make one up."""
+"""A factor for x in float64: chunks are smaller by it, and the gradients' partial sums more.
+
+So fewer values add up to each sum, and fewer roundings. Other sums of float64 are split into parts, which need no more.
+"""
 _NOTHING = np.empty(0)
+"""The weights and vectors of a loop that has none."""
 
 
 class Chunk(NamedTuple):
-    """Samples and positions of an (N, C, L)."""
+    """Samples and positions of an (N, C, L), of all channels."""
 
     samples: slice
     positions: slice
 
 
 class Layout(NamedTuple):
-    """How arrays of a shape are gone through, as (N, C, L): an (N, C) has an L of 1."""
+    """The axes under which arrays of one shape are gone through, (N, C, L): an (N, C) has an L of 1.
+
+    Loops get ``last``, C, the L of a chunk and ``partials``, and the memory of chunks as it is arranged.
+    """
 
     last: bool
     """Whether channels come last, in an order (N, L, C)."""
     shape: tuple[int, int, int]
-    """N, C and L."""
+    """N, C and L, swapped if ``transposed``."""
     partials: int
-    """In how many parts the sum of a channel is made."""
+    """Partial sums of each channel and chunk: a part of L, or L times the samples that lie side by side."""
     transposed: bool = False
-    """Whether N and L are swapped."""
+    """Whether N and L are swapped, which memory in Fortran's order makes contiguous."""
 
     @classmethod
     def of(cls, x: np.ndarray, finer: int = 1) -> "Layout":
-        """Return the layout that follows the memory of x, as far as the order of sums allows."""
+        """Return the layout to sum up x in: it follows the memory of x as far as the order of sums allows.
+
+        ``finer`` is a factor for the number of partial sums. That number depends on the shape alone, not on the memory.
+        """
         n, c, length = shape = x.shape if x.ndim == 3 else (*x.shape, 1)
         is_long, together = length > 2 * finer * _PARTIALS, max(1, min(n, finer * _ROW // (c * length)))
         partials = finer * _PARTIALS if is_long else length * together
@@ -89,11 +119,14 @@ class Layout(NamedTuple):
         return array.swapaxes(1, 2) if self.last else array
 
     def chunks(self, size: int) -> list[Chunk]:
-        """Return what a task each takes: about so many values, a multiple of the partial sums."""
+        """Return chunks of about so many values, for a task each.
+
+        Where samples lie side by side in a row of sums, or sequences are cut, all but the last have full rows only.
+        """
         n, c, length = self.shape
         samples, positions = 1, length
         if n > 1 and c * length <= _LARGE:
-            # A sum of each chunk and channel is kept, which has to be little beside the chunk.
+            # A sum of each chunk and channel is kept. 64 cells at least keep these few beside the values of the chunk.
             samples = _multiple(max(1, size // (c * length), 64 // length), max(1, self.partials // length))
         else:
             positions = _multiple(max(size // c, 64), self.partials)
@@ -104,12 +137,12 @@ class Layout(NamedTuple):
         ]
 
     def part(self, array: np.ndarray, chunk: Chunk) -> np.ndarray:
-        """Return a chunk of an array in the shape of x, as it is arranged."""
+        """Return a view of a chunk of an array in the shape of x: (n, C, l), or (n, l, C) with channels last."""
         array = self.arranged(array)[chunk.samples]
         return array[:, chunk.positions] if self.last else array[:, :, chunk.positions]
 
     def weights(self, weights: np.ndarray | None, chunk: Chunk) -> np.ndarray:
-        """Return the weights of a chunk as one axis."""
+        """Return the weights of a chunk, (n, l) as one axis in float64; of size 0 where there are none."""
         if weights is None:
             return _NOTHING
         weights = weights if weights.ndim == 2 else weights[:, None]
@@ -129,7 +162,7 @@ def _multiple(number: int, of: int) -> int:
 def moments(x: np.ndarray, weights: np.ndarray | None = None) -> Moments:
     """Return count, mean (a Pair) and m2 (float64) of each channel of x, (N, C) or (N, C, L).
 
-    As in ``numpy_passes.moments``: sums of d = x - shift and d², and of float64 again around its mean.
+    They are made as in ``numpy_passes.moments``: sums of d = x - shift and d², and of float64 again around its mean.
     """
     with np.errstate(all="ignore"):
         shift = heaviest(x, weights)
@@ -202,7 +235,11 @@ def _sums(
     x: np.ndarray,
     *others: np.ndarray,
 ) -> np.ndarray:
-    """Return the sums that a loop makes of arrays in the shape of x, (2, C), or (4, C) in parts."""
+    """Return the sums that a loop makes of arrays in the shape of x, (2, C), or (4, C) in parts, in float64.
+
+    The loop gets chunks of ``others`` and x, weights, sizes, the partials and ``vectors``, and writes the sums of a
+    chunk to its row of ``partial``.
+    """
     compute = compute_dtype(x)
     finer = _PRECISION if compute == WIDE else 1
     layout = Layout.of(x, finer if loop is numba_loops.gradient_sums else 1)
@@ -223,7 +260,11 @@ def _sums(
 def _each(
     task: Callable[..., None], result: np.ndarray, weights: np.ndarray | None, x: np.ndarray, *others: np.ndarray
 ) -> None:
-    """Have ``task(layout, sizes, result, x, *others, weights)`` fill all chunks of a result in the shape of x."""
+    """Have ``task(layout, sizes, result, x, *others, weights)`` fill all chunks of a result in the shape of x.
+
+    A task gets chunks as one axis in the dtype to compute in: the memory itself, where it is such, and copies
+    elsewhere.
+    """
     layout, compute = Layout.for_values(x), compute_dtype(x)
     chunks = layout.chunks(_CHUNK)
 
@@ -242,7 +283,7 @@ def _each(
 
 
 def _piece(scratch: Scratch, part: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Return a part of an array as one axis in a dtype."""
+    """Return a part of an array as one axis in a dtype: the memory itself, or a copy in the scratch."""
     if _is_plain(part, dtype):
         return readable(part.reshape(-1))
     if part.dtype != np.float16:
@@ -266,11 +307,12 @@ def _store(scratch: Scratch, values: np.ndarray, part: np.ndarray) -> None:
 
 
 def _is_plain(part: np.ndarray, dtype: np.dtype) -> bool:
+    """Tell whether the memory of a part is one aligned, contiguous axis in a dtype."""
     return part.dtype == dtype and part.flags.c_contiguous and part.flags.aligned
 
 
 class _Memory:
-    """What NumPy makes an array of."""
+    """A description of memory, by which NumPy makes an array of it."""
 
     def __init__(self, interface: dict[str, Any]) -> None:
         self.__array_interface__ = interface
@@ -282,7 +324,11 @@ def flat(array: np.ndarray) -> np.ndarray:
 
 
 def readable(array: np.ndarray) -> np.ndarray:
-    """Return an array that Numba takes for any other, and only reads: of a read-only one it would compile all anew."""
+    """Return an array as a writeable one for Numba, which is only to read it.
+
+    For read-only arrays, another type to it, Numba would compile every loop again. Memory is shared but where the order
+    of bytes is not this machine's.
+    """
     if not array.dtype.isnative:
         return array.astype(array.dtype.newbyteorder("="))
     if array.flags.writeable:

@@ -1,8 +1,16 @@
 """The passes over x with NumPy alone.
 
-Statistics are exact to float64, whatever x is, and the bits do not depend on the run, the memory order or the number
-of threads. Each pass reads x once, in tiles that stay within the processor's caches, and needs no more memory than a
-few of them beside its result.
+``numpy_tiles`` has a sketch of how arrays are cut into tiles. A tile is a task for one thread, which computes in arrays
+of the tile's size that stay in its cache. Sums are made as a tree::
+
+    tile, (a, f, c, l)   --add_rows over a--> (f, c, l) --add_rows over f--> (c, l) --add.reduce over l--> (c,)
+    list of tiles        --each writes its channels---> partial[i], num x C
+    partial, lists x num x C --fold_rows: the second half to the first, until one is left--> num x C
+
+``add_rows`` is ``np.add.reduce``, which adds one row after another, or ``fold_rows``, which is a tree as well.
+
+Statistics are exact to float64, whatever x is, and the bits do not depend on the memory order or on the number of
+threads. Each pass reads x once, and needs no more memory than a few tiles beside its result.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,19 +38,20 @@ from mbn_cpu.kernels import numpy_tiles
 from mbn_cpu.kernels.numpy_tiles import Columns, Layout, Scratch, Tile
 
 _SHARE = 4
-"""Tiles that are worth a thread of their own, which takes some of the time of one to wake up."""
+"""Tiles that are worth a thread of their own: to wake one up takes some of the time of a tile."""
 
 TileViews: TypeAlias = tuple[Tile, *tuple[np.ndarray | None, ...]]
-"""A tile, and what several arrays have there."""
+"""A tile, and views of several arrays there; None is no array."""
 
 
 @np.errstate(all="ignore")
 def moments(x: np.ndarray, weights: np.ndarray | None = None) -> Moments:
     """Return count, mean (a Pair) and m2 (float64) of each channel of x, (N, C) or (N, C, L).
 
-    Sums of d = x - shift and of d², with one value of each channel for a shift, lose at most a factor N of
-    float64's precision however far the shift is from the mean, since the shift is one of the values. That is plenty
-    for narrower input. float64 input is summed again around its mean, which also gives the rest of the mean.
+    The sums are of d = x - shift and of d², with one value of each channel as the shift. However far it is from the
+    mean, they lose at most a factor N of float64's precision, since it is one of the values. That is plenty for
+    narrower input, unless the shift is an outlier. Such a batch is summed again around its mean, and so is float64
+    input, in parts, which also gives the rest of the mean.
 
     Source: Chan, Golub and LeVeque, Algorithms for Computing the Sample Variance, 1983, section 3 (shifted data).
     """
@@ -69,6 +78,7 @@ def normalize(
     y = np.empty_like(x) if out is None else out
 
     def write(scratch: Scratch, tile: Tile, y: np.ndarray, x: np.ndarray, w: np.ndarray | None) -> None:
+        # In y itself where its dtype is the one to compute in, else in the scratch.
         center, scale, shift = columns.of(tile, x.shape)
         values = y if y.dtype == compute else scratch.empty(y.shape, compute)
         np.subtract(x, center, out=values, dtype=compute)
@@ -88,6 +98,7 @@ def grad_sums(dy: np.ndarray, batch: Batch, stats: Stats, eps: float) -> tuple[n
     hi, lo = as_pair(stats.mean)
     columns = Columns(hi)
 
+    # The terms of both sums, dy and dy * (x - hi). A product of NaN and a gradient is replaced as a whole.
     def terms(
         scratch: Scratch, tile: Tile, x: np.ndarray, dy: np.ndarray, w: np.ndarray | None
     ) -> Iterator[np.ndarray]:
@@ -113,7 +124,8 @@ def grad_input(
 ) -> np.ndarray:
     """Return the gradient of x, in its dtype and memory order.
 
-    Computed in float64 and rounded once: where the gradient is small its terms are not, and all digits of them cancel.
+    It is scale * (dy - w * ((x - center) * slope + average)), or scale * dy without sums. It is computed in float64 and
+    rounded once: where the gradient is small its terms are not, and most of their digits cancel.
     """
     x, weights, _ = batch
     scale, shared = projection(stats, weight, eps, sums)
@@ -147,11 +159,13 @@ def _shifted_sums(
 ) -> np.ndarray:
     """Return the weighted sums of x - shift and of its squares for each channel, (2, C) in float64.
 
-    With units of both, (4, C): each sum in two parts, of multiples that add up exactly and of what is left.
+    With ``units`` of both they are (4, C), each sum in two parts: multiples of its unit's last digit, which add up
+    exactly, and the rests.
     """
     columns = Columns(shift, *units)
     is_mask = weights is None or bool(np.all((weights == 0) | (weights == 1)))
 
+    # The terms of both sums. The second is computed in the array of the first, which has been added up by then.
     def terms(scratch: Scratch, tile: Tile, x: np.ndarray, w: np.ndarray | None) -> Iterator[np.ndarray]:
         d = scratch.copy(x, WIDE)
         d -= columns.of(tile, x.shape)[0]
@@ -166,6 +180,8 @@ def _shifted_sums(
             d *= w
             yield d
 
+    # The terms of four sums. Rows are added up in fours first, so that fewer have to be split: a value that dwarfs all
+    # others costs the three beside it their digits, and no more.
     def parts(scratch: Scratch, tile: Tile, x: np.ndarray, w: np.ndarray | None) -> Iterator[np.ndarray]:
         few, part, (_, *units) = *(scratch.empty(x.shape, WIDE) for _ in range(2)), columns.of(tile, x.shape)
         for values, unit in zip(terms(scratch, tile, x, w), units, strict=True):
@@ -187,8 +203,9 @@ def _sums(
 ) -> np.ndarray:
     """Return the sums of ``num`` terms for each channel of arrays in the shape of the first, (num, C) in float64.
 
-    ``terms`` yields those of a tile; one may be used up for the next, and by ``add_rows``. One after another is the
-    fastest way to add up rows, and enough where sums have parts or float64 is more than is asked for.
+    ``terms`` yields those of a tile; each may be overwritten by the next, and by ``add_rows``. To add up one row after
+    another, as ``np.add.reduce`` does, is fastest, and enough where sums have parts, or x has fewer digits than
+    float64.
     """
     rows = _rows(numpy_tiles.for_sums(x), x, *others)
     partial = np.empty((len(rows), num, x.shape[1]))
@@ -202,7 +219,7 @@ def _sums(
 
 
 def _add_halves(rows: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """Write the sums of the rows of the first half and those of the second; return them. ``out`` may be ``rows``."""
+    """Add the second half of rows to the first, write the sums to ``out``, and return them; ``out`` may be ``rows``."""
     n, half = len(rows), (len(rows) + 1) // 2
     np.add(rows[: n - half], rows[half:], out=out[: n - half])
     out[n - half : half] = rows[n - half : half]
@@ -215,7 +232,7 @@ def _each(task: Callable[..., None], layout: Layout, *arrays: np.ndarray | None)
 
 
 def _execute(task: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> None:
-    """Call a task with each of the arguments, behind what it may compute in; many of them on several threads."""
+    """Call ``task(scratch, *arguments[i])`` for all i, on several threads where these are many."""
 
     def execute(i: int) -> None:
         with Scratch.taken() as scratch:
@@ -225,7 +242,7 @@ def _execute(task: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) ->
 
 
 def _rows(layout: Layout, *arrays: np.ndarray | None) -> list[list[TileViews]]:
-    """Return all tiles of arrays, in lists of those that cover all channels."""
+    """Return all tiles of arrays in lists, each of which covers all channels of some cells; None is no array."""
     parts = zip(*(layout.parts(array) if array is not None else repeat(None) for array in arrays), strict=False)
     return [
         [(tile, *(None if array is None else numpy_tiles.of(array, tile) for array in part)) for tile in row]
@@ -240,8 +257,9 @@ def _against_x(weights: np.ndarray | None) -> np.ndarray | None:
 
 
 def _clear(values: np.ndarray, w: np.ndarray | None) -> None:
-    """Set to 0 what has no weight, whatever it is."""
+    """Set values of weight 0 to 0, even NaN; ``w`` broadcasts against them."""
     if w is not None:
         integers = values.view(f"i{values.itemsize}")
-        # All bits or none: a product with 0 would keep NaN, and a masked copy takes several times as long.
+        # The mask has all bits, -1, or none. A product with 0 would keep NaN, and a masked copy takes several times as
+        # long.
         integers &= -(w != 0).astype(integers.dtype)

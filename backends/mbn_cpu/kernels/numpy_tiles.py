@@ -1,8 +1,22 @@
-"""Arrays cut into tiles: what one thread does at a time, and what its cache can hold.
+"""The cutting of arrays into tiles: a tile is a task for one thread, and fits its cache.
 
-All arrays are seen with four axes, (A, F, C, L): F rows are folded into one where rows are too short for a loop, and
-an (N, C) has an L of 1. Nothing here copies an array. How sums are cut depends on the shape of x alone, so that neither
-the memory order nor the number of threads changes a bit.
+All arrays are seen with four axes, (A, F, C, L). F samples are folded into one row where samples are too short for a
+loop of NumPy, and an (N, C) has an L of 1. What does not fill a row of F samples is an array of its own, and cut by
+itself. A tile is a block of that::
+
+    x, (N, C, L) = (7, C, L), F = 3
+
+         F = 3 samples, C x L each                          a tile: `high` rows of A,
+      +----------+----------+----------+                            `deep` samples of F,
+    a0|    n0    |    n1    |    n2    |  parts[0],                 `across` channels,
+      +----------+----------+----------+  (2, 3, C, L)              `along` positions
+    a1|    n3    |    n4    |    n5    |
+      +----------+----------+----------+                    tiles that differ in their channels alone are one list:
+    a0|    n6    |  parts[1], (1, 1, C, L)                  together they have a sum of each channel
+      +----------+
+
+Nothing here copies an array. How sums are cut depends on the shape of x alone, so that neither the memory order nor the
+number of threads changes a bit.
 """
 
 import math
@@ -17,30 +31,31 @@ import numpy as np
 from mbn.threads import num_processors
 
 SIZE = 3 << 16
-"""Values that a tile has at most: 1.5 MiB in float64. Fewer make threads wait for each other in the interpreter."""
+"""Values of a tile at most: 1.5 MiB in float64. With fewer, threads wait for each other in the interpreter."""
 _FEW = 32
-"""Rows that are not worth folding."""
+"""Samples up to which they are not worth folding."""
 _ROW = 1 << 13
-"""Values that a row should have at least where there are more rows: NumPy sets up a loop for each."""
+"""Values up to which samples are folded into a row, where there are more than a few: NumPy has a loop for each row."""
 _WIDTH = 1 << 13
-"""Values that a row of a tile has at most, so that a tile has many rows to sum up."""
+"""Values of a sample in a tile beyond which its channels are cut, so that a tile has many samples to sum up."""
 _LONG = 256
-"""Values along L for which a loop of their own pays; shorter ones are made into longer rows."""
+"""Positions for which a loop of NumPy pays; with fewer, a loop goes over channels and samples too."""
 
 Tile: TypeAlias = tuple[slice, slice, slice, slice]
+"""The slices of a tile along A, F, C and L."""
 View: TypeAlias = Callable[[np.ndarray], np.ndarray]
 
 
 class Layout(NamedTuple):
-    """A way to see arrays of one shape."""
+    """The axes under which arrays of one shape are gone through."""
 
     view: View
-    """From an array in the shape of x, or one that broadcasts against it, to (N, C, L), or to (A, F, C, L) at once."""
+    """A function from an array in x's shape, or one that broadcasts to it, to (N, C, L), or to (A, F, C, L) at once."""
     fold: int
-    """F."""
+    """F: samples that are folded into one row, where the view has three axes."""
 
     def parts(self, array: np.ndarray) -> list[np.ndarray]:
-        """Return an array as (A, F, C, L), and what is left over of it as another one."""
+        """Return an array as (A, F, C, L), and the samples that fill no row as a second one, (1, rest, C, L)."""
         array = self.view(array)
         if array.ndim == 4:
             return [array]
@@ -52,15 +67,20 @@ class Layout(NamedTuple):
 
 
 def for_sums(x: np.ndarray) -> Layout:
-    """Return the layout to sum up x in: the same whatever its memory order is."""
+    """Return the layout to sum up x, (N, C) or (N, C, L), in: the same whatever its memory order is."""
     view = _as_sequences if x.ndim == 2 else _as_it_is
     return Layout(view, _fold(x.shape))
 
 
 def for_values(x: np.ndarray, *others: np.ndarray) -> Layout:
-    """Return the layout to go through the values of x, and of others in its shape, in: along the memory of x."""
+    """Return the layout to go through the values of x, and of others in its shape, in: along the memory of x.
+
+    Sums must not be made in it, since it depends on the memory order.
+    """
     if x.ndim == 2:
         return Layout(_transposed, 1) if x.strides[0] < x.strides[1] else for_sums(x)
+    # Channels before positions in memory: as for sums. Channels last: cells are rows, where they follow each other in
+    # one piece in all arrays; else positions and channels are swapped.
     _, c, length = x.shape
     if x.strides[1] >= x.strides[2] or c == 1 or length == 1:
         return for_sums(x)
@@ -70,7 +90,11 @@ def for_values(x: np.ndarray, *others: np.ndarray) -> Layout:
 
 
 def cut(shape: tuple[int, ...]) -> list[list[Tile]]:
-    """Return tiles of ``SIZE`` values at most that cover an (A, F, C, L), in lists that cover all channels each."""
+    """Return tiles of ``SIZE`` values at most that cover an (A, F, C, L).
+
+    Each list covers all channels of the same rows, samples and positions.
+    """
+    # The last axes come first: positions, channels up to a width, samples of a row, and rows.
     a, f, c, length = shape
     along = min(length, SIZE)
     across = min(c, max(1, _WIDTH // along))
@@ -81,15 +105,16 @@ def cut(shape: tuple[int, ...]) -> list[list[Tile]]:
 
 
 def of(array: np.ndarray, tile: Tile) -> np.ndarray:
-    """Return what an (A, F, C, L) has at a tile, or one with an axis of 1 that broadcasts against such."""
+    """Return a tile of an (A, F, C, L), or of weights, (A, F, 1, L), which broadcast against it."""
     _, _, c, _ = array.shape
     return array[tile] if c > 1 else array[(*tile[:2], slice(None), *tile[3:])]
 
 
 class Scratch:
-    """Arrays to compute in, kept for the next tile and the next call: the pages of new ones would cost more than these.
+    """Memory for arrays to compute in, kept for the next tile and the next call: new pages of memory would cost more.
 
-    As a context it hands out one that nobody else has.
+    ``taken`` hands out one that no other thread has. In it, each array that is asked for is a buffer of its own, and
+    for the next tile all buffers are free again.
     """
 
     _free: ClassVar[deque["Scratch"]] = deque(maxlen=num_processors())
@@ -101,7 +126,7 @@ class Scratch:
     @classmethod
     @contextmanager
     def taken(cls) -> Iterator["Scratch"]:
-        """Hand out one for a ``with`` block, and take it back with all its arrays."""
+        """Hand out a scratch for a ``with`` block, and take it back with all its arrays."""
         try:
             scratch = cls._free.pop()
         except IndexError:
@@ -129,56 +154,71 @@ class Scratch:
 
 
 class Columns:
-    """Vectors of the channels, (C,), in forms that broadcast against tiles in long loops."""
+    """Vectors of the channels, (C,), that are made to broadcast against tiles in long loops.
+
+    Against (A, F, C, L) a vector of (C, 1) gives loops over L alone. Where L is short, the vector is spread to (F, C,
+    L) first: then NumPy can make one loop of all three axes.
+    """
 
     def __init__(self, *vectors: np.ndarray) -> None:
         self._vectors = vectors
         self._spread: dict[tuple[int, ...], list[np.ndarray]] = {}
 
     def of(self, tile: Tile, shape: tuple[int, ...]) -> list[np.ndarray]:
-        """Return what the vectors have for a tile of ``shape``."""
+        """Return the vectors' numbers for a tile of ``shape``: (channels, 1), or (F, channels, L), of the tile."""
         _, f, c, length = shape
         if length >= _LONG or f == length == 1:
             return [vector[tile[2], None] for vector in self._vectors]
         if c < len(self._vectors[0]):
             return [_spread(vector[tile[2]], shape) for vector in self._vectors]
-        if shape[1:] not in self._spread:  # the same for nearly all tiles
+        if shape[1:] not in self._spread:  # kept, since nearly all tiles have the same shape
             self._spread[shape[1:]] = [_spread(vector, shape) for vector in self._vectors]
         return self._spread[shape[1:]]
 
 
 def _spread(vector: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return a (C,) vector as an array of (F, C, L), for a tile of (A, F, C, L)."""
     full = np.empty(shape[1:], vector.dtype)
     full[...] = vector[:, None]
     return full
 
 
 def _fold(shape: tuple[int, ...]) -> int:
+    """Return how many samples of an array of a shape, (N, ...), are folded into one row."""
     n, *rest = shape
     width = math.prod(rest)
     return 1 if n <= _FEW else max(1, min(n, _ROW // width))
 
 
 def _slices(n: int, step: int) -> list[slice]:
+    """Return slices of ``step`` that cover an axis of n; the last may be shorter."""
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
+# Views: of (N, C) or (N, C, L), or weights, (N, 1) or (N, 1, L).
+
+
 def _as_it_is(array: np.ndarray) -> np.ndarray:
+    """Return an (N, C, L)."""
     return array
 
 
 def _as_sequences(array: np.ndarray) -> np.ndarray:
+    """Return an (N, C) as (N, C, 1)."""
     return array[:, :, None]
 
 
 def _transposed(array: np.ndarray) -> np.ndarray:
+    """Return an (N, C) as (1, 1, C, N): samples are positions."""
     return array.T[None, None]
 
 
 def _as_rows(array: np.ndarray) -> np.ndarray:
+    """Return an (N, C, L) as (N * L, C, 1): each cell is a sample."""
     n, c, length = array.shape
     return array.swapaxes(1, 2).reshape(n * length, c, 1)
 
 
 def _channels_last(array: np.ndarray) -> np.ndarray:
+    """Return an (N, C, L) as (N, L, C, 1): positions are the samples of a row."""
     return array.swapaxes(1, 2)[..., None]

@@ -1,17 +1,22 @@
-// What is known of channels when their values are normalised, or differentiated.
+// The statistics of channels as the kernels take them that normalise and differentiate.
+//
+// Numbers that may leave the range of float64 have an exponent beside them. Of values in float64, the mean of a channel
+// is (mean + rest) * 2**unit and its variance var * 2**(2 * unit), where the unit is nearly always 0.
 
-// A factor, as number * 2**exponent.
+// A factor, number * 2**exponent.
 struct Scale {
     double number;
     int exponent;
 
+    // Return the product with a factor. Both numbers are brought near 1 first, so that it stays within the range.
     __device__ __forceinline__ Scale times(double factor) const {
         const int own = exponent_of(number), other = exponent_of(factor);
         return {scalbn(number, -own) * scalbn(factor, -other), exponent + own + other};
     }
+    // Return the exponent of the factor itself, 0 where it is 0.
     __device__ __forceinline__ int size() const { return number == 0 ? 0 : exponent + exponent_of(number); }
-    // Divided by a power of two. A finite one stays finite: where that changes it, it is the factor of 0, or of what
-    // leaves the range of T as well.
+    // Return the factor divided by 2**other, in T. A finite one stays finite: where it has to be clamped for that, what
+    // it is multiplied by is 0, for which infinity would give NaN, or leaves the range of T anyway.
     template <typename T>
     __device__ __forceinline__ T over(int other) const {
         const double quotient = scalbn(number, exponent - other);
@@ -19,8 +24,13 @@ struct Scale {
     }
 };
 
-// Mean and variance are those of a batch, or running ones where those are null. Those of a batch of float64 are in
-// units of 2**exponent and its square.
+// Mean and variance of the channels: pointers to (channels,) vectors without gaps. `mean` or `running_mean` is null,
+// and `var` or `running_var` is.
+//
+//     mean, rest     the mean of a batch in two parts; rest is null where there is none
+//     var            the biased variance of a batch
+//     exponent       the exponents of the units of both; null where the units are 1
+//     running_...    running statistics, in their dtype, which have neither rest nor unit
 struct Known {
     const double *mean, *rest, *var;
     const int* exponent;
@@ -31,11 +41,11 @@ struct Known {
     }
     __device__ __forceinline__ double rest_of(Index channel) const { return rest ? rest[channel] : 0; }
     __device__ __forceinline__ int unit_of(Index channel) const { return exponent ? exponent[channel] : 0; }
-    // 1 / sqrt(var + eps), and 0 where that has no value.
+    // Return 1 / sqrt(var + eps), and 0 where var + eps is 0.
     __device__ __forceinline__ Scale invstd_of(Index channel, double eps) const {
         double own = var ? var[channel] : static_cast<double>(running_var[channel]);
         int unit = unit_of(channel);
-        if (unit != 0) {  // one in which neither is beyond float64
+        if (unit != 0) {  // eps may be out of range in the unit of var: take the larger unit, in which neither is
             const int common = eps > 0 && (own == 0 || exponent_of(eps) / 2 > unit) ? exponent_of(eps) / 2 : unit;
             own = scalbn(own, 2 * (unit - common));
             eps = scalbn(scalbn(eps, -common), -common);
@@ -46,9 +56,10 @@ struct Known {
     }
 };
 
-// Return the exponent of the power of two by which values, and a center in units, are multiplied before one is taken
-// off the other: 0, unless the difference or its product with the scale might leave the range of T. Of float64 it is
-// that of the scale, so that no product of a difference with a gradient leaves the range either.
+// Return the exponent of the power of two by which values and their center, center * 2**unit, are multiplied before one
+// is subtracted from the other. It is 0 unless the difference, or its product with the scale, might leave the range of
+// T. Of values in float64 it is about the exponent of the scale always, so that no product of a difference with a
+// gradient leaves the range either.
 template <typename T>
 __device__ __forceinline__ int exponent_before(const Scale& scale, double center, int unit) {
     const int size = scale.size(), far = exponent_of(center) + unit;

@@ -1,6 +1,15 @@
 // Gradients: a pass over x and dy that sums up, and one that writes dx.
+//
+//     `grad_sums`   items of x and dy --a thread adds up UNROLLED at a time--> Sums of its channels
+//                   --a block merges its lanes in a tree (merging.cuh)-------> results, blocks x channels
+//     `merge_sums`  results --merged over blocks-----------------------------> sums of dy and dy * xhat, (channels,)
+//     `grad_input`  vectors of channels, sums --the block computes-----------> Backs, columns x CHANNELS, shared
+//                   items of x and dy --each by the Back of its channel------> items of dx
+//
+// `threads.cuh` has a sketch of items, and of how threads share them.
 
-// Where deviations of a channel are from, and of float64 the power of two that they are multiplied by.
+// The center that deviations of a channel are from: they are value * before - center. `before` is 1 unless values are
+// in float64, where it is a power of two that brings deviations near 1.
 struct Origin {
     double center, before;
 
@@ -13,7 +22,7 @@ struct Origin {
     }
 };
 
-// The sums of dy and of dy times a deviation.
+// The sums over some values of a channel: of dy, and of dy times a deviation.
 struct Sums {
     double dy, product;
 
@@ -23,7 +32,8 @@ struct Sums {
     }
 };
 
-// Add the next items of a thread to the sums of its channels.
+// Add the next N items of a thread to the sums of its channels: read all of them first, so that the loads are under way
+// at the same time. A value of weight 0 is left out, and the others count once.
 template <int N>
 __device__ __forceinline__ void add_items(Sums (&mine)[CHANNELS], const Origin (&origins)[CHANNELS], Walk& walk,
                                           Values& x, Values& dy, Counts& weights) {
@@ -56,7 +66,12 @@ __device__ __forceinline__ void add_items(Sums (&mine)[CHANNELS], const Origin (
     }
 }
 
-// Write the sums over each block's values of dy and of dy * (x - center): `results` is blocks x channels.
+// Write the sums over each block's values of dy and of dy * (x * before - center).
+//
+//     position_lanes to weights_position    see threads.cuh; dy is an array of x's shape
+//     mean to running_var                   see Known
+//     eps                                   at least 0
+//     results                               blocks (blockIdx.y) x channels, written
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     grad_sums(Index position_lanes, Index channel_lanes, Index share, Index rows, Index channels, Index positions,
               const VALUE* __restrict__ x, Index x_row, Index x_channel, Index x_position,
@@ -75,6 +90,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     if (walk.left > 0) {
         for (int i = 0; i < CHANNELS; ++i) origins[i] = Origin::of(known, at.channel + i, eps);
     }
+    // Accumulate: UNROLLED items at a time, and what is left one by one. Then reduce over the lanes, and store.
     Sums mine[CHANNELS] = {};
     while (walk.left >= UNROLLED) add_items<UNROLLED>(mine, origins, walk, values, gradients, counts);
     while (walk.left > 0) add_items<1>(mine, origins, walk, values, gradients, counts);
@@ -82,7 +98,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     store_result(mine, at, channels, results);
 }
 
-// Merge the sums of all blocks into those of dy and of dy * xhat.
+// Merge the sums of all blocks into those of dy and of dy * xhat, with xhat = (x - mean) / sqrt(var + eps).
+//
+//     channel_lanes               channels of a block: its columns
+//     blocks, channels            the extents of results
+//     results                     blocks x channels, as `grad_sums` writes them
+//     mean to running_var, eps    as `grad_sums` got them
+//     sum_dy, sum_dy_xhat         (channels,), written
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     merge_sums(Index channel_lanes, Index blocks, Index channels, const Sums* __restrict__ results,
                const double* __restrict__ mean, const double* __restrict__ rest, const double* __restrict__ var,
@@ -95,19 +117,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (at.lane > 0 || channel >= channels) return;
     const Known known = {mean, rest, var, exponent, running_mean, running_var};
     const double hi = known.mean_of(channel), lo = known.rest_of(channel);
-    const double left = (hi - (hi + lo)) + lo;  // of the mean
+    // The deviations were from the rounded mean, hi + lo: the rest of the mean times the sum of dy comes off the
+    // products.
+    const double left = (hi - (hi + lo)) + lo;
     const Scale invstd = known.invstd_of(channel, eps);
     const int unit = known.unit_of(channel), before = IS_WIDE ? exponent_before<double>(invstd, hi + lo, unit) : 0;
     sum_dy[channel] = all.dy;
     sum_dy_xhat[channel] = (all.product - scalbn(left, unit + before) * all.dy) * invstd.over<double>(before);
 }
 
-// dx = after * scale * (dy - w * average - w * ((x * before - center) * slope + left)), where before and after are
-// powers of two, for all of these to be in the range of float64.
+// The numbers by which the gradients of a channel are computed, with w the weight of a value, or 1:
+//
+//     dx = after * scale * (dy - w * average - w * ((x * before - center) * slope + left))
+//
+// The average is the mean of dy, and the last term dy's projection on xhat. `before` and `after` are powers of two, by
+// which all of these are within the range of float64.
 struct Back {
     double after, scale, average, before, center, slope, left;
 
-    // Without sums, mean and variance are constants; n is what they are divided by.
+    // Return them for a channel. `weight` may be null, for 1. The sums may be null: then mean and variance are
+    // constants, and after and scale are all there is. The sums are divided by n.
     __device__ static Back of(const Known& known, Index channel, const STATISTIC* weight, double eps,
                               const double* sum_dy, const double* sum_dy_xhat, double n) {
         const Scale invstd = known.invstd_of(channel, eps);
@@ -120,6 +149,8 @@ struct Back {
         if (!sum_dy) return back;
         const double hi = known.mean_of(channel), lo = known.rest_of(channel), center = hi + lo;
         const int unit = known.unit_of(channel), before = exponent_before<double>(invstd, center, unit);
+        // xhat = ((x - c) + (c - mean)) * invstd with c the rounded mean: `before` goes into both differences, and out
+        // of invstd. The second one, times the slope, is `left`.
         back.average = sum_dy[channel] / n;
         back.before = power(before);
         back.center = scalbn(center, unit + before);
@@ -129,7 +160,9 @@ struct Back {
     }
 };
 
-// Write the gradients of the next items of a thread; weights are multiplied by a power of two.
+// Write the gradients of the next N items of a thread: read all of them first, then compute and write one after
+// another. `unit` is the power of two that the weights are multiplied by. `is_constant` says that mean and variance are
+// constants: x is not read then.
 template <int N>
 __device__ __forceinline__ void grad_items(const Back (&backs)[CHANNELS], double unit, bool is_constant, Walk& walk,
                                            Values& x, Values& dy, Results& dx, Counts& weights) {
@@ -159,10 +192,11 @@ __device__ __forceinline__ void grad_items(const Back (&backs)[CHANNELS], double
                     const double w = own[i].at(position) * unit;
                     // A large mean of dy goes first: what is left keeps its digits.
                     gradient -= w * back.average;
-                    gradient -= w * ((xs[i].at(channel, position) * back.before - back.center) * back.slope + back.left);
+                    gradient -=
+                        w * ((xs[i].at(channel, position) * back.before - back.center) * back.slope + back.left);
                 }
                 gradient *= back.scale;
-                if constexpr (IS_WIDE) gradient *= back.after;  // of others, float64 has the range
+                if constexpr (IS_WIDE) gradient *= back.after;  // no other dtype leaves float64's range
                 narrow(own[i].counts(position) ? gradient : 0, result.values[channel * POSITIONS + position]);
             }
         }
@@ -171,6 +205,16 @@ __device__ __forceinline__ void grad_items(const Back (&backs)[CHANNELS], double
     }
 }
 
+// Write the gradient of x, and 0 where the weight of a value is 0.
+//
+//     position_lanes to weights_position    see threads.cuh; dy and dx are arrays of x's shape, and dx is written
+//     mean to running_var                   see Known
+//     weight                                (channels,) parameters, or null for 1
+//     eps                                   at least 0
+//     sum_dy, sum_dy_xhat                   (channels,), the sums of `merge_sums`, perhaps over more batches than this
+//                                           one; null where mean and variance are constants
+//     count                                 the number of values per channel that the sums are over, if unweighted
+//     weighted_count                        one number, the sum of their weights, instead; or null
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     grad_input(Index position_lanes, Index channel_lanes, Index share, Index rows, Index channels, Index positions,
                const VALUE* __restrict__ x, Index x_row, Index x_channel, Index x_position,
@@ -185,15 +229,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const Thread at(position_lanes, channel_lanes);
     __shared__ Back backs[CHANNEL_LANES * CHANNELS];
     const Known known = {mean, rest, var, exponent, running_mean, running_var};
+    // The divisor of the sums. Their quotient by a sum of weights may leave the range, so that sum is brought near 1,
+    // and each weight is multiplied by the same power of two.
     double n = weighted_count ? *weighted_count : count;
     if (n == 0) n = 1;  // the sums are 0 too
-    const double unit = weighted_count ? power(-exponent_of(n)) : 1;  // a sum of dy divided by n may leave the range
+    const double unit = weighted_count ? power(-exponent_of(n)) : 1;
     n *= unit;
+    // The Backs of the block's channels: each is computed by one thread, for all lanes of its column.
     for (int i = threadIdx.x; i < at.columns * CHANNELS; i += blockDim.x) {
         const Index channel = static_cast<Index>(blockIdx.x) * at.columns * CHANNELS + i;
         if (channel < channels) backs[i] = Back::of(known, channel, weight, eps, sum_dy, sum_dy_xhat, n);
     }
     __syncthreads();
+    // The items of the thread: UNROLLED at a time, and what is left one by one.
     Walk walk(at, rows, channels, positions, share);
     if (walk.left == 0) return;
     Back mine[CHANNELS];

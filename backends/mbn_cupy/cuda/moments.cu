@@ -1,9 +1,27 @@
-// Count, mean and m2 of channels, and the step of the running statistics: one pass over x, and what is left of it.
+// Count, mean and m2 of channels, and the step of the running statistics: one pass over x, and a kernel that merges.
+//
+//     `moments`: a thread            reads RUN items at a time, takes the moments of each channel in them, and merges
+//                                    these into the moments of its channels, one RUN after another
+//                a block             merges those of the lanes of each column in a tree (merging.cuh)
+//                    |
+//                    v
+//                results             blocks x channels, a struct Moments each
+//                    |
+//                    v
+//     `merge_moments`, `merge_batch` merge those of all blocks, and write vectors of channels
+//
+// There are three kinds of statistics:
+//
+//     values          running statistics    mean        m2, and sums of deviations
+//     <= float32      float32               hi + lo     one float64, from deviations from one of the values
+//     <= float32      float64 (IS_EXACT)    hi + lo     hi + lo, from deviations from the mean of the RUN items
+//     float64         (IS_EXACT, IS_WIDE)   hi + lo     hi + lo, the same, in units of 2**exponent
 
-// Blocks that a multiprocessor has to have room for: one, where a thread keeps exact statistics of four channels.
+// Blocks that a multiprocessor has to hold at the same time, which bounds the registers of a thread: one where a thread
+// keeps exact statistics of up to four channels.
 constexpr int BLOCKS = IS_EXACT && !IS_WIDE ? 1 : 2;
 
-// A sum of which what rounding takes off is kept, where it has to be exact.
+// A sum, hi. Where it has to be exact, lo has the sum of all that rounding has taken off hi.
 template <bool>
 struct Sum {
     double hi;
@@ -19,8 +37,10 @@ template <>
 struct Sum<true> {
     double hi, lo;
 
+    // The sum rounded to float64, and the rest of it.
     __device__ __forceinline__ double total() const { return hi + lo; }
     __device__ __forceinline__ double rest() const { return (hi - total()) + lo; }
+    // What rounding takes off hi + value is computed without an error, whichever of the two is larger.
     // Source: Knuth, The Art of Computer Programming, volume 2, section 4.2.2, theorem B.
     __device__ __forceinline__ void add(double value) {
         const double sum = hi + value, part = sum - hi;
@@ -38,7 +58,7 @@ struct Sum<true> {
 };
 using Statistic = Sum<IS_EXACT>;
 
-// Of float64, the exponent of the unit that the mean is in; m2 is in its square.
+// The exponent of the unit of the mean, whose square is that of m2; 0, and no memory, unless values are in float64.
 template <bool>
 struct Unit {
     static constexpr int exponent = 0;
@@ -50,7 +70,7 @@ struct Unit<true> {
     __device__ void set(int next) { exponent = next; }
 };
 
-// How much of the whole some values are.
+// The share of `more` values among them and `count` others, hi + lo: lo is what the division leaves.
 struct Share {
     double hi, lo;
 
@@ -58,12 +78,14 @@ struct Share {
         : hi(more / (count + more)), lo(IS_EXACT ? fma(-hi, count + more, more) / (count + more) : 0) {}
 };
 
-// Count, mean and sum of squared deviations of some values.
+// Count, mean and sum of squared deviations of some values of a channel. In memory it is 4, 5 or 6 float64, of which
+// `kernels.py` allocates blocks x channels; all zeros are the moments of no values.
 struct Moments : Unit<IS_WIDE> {
-    double count;
-    Sum<true> mean;  // of whatever dtype: in gradients all digits of x - mean count
+    double count;    // the sum of the weights
+    Sum<true> mean;  // with a rest for every dtype: in gradients all digits of x - mean count
     Statistic m2;
 
+    // Take in the moments of other values, whose share of all of them is given.
     // Source: Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances, 1979,
     // equations 2.1.
     __device__ __forceinline__ void merge(const Moments& other, const Share& share) {
@@ -74,6 +96,7 @@ struct Moments : Unit<IS_WIDE> {
         }
         if constexpr (IS_WIDE) {
             if (exponent != other.exponent) {
+                // To one unit, the larger one. A channel of zeros has no size, so the unit of the other is taken.
                 Moments theirs = other;
                 const bool is_larger = theirs.is_zero() || (!is_zero() && exponent > theirs.exponent);
                 const int common = is_larger ? exponent : theirs.exponent;
@@ -87,6 +110,8 @@ struct Moments : Unit<IS_WIDE> {
     }
     __device__ __forceinline__ void merge(const Moments& other) { merge(other, Share(other.count, count)); }
 
+    // Merge two of one unit, with d = other.mean - mean and s = share: m2 grows by other.m2 + d * d * count * s, and
+    // the mean by d * s. That product is split into a rounded number, `change`, and all terms of the rest.
     __device__ __forceinline__ void add(const Moments& other, const Share& share) {
         Sum<true> difference = other.mean;
         difference.add(-mean.hi, -mean.lo);
@@ -98,6 +123,7 @@ struct Moments : Unit<IS_WIDE> {
     }
 
     __device__ bool is_zero() const { return mean.hi == 0 && m2.hi == 0; }
+    // Go to another unit: divide the mean by the change of it, and m2 by its square.
     __device__ void set_exponent(int next) {
         mean.scale(exponent - next);
         m2.scale(2 * (exponent - next));
@@ -105,11 +131,14 @@ struct Moments : Unit<IS_WIDE> {
     }
 };
 
+// The next N items of a thread, all in registers, with the weights of their positions. In it, index i numbers the N *
+// POSITIONS values of a channel.
 template <int N>
 struct Run {
     Item items[N];
     Weights weights[N];
 
+    // Return the sum of the weights, which is the same for all channels.
     __device__ __forceinline__ double count() const {
         double total = 0;
 #pragma unroll
@@ -119,13 +148,13 @@ struct Run {
         return total;
     }
 
-    // Moments of one channel.
+    // Return the moments of the values of one channel, of which `count`, the sum of the weights, is above 0.
     __device__ __forceinline__ Moments moments(int channel, double count) {
         Moments result = {};
         result.count = count;
         if constexpr (!IS_EXACT) {
-            // From deviations from the first value that counts. If that is an outlier, it costs no more digits than
-            // float64 has to spare.
+            // From deviations from the first value that counts, which the loop from the last value on finds. If it is
+            // an outlier, that costs no more digits than float64 has to spare beyond float32.
             // Source: Chan, Golub and LeVeque, Algorithms for Computing the Sample Variance, 1983, equation 1.7.
             double center = 0, total = 0, squares = 0;
 #pragma unroll
@@ -143,9 +172,12 @@ struct Run {
             result.mean.add(total / count);
             result.m2.hi = squares - total * (total / count);
         } else {
+            // Exactly, in two passes over the registers: the mean, with a rest, and squares of deviations from it.
             if constexpr (IS_WIDE) result.set(to_unit(channel));
             Sum<true> total = {}, squares = {}, origin = {};
-            if constexpr (WEIGHTED) {  // a rounded count then costs digits of deviations, not of values
+            // With weights, the count is rounded, and so is what it divides. Around one of the values this costs digits
+            // of deviations, which are small, and not of values.
+            if constexpr (WEIGHTED) {
 #pragma unroll
                 for (int i = N * POSITIONS - 1; i >= 0; --i) {
                     if (counts(i)) origin.hi = at(channel, i);
@@ -156,11 +188,15 @@ struct Run {
                 if (!counts(i)) continue;
                 Sum<true> value = {at(channel, i), 0};
                 value.add(-origin.hi);
+                // The product of weight and value, rounded, and the rest of it. No FMA may swallow the rounding.
                 const double once = __dmul_rn(weight(i), value.hi);
                 total.add(once, WEIGHTED ? fma(weight(i), value.hi, -once) + weight(i) * value.lo : 0);
             }
+            // The mean: a rounded quotient, and the remainder of the division divided in turn.
             const double average = total.hi / count;
             origin.add(average, (fma(-average, count, total.hi) + total.lo) / count);
+            // The deviations are from the rounded mean, center. Around the mean itself, center + rest, the sum of
+            // squares is less by count * rest * rest.
             const double center = origin.hi, rest = origin.lo;
 #pragma unroll
             for (int i = 0; i < N * POSITIONS; ++i) {
@@ -175,7 +211,8 @@ struct Run {
     }
 
    private:
-    // Return the exponent of a unit in which no value of a channel is far from 1, and bring them there.
+    // Return the exponent of a unit in which the squares of a channel's values stay within float64, nearly always 0,
+    // and divide the values by it.
     __device__ __forceinline__ int to_unit(int channel) {
         double largest = 0;
 #pragma unroll
@@ -185,16 +222,19 @@ struct Run {
         if (!is_far(largest)) return 0;
         const int exponent = clamped(exponent_of(largest), -FARTHEST, FARTHEST);
 #pragma unroll
-        for (int i = 0; i < N * POSITIONS; ++i) items[i / POSITIONS].values[channel * POSITIONS + i % POSITIONS] *= power(-exponent);
+        for (int i = 0; i < N * POSITIONS; ++i)
+            items[i / POSITIONS].values[channel * POSITIONS + i % POSITIONS] *= power(-exponent);
         return exponent;
     }
 
     __device__ __forceinline__ bool counts(int i) const { return weights[i / POSITIONS].counts(i % POSITIONS); }
-    __device__ __forceinline__ double at(int channel, int i) const { return items[i / POSITIONS].at(channel, i % POSITIONS); }
+    __device__ __forceinline__ double at(int channel, int i) const {
+        return items[i / POSITIONS].at(channel, i % POSITIONS);
+    }
     __device__ __forceinline__ double weight(int i) const { return weights[i / POSITIONS].at(i % POSITIONS); }
 };
 
-// Read the next items of a thread, and merge their moments into those of its channels.
+// Read the next N items of a thread, and merge their moments into those of its channels, `mine`.
 template <int N>
 __device__ __forceinline__ void absorb(Moments (&mine)[CHANNELS], Walk& walk, Values& x, Counts& weights) {
     Run<N> run;
@@ -212,11 +252,14 @@ __device__ __forceinline__ void absorb(Moments (&mine)[CHANNELS], Walk& walk, Va
 #pragma unroll
     for (int i = 0; i < CHANNELS; ++i) {
         mine[i].merge(run.moments(i, count), share);
-        mine[i].count = mine[0].count;  // which it is: so the registers of one hold them all
+        mine[i].count = mine[0].count;  // no change, but now the compiler keeps one count for all channels
     }
 }
 
-// Write the moments of each block's values: `results` is blocks x channels.
+// Write the moments of each block's values.
+//
+//     position_lanes to weights_position    see threads.cuh
+//     results                               blocks (blockIdx.y) x channels, written
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     moments(Index position_lanes, Index channel_lanes, Index share, Index rows, Index channels, Index positions,
             const VALUE* __restrict__ x, Index x_row, Index x_channel, Index x_position,
@@ -226,14 +269,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     Walk walk(at, rows, channels, positions, share);
     Values values(walk, at.channel, x, x_row, x_channel, x_position);
     Counts counts(walk, 0, weights, weights_row, 0, weights_position);
+    // Accumulate: RUN items at a time, and what is left one by one.
     Moments mine[CHANNELS] = {};
     while (walk.left >= RUN) absorb<RUN>(mine, walk, values, counts);
     while (walk.left > 0) absorb<1>(mine, walk, values, counts);
+    // Reduce over the lanes of the block, and store.
     merge_lanes(mine, at);
     store_result(mine, at, channels, results);
 }
 
 // Merge the moments of all blocks.
+//
+//     channel_lanes            channels of a block: its columns
+//     blocks, channels         the extents of results
+//     results                  blocks x channels, as `moments` writes them
+//     count                    one number, written: the sum of the weights; null where there are none
+//     mean, rest, m2           (channels,), written: the mean in two parts, and m2
+//     exponent                 (channels,), written: the exponents of their units; null unless values are in float64
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     merge_moments(Index channel_lanes, Index blocks, Index channels, const Moments* __restrict__ results,
                   double* __restrict__ count, double* __restrict__ mean, double* __restrict__ rest,
@@ -249,22 +301,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (exponent) exponent[channel] = all.exponent;
 }
 
+// Return m2 / (count - correction), and 0 where the weights add up to no more than the correction.
 __device__ __forceinline__ double variance(const Moments& moments, double correction) {
     const double left = moments.count - correction;
     return left > 0 ? moments.m2.total() / left : 0;
 }
 
-// Return the start moved towards the end, in units of 2**exponent, by a share of the way; all of it where the share is
-// 0, whatever the end is.
+// Return (1 - share) * start + share * end * 2**exponent; the start where the share is 0, even beside an end of NaN.
 __device__ __forceinline__ STATISTIC lerp(STATISTIC start, double end, int exponent, double share) {
     return share == 0 ? start : static_cast<STATISTIC>((1 - share) * start + scalbn(share * end, exponent));
 }
 
-// A count of batches after one more: at the largest integer it stays.
+// Return the number of batches after one more; the largest integer stays.
 __device__ Index counted(Index batches) { return batches == 0x7fffffffffffffffLL ? batches : batches + 1; }
 
-// Merge the moments of all blocks, and take the step of the running statistics: what is null is not there. Without a
-// momentum (cumulative) they are averages of all batches so far.
+// Merge the moments of all blocks, and take the step of the running statistics.
+//
+//     channel_lanes to rest          as for `merge_moments`
+//     var                            (channels,), written: the biased variance, in the square of the unit
+//     exponent                       as for `merge_moments`
+//     correction                     taken off the count for the running variance
+//     momentum, cumulative           the share of the batch; if cumulative is not 0, 1 / the number of batches instead
+//     batches, new_batches           one integer each, the number of batches before and after (written); may be null
+//     running_mean, running_var      (channels,), read; running_mean is null where there are no running statistics
+//     new_mean, new_var              (channels,), written; null where those are
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     merge_batch(Index channel_lanes, Index blocks, Index channels, const Moments* __restrict__ results,
                 double* __restrict__ count, double* __restrict__ mean, double* __restrict__ rest,

@@ -1,9 +1,12 @@
-// The dtypes of values, and the way from them to numbers and back.
+// The dtypes of values, the conversions from them to numbers and back, and powers of two.
 //
-// The compiler is told VALUE, the dtype of x, y and their gradients, and STATISTIC, that of weights, parameters and running
-// statistics. Nothing is included, so nothing but the compiler need be there.
+// The compiler is told two dtypes: VALUE, that of x, y and their gradients (float16, bfloat16, float32 or float64), and
+// STATISTIC, that of weights, parameters and running statistics (float32 or float64). No header is included, so a
+// machine needs the compiler alone.
+//
+//     VALUE --widen--> float or double --arithmetic--> float or double --narrow--> VALUE
 
-using Index = long long;
+using Index = long long;  // of 64 bits, for all extents, strides and offsets
 using float32 = float;
 using float64 = double;
 struct float16 {
@@ -13,12 +16,14 @@ struct bfloat16 {
     unsigned short bits;
 };
 
+// Whether values are in float64: then no wider dtype has the range for their squares, and exponents go beside numbers.
 constexpr bool IS_WIDE = sizeof(VALUE) == sizeof(double);
-// Statistics in float64 of float64, or of what a layer in float64 has to know as well.
+// Whether statistics have to be right to the last digits of float64: those of values in float64, and those of a layer
+// with running statistics in float64.
 constexpr bool IS_EXACT = IS_WIDE || sizeof(STATISTIC) == sizeof(double);
 
-// What y is computed in, which is rounded to VALUE next. Sums are always in float64, and so is dx, which may be all but
-// nothing: where dy is proportional to y, for one.
+// The dtype in which y is computed before it is rounded to VALUE. Sums are always in float64, and so is dx: where dy is
+// proportional to y, for one, dx is the small difference of large terms.
 template <typename T>
 struct Precision {
     using Output = float;
@@ -29,8 +34,10 @@ struct Precision<float64> {
 };
 using Output = typename Precision<VALUE>::Output;
 
-// Powers of two. Numbers have them beside them where they might leave the range of their dtype.
+// Powers of two. A number has one beside it where it might leave the range of its dtype.
 
+// Of a dtype: numbers are below 2**TOP, subnormal ones at least 2**BOTTOM, and the largest is MOST. Products of numbers
+// whose exponents are within FAR of 0 stay in the range.
 template <typename T>
 struct Range {
     static constexpr int TOP = 128, BOTTOM = -149, FAR = 100;
@@ -50,18 +57,18 @@ __device__ __forceinline__ double clamped(double number, double most) {  // NaN 
     return number < -most ? -most : number > most ? most : number;
 }
 __device__ __forceinline__ double power(int exponent) { return scalbn(1.0, exponent); }
-// The exponent of a number, and 0 of those that have none.
+// Return the exponent of a number, 1.5 * 2**e having e; 0 for 0, infinite numbers and NaN.
 __device__ __forceinline__ int exponent_of(double number) {
     const double size = fabs(number);
     return size > 0 && size <= Range<double>::MOST ? ilogb(number) : 0;
 }
-// Whether squares of a deviation may leave the range of float64.
+// Tell whether the square of a deviation, or a sum of such squares, may leave the range of float64.
 __device__ __forceinline__ bool is_far(double deviation) {
     const double size = fabs(deviation);
     return !(size == 0 || (size >= 3.8725919148493183e-121 && size <= 2.5822498780869086e120));  // 2**-400 and 2**400
 }
 
-// From values to numbers, and back with one rounding.
+// Conversions: `widen` from a value to a number, exactly, and `narrow` back, rounding once to the nearest.
 
 __device__ __forceinline__ double widen(float64 value) { return value; }
 __device__ __forceinline__ float widen(float32 value) { return value; }
@@ -71,7 +78,7 @@ __device__ __forceinline__ float widen(float16 value) {
     float wide;
     asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
     return wide;
-#else  // the host of a test
+#else  // on the host, where tests run the kernels
     return __builtin_bit_cast(_Float16, value.bits);
 #endif
 }
@@ -94,6 +101,6 @@ __device__ __forceinline__ void narrow(float wide, float16& value) {
 
 __device__ __forceinline__ void narrow(float wide, bfloat16& value) {
     const unsigned bits = reinterpret_cast<const unsigned&>(wide);
-    const unsigned half = 0x7fff + (bits >> 16 & 1);  // to even, where two are as near
+    const unsigned half = 0x7fff + (bits >> 16 & 1);  // half of the last digit that stays; ties go to even
     value.bits = wide == wide ? (bits + half) >> 16 : 0x7fc0;
 }

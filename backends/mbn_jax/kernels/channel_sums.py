@@ -1,8 +1,24 @@
-"""From values to vectors of one number per channel, and back: sums, and what they are spread to.
+"""Sums of the values of each channel in the layout for CPUs, and helpers of both layouts.
+
+The values are rows by channels, (n, C): ``rows`` moves all cells of an x to one axis. A tree adds up the rows, CHUNK of
+them one after the other at each level::
+
+    rows, n = 70     r0 ... r15 | r16 ... r31 | r32 ... r47 | r48 ... r63 | r64 ... r69   whole = 64, then a rest of 6
+                         |             |             |             |            |
+    a level             s0            s1            s2            s3         rests[0]     n <= 2 * CHUNK: no more levels
+                         |             |             |             |            |
+                         +---- one after another ----+-------------+            |
+                                       v                                        v
+    the end                           sum      +      rests[0], and those of further levels
+
+A row is C numbers, and each number of a sum is that of one channel.
 
 Sums are made in float64, so their caller has to be traced with 64-bit numbers, as a ``WidePrimitive`` is. The order of
-the additions is written down here and not left to XLA: the bits must not depend on the run, on the number of threads,
-or on where the channels lie in memory.
+the additions is written down here and not left to XLA: the bits must not depend on the number of threads, or on the
+memory order of x.
+
+A *careful* sum is in pairs: beside each sum there is a rest, the sum of its rounding errors. In lists of terms all
+sums come first, and then as many rests.
 """
 
 from collections.abc import Sequence
@@ -16,7 +32,7 @@ from jax import lax
 from mbn_jax.kernels.pairs import two_sum
 
 CHUNK = 16
-"""Values that are added one after the other: few enough for XLA to unroll, and so to vectorise over the channels."""
+"""Rows that are added one after the other: few enough for XLA to unroll, and so to vectorise over the channels."""
 
 
 def column(vector: jax.Array, ndim: int) -> jax.Array:
@@ -25,27 +41,29 @@ def column(vector: jax.Array, ndim: int) -> jax.Array:
 
 
 def rows(x: jax.Array | None) -> jax.Array | None:
-    """Return (N, C) or (N, C, L) with all values of a channel along the first axis, and the channels along the last."""
+    """Return (N, C) or (N, C, L) as (N, C) or (N * L, C); None stays None."""
     return None if x is None else jnp.moveaxis(x, 1, -1).reshape(-1, x.shape[1])
 
 
 def once(vector: jax.Array) -> jax.Array:
-    """Return a (C,) vector, computed once, and not again for each value that it meets.
+    """Return a (C,) vector that is computed once, and not again for each value that is combined with it.
 
-    XLA repeats what is cheap in every loop that reads it, to which arithmetic in pairs is no exception. Divisions are
-    none of that; nor does it see what is behind a barrier, until it has decided.
+    XLA repeats cheap arithmetic, and that is arithmetic in pairs too, in every loop that reads its result. A division
+    is not cheap, so it is not repeated; and that this one is by 1 XLA cannot see behind a barrier until it has decided.
     """
     return vector / lax.optimization_barrier(jnp.ones_like(vector))
 
 
 def channel_sums(*terms: jax.Array, chunk: int = CHUNK, careful: bool = False) -> list[jax.Array]:
-    """Return the sums of terms, float64 and (n, C) each, over the first axis: a tree of chunks of so many values.
+    """Return the sums of terms, (n, C) in float64 each, over the first axis, as a tree of chunks of ``chunk`` rows.
 
-    A ``careful`` tree carries the rounding errors of its additions along: a term that dwarfs the rest costs no digits.
+    A ``careful`` tree carries the rounding errors of its additions along, so that a term that dwarfs all others costs
+    them no digits.
     """
     if not is_known(terms[0].shape[0]):
         return careful_sums(terms, (0,))
     add, parts = (_add_pairs, in_pairs(terms)) if careful else (_add, list(terms))
+    # Each level makes one row of each full chunk; the rows beyond the last full chunk are added up for the end.
     rests = []
     while (n := parts[0].shape[0]) > 2 * CHUNK:
         whole = n - n % chunk
@@ -57,37 +75,42 @@ def channel_sums(*terms: jax.Array, chunk: int = CHUNK, careful: bool = False) -
 
 
 def is_known(size: int) -> bool:
-    """Tell whether a size is a number. In what is exported for any size of some axes it is a symbol."""
+    """Tell whether a size is a number; in a function that is exported for any size of some axes it is a symbol."""
     return isinstance(size, int)
 
 
 def careful_sums(terms: Sequence[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:
-    """Return the sums of float64 arrays of one shape over axes of any size: carried in pairs, for want of a tree."""
+    """Return the sums of float64 arrays of one shape over axes of any size, in any order.
+
+    They are in pairs, since there is no tree of an unknown size: with the rounding errors, the order hardly matters.
+    """
     return of_pairs(sums(in_pairs(terms), *axes, careful=True))
 
 
 def sums(terms: Sequence[jax.Array], *axes: int, careful: bool = False) -> list[jax.Array]:
-    """Return the sums of float64 arrays of one shape over axes, in one pass; ``careful`` ones of what is in pairs."""
+    """Return the sums of float64 arrays of one shape over axes in one pass; ``careful`` ones are of terms and rests."""
     return lax.reduce(list(terms), [np.zeros((), term.dtype) for term in terms], _add_pairs if careful else _add, axes)
 
 
 def in_pairs(terms: Sequence[jax.Array]) -> list[jax.Array]:
-    """Return terms, and after them as many rests of them, which are 0."""
+    """Return terms, and after them as many rests, which are 0."""
     return [*terms, *map(jnp.zeros_like, terms)]
 
 
 def of_pairs(parts: Sequence[jax.Array]) -> list[jax.Array]:
-    """Return the sums that terms and rests of them are."""
+    """Return terms plus their rests, from a list of terms and then as many rests."""
     count = len(parts) // 2
-    # Where a sum is no number, the rest is none either.
+    # The rest of an infinite sum is NaN, which would turn the sum into NaN too.
     return [jnp.where(jnp.isfinite(hi), hi + rest, hi) for hi, rest in zip(parts[:count], parts[count:], strict=True)]
 
 
 def _add(totals: Sequence[jax.Array], values: Sequence[jax.Array]) -> list[jax.Array]:
+    """Return the sums of two lists, one by one."""
     return [total + value for total, value in zip(totals, values, strict=True)]
 
 
 def _add_pairs(totals: Sequence[jax.Array], values: Sequence[jax.Array]) -> list[jax.Array]:
+    """Return the sums of two lists of terms and rests; a rest takes up both rests and the new rounding error."""
     count = len(totals) // 2
     pairs = [two_sum(*both) for both in zip(totals[:count], values[:count], strict=True)]
     rests = [pair.lo + (rest + other) for pair, rest, other in zip(pairs, totals[count:], values[count:], strict=True)]

@@ -1,8 +1,17 @@
-"""Sums per channel in the layout for GPUs: arrays are read once, where they lie.
+"""Sums of the values of each channel in the layout for GPUs: arrays are read once, and keep their axes.
 
-XLA computes there what a reduction reads as part of it only if few values are reduced at a time; of float64 it else
-writes it all to memory first. So there are chunks of few values, along the first axis, which comes first in memory
-whatever the order of the others. As on the CPU the order of additions is that of a tree, the same on every run.
+One axis after another is reduced, in levels, to an extent of 1. A level cuts it into chunks of CHUNK values, fills the
+last one up with zeros, and reduces each chunk to its sum::
+
+    (N, C, L), N = 70         n0 ... n30 | n31 ... n61 | n62 ... n69, 23 zeros
+                                   |            |            |
+    (3, C, L)                     s0           s1           s2
+                                   |            |            |
+    (1, C, L)                      +------------+------------+     then L in the same way, to (1, C, 1)
+
+XLA computes the terms of a reduction within it only if few values are reduced at a time; of float64 it would write all
+terms to memory first. So chunks are small, and the first axis, which is also the first in memory in most orders, is
+reduced first. The order of additions is that of a tree, as on the CPU, and the same at every call.
 """
 
 import jax
@@ -12,16 +21,20 @@ from jax import lax
 from mbn_jax.kernels.channel_sums import careful_sums, in_pairs, is_known, of_pairs, sums
 
 CHUNK = 31
-"""Values that are reduced at a time: from 32 on XLA has another way."""
+"""Values that are reduced at a time: from 32 on XLA compiles a reduction in another way."""
 
 
 def channel_sums(*terms: jax.Array, careful: bool = False) -> list[jax.Array]:
-    """Return the sums over all axes but the channels' of terms of one shape, float64 and (N, C) or (N, C, L)."""
+    """Return the sums of each channel, (C,), of terms of one shape, (N, C) or (N, C, L) in float64.
+
+    ``careful`` ones carry the rounding errors of the additions along.
+    """
     sizes = {axis: size for axis, size in enumerate(terms[0].shape) if axis != 1}
     if not all(map(is_known, sizes.values())):
         return careful_sums(terms, tuple(sizes))
     parts = in_pairs(terms) if careful else list(terms)
-    # Where the first axis has no whole chunk the other one comes first, to leave less for the next level.
+    # Where the first axis has not even one full chunk, and L has more values, L comes first: its first level reads all
+    # terms, and should leave little for the next one.
     for axis in sorted(sizes, reverse=sizes[0] < min(CHUNK, sizes.get(2, 0))):
         while parts[0].shape[axis] > 1:
             parts = sums([_in_chunks(part, axis) for part in parts], axis + 1, careful=careful)
@@ -30,7 +43,7 @@ def channel_sums(*terms: jax.Array, careful: bool = False) -> list[jax.Array]:
 
 
 def _in_chunks(x: jax.Array, axis: int) -> jax.Array:
-    """Return x with an axis as two, of chunks and of their values; zeros fill up the last chunk."""
+    """Return x with an axis as two: one of chunks, and one of their values, at most CHUNK; zeros fill up the last."""
     chunk = min(CHUNK, x.shape[axis])
     missing = -x.shape[axis] % chunk
     if missing:

@@ -1,8 +1,22 @@
-"""The two forms of a pass over x that sums: which one is for a platform to say, where it is compiled.
+"""The two layouts of a pass over x that sums up; the platform that it is compiled for has one of them.
 
-Over more devices than one, x is in blocks along N and along L, at least one for each device that may hold a part. Each
-is summed where it lies, and only their sums, of one number per channel, are to leave their device: XLA would fetch all
-of x, or of the sums of its runs, for a reshape that does not keep what a device holds together.
+::
+
+             view of an x                 a vector of channels    sums
+    CPU      (N, C), or (N * L, C)        (C,)                    ``channel_sums``: a tree over the first axis
+    GPU      (N, C), or (N, C, L)         (C,), or (C, 1)         ``gpu_sums``: a tree over N, and one over L
+
+On more devices than one, x is cut into blocks along N and along L, as many along each as divide both its extent and the
+number of devices::
+
+    x, (N, C, L), on 4 devices            +------+------+------+------+
+    N = 6: gcd(6, 4) = 2 blocks     n0-n2 |  0,0 |  0,1 |  0,2 |  0,3 |   each of n = 3 samples by l = 2 positions,
+    L = 8: gcd(8, 4) = 4 blocks     n3-n5 |  1,0 |  1,1 |  1,2 |  1,3 |   (2, 4, n, C, l) in all, each viewed by itself
+                                          +------+------+------+------+
+
+However the devices share out x along N and L, a block lies on one of them. Each block is summed up there, and its sums,
+one number per channel, are all that leaves the device: XLA would fetch all of x, or the sums of its chunks, for a
+reshape that mixes what several devices hold. The sums of the blocks are added up in pairs, whose order hardly matters.
 """
 
 import math
@@ -20,7 +34,7 @@ _DEVICES = ContextVar("devices", default=1)
 
 @contextmanager
 def over(devices: int) -> Iterator[None]:
-    """Trace for so many devices, over which XLA spreads what is computed."""
+    """Trace for so many devices, over which XLA spreads the computation."""
     token = _DEVICES.set(devices)
     try:
         yield
@@ -34,14 +48,14 @@ def is_sharded() -> bool:
 
 
 class Layout(NamedTuple):
-    """How values of channels are summed."""
+    """The axes under which the values of channels are summed up."""
 
     view: Callable[[Any], Any]
-    """From an (N, C) or (N, C, L), or None, to what is summed."""
+    """A function from an (N, C) or (N, C, L) to its view, with two axes of blocks in front, if any; None stays None."""
     broadcast: Callable[[jax.Array, int], jax.Array]
-    """From a (C,) vector to what broadcasts against a view of an x of so many axes."""
+    """A function from a (C,) vector and the number of axes of x to an array that broadcasts against the view of x."""
     sums: Callable[..., list[jax.Array]]
-    """From views, float64, to their sums, (C,) each."""
+    """A function from views in float64, of one shape, to their sums, (C,) each; it takes ``careful``."""
 
 
 def _layout(
@@ -49,7 +63,7 @@ def _layout(
     broadcast: Callable[[jax.Array, int], jax.Array],
     sums: Callable[..., Any],
 ) -> Layout:
-    """Return a layout from how it is with one block."""
+    """Return a layout, for blocks too, from the functions for one block."""
 
     def view_of_blocks(x: jax.Array | None) -> jax.Array | None:
         return jax.vmap(jax.vmap(view))(_blocks(x)) if is_sharded() and x is not None else view(x)
@@ -64,7 +78,10 @@ def _layout(
 
 
 def _blocks(x: jax.Array) -> jax.Array:
-    """Return x with two axes more in front, of its blocks along N and along L: no device has a part of two of them."""
+    """Return x, (N, C[, L]), with two more axes in front, of its blocks along N and along L: (A, B, n, C[, l]).
+
+    An axis of unknown size is one block.
+    """
     n, c, *length = x.shape
     count, *along = (math.gcd(size, _DEVICES.get()) if channel_sums.is_known(size) else 1 for size in (n, *length))
     if not length:

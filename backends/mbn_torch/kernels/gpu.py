@@ -1,8 +1,17 @@
-"""Torch's tensors on a GPU, for the kernels in Triton.
+"""Launches of the kernels in Triton, for Torch's tensors on a GPU.
 
-A step of training is three launches and evaluation is one, on the current stream of the tensors' own device. No host
-waits for a device, so that all of it can be captured in a CUDA graph. Beside the results there are a few vectors, and
-partial sums of at most some MiB. The kernels take and return what the others do.
+The launches of each function, in the grid that ``triton_tiles`` makes, or of one program per block of channels::
+
+    train        moments -> partials -> finish_moments -> result, new state        2 launches
+                 (x or statistics in float64: first moments -> finish_rough_moments -> center, exponents)
+                 normalize -> y                                                    1 launch
+    evaluation   normalize -> y                                                    1 launch
+    pullback     grad_sums -> partials -> finish_grad_sums -> sums                 2 launches
+                 grad_input -> dx                                                  1 launch
+
+All launches are on the current stream of the tensors' own device. The host never waits for the device, so that all of
+it can be captured in a CUDA graph. Beside the results the device holds a few vectors, and partial sums of at most some
+MiB. The methods take and return the same as those of other kernels.
 """
 
 import struct
@@ -13,14 +22,14 @@ import triton.language as tl
 
 from mbn.contract import Batch, Moments, Params, Settings, State, Stats
 from mbn_torch.channel_stats import WIDE, TorchKernels, heaviest, in_units, lifted, separate
-from mbn_torch.kernels import triton_kernels
+from mbn_torch.kernels import triton_gradients, triton_moments, triton_normalize
 from mbn_torch.kernels.triton_tiles import Tiling, tiling
 
 _COMPUTE = {torch.float16: tl.float32, torch.bfloat16: tl.float32, torch.float32: tl.float32, torch.float64: tl.float64}
-"""What outputs are computed in."""
+"""The dtype in which ``normalize`` computes, for each dtype of x."""
 _NO_STATE = State(None, None, None)
 _PARTIALS = 2048
-"""Partial sums of a statistic that a finishing program reads at a time."""
+"""Partial sums of a statistic that a program of a finishing kernel reads at a time."""
 
 
 class Triton(TorchKernels):
@@ -44,7 +53,7 @@ class Triton(TorchKernels):
         of_x, of_y, *of_weights = tiles.strides
         unit_x, unit_y = tiles.units
         with torch.cuda.device_of(x):
-            triton_kernels.normalize[tiles.grid](
+            triton_normalize.normalize[tiles.grid](
                 x,
                 y,
                 *_contiguous(*separate(mean, var), weight, bias),
@@ -84,7 +93,7 @@ class Triton(TorchKernels):
         unit_x, unit_dy, unit_dx = tiles.units
         is_tensor = isinstance(count, torch.Tensor)
         with torch.cuda.device_of(x):
-            triton_kernels.grad_input[tiles.grid](
+            triton_gradients.grad_input[tiles.grid](
                 x,
                 dy,
                 dx,
@@ -131,10 +140,10 @@ def _moments(
     momentum: float | None = 0.0,
     correction: int = 0,
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None, Any, State]:
-    """Return vectors, exponents, the count and new state.
+    """Return the vectors of ``finish_moments``, exponents, the count and the new state.
 
-    The vectors are the mean in two parts, m2, the biased variance and, with weights, more. Those of float64 are in
-    units, of which the exponents are.
+    The vectors, (C,) in float64 each, are the mean in two parts, m2, the biased variance and, with weights, the count.
+    Those of x in float64 are in units, whose exponents are (C,) int32; of other dtypes None is returned for these.
     """
     x, weights, dtype = batch
     shift = None if weights is None else heaviest(lifted(x), weights)
@@ -144,12 +153,13 @@ def _moments(
         shift, exponents = _rough_moments(x, shift, weights, tiles)
     channels, (_, programs) = x.shape[1], tiles.grid
     partials = _sums(x, shift, exponents, weights, tiles, 2 if exponents is None else 4)
+    # Rows: the mean in two parts, m2, the variance, and the sum of the weights, the same for all channels.
     result = torch.empty((4 if weights is None else 5, channels), dtype=WIDE, device=x.device)
     number = x.numel() // channels
     before = State(*_contiguous(*state))
     after = State(*(None if old is None else torch.empty_like(old) for old in before))
     grid, shape = _finishing(programs, channels)
-    triton_kernels.finish_moments[grid](
+    triton_moments.finish_moments[grid](
         partials,
         x,
         shift,
@@ -175,16 +185,16 @@ def _moments(
 def _rough_moments(
     x: torch.Tensor, shift: torch.Tensor | None, weights: torch.Tensor | None, tiles: Tiling
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what a second pass takes to lose nothing, and the exponents of units in which no channel is too large.
+    """Return the first pass's result, (3, C), for an exact second pass, and exponents of the channels' units, (C,).
 
-    It is about the means, and two powers of two.
+    The three rows are about the mean of each channel and two powers of two; see ``finish_rough_moments``.
     """
     channels, (_, programs) = x.shape[1], tiles.grid
     partials = _sums(x, shift, None, weights, tiles, 3)
     center = torch.empty((3, channels), dtype=WIDE, device=x.device)
     exponents = torch.empty(channels, dtype=torch.int32, device=x.device)
     grid, shape = _finishing(programs, channels)
-    triton_kernels.finish_rough_moments[grid](
+    triton_moments.finish_rough_moments[grid](
         partials,
         x,
         shift,
@@ -209,11 +219,14 @@ def _sums(
     tiles: Tiling,
     statistics: int,
 ) -> torch.Tensor:
-    """Return partial sums of so many statistics, and with weights of these: two, three rough or four exact ones."""
+    """Return the partial sums of ``moments``, (programs, rows, C): a row of each statistic, and one of the weights.
+
+    ``statistics`` is 2 for a plain pass, 3 for a rough one and 4 for an exact one.
+    """
     channels, (_, programs) = x.shape[1], tiles.grid
     partials = torch.empty((programs, statistics + (weights is not None), channels), dtype=WIDE, device=x.device)
     of_x, *of_weights = tiles.strides
-    triton_kernels.moments[tiles.grid](
+    triton_moments.moments[tiles.grid](
         x,
         weights,
         shift,
@@ -234,7 +247,7 @@ def _sums(
 def _grad_sums(
     dy: torch.Tensor, batch: Batch, stats: Stats, eps: float, dtype: torch.dtype | None
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    """Return the sums of dy and of dy * xhat for each channel, in float64 and in a dtype if there is one."""
+    """Return the sums of dy and of dy * xhat for each channel, in float64 and in ``dtype``; None is float64 again."""
     x, weights, _ = batch
     tiles = tiling((x, dy), weights, sums=True)
     of_x, of_dy, *of_weights = tiles.strides
@@ -243,7 +256,7 @@ def _grad_sums(
     known = _contiguous(*separate(stats.mean, stats.var))
     with torch.cuda.device_of(x):
         partials = torch.empty((programs, 2, channels), dtype=WIDE, device=x.device)
-        triton_kernels.grad_sums[tiles.grid](
+        triton_gradients.grad_sums[tiles.grid](
             x,
             dy,
             *known,
@@ -262,7 +275,7 @@ def _grad_sums(
         sums = torch.empty((2, channels), dtype=WIDE, device=x.device)
         rounded = None if dtype in {None, WIDE} else torch.empty((2, channels), dtype=dtype, device=x.device)
         grid, shape = _finishing(programs, channels)
-        triton_kernels.finish_grad_sums[grid](
+        triton_gradients.finish_grad_sums[grid](
             partials, *known, sums, rounded, _bits(eps), programs, channels, WIDE=x.dtype == WIDE, **shape
         )
     vectors: Any = sums.unbind()
@@ -271,28 +284,32 @@ def _grad_sums(
 
 
 def _contiguous(*vectors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Return vectors as the kernels take them, without strides; None stays None."""
     return [None if vector is None else vector.contiguous() for vector in vectors]
 
 
 def _other_rows(x: torch.Tensor) -> tuple[int, int]:
-    """Return how far the row in the middle and the last are from the first."""
+    """Return the offsets of the row in the middle and of the last row from the first, in values."""
     return len(x) // 2 * x.stride(0), (len(x) - 1) * x.stride(0)
 
 
 def _along(of_weights: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """Return the strides of weights along rows and positions."""
+    """Return the strides of the weights along rows and positions; 0 where there are no weights."""
     return of_weights[0][:2] if of_weights else (0, 0)
 
 
 def _finishing(programs: int, channels: int) -> tuple[tuple[int], dict[str, int]]:
-    """Return the grid, and the shape of a tile, of the kernel that finishes the sums of so many programs."""
+    """Return the grid and the constants of a kernel that finishes the sums of so many programs.
+
+    A program of it finishes ``CHANNELS`` channels, and reads the sums of ``PROGRAMS`` programs at a time.
+    """
     along = min(256, 1 << (programs - 1).bit_length())
     across = min(64, _PARTIALS // along)
     return (-(-channels // across),), {"PROGRAMS": along, "CHANNELS": across, "num_warps": 8, "enable_fp_fusion": True}
 
 
 def _bits(number: float) -> int:
-    """Return the bits of a float64 as an integer."""
+    """Return the bits of a float64 as an integer, since Triton would round a Python float to float32."""
     bits: int = struct.unpack("q", struct.pack("d", number))[0]
     return bits
 
