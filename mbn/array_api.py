@@ -125,13 +125,7 @@ class ArrayAPIKernels(Kernels):
         return _sum(_each(_rows, gradient)), _sum(_each(_rows, products))
 
     def grad_input(
-        self,
-        dy: Array,
-        batch: Batch,
-        stats: Stats,
-        weight: Array | None,
-        eps: float,
-        sums: tuple[Array, Array] | None,
+        self, dy: Array, batch: Batch, stats: Stats, weight: Array | None, eps: float, sums: tuple[Array, Array] | None
     ) -> Array:
         x, sample_weight, _ = batch
         dx = _masked(_wide(dy), batch)
@@ -145,12 +139,7 @@ class ArrayAPIKernels(Kernels):
         return _narrow(dx * _column(scale, x), x.dtype)
 
     def sample_weights(
-        self,
-        shape: tuple[int, ...],
-        dtype: str,
-        mask: Array | None,
-        lengths: Array | None,
-        sample_weight: Array | None,
+        self, shape: tuple[int, ...], dtype: str, mask: Array | None, lengths: Array | None, sample_weight: Array | None
     ) -> Array:
         given = next(values for values in (mask, lengths, sample_weight) if values is not None)
         xp = _namespace(given)

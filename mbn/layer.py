@@ -528,11 +528,7 @@ class BatchNorm1d:
         return versioned(entries)
 
     def load_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        strict: bool = True,
-        *,
-        prefix: str = "",
+        self, state_dict: Mapping[str, Any], strict: bool = True, *, prefix: str = ""
     ) -> IncompatibleKeys:
         """Take over copies of the entries of a state_dict, from this class or from ``torch.nn.BatchNorm1d``.
 

@@ -113,11 +113,7 @@ def test_a_later_call_adds_and_replaces(script, found, tmp_path):
     again.add({("torch", LARGE): timed(train=(4.0,)), ("cupy", LARGE): NotRun("broke", broken=True)})
     record = json.loads(file.path.read_text())
     seconds = script.ResultFile(options(script, tmp_path)).values["gpu.Step.track_seconds"]
-    assert seconds == {
-        ("torch", "train", LARGE): 4.0,
-        ("copy", "eval", LARGE): 1.0,
-        ("copy", "eval", SMALL): 1e-6,
-    }
+    assert seconds == {("torch", "train", LARGE): 4.0, ("copy", "eval", LARGE): 1.0, ("copy", "eval", SMALL): 1e-6}
     assert record["gpu"]["not_run"] == {"cupy": {LARGE: {"why": "broke", "broken": True}}, "torch": {}, "copy": {}}
     assert record["gpu"]["seconds_by_round"]["torch"] == {LARGE: {"train": [4.0]}}
 

@@ -44,13 +44,7 @@ def run(measured):
     }
     params = {"machine": "some-2core", "cpu": "a processor", "python": "3.13"}
     return measured.Run(
-        {
-            "commit_hash": "0123456789",
-            "date": 1,
-            "params": params,
-            "requirements": {"numpy": "2.4"},
-            "results": results,
-        }
+        {"commit_hash": "0123456789", "date": 1, "params": params, "requirements": {"numpy": "2.4"}, "results": results}
     )
 
 

@@ -51,14 +51,5 @@ class Call:
         kernels, batch = self._backend.kernels_for(
             "train" if self._training else "evaluate", batch, None, (self._params, state)
         )
-        y, *_ = self._backend.forward(
-            kernels,
-            batch,
-            self._params,
-            state,
-            self._settings,
-            self._training,
-            None,
-            False,
-        )
+        y, *_ = self._backend.forward(kernels, batch, self._params, state, self._settings, self._training, None, False)
         self._wait(y)

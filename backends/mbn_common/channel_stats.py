@@ -156,12 +156,7 @@ class Formulas:
         return self.xp.where(step == 0, start, moved) if is_array else moved
 
     def sample_weights(
-        self,
-        shape: tuple[int, ...],
-        dtype: str,
-        mask: Array | None,
-        lengths: Array | None,
-        sample_weight: Array | None,
+        self, shape: tuple[int, ...], dtype: str, mask: Array | None, lengths: Array | None, sample_weight: Array | None
     ) -> Array:
         """Return the sample weight (1 if None) where mask and lengths allow, else 0."""
         result = self.xp.ones(shape, dtype)

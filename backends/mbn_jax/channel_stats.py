@@ -45,11 +45,7 @@ beside a sum of such weights.
 
 @partial(jax.jit, static_argnames=("shape", "dtype"))
 def combine_weights(
-    shape: Shape,
-    dtype: str,
-    mask: jax.Array | None,
-    lengths: jax.Array | None,
-    sample_weight: jax.Array | None,
+    shape: Shape, dtype: str, mask: jax.Array | None, lengths: jax.Array | None, sample_weight: jax.Array | None
 ) -> jax.Array:
     """Return the sample weight (1 if None) where mask and lengths allow, else 0; and NaN for what makes no sense."""
 

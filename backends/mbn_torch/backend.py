@@ -149,11 +149,7 @@ class TorchBackend(Backend):
             raise ValueError(_NO_VALUES)
 
     def kernels_for(
-        self,
-        operation: Operation,
-        batch: Batch,
-        other: torch.Tensor | None = None,
-        vectors: tuple[Any, ...] = (),
+        self, operation: Operation, batch: Batch, other: torch.Tensor | None = None, vectors: tuple[Any, ...] = ()
     ) -> tuple[Kernels, Any]:
         """Return the kernels for a call, and its batch as they read it.
 

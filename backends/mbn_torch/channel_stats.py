@@ -63,12 +63,7 @@ class Line(NamedTuple):
 
 
 def line(
-    mean: Mean,
-    var: Variance,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
+    mean: Mean, var: Variance, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, dtype: torch.dtype
 ) -> Line:
     """Return how to normalise in ``dtype``."""
     hi, lo, var, given = separate(mean, var)

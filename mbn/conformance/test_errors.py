@@ -336,9 +336,7 @@ def test_one_value_per_channel_without_running_statistics(target: Target) -> Non
     x = target.array(X[:1, :, 0])
     assert_refused(ValueError, "one value per channel.*none of here", lambda: bn(x))
     assert_refused(
-        ValueError,
-        "none of here",
-        lambda: mbn.functional.batch_norm(x, training=True, backend=target.backend),
+        ValueError, "none of here", lambda: mbn.functional.batch_norm(x, training=True, backend=target.backend)
     )
     assert_refused(ValueError, r"one value per channel.*eval\(\)", lambda: target.layer(4)(x))
 

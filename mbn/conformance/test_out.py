@@ -103,8 +103,7 @@ def strided(target: Target, shape: tuple[int, ...], steps: tuple[int, ...]) -> A
 
 
 @pytest.mark.parametrize(
-    ("shape", "steps"),
-    [((4, 3), (0, 1)), ((4, 3), (1, 0)), ((4, 3), (1, 1)), ((4, 3), (2, 3)), ((2, 3, 2), (7, 2, 3))],
+    ("shape", "steps"), [((4, 3), (0, 1)), ((4, 3), (1, 0)), ((4, 3), (1, 1)), ((4, 3), (2, 3)), ((2, 3, 2), (7, 2, 3))]
 )
 def test_out_that_overlaps_itself_is_refused(target: Target, shape: tuple[int, ...], steps: tuple[int, ...]) -> None:
     target.require("out")

@@ -47,11 +47,7 @@ class Backend(Arrays, Integration):
         return backend
 
     def kernels_for(
-        self,
-        operation: Operation,
-        batch: Batch,
-        other: Array | None = None,
-        vectors: tuple[Any, ...] = (),
+        self, operation: Operation, batch: Batch, other: Array | None = None, vectors: tuple[Any, ...] = ()
     ) -> tuple[Kernels, Batch]:
         """Return the kernels for one call, and its batch as they read it.
 

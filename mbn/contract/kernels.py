@@ -42,13 +42,7 @@ class Kernels(ABC):
 
     @abstractmethod
     def grad_input(
-        self,
-        dy: Array,
-        batch: Batch,
-        stats: Stats,
-        weight: Array | None,
-        eps: float,
-        sums: tuple[Array, Array] | None,
+        self, dy: Array, batch: Batch, stats: Stats, weight: Array | None, eps: float, sums: tuple[Array, Array] | None
     ) -> Array:
         """Return the gradient of x, in its dtype, memory order and device.
 
@@ -64,12 +58,7 @@ class Kernels(ABC):
 
     @abstractmethod
     def sample_weights(
-        self,
-        shape: tuple[int, ...],
-        dtype: str,
-        mask: Array | None,
-        lengths: Array | None,
-        sample_weight: Array | None,
+        self, shape: tuple[int, ...], dtype: str, mask: Array | None, lengths: Array | None, sample_weight: Array | None
     ) -> Array:
         """Return how often each value counts: the sample weight where mask and lengths allow, else 0.
 

@@ -123,11 +123,7 @@ def to_keras(bn: BatchNorm1d, *, ndim: int = 2) -> Any:
 
 
 def from_onnx(
-    source: Any,
-    which: str | Iterable[Any],
-    *,
-    backend: str | Backend | None = None,
-    device: Any = None,
+    source: Any, which: str | Iterable[Any], *, backend: str | Backend | None = None, device: Any = None
 ) -> BatchNorm1d:
     """Return a layer that does what a BatchNormalization node of ONNX does.
 

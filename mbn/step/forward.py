@@ -65,13 +65,7 @@ forward_vjp = partial(forward, vjp=True)
 
 
 def _without_values(
-    backend: Backend,
-    x: Array,
-    params: Params,
-    state: State,
-    settings: Settings,
-    training: bool,
-    group: Group | None,
+    backend: Backend, x: Array, params: Params, state: State, settings: Settings, training: bool, group: Group | None
 ) -> tuple[Array, State, Stats | None]:
     """Return output, state and statistics of an empty batch: it has none, but for those of other replicas."""
     if not training:

@@ -11,10 +11,7 @@ import pytest
 import mbn
 
 
-@pytest.mark.parametrize(
-    "backend",
-    ["numpy", "numba", "torch"],
-)
+@pytest.mark.parametrize("backend", ["numpy", "numba", "torch"])
 def test_no_case_violates_the_bounds(backend: str) -> None:
     command = [sys.executable, Path(__file__).with_name("fuzz.py"), backend, "--cases", "400"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -233,10 +233,7 @@ def test_all_that_is_needed():
 
 PLANTED = {  # None of them writes where it must not, which would end the process.
     "positions beyond the last": ("mask = is_value[:, :, None] &", "mask = (is_value | True)[:, :, None] &"),
-    "no shift": (
-        "d = values - start[None, None, :]",
-        "d = values",
-    ),
+    "no shift": ("d = values - start[None, None, :]", "d = values"),
     "another shift in the end": (
         "hi = _one_of_three(x + channel * x_channel",
         "hi = _one_of_three(x + channel // 2 * x_channel",

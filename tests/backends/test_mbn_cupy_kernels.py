@@ -101,10 +101,7 @@ BUGS = {
         "cuda/gradients.cu", "__syncthreads();", "", "test_gradients"
     ),
     "a barrier for some threads": Bug(
-        "cuda/normalization.cu",
-        "__syncthreads();",
-        "if (at.lane == 0) __syncthreads();",
-        "with_a_large_mean",
+        "cuda/normalization.cu", "__syncthreads();", "if (at.lane == 0) __syncthreads();", "with_a_large_mean"
     ),
     "the last items dropped": Bug(
         "cuda/threads.cuh", "(end - first + at.lanes - 1)", "(end - first)", "with_a_large_mean"
@@ -119,16 +116,10 @@ BUGS = {
         "cuda/threads.cuh", "wrap(step + row - walk.positions * position)", "wrap(step + row)", "with_a_large_mean"
     ),
     "a stride of the wrong axis": Bug(
-        "cuda/threads.cuh",
-        "step(walk.row_step * row + ",
-        "step(walk.row_step * channel + ",
-        "with_a_large_mean",
+        "cuda/threads.cuh", "step(walk.row_step * row + ", "step(walk.row_step * channel + ", "with_a_large_mean"
     ),
     "the channels of a neighbour": Bug(
-        "cuda/normalization.cu",
-        "lines[at.column * CHANNELS + i]",
-        "lines[at.column + i]",
-        "with_a_large_mean",
+        "cuda/normalization.cu", "lines[at.column * CHANNELS + i]", "lines[at.column + i]", "with_a_large_mean"
     ),
     "half of the lanes left out": Bug(
         "cuda/merging.cuh", "at.lanes / 2; half > 0", "at.lanes / 4; half > 0", "with_a_large_mean"
@@ -181,10 +172,7 @@ BUGS = {
         "cuda/channels.cuh", "own == 0 || ", "", "test_gradients_of_constant_channels_of_any_size"
     ),
     "the rest of means dropped": Bug(
-        "cuda/moments.cu",
-        "lo += (hi - (sum - part))",
-        "lo *= (hi - (sum - part))",
-        "test_constant_dy",
+        "cuda/moments.cu", "lo += (hi - (sum - part))", "lo *= (hi - (sum - part))", "test_constant_dy"
     ),
     "means of all there is in a value": Bug(
         "cuda/moments.cu", "origin.hi = at(channel, i)", "origin.hi = 0", "test_weights_beside_a_large_mean"

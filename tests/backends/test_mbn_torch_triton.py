@@ -224,11 +224,7 @@ def test_compiled_kernels_are_fast(recorder, tmp_path, batch, capability):
 
 @pytest.mark.parametrize(
     "batch",
-    [
-        ((33, 7), torch.float64),
-        ((33, 7, 5), torch.bfloat16),
-        ((1 << 16, 1 << 16), torch.float16),
-    ],
+    [((33, 7), torch.float64), ((33, 7, 5), torch.bfloat16), ((1 << 16, 1 << 16), torch.float16)],
     ids=["float64", "positions", "beyond 32 bits"],
 )
 @pytest.mark.parametrize("weighted", [False, True])

@@ -96,11 +96,7 @@ def _saved(value):
     return torch.load(file, weights_only=False)
 
 
-COPIES = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
-    "torch.save": _saved,
-}
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda value: pickle.loads(pickle.dumps(value)), "torch.save": _saved}
 """Ways to copy a layer or module, by name."""
 
 

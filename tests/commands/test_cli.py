@@ -100,8 +100,7 @@ def test_built_in_examples_in_a_real_process(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "bounds"),
-    [("float16", (1, 2)), ("bfloat16", (1, 2)), ("float32", (4, 2)), ("float64", (4, 4))],
+    ("dtype", "bounds"), [("float16", (1, 2)), ("bfloat16", (1, 2)), ("float32", (4, 2)), ("float64", (4, 4))]
 )
 def test_every_dtype_has_its_bounds(tmp_path, dtype, bounds):
     code, record = compare(tmp_path, "--backends", "numpy", "--shape", "20,3,2", "--dtype", dtype)

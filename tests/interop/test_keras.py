@@ -191,10 +191,7 @@ def test_what_a_layer_lacks_is_said(arguments, words):
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [
-        ({"correction": 1}, ("running_var", "correction=1", "biased")),
-        ({"momentum": None}, ("momentum=None", "0.99")),
-    ],
+    [({"correction": 1}, ("running_var", "correction=1", "biased")), ({"momentum": None}, ("momentum=None", "0.99"))],
 )
 def test_what_keras_lacks_is_said(arguments, words):
     bn = layer(**{"correction": 0, **arguments})

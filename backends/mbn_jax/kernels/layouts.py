@@ -59,9 +59,7 @@ class Layout(NamedTuple):
 
 
 def _layout(
-    view: Callable[[Any], Any],
-    broadcast: Callable[[jax.Array, int], jax.Array],
-    sums: Callable[..., Any],
+    view: Callable[[Any], Any], broadcast: Callable[[jax.Array, int], jax.Array], sums: Callable[..., Any]
 ) -> Layout:
     """Return a layout, for blocks too, from the functions for one block."""
 

@@ -81,8 +81,7 @@ class LinearPrimitive(WidePrimitive):
 
             terms.append(
                 vectorized(
-                    derivative,
-                    [level._replace(has_axis=level.has_axis + level.has_axis[count:]) for level in levels],
+                    derivative, [level._replace(has_axis=level.has_axis + level.has_axis[count:]) for level in levels]
                 )(*primals, *tangents[count:])
             )
         return bind(*primals), [sum(parts[1:], parts[0]) for parts in zip(*terms, strict=True)]
@@ -146,10 +145,7 @@ def _spread(arrays: Arrays, residuals: Any, shape: Shape) -> list[jax.Array]:
 
 
 _CHANNEL_SUM = LinearPrimitive(
-    "channel_sum",
-    partial(_channel_sum, CPU),
-    lambda arrays, shape: [shape[1:2]],
-    on_gpu=partial(_channel_sum, GPU),
+    "channel_sum", partial(_channel_sum, CPU), lambda arrays, shape: [shape[1:2]], on_gpu=partial(_channel_sum, GPU)
 )
 _SPREAD = LinearPrimitive("spread", _spread, lambda arrays, shape: [shape])
 are_transposes(_CHANNEL_SUM, _SPREAD)

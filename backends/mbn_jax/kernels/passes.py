@@ -282,12 +282,7 @@ def _affine(*operands: Any) -> jax.Array:
 
 
 def _affinely(
-    x: jax.Array,
-    center: jax.Array,
-    first: jax.Array,
-    second: jax.Array,
-    shift: jax.Array,
-    weights: jax.Array | None,
+    x: jax.Array, center: jax.Array, first: jax.Array, second: jax.Array, shift: jax.Array, weights: jax.Array | None
 ) -> list[jax.Array]:
     before, after = map(once, _before_and_after(center, first))
     start = once(center * before)

@@ -59,10 +59,7 @@ class WidePrimitive:
     """
 
     def __init__(
-        self,
-        name: str,
-        function: Callable[..., list[jax.Array]],
-        on_gpu: Callable[..., list[jax.Array]] | None = None,
+        self, name: str, function: Callable[..., list[jax.Array]], on_gpu: Callable[..., list[jax.Array]] | None = None
     ) -> None:
         self._function, self.on_gpu = function, on_gpu
         self.primitive = primitive = Primitive(name)

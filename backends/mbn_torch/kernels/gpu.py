@@ -135,10 +135,7 @@ class Triton(TorchKernels):
 
 
 def _moments(
-    batch: Batch,
-    state: State = _NO_STATE,
-    momentum: float | None = 0.0,
-    correction: int = 0,
+    batch: Batch, state: State = _NO_STATE, momentum: float | None = 0.0, correction: int = 0
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None, Any, State]:
     """Return the vectors of ``finish_moments``, exponents, the count and the new state.
 

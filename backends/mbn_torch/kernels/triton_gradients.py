@@ -20,15 +20,7 @@ multiply x and its center by ``before``, a power of two that brings differences 
 import triton
 import triton.language as tl
 
-from mbn_torch.kernels.triton_arithmetic import (
-    FAR,
-    as_dtype,
-    exponent_before,
-    exponent_of,
-    limited,
-    power,
-    scaled,
-)
+from mbn_torch.kernels.triton_arithmetic import FAR, as_dtype, exponent_before, exponent_of, limited, power, scaled
 from mbn_torch.kernels.triton_tensors import (
     CHANNEL_AXIS,
     EXTENTS,

@@ -31,16 +31,7 @@ layer with statistics in float64, takes a rough pass, for the mean and its unit,
 import triton
 import triton.language as tl
 
-from mbn_torch.kernels.triton_arithmetic import (
-    FARTHEST,
-    as_dtype,
-    exponent_of,
-    float64,
-    is_far,
-    limited,
-    power,
-    scaled,
-)
+from mbn_torch.kernels.triton_arithmetic import FARTHEST, as_dtype, exponent_of, float64, is_far, limited, power, scaled
 from mbn_torch.kernels.triton_tensors import (
     CHANNEL_AXIS,
     EXTENTS,

@@ -15,12 +15,7 @@ of each of its channels once, before its first tile::
 import triton
 import triton.language as tl
 
-from mbn_torch.kernels.triton_arithmetic import (
-    exponent_before,
-    limited,
-    power,
-    scaled,
-)
+from mbn_torch.kernels.triton_arithmetic import exponent_before, limited, power, scaled
 from mbn_torch.kernels.triton_tensors import (
     CHANNEL_AXIS,
     EXTENTS,

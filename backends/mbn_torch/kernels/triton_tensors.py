@@ -32,11 +32,7 @@ Triton compiles a branch on a constant, or on whether an argument is None, only 
 import triton
 import triton.language as tl
 
-from mbn_torch.kernels.triton_arithmetic import (
-    exponent_of,
-    float64,
-    scaled,
-)
+from mbn_torch.kernels.triton_arithmetic import exponent_of, float64, scaled
 
 # The axes, by the numbers that ``triton_tiles`` has for them.
 ROW_AXIS = tl.constexpr(0)

@@ -44,21 +44,14 @@ def _measure(backend: Backend, device: str | None, job: Job) -> Measured:
     x = backend.asarray(example.x, device=device)
     for _ in range(example.steps):
         train_output = layer(x)
-    arrays = {
-        "train_output": train_output,
-        "running_mean": layer.running_mean,
-        "running_var": layer.running_var,
-    }
+    arrays = {"train_output": train_output, "running_mean": layer.running_mean, "running_var": layer.running_var}
     layer.running_mean, layer.running_var = job.statistics
     arrays["eval_output"] = layer.eval()(x)
     return Measured(
         version=backend.version,
         device=device or backend.capabilities.devices[0],
         arrays={quantity: backend.to_numpy(array) for quantity, array in arrays.items()},
-        seconds={
-            "eval": _seconds_per_call(backend, layer, x),
-            "train": _seconds_per_call(backend, layer.train(), x),
-        },
+        seconds={"eval": _seconds_per_call(backend, layer, x), "train": _seconds_per_call(backend, layer.train(), x)},
     )
 
 
