@@ -11,7 +11,7 @@ from torch_samples import relative_error, sample
 
 import mbn
 from mbn.contract import Batch
-from mbn_cpu import huge_pages, installed, thread_pool
+from mbn_cpu import installed, memory, thread_pool
 
 torch = pytest.importorskip("torch")
 backend = mbn.get_backend("torch")
@@ -222,14 +222,14 @@ def test_without_versions_of_dlpack(monkeypatch):
 def test_advice_on_memory_changes_no_value(size):
     x = torch.arange(size, dtype=torch.int64).to(torch.uint8)
     expected = x.clone()
-    huge_pages.advise(x.data_ptr(), x.nbytes)
+    memory.advise(x.data_ptr(), x.nbytes)
     assert torch.equal(x, expected)
 
 
 def test_no_memory_of_the_system_to_advise(monkeypatch):
-    monkeypatch.delattr(huge_pages.mmap, "MADV_HUGEPAGE", raising=False)
-    monkeypatch.setattr(huge_pages, "_madvise", huge_pages._madvise.__wrapped__)
-    assert huge_pages._madvise() is None
+    monkeypatch.delattr(memory.mmap, "MADV_HUGEPAGE", raising=False)
+    monkeypatch.setattr(memory, "_madvise", memory._madvise.__wrapped__)
+    assert memory._madvise() is None
     test_advice_on_memory_changes_no_value(1 << 22)
 
 

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mbn.contract import Batch, Moments, Stats
-from mbn_cpu import thread_pool
+from mbn_cpu import memory, thread_pool
 from mbn_cpu.channel_stats import (
     WIDE,
     Line,
@@ -184,7 +184,7 @@ def normalize(
     x: np.ndarray, line: Line, weights: np.ndarray | None = None, out: np.ndarray | None = None
 ) -> np.ndarray:
     """Return x normalised by a line, in its dtype and memory order, and 0 where weights are 0."""
-    y = np.empty_like(x) if out is None else out
+    y = memory.empty_like(x) if out is None else out
 
     def task(layout: Layout, sizes: tuple[int, int], y: np.ndarray, x: np.ndarray, w: np.ndarray) -> None:
         numba_loops.normalize(x, w, y, layout.last, *sizes, *line)
@@ -217,7 +217,7 @@ def grad_input(
     with np.errstate(all="ignore"):
         scale, shared = projection(stats, weight, eps, sums)
     center, slope, average = (_NOTHING,) * 3 if shared is None else shared[1:]
-    dx: np.ndarray = np.empty_like(x)
+    dx: np.ndarray = memory.empty_like(x)
 
     def task(
         layout: Layout, sizes: tuple[int, int], dx: np.ndarray, x: np.ndarray, dy: np.ndarray, w: np.ndarray

@@ -6,6 +6,7 @@ Neither weights nor other dtypes than float32 come here, nor memory that is not 
 import numpy as np
 
 from mbn.contract import Batch, Params, Settings, State, Stats
+from mbn_cpu import memory
 from mbn_cpu.channel_stats import Pair, counted, step
 from mbn_cpu.kernels import numba_loops
 from mbn_cpu.kernels.numba_passes import Layout, flat, readable
@@ -23,7 +24,7 @@ def train(
     """
     x, (_, _, eps, momentum, _, correction) = batch.x, settings
     running_mean, running_var, num_batches_tracked = state
-    layout, y = Layout.of(x), np.empty_like(x) if out is None else out
+    layout, y = Layout.of(x), memory.empty_like(x) if out is None else out
     _, c, length = layout.shape
     n = x.size // c
     if num_batches_tracked is not None:
@@ -47,7 +48,7 @@ def evaluate(
 ) -> np.ndarray | None:
     """Return the output of evaluation; None as ``train``."""
     x = batch.x
-    layout, y = Layout.of(x), np.empty_like(x) if out is None else out
+    layout, y = Layout.of(x), memory.empty_like(x) if out is None else out
     _, c, length = layout.shape
     statistics = readable(state.running_mean), readable(state.running_var)
     arrays = flat(x), flat(y)
@@ -61,7 +62,7 @@ def pullback(
     """Return the gradients of x, weight and bias."""
     x, (mean, var, count) = batch.x, stats
     hi, lo = mean if isinstance(mean, Pair) else (mean, _NO_REST)
-    layout, dx = Layout.of(x), np.empty_like(x)
+    layout, dx = Layout.of(x), memory.empty_like(x)
     _, c, length = layout.shape
     arrays = flat(dy), flat(x), flat(dx)
     sizes = layout.last, c, length, layout.partials

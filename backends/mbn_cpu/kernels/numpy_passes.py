@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from mbn.contract import Batch, Moments, Stats
-from mbn_cpu import thread_pool
+from mbn_cpu import memory, thread_pool
 from mbn_cpu.channel_stats import (
     WIDE,
     Line,
@@ -75,7 +75,7 @@ def normalize(
 ) -> np.ndarray:
     """Return x normalised by a line, in its dtype and memory order, and 0 where weights are 0."""
     compute, columns = line.scale.dtype, Columns(*line)
-    y = np.empty_like(x) if out is None else out
+    y = memory.empty_like(x) if out is None else out
 
     def write(scratch: Scratch, tile: Tile, y: np.ndarray, x: np.ndarray, w: np.ndarray | None) -> None:
         # In y itself where its dtype is the one to compute in, else in the scratch.
@@ -130,7 +130,7 @@ def grad_input(
     x, weights, _ = batch
     scale, shared = projection(stats, weight, eps, sums)
     columns = Columns(scale) if shared is None else Columns(*shared)
-    dx: np.ndarray = np.empty_like(x)
+    dx: np.ndarray = memory.empty_like(x)
 
     def write(
         scratch: Scratch, tile: Tile, dx: np.ndarray, dy: np.ndarray, x: np.ndarray, w: np.ndarray | None

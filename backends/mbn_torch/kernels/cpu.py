@@ -15,7 +15,7 @@ import torch
 
 from mbn.contract import Batch, Kernels, Moments, Params, Settings, State, Stats
 from mbn_common.channel_stats import Pair, Scaled
-from mbn_cpu import huge_pages, thread_pool
+from mbn_cpu import memory, thread_pool
 from mbn_cpu.backend import HostBackend
 from mbn_torch.channel_stats import TorchKernels
 from mbn_torch.private import to_dlpack
@@ -211,5 +211,5 @@ def _narrow(wide: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def _like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Return a new tensor like x, to be written to."""
     y = torch.empty_like(x, dtype=dtype)
-    huge_pages.advise(y.data_ptr(), y.nbytes)
+    memory.advise(y.data_ptr(), y.nbytes)
     return y
