@@ -29,12 +29,12 @@ _INT64 = range(-(2**63), 2**63)
 
 SHAPELESS = "x has no shape: it is nested, say. Make one array of it: x.to_padded_tensor(0.0), with lengths=."
 
-_PLACE_DTYPES = {
+_MASK_DTYPES = {
     "mask": (("bool",), "bool, True where there is a value"),
     "lengths": (("int", "uint"), "made of integers"),
     "sample_weight": (("int", "uint", "float", "bfloat"), "made of real numbers"),
 }
-"""What may be said about places: the first letters of its dtypes, and what to say of others."""
+"""The first letters of the dtypes that each may have, and what to say of others."""
 
 
 def num_features(value: Any) -> int | None:
@@ -310,14 +310,14 @@ def masks(backend: Backend) -> None:
         )
 
 
-def wrong_place_kind(name: str, kind: str) -> str:
+def wrong_mask_dtype(name: str, kind: str) -> str:
     """Return what to say of a mask, lengths or sample weights of a wrong dtype or type."""
     hint = ""
     if name == "mask" and kind.startswith("str"):
         hint = ": compare the strings, np.asarray(mask) == 'yes' say"
     elif name == "mask" and kind.startswith(("int", "uint", "float", "bfloat")):
         hint = ": mask != 0 makes one of an array, np.asarray(mask) != 0 of a list"
-    return f"{name} {held(kind)}; it has to be {_PLACE_DTYPES[name][1]}{hint}."
+    return f"{name} {held(kind)}; it has to be {_MASK_DTYPES[name][1]}{hint}."
 
 
 def readable(backend: Backend, name: str, array: Array) -> None:
@@ -327,15 +327,15 @@ def readable(backend: Backend, name: str, array: Array) -> None:
         raise TypeError(flaw)
 
 
-def place_values(name: str, values: Array, places: tuple[int, ...]) -> None:
-    """Check the dtype and shape of a mask, lengths or sample weights for an input with ``places``, (N,) or (N, L)."""
+def mask_values(name: str, values: Array, full: tuple[int, ...]) -> None:
+    """Check the dtype and shape of a mask, lengths or sample weights for an input whose masks have a shape, (N,) or (N, L)."""
     kind, shape = dtype_name(values.dtype), tuple(values.shape)
-    first_letters, _ = _PLACE_DTYPES[name]
+    first_letters, _ = _MASK_DTYPES[name]
     if not kind.startswith(first_letters):
-        raise TypeError(wrong_place_kind(name, kind))
-    if name == "lengths" and len(places) == 1:
+        raise TypeError(wrong_mask_dtype(name, kind))
+    if name == "lengths" and len(full) == 1:
         raise ValueError("lengths are those of sequences, and an x of (N, C) has none: give a mask, (N,).")
-    allowed = [places[:1]] if name == "lengths" or len(places) == 1 else [places[:1], places]
+    allowed = [full[:1]] if name == "lengths" or len(full) == 1 else [full[:1], full]
     if shape not in allowed:
         raise ValueError(f"{name} has shape {shape}; this x needs {' or '.join(map(str, allowed))}.")
 

@@ -151,7 +151,7 @@ def received_vectors(
     )
 
 
-def place_of(backend: Backend, params: Params, state: State, dtype: str, device: Any) -> tuple[str, Any]:
+def dtype_and_device_of(backend: Backend, params: Params, state: State, dtype: str, device: Any) -> tuple[str, Any]:
     """Return the dtype and device that parameters and statistics from outside ask for, by the first that has any.
 
     Host data on a device have none, and take those of the layer; nor is a dtype taken over that no layer can have.

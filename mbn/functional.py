@@ -61,7 +61,7 @@ def batch_norm(
         eps: added to the variance; 0 is allowed. Where variance + eps is 0 the output is the bias.
         axis: where the channels are, 1 or -1.
         correction: 1 for the unbiased variance in ``running_var``, 0 for the biased one.
-        mask, lengths, sample_weight: which places hold a value, and how often it weights, as in
+        mask, lengths, sample_weight: which samples and positions count, and how often, as in
             :meth:`mbn.BatchNorm1d.__call__`.
         out: an array of the backend in the shape and dtype of ``x`` that the output is written to, in any memory order:
             ``x`` itself, or one that shares no memory with it; and no two of its values share memory. Not on JAX,

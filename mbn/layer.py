@@ -17,7 +17,7 @@ import numpy as np
 
 from mbn import checks, registry
 from mbn.contract import Array, Backend, Params, Settings, State
-from mbn.convert import asarray, place_of, received, received_vectors
+from mbn.convert import asarray, dtype_and_device_of, received, received_vectors
 from mbn.state.attributes import Entry, Fixed, of_class
 from mbn.state.keys import IncompatibleKeys, versioned
 from mbn.state.snapshot import Snapshot
@@ -280,7 +280,7 @@ class BatchNorm1d:
         if type(params) is not Params or type(state) is not State:
             params, state = checks.parts(params, state)
         backend, device = (storage.backend, storage.device) if storage.is_bound else (registry.owner_of(x), None)
-        dtype, device = place_of(backend, params, state, settings.dtype, device)
+        dtype, device = dtype_and_device_of(backend, params, state, settings.dtype, device)
         if dtype != settings.dtype:
             settings = settings._replace(dtype=dtype)
         x = received(backend, "x", x, settings.dtype, device)
@@ -621,7 +621,7 @@ class BatchNorm1d:
         return Snapshot(arguments, entries, training=layer.training, frozen=layer._frozen)
 
     def _store(self, entries: Mapping[str, Array]) -> None:
-        """Hold these arrays in the places of others, all of them or, if that fails, none."""
+        """Hold these arrays in place of others: all of them or, if that fails, none."""
         storage = self._storage
         if any(name in entries for name in Params._fields):
             self._become(storage, entries)
@@ -638,7 +638,7 @@ class BatchNorm1d:
         return layer
 
     def _become(self, trial: Storage, entries: Mapping[str, Array] = _NOTHING) -> None:
-        """Hold what a storage does, the layer's own or another, with entries in the places of its arrays; or nothing.
+        """Hold what a storage does, the layer's own or another, with entries in place of its arrays; or nothing.
 
         Only what somebody else holds is written to, since that one has to see it: parameters that a framework's
         optimizers train, and the statistics that are shared with a module. All at once, and back if anything fails.

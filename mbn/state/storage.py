@@ -56,7 +56,7 @@ class Storage:
         return to_dict(self.params, self.state)
 
     def with_(self, **changes: Any) -> Self:
-        """Return a storage with other values in some places."""
+        """Return a storage with these values in place of its own."""
         return type(self)(**{**vars(self), **changes})
 
     @classmethod
@@ -122,7 +122,7 @@ class Storage:
             backend=self.backend,
             shape=() if is_count else (self.num_features,),
             dtype="int64" if is_count else self.settings.dtype,
-            device=self._placed,
+            device=self._current_device,
             fill=fill,
         )
 
@@ -206,10 +206,10 @@ class Storage:
         }
 
     def _constant(self, values: Any, dtype: str | None = None) -> Array:
-        return self.backend.asarray(values, dtype or self.settings.dtype, self._placed)
+        return self.backend.asarray(values, dtype or self.settings.dtype, self._current_device)
 
     @property
-    def _placed(self) -> Any:
+    def _current_device(self) -> Any:
         """Where arrays are now: until a backend has been chosen, its device is one to choose later."""
         return self.device if self.is_bound else None
 

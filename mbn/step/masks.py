@@ -16,7 +16,7 @@ from mbn.convert import from_python, is_own
 
 
 class Masking(NamedTuple):
-    """What a call says about the places of x, (N,) for an x of two axes and (N, L) for one of three."""
+    """The arguments of a call about samples, (N,), or samples and positions, (N, L)."""
 
     mask: Any
     """True where there is a value: bool, (N,) or (N, L); or None."""
@@ -41,14 +41,14 @@ class Masking(NamedTuple):
         """
         checks.masks(backend)
         shape = tuple(x.shape)
-        places = shape[:-1] if settings.axis == -1 else shape[:1] + shape[2:]
+        shape_of_mask = shape[:-1] if settings.axis == -1 else shape[:1] + shape[2:]
         device = backend.device(x)
 
         def receive(name: str, values: Any, dtype: str | None, limit: float) -> Array | None:
             if values is None:
                 return None
             if isinstance(values, str | bytes | Mapping):
-                raise TypeError(checks.wrong_place_kind(name, type(values).__name__))
+                raise TypeError(checks.wrong_mask_dtype(name, type(values).__name__))
             if isinstance(values, registry.PYTHON_DATA):
                 values = from_python(
                     name, values, f"from 0 to {limit - 1}, the length of x" if dtype == "int64" else ""
@@ -56,7 +56,7 @@ class Masking(NamedTuple):
             own = is_own(backend, name, values, device)
             owner = backend if own else registry.owner_of(values)
             checks.readable(owner, name, values)
-            checks.place_values(name, values, places)
+            checks.mask_values(name, values, shape_of_mask)
             # As they are given: an integer beyond int64 is none in it, and a float may be infinite in another dtype.
             given = values
             if isinstance(values, np.ndarray) and dtype == "float32":
@@ -71,9 +71,9 @@ class Masking(NamedTuple):
             return values if own else backend.asarray(values, device=device)
 
         return backend.kernels.sample_weights(
-            places,
+            shape_of_mask,
             settings.dtype,
             receive("mask", self.mask, None, math.inf),
-            receive("lengths", self.lengths, "int64", places[-1] + 1),
+            receive("lengths", self.lengths, "int64", shape_of_mask[-1] + 1),
             receive("sample_weight", self.sample_weight, settings.dtype, math.inf),
         )

@@ -66,11 +66,11 @@ class Workload(NamedTuple):
         return self._array(1)
 
     def mask(self) -> np.ndarray | None:
-        """Return which places hold a value, (N,) or (N, L); None where all do."""
+        """Return the mask, (N,) or (N, L), or None."""
         if not self.masked:
             return None
-        places = [size for axis, size in enumerate(self.shape) if axis != self.axis % len(self.shape)]
-        return np.arange(np.prod(places)).reshape(places) % 3 > 0
+        shape = [size for axis, size in enumerate(self.shape) if axis != self.axis % len(self.shape)]
+        return np.arange(np.prod(shape)).reshape(shape) % 3 > 0
 
     def smaller(self) -> "Workload":
         """Return the same with fewer rows: enough to do all that is done once, such as compiling."""
