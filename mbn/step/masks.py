@@ -1,7 +1,7 @@
-"""From masks, lengths and sample weights to one weight for each place.
+"""From masks, lengths and sample weights to one sample weight for each sample and position.
 
-What can be said in three ways a backend has to hear in one: how often the value at each place counts. Whatever makes no
-sense is refused here, before anything is computed.
+The three ways to say which values count become one, which backends are given: how often each value counts. Arguments
+that make no sense are refused here, before anything is computed.
 """
 
 import math
@@ -33,7 +33,7 @@ class Masking(NamedTuple):
         return cls(mask, lengths, sample_weight)
 
     def combined(self, backend: Backend, x: Array, settings: Settings) -> Array:
-        """Return how often each place of ``x``, an array of ``backend``, counts: in the layer's dtype.
+        """Return how often the values of ``x``, an array of ``backend``, count: (N,) or (N, L) in the layer's dtype.
 
         Raises:
             TypeError: a wrong dtype, another framework's array, or a backend that knows no weights.
