@@ -328,7 +328,7 @@ def readable(backend: Backend, name: str, array: Array) -> None:
 
 
 def mask_values(name: str, values: Array, full: tuple[int, ...]) -> None:
-    """Check the dtype and shape of a mask, lengths or sample weights; a full one is (N,) or (N, L), as ``full`` says."""
+    """Check the dtype and shape of a mask, lengths or sample weights; a full one is (N,) or (N, L): ``full``."""
     kind, shape = dtype_name(values.dtype), tuple(values.shape)
     first_letters, _ = _MASK_DTYPES[name]
     if not kind.startswith(first_letters):
