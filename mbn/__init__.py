@@ -1,5 +1,6 @@
 """Batch normalisation, once, for every Python array library."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from mbn import functional
@@ -74,12 +75,11 @@ def show_versions() -> None:
 
 def __getattr__(name: str) -> Any:
     """Import what is about other packages' layers when it is first asked for."""
-    if name in __all__:
-        from mbn import interop
-
-        return getattr(interop, name)
+    if name == "interop" or name in __all__:
+        interop = importlib.import_module("mbn.interop")
+        return interop if name == "interop" else getattr(interop, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__} - {"TYPE_CHECKING", "Any", "importlib"})

@@ -144,12 +144,13 @@ def fold_linear(weight: Any, bias: Any, bn: BatchNorm1d) -> tuple[Array, Array]:
     registry.check_uncompiled("folding a layer")
     checks.tracked(bn.track_running_stats, "fold_linear")
     params, state = bn.params, bn.state
+    dtype = dtype_name(state.running_mean.dtype)
     backend, device = (registry.owner_of(weight), None) if bn.backend is None else (bn._storage.backend, bn.device)
-    weight = received(backend, "weight", weight, bn.dtype, device)
+    weight = received(backend, "weight", weight, dtype, device)
     if bias is None:
         bias = backend.asarray(np.zeros(state.running_mean.shape), dtype_name(weight.dtype), backend.device(weight))
-    bias = received(backend, "bias", bias, bn.dtype, device)
-    checks.linear(backend, weight, bias, bn.num_features, bn.dtype)
+    bias = received(backend, "bias", bias, dtype, device)
+    checks.linear(backend, weight, bias, bn.num_features, dtype)
     return folding.fold_linear(bn._evaluated, params, state, weight, bias)
 
 

@@ -301,14 +301,17 @@ class BatchNorm1d:
         training = self._uses_batch(before, self._training)
         result, after = run(backend, x, storage.params, before, settings, training=training, masking=masking)
         # A load or a move may have come in between: then what that has stored stays.
-        if (
-            after is not before
-            and backend.stores(before, after)
-            and self._storage is storage
-            and storage.state is before
-        ):
-            storage.state = backend.write(before, after) if storage.is_shared else after
+        if after is not before and backend.stores(before, after) and self._storage.state is before:
+            self._hold(before, backend.write(before, after) if storage.is_shared else after)
         return result
+
+    def _hold(self, before: State, after: State) -> None:
+        """Hold a state in place of another, unless that has been replaced already; all else stays as it is now."""
+        while (storage := self._storage).state is before:
+            new = storage.with_state(after)
+            if self._storage is storage:  # between this look and the assignment no other thread comes
+                object.__setattr__(self, "_storage", new)
+                return
 
     def _uses_batch(self, state: State, training: bool) -> bool:
         """Tell whether to normalise by the batch's own statistics."""
@@ -423,9 +426,9 @@ class BatchNorm1d:
                 f"the layer has no backend yet, and so no modules: BatchNorm1d({channels}, backend='torch')."
             )
         own = copy.copy(self)  # which stays where it is when this layer moves
-        own._storage.is_shared = True
+        own._storage = storage._replace(is_shared=True)
         module = storage.backend.module(own, partial(_adopt, (own, self)))
-        self._storage = storage.with_(params=own.params, state=own.state, is_shared=True)
+        self._storage = storage._replace(params=own.params, state=own.state, is_shared=True)
         return module
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -521,7 +524,7 @@ class BatchNorm1d:
         """
         _ = self._storage.num_features
         with self._storage.backend.writing():
-            storage = copy.copy(self._storage)  # as it is at one moment, whatever other threads do to the layer
+            storage = self._storage  # as it is at one moment, whatever other threads do to the layer
             entries = {key: storage.backend.copy(value) for key, value in storage.entries.items()}
         if backend is not None:
             entries = {key: asarray(value, backend=backend) for key, value in entries.items()}
@@ -627,7 +630,7 @@ class BatchNorm1d:
             self._become(storage, entries)
         else:
             state = storage.state._replace(**entries)
-            storage.state = storage.backend.write(storage.state, state) if storage.is_shared else state
+            self._hold(storage.state, storage.backend.write(storage.state, state) if storage.is_shared else state)
 
     def _trial(self, storage: Storage, entries: Mapping[str, Array] = _NOTHING) -> Self:
         """Return a copy of the layer that holds a storage, with entries in it, or new ones for channels new to it."""
@@ -658,7 +661,7 @@ class BatchNorm1d:
             kept = tuple(backend.copy(array) if backend.owns(array) else array for array in before)
             try:
                 held = backend.write(before, after)
-                self._storage = trial.with_(
+                self._storage = trial._replace(
                     settings=trial.settings._replace(eps=old.settings.eps, momentum=old.settings.momentum),
                     params=Params(*held[: len(params)]),
                     state=State(*held[len(params) :]),
@@ -672,7 +675,12 @@ class BatchNorm1d:
     def _configure(self, **settings: Any) -> None:
         """Replace settings that may change at any time, while another thread loads or moves the layer too."""
         with self._storage.backend.writing():
-            self._storage.settings = self._storage.settings._replace(**settings)
+            while True:
+                storage = self._storage
+                new = storage._replace(settings=storage.settings._replace(**settings))
+                if self._storage is storage:  # as in ``_hold``, which other threads may be in
+                    object.__setattr__(self, "_storage", new)
+                    return
 
     def _introduce(self, backend: Backend, arrays: Iterable[Array | None]) -> None:
         """Look up now what a compiler could not look up in a call; tell the backend of this class, once."""
@@ -687,7 +695,7 @@ class BatchNorm1d:
 
     def _flatten(self) -> tuple[tuple[Params, State], tuple[tuple[tuple[str, Any], ...], ...]]:
         """Return the layer's arrays, and all else that it is."""
-        own, storage = vars(self).copy(), vars(self._storage).copy()
+        own, storage = vars(self).copy(), self._storage._asdict()
         del own["_storage"], storage["is_shared"]
         arrays = storage.pop("params"), storage.pop("state")
         return arrays, (tuple(storage.items()), tuple(sorted(own.items())))
@@ -702,7 +710,7 @@ class BatchNorm1d:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is to be pickled or copied: the layer as it is at one moment."""
-        return {**vars(self), "_storage": copy.copy(self._storage)}
+        return vars(self).copy()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what was pickled or copied, in what may be another process."""

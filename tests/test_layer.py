@@ -2,6 +2,9 @@
 
 import copy
 import pickle
+import sys
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -348,3 +351,70 @@ def test_a_load_while_the_input_is_received_stays(monkeypatch: pytest.MonkeyPatc
     bn(X)
     for key, value in other.state_dict().items():
         np.testing.assert_array_equal(bn.state_dict()[key], value)
+
+
+class Bare(mbn.BatchNorm1d):
+    """A layer that is copied by its attributes, without what their class says of copies."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+    @property
+    def params(self) -> mbn.Params:
+        return mbn.Params(self.weight * 2, self.bias)
+
+
+@pytest.mark.parametrize("change", ["call", "eps", "reset", "attribute"])
+def test_shallow_copies_share_nothing_that_changes(change: str) -> None:
+    bn = Bare(4, backend="numpy")
+    other = copy.copy(bn)
+    bn(X)
+    before = bn.state_dict(), bn.eps
+    changes: dict[str, Callable[[], Any]] = {
+        "call": lambda: other(X),
+        "eps": lambda: setattr(other, "eps", 0.5),
+        "reset": other.reset_running_stats,
+        "attribute": lambda: setattr(other, "running_mean", 3.0),
+    }
+    changes[change]()
+    assert bn.eps == before[1]
+    for key, value in bn.state_dict().items():
+        np.testing.assert_array_equal(value, before[0][key])
+
+
+def test_a_subclass_may_say_what_its_parameters_are() -> None:
+    bn = Bare(4, backend="numpy")
+    assert bn.weight.tolist() == [1] * 4
+    assert bn.params.weight.tolist() == [2] * 4
+    assert bn.state.running_var.tolist() == [1] * 4
+
+
+def test_attributes_of_a_layer_of_an_earlier_version_stay() -> None:
+    bn = mbn.BatchNorm1d(4, backend="numpy")
+    held = {f"_{name}": value for name, value in bn._storage._asdict().items()}
+    old = {**held, "_training": False, "_frozen": False, "__qualname__": "", "nparams": 3, "xstate": 2}
+    again = mbn.BatchNorm1d.__new__(mbn.BatchNorm1d)
+    again.__setstate__(old)
+    assert (vars(again)["nparams"], vars(again)["xstate"], again.training) == (3, 2, False)
+    assert repr(again) == repr(bn)
+
+
+def test_settings_and_steps_in_several_threads_are_not_lost() -> None:
+    bn, steps = mbn.BatchNorm1d(4, backend="numpy"), 300
+
+    def set_eps() -> None:
+        for k in range(steps):
+            bn.eps = k
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        thread = threading.Thread(target=set_eps)
+        thread.start()
+        for _ in range(steps):
+            bn(X)
+        thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert int(bn.num_batches_tracked) == steps
+    assert bn.eps == steps - 1

@@ -1,5 +1,6 @@
 """What a layer holds, and how that travels: as a state_dict, as a file, as a part of a checkpoint."""
 
 from mbn.contract import Params, Settings, State
+from mbn.state.keys import IncompatibleKeys
 
-__all__ = ["Params", "Settings", "State"]
+__all__ = ["IncompatibleKeys", "Params", "Settings", "State"]

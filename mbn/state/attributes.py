@@ -61,7 +61,10 @@ class Entry:
         self._group = "params" if name in Params._fields else "state"
 
     def __get__(self, layer: Any, owner: type) -> Any:
-        return self if layer is None else getattr(getattr(layer, self._group), self._name)
+        if layer is None:
+            return self
+        _ = layer._storage.num_features  # without which there are none
+        return getattr(getattr(layer._storage, self._group), self._name)
 
     def __set__(self, layer: Any, value: Any) -> None:
         if self.__get__(layer, type(layer)) is None:

@@ -308,7 +308,7 @@ def test_layer_is_saved_as_it_was_at_one_moment(path: Path) -> None:
         @property
         def params(self) -> mbn.Params:
             seen = self._storage.params
-            bn._storage = bn._storage.with_(params=other.params, state=other.state)  # as another thread might
+            bn._storage = bn._storage._replace(params=other.params, state=other.state)  # as another thread might
             return seen
 
     bn = Disturbed(4)

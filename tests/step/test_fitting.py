@@ -228,11 +228,11 @@ def batches():
 x = np.ones((1000, 4), np.float32)
 bn = mbn.BatchNorm1d(4)
 bn(x)
-before = vars(bn) | vars(bn._storage)
+before = vars(bn) | bn._storage._asdict()
 try:
     bn.fit(batches(), progress=sys.argv[1] == "progress")
 except KeyboardInterrupt:
-    after = vars(bn) | vars(bn._storage)
+    after = vars(bn) | bn._storage._asdict()
     print(all(after[name] is value for name, value in before.items()))
 """
 
