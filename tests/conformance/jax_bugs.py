@@ -15,9 +15,9 @@ def on_gpu(plant: Callable[[], None]) -> Callable[[], None]:
     """Return what plants a bug once the layout is taken. JAX is imported there: a process that has it cannot fork."""
 
     def take_form_and_plant() -> None:
-        import jax_gpu_form
+        import jax_gpu_layout
 
-        assert jax_gpu_form.MAPS
+        assert jax_gpu_layout.MAPS
         plant()
 
     return take_form_and_plant

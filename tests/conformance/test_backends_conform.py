@@ -21,11 +21,11 @@ def _before(folder: Path) -> str:
 
 
 SUMS = "(test_accuracy or test_gradients or test_masks or test_population) and not (any_eps or any_size) or 5x3"
-"""The part of the suite in which JAX's form for GPUs, another one of its sums, can go wrong."""
-GPU_FORM = {
-    "PYTEST_PLUGINS": "jax_gpu_form",
+"""The part of the suite in which JAX's layout for GPUs, another one of its sums, can go wrong."""
+GPU_LAYOUT = {
+    "PYTEST_PLUGINS": "jax_gpu_layout",
     "PYTHONPATH": _before(HERE),
-    "PYTEST_ADDOPTS": f"-k '{SUMS}' --hypothesis-profile form",
+    "PYTEST_ADDOPTS": f"-k '{SUMS}' --hypothesis-profile gpu",
 }
 
 
@@ -36,14 +36,14 @@ GPU_FORM = {
         ("torch", {}),
         ("jax", {}),
         ("jax", {"JAX_ENABLE_X64": "1"}),
-        ("jax", GPU_FORM),
-        ("jax", GPU_FORM | {"JAX_ENABLE_X64": "1"}),
+        ("jax", GPU_LAYOUT),
+        ("jax", GPU_LAYOUT | {"JAX_ENABLE_X64": "1"}),
         ("cupy", {"PYTHONPATH": _before(STANDINS)}),
         ("numba", {}),
         ("strict", {}),
     ],
     ids=[
-        *("numpy", "torch", "jax", "jax in 64 bits", "jax's form for GPUs", "the same in 64 bits"),
+        *("numpy", "torch", "jax", "jax in 64 bits", "jax's layout for GPUs", "the same in 64 bits"),
         *("cupy's stand-in", "numba", "the plug-in"),
     ],
 )

@@ -9,14 +9,14 @@ from jax.interpreters import mlir
 import mbn
 from mbn_jax.kernels.primitives import WidePrimitive
 
-mbn.get_backend("jax")  # makes the maps
-MAPS = [value for value in gc.get_objects() if isinstance(value, WidePrimitive) and value.on_gpu is not None]
+mbn.get_backend("jax")  # makes the primitives
+PRIMITIVES = [value for value in gc.get_objects() if isinstance(value, WidePrimitive) and value.on_gpu is not None]
 settings.register_profile(
-    "layout",
+    "gpu",
     deadline=None,
     derandomize=True,
     max_examples=12,  # each of them compiles
     suppress_health_check=[HealthCheck.too_slow],
 )
-for _map in MAPS:
-    mlir.register_lowering(_map.primitive, partial(_map._lower, _map.on_gpu), "cpu")
+for _primitive in PRIMITIVES:
+    mlir.register_lowering(_primitive.primitive, partial(_primitive._lower, _primitive.on_gpu), "cpu")
