@@ -305,13 +305,14 @@ class BatchNorm1d:
             self._hold(before, backend.write(before, after) if storage.is_shared else after)
         return result
 
-    def _hold(self, before: State, after: State) -> None:
-        """Hold a state in place of another, unless that has been replaced already; all else stays as it is now."""
+    def _hold(self, before: State, after: State) -> bool:
+        """Hold a state in place of another; False if that has been replaced already. All else stays as it is now."""
         while (storage := self._storage).state is before:
             new = storage.with_state(after)
             if self._storage is storage:  # between this look and the assignment no other thread comes
                 object.__setattr__(self, "_storage", new)
-                return
+                return True
+        return False
 
     def _uses_batch(self, state: State, training: bool) -> bool:
         """Tell whether to normalise by the batch's own statistics."""
@@ -629,8 +630,11 @@ class BatchNorm1d:
         if any(name in entries for name in Params._fields):
             self._become(storage, entries)
         else:
-            state = storage.state._replace(**entries)
-            self._hold(storage.state, storage.backend.write(storage.state, state) if storage.is_shared else state)
+            while True:
+                before = self._storage.state
+                after = before._replace(**entries)
+                if self._hold(before, storage.backend.write(before, after) if storage.is_shared else after):
+                    return
 
     def _trial(self, storage: Storage, entries: Mapping[str, Array] = _NOTHING) -> Self:
         """Return a copy of the layer that holds a storage, with entries in it, or new ones for channels new to it."""

@@ -399,6 +399,22 @@ def test_attributes_of_a_layer_of_an_earlier_version_stay() -> None:
     assert repr(again) == repr(bn)
 
 
+def test_an_assignment_during_a_step_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    bn = mbn.BatchNorm1d(4, backend="numpy")
+    hold, states = mbn.BatchNorm1d._hold, []
+
+    def hold_later(layer: mbn.BatchNorm1d, before: mbn.State, after: mbn.State) -> bool:
+        if not states:
+            states.append(before)
+            bn(X)  # as another thread might
+        return hold(layer, before, after)
+
+    monkeypatch.setattr(mbn.BatchNorm1d, "_hold", hold_later)
+    bn.running_mean = 7.0
+    assert bn.running_mean.tolist() == [7] * 4
+    assert int(bn.num_batches_tracked) == 1
+
+
 def test_settings_and_steps_in_several_threads_are_not_lost() -> None:
     bn, steps = mbn.BatchNorm1d(4, backend="numpy"), 300
 
