@@ -302,17 +302,18 @@ class BatchNorm1d:
         result, after = run(backend, x, storage.params, before, settings, training=training, masking=masking)
         # A load or a move may have come in between: then what that has stored stays.
         if after is not before and backend.stores(before, after) and self._storage.state is before:
-            self._hold(before, backend.write(before, after) if storage.is_shared else after)
+            held = backend.write(before, after) if storage.is_shared else after
+            self._change(lambda storage: storage.with_state(held) if storage.state is before else storage)
         return result
 
-    def _hold(self, before: State, after: State) -> bool:
-        """Hold a state in place of another; False if that has been replaced already. All else stays as it is now."""
-        while (storage := self._storage).state is before:
-            new = storage.with_state(after)
+    def _change(self, change: Callable[[Storage], Storage]) -> None:
+        """Hold what a function makes of the storage, whatever other threads make of it meanwhile: nothing is lost."""
+        while True:
+            storage = self._storage
+            new = change(storage)
             if self._storage is storage:  # between this look and the assignment no other thread comes
                 object.__setattr__(self, "_storage", new)
-                return True
-        return False
+                return
 
     def _uses_batch(self, state: State, training: bool) -> bool:
         """Tell whether to normalise by the batch's own statistics."""
@@ -429,7 +430,7 @@ class BatchNorm1d:
         own = copy.copy(self)  # which stays where it is when this layer moves
         own._storage = storage._replace(is_shared=True)
         module = storage.backend.module(own, partial(_adopt, (own, self)))
-        self._storage = storage._replace(params=own.params, state=own.state, is_shared=True)
+        self._change(lambda storage: storage._replace(params=own.params, state=own.state, is_shared=True))
         return module
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -626,15 +627,15 @@ class BatchNorm1d:
 
     def _store(self, entries: Mapping[str, Array]) -> None:
         """Hold these arrays in place of others: all of them or, if that fails, none."""
-        storage = self._storage
         if any(name in entries for name in Params._fields):
-            self._become(storage, entries)
-        else:
-            while True:
-                before = self._storage.state
-                after = before._replace(**entries)
-                if self._hold(before, storage.backend.write(before, after) if storage.is_shared else after):
-                    return
+            self._become(self._storage, entries)
+            return
+
+        def stored(storage: Storage) -> Storage:
+            state = storage.state._replace(**entries)
+            return storage.with_state(storage.backend.write(storage.state, state) if storage.is_shared else state)
+
+        self._change(stored)
 
     def _trial(self, storage: Storage, entries: Mapping[str, Array] = _NOTHING) -> Self:
         """Return a copy of the layer that holds a storage, with entries in it, or new ones for channels new to it."""
@@ -679,12 +680,7 @@ class BatchNorm1d:
     def _configure(self, **settings: Any) -> None:
         """Replace settings that may change at any time, while another thread loads or moves the layer too."""
         with self._storage.backend.writing():
-            while True:
-                storage = self._storage
-                new = storage._replace(settings=storage.settings._replace(**settings))
-                if self._storage is storage:  # as in ``_hold``, which other threads may be in
-                    object.__setattr__(self, "_storage", new)
-                    return
+            self._change(lambda storage: storage._replace(settings=storage.settings._replace(**settings)))
 
     def _introduce(self, backend: Backend, arrays: Iterable[Array | None]) -> None:
         """Look up now what a compiler could not look up in a call; tell the backend of this class, once."""
@@ -735,5 +731,4 @@ class BatchNorm1d:
 def _adopt(layers: Iterable[BatchNorm1d], params: Params, state: State) -> None:
     """Have those of these layers that still share their arrays hold these very ones."""
     for layer in layers:
-        if layer._storage.is_shared:
-            layer._storage = layer._storage.adopting(params, state)
+        layer._change(lambda storage: storage.adopting(params, state) if storage.is_shared else storage)

@@ -399,20 +399,32 @@ def test_attributes_of_a_layer_of_an_earlier_version_stay() -> None:
     assert repr(again) == repr(bn)
 
 
-def test_an_assignment_during_a_step_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    bn = mbn.BatchNorm1d(4, backend="numpy")
-    hold, states = mbn.BatchNorm1d._hold, []
+@pytest.mark.parametrize("change", ["running_mean", "eps", "as_module"])
+def test_a_change_during_a_step_or_another_change_is_not_lost(change: str) -> None:
+    """Whatever a thread changes, another one may change the storage while it does."""
+    bn = mbn.BatchNorm1d(4, backend="torch")
+    make, calls = bn._change, []
 
-    def hold_later(layer: mbn.BatchNorm1d, before: mbn.State, after: mbn.State) -> bool:
-        if not states:
-            states.append(before)
-            bn(X)  # as another thread might
-        return hold(layer, before, after)
+    def interrupted(function: Callable[[Any], Any]) -> None:
+        def later(storage: Any) -> Any:
+            new = function(storage)
+            if not calls:
+                calls.append(change)
+                bn.momentum = 0.5  # as another thread might
+                bn(torch.from_numpy(X))
+            return new
 
-    monkeypatch.setattr(mbn.BatchNorm1d, "_hold", hold_later)
-    bn.running_mean = 7.0
-    assert bn.running_mean.tolist() == [7] * 4
-    assert int(bn.num_batches_tracked) == 1
+        make(later)
+
+    vars(bn)["_change"] = interrupted
+    if change == "as_module":
+        bn.as_module()
+    else:
+        setattr(bn, change, 7.0)
+        assert float(torch.as_tensor(getattr(bn, change)).mean()) == 7
+    assert calls
+    assert bn.momentum == 0.5
+    assert int(bn.num_batches_tracked) == 1 - (change == "as_module")
 
 
 def test_settings_and_steps_in_several_threads_are_not_lost() -> None:
