@@ -303,7 +303,11 @@ class BatchNorm1d:
         # A load or a move may have come in between: then what that has stored stays.
         if after is not before and backend.stores(before, after) and self._storage.state is before:
             held = backend.write(before, after) if storage.is_shared else after
-            self._change(lambda storage: storage.with_state(held) if storage.state is before else storage)
+            new = storage.with_state(held)
+            if self._storage is storage:  # as in ``_change``, in the least time
+                object.__setattr__(self, "_storage", new)
+            else:
+                self._change(lambda storage: storage.with_state(held) if storage.state is before else storage)
         return result
 
     def _change(self, change: Callable[[Storage], Storage]) -> None:

@@ -56,7 +56,7 @@ class Storage(NamedTuple):
 
     def with_state(self, state: State) -> "Storage":
         """Return a storage with another state: ``_replace`` in the least time."""
-        return Storage(*self[:-1], state)
+        return tuple.__new__(Storage, (*self[:-1], state))
 
     @classmethod
     def of_attributes(cls, attributes: Mapping[str, Any]) -> dict[str, Any]:
