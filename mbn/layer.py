@@ -486,7 +486,7 @@ class BatchNorm1d:
 
         Args:
             path: the file.
-            prefix: what comes before ``weight`` in the entries of this layer: ``"module.encoder.bn1."``. The last point
+            prefix: the text before ``weight`` in the entries of this layer: ``"module.encoder.bn1."``. The last point
                 may be left out.
             backend, device: as of a new layer.
             settings: arguments of the layer that a checkpoint does not tell: ``eps``, ``momentum``, ``axis``,
@@ -546,7 +546,7 @@ class BatchNorm1d:
                 number of features from them. As in torch, ``num_batches_tracked`` may be missing and is then kept,
                 unless the state_dict says that it is of version 2.
             strict: refuse missing and unexpected keys; otherwise load what fits and return the rest.
-            prefix: what comes before ``weight`` in the entries of this layer, where they are those of a whole model:
+            prefix: the text before ``weight`` in the entries of this layer, where they are those of a whole model:
                 ``"module.encoder.bn1."``. The last point may be left out. Dictionaries of state_dicts are looked into.
 
         Raises:

@@ -38,8 +38,8 @@ FRONTEND = {
 BACKENDS = {"mbn_common", "mbn_cpu", "mbn_cupy", "mbn_jax", "mbn_numba", "mbn_numpy", "mbn_torch"}
 SHARED = {"mbn_common", "mbn_cpu"}
 """Kernels that are no backend."""
-FOR_BACKENDS = {"mbn.array_api", "mbn.contract", "mbn.state", "mbn.threads"}
-"""What a backend may import of mbn, of ``mbn.state`` its values alone."""
+FOR_BACKENDS = {"mbn.array_api", "mbn.contract", "mbn.threads"}
+"""The parts of mbn that a backend may import."""
 TOO_MUCH = (
     *("torch", "jax", "cupy", "numba", "flax", "keras", "onnx", "rich", "safetensors"),
     *("mbn.interop", "mbn.commands", "mbn.conformance"),
@@ -87,7 +87,6 @@ def test_backends_import_the_contract_and_what_they_share(name: str) -> None:
     for other in found:
         of_mbn = ".".join(other.split(".")[:2])
         assert of_mbn in FOR_BACKENDS if other.startswith("mbn.") else room(other) in {name, *SHARED}, other
-        assert not other.startswith("mbn.state."), other
 
 
 def test_ten_files_lie_beside_the_rooms() -> None:

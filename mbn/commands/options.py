@@ -1,6 +1,6 @@
-"""What every command asks of its options, and refuses before any work is done.
+"""Checks of the options of all commands, before any work is done.
 
-What a user can put right is told in one line, without a traceback.
+A mistake of the user's is told in one line, without a traceback.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""What passes between the frontend and a backend, and the few questions that both ask of arrays.
+"""The values that pass between the frontend and a backend, and the few questions that both ask of arrays.
 
 Parameters, statistics and all that is returned are NamedTuples: JAX and Torch take those as pytrees without
 registration, and a layer that stores its state in one assignment can never be seen half updated.
@@ -55,14 +55,14 @@ def counted(count: Array) -> Array:
 
 
 class Params(NamedTuple):
-    """What training learns: each (C,) in the layer's dtype, or None where the layer has none."""
+    """The parameters, which training learns: each (C,) in the layer's dtype, or None where the layer has none."""
 
     weight: Any
     bias: Any
 
 
 class State(NamedTuple):
-    """What training tracks: two (C,) vectors in the layer's dtype and an integer scalar, or None for each."""
+    """The statistics that training tracks: (C,), (C,) in the layer's dtype and an integer scalar, or None for each."""
 
     running_mean: Any
     running_var: Any
@@ -70,7 +70,7 @@ class State(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What stays the same from call to call; all of it checked."""
+    """The arguments of a layer that stay the same from call to call; all of them are checked."""
 
     num_features: int | None
     dtype: str

@@ -1,4 +1,4 @@
-"""What a layer holds, and where: its arrays, and the backend and device that they are on.
+"""The storage of a layer: its arrays, and the backend and device that they are on.
 
 A load or move that fails or is interrupted must leave everything as it was, and two threads must never see half an
 update. Both follow from one rule: whatever is new is made completely first, as another storage, and the layer takes
@@ -60,13 +60,13 @@ class Storage(NamedTuple):
 
     @classmethod
     def of_attributes(cls, attributes: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the attributes of a layer that was pickled when it had no storage, but these for itself."""
+        """Return a layer's attributes, from a pickle older than this class, with a storage in place of its parts."""
         names = {f"_{name}": name for name in cls._fields}
         own = {names[name]: value for name, value in attributes.items() if name in names}
         others = {name: value for name, value in attributes.items() if name not in names}
         return {**others, "_storage": cls(**own)}
 
-    # What comes from outside.
+    # Arrays and settings that come from outside.
 
     def met(self, x: Any) -> tuple[Self, Mapping[str, Array], Array]:
         """Return the storage that an input makes of this one, entries for it, and the input as its backend's array."""
@@ -163,7 +163,7 @@ class Storage(NamedTuple):
     def adopting(self, params: Params, state: State) -> Self:
         """Return a storage of these very arrays, of whatever device and dtype.
 
-        Whoever shares them may have taken some away, or given others back.
+        A module that shares them may have taken some away, or given others back.
         """
         if state.running_mean is None:
             state = State(None, None, None)

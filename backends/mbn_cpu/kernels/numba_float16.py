@@ -46,7 +46,7 @@ def widen(bits, out, values):
         half = np.uint32(bits[i])
         out[i] = (half & np.uint32(0x8000)) << np.uint32(16) | (half & np.uint32(0x7FFF)) << np.uint32(13)
     # The exponents now lack the difference of the biases. A product adds it, and is right for subnormal numbers too.
-    # What comes out as 2**16 was infinity, more was NaN.
+    # A product of 2**16 stands for infinity, and a larger one for NaN.
     for i in range(bits.size):
         value = values[i] * _SCALE
         size = abs(value)
