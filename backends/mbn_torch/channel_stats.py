@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mbn.contract import Batch, Kernels
+from mbn.contract import Batch, Kernels, Moments
 from mbn_common.channel_stats import FAR, FARTHEST, Formulas, Mean, Pair, Scaled, Variance
 
 WIDE = torch.float64
@@ -264,3 +264,13 @@ class TorchKernels(Kernels):
 
     merge, variance, step, lerp = FORMULAS.merge, FORMULAS.variance, FORMULAS.step, FORMULAS.lerp
     sample_weights = FORMULAS.sample_weights
+
+
+class ConcreteKernels(TorchKernels):
+    """The base of kernels whose tensors have values, so that a branch may depend on them; no host waits for a GPU."""
+
+    def merge(self, first: Moments, second: Moments) -> Moments:
+        """Return the statistics of two batches together, in units if m2 alone is beyond float64."""
+        merged = FORMULAS.merge(first, second)
+        is_finite = isinstance(merged.m2, Scaled) or merged.m2.device.type != "cpu" or merged.m2.isfinite().all()
+        return merged if is_finite else FORMULAS.merge_scaled(first, second)

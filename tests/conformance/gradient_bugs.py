@@ -28,17 +28,19 @@ class UnbiasedGradient(ToyKernels):
 
 class ConstantsDifferentiated(Toy):
     def bind(self, forward: Any, pullback: Any) -> Any:
-        def differentiate(kernels: Any, dy: Array, batch: Batch, weight: Any, stats: Stats, eps: float) -> Any:
+        def differentiate(kernels: Any, dy: Array, batch: Batch, weight: Any, stats: Stats, *rest: Any) -> Any:
             count = batch.x.size / batch.x.shape[1]
-            return pullback(kernels, dy, batch, weight, stats._replace(count=count), eps)
+            return pullback(kernels, dy, batch, weight, stats._replace(count=count), *rest)
 
         return forward, differentiate
 
 
 class InvstdForgottenInDweight(Toy):
     def bind(self, forward: Any, pullback: Any) -> Any:
-        def differentiate(kernels: Any, dy: Array, batch: Batch, weight: Any, stats: Stats, eps: float) -> Any:
-            dx, dweight, dbias = pullback(kernels, dy, batch, weight, stats, eps)
+        def differentiate(
+            kernels: Any, dy: Array, batch: Batch, weight: Any, stats: Stats, eps: float, *rest: Any
+        ) -> Any:
+            dx, dweight, dbias = pullback(kernels, dy, batch, weight, stats, eps, *rest)
             return dx, dweight * np.sqrt(stats.var + eps), dbias
 
         return forward, differentiate
@@ -70,8 +72,8 @@ class MemoryOrderOfDy(ToyKernels):
 
 class StatisticsUsedUp(Toy):
     def bind(self, forward: Any, pullback: Any) -> Any:
-        def differentiate(kernels: Any, dy: Array, batch: Batch, weight: Any, stats: Stats, eps: float) -> Any:
-            gradients = pullback(kernels, dy, batch, weight, stats, eps)
+        def differentiate(kernels: Any, dy: Array, batch: Batch, weight: Any, stats: Stats, *rest: Any) -> Any:
+            gradients = pullback(kernels, dy, batch, weight, stats, *rest)
             stats.var[...] = 1
             return gradients
 
@@ -84,11 +86,11 @@ class StatisticsOfTheLastCall(Toy):
 
         def step(*args: Any) -> Any:
             *result, stats = forward(*args)
-            last[:] = [stats]
+            last[:] = [stats] if stats is not None else last
             return *result, stats
 
-        def differentiate(kernels: Any, dy: Array, batch: Batch, weight: Any, _: Any, eps: float) -> Any:
-            return pullback(kernels, dy, batch, weight, *last, eps)
+        def differentiate(kernels: Any, dy: Array, batch: Batch, weight: Any, _: Any, *rest: Any) -> Any:
+            return pullback(kernels, dy, batch, weight, *last, *rest)
 
         return step, differentiate
 

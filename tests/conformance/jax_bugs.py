@@ -17,7 +17,7 @@ def on_gpu(plant: Callable[[], None]) -> Callable[[], None]:
     def take_form_and_plant() -> None:
         import jax_gpu_layout
 
-        assert jax_gpu_layout.MAPS
+        assert jax_gpu_layout.PRIMITIVES
         plant()
 
     return take_form_and_plant
@@ -94,14 +94,17 @@ def weights_as_they_are() -> None:
 def narrow_sums_in_evaluation() -> None:
     from mbn_jax.kernels import own_statistics
 
-    def narrow(dy, given):
-        x, weights, mean, invstd, _ = given
-        xhat = own_statistics.passes.affine(x, mean, invstd, None, None, weights)
-        dy = own_statistics.passes.unmasked(dy, weights)
-        return [dy, *map(own_statistics.channel_sum, (dy, dy * xhat))]
-
     own = own_statistics._sums
-    own_statistics._sums = lambda *rest: narrow(*rest[1:3]) if rest[2].count is None else own(*rest)
+
+    def narrow(layout, dy, batch, factor):
+        rest, *exact = own(layout, dy, batch, factor)
+        if batch.count is not None:
+            return rest, *exact
+        dy = own_statistics.passes.unmasked(dy, batch.weights)
+        sums = [own_statistics.channel_sum(v) for v in (dy, dy * own_statistics._standardize(batch))]
+        return rest, sums, sums
+
+    own_statistics._sums = narrow
 
 
 def last_chunk_dropped() -> None:

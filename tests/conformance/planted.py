@@ -15,6 +15,8 @@ class Bug(NamedTuple):
     plant: Callable[[], object]
     named_by: str
     """The test that has to name it, the only one that runs."""
+    error: str = "assert"
+    """The beginning of the message: a failed assertion, unless the bug itself raises another error."""
 
 
 def conform(backend: str, bugs: Mapping[str, Bug], folder: Path) -> None:
@@ -22,12 +24,12 @@ def conform(backend: str, bugs: Mapping[str, Bug], folder: Path) -> None:
     # What fails is named all the same; the smallest example that fails is of no interest here.
     settings.register_profile("planted", deadline=None, derandomize=True, max_examples=20, phases=[Phase.generate])
     run("numpy", pytest_args=["--collect-only", "-qq"])  # imports the suite once for all
-    for name, (plant, named_by) in bugs.items():
+    for name, bug in bugs.items():
         child = os.fork()
         if child == 0:
             try:
-                plant()
-                options = ["--hypothesis-profile", "planted", "-k", named_by]
+                bug.plant()
+                options = ["--hypothesis-profile", "planted", "-k", bug.named_by]
                 run(backend, json=folder / f"{name}.json", pytest_args=options)
             finally:
                 sys.stdout.flush()

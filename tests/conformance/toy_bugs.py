@@ -33,8 +33,8 @@ def register(bug: type[Toy] | type[ToyKernels]) -> None:
 _FILES = border_bugs, forward_bugs, gradient_bugs, mask_bugs, merge_bugs, module_bugs, out_bugs, transformation_bugs
 
 BUGS = {
-    toy.__name__: Bug(partial(register, toy), named_by)
-    for toy, named_by in chain.from_iterable(file.BUGS for file in _FILES)
+    toy.__name__: Bug(partial(register, toy), *expected)
+    for toy, *expected in chain.from_iterable(file.BUGS for file in _FILES)
 }
 
 

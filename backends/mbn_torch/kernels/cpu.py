@@ -17,7 +17,7 @@ from mbn.contract import Batch, Kernels, Moments, Params, Settings, State, Stats
 from mbn_common.channel_stats import Pair, Scaled
 from mbn_cpu import memory, thread_pool
 from mbn_cpu.backend import HostBackend
-from mbn_torch.channel_stats import TorchKernels
+from mbn_torch.channel_stats import ConcreteKernels
 from mbn_torch.private import to_dlpack
 
 _HALVES = torch.float16, torch.bfloat16
@@ -58,7 +58,7 @@ class ArrayBatch(NamedTuple):
         return cls(x, sample_weight, dtype, Batch(values, as_array(sample_weight), dtype))
 
 
-class CpuKernels(TorchKernels):
+class CpuKernels(ConcreteKernels):
     """Kernels of NumPy arrays."""
 
     def __init__(self, own: HostBackend, kernels: Kernels) -> None:

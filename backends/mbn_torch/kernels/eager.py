@@ -15,9 +15,9 @@ from mbn.contract import Batch, Moments, Params, Stats
 from mbn_torch.channel_stats import (
     FAR,
     WIDE,
+    ConcreteKernels,
     Mean,
     Pair,
-    TorchKernels,
     Variance,
     as_pair,
     divisor,
@@ -50,7 +50,7 @@ CHUNK = 64
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
-class EagerKernels(TorchKernels):
+class EagerKernels(ConcreteKernels):
     """Kernels made of Torch's operations."""
 
     def moments(self, batch: Batch) -> Moments:
