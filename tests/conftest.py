@@ -5,7 +5,9 @@ import re
 from collections.abc import Generator, Iterator
 from typing import Any
 
+import frameworks
 import pytest
+from nested import nested  # noqa: F401 - a fixture
 
 import mbn
 from mbn import registry
@@ -25,6 +27,29 @@ EXPECTED_SKIPS = {
     r"no step of nnx\.BatchNorm with a mask or float64 is measured": "the same",
 }
 """Regular expressions that the reasons begin with, and why a skip is right there."""
+
+
+SLOW = "slow", "processes"
+"""The markers of tests that take long: over a second or two, or processes of their own."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Name the markers, and keep what JAX compiles from one run and process to the next: it takes most of the time."""
+    config.addinivalue_line("markers", "slow: takes more than a second or two")
+    config.addinivalue_line("markers", "processes: starts processes of its own")
+    for framework in frameworks.FRAMEWORKS:
+        config.addinivalue_line("markers", f"{framework}: needs {framework}")
+    if not hasattr(config, "workerinput"):
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that need a framework; begin with those that take long, so that none of them ends alone."""
+    for item in items:
+        frameworks.mark(item)
+    items.sort(key=lambda item: not any(map(item.get_closest_marker, SLOW)))
 
 
 def unexpected(report: Any) -> str | None:

@@ -58,21 +58,21 @@ Of masks, whose weights are made before a kernel sees them, there are a few; hal
 """
 
 
-def _interpret(*arguments):
-    """Run pytest in a process in which Triton interprets, and return what it prints and its exit code."""
+def _interpret(nested, *arguments):
+    """Run pytest in a process in which Triton interprets, and return its output and exit status."""
     path = os.pathsep.join([str(HERE), *filter(None, sys.path)])
     command = [sys.executable, "-m", "pytest", "-p", "interpreted", "-p", "no:cacheprovider", "-q", "--tb=short"]
-    run = subprocess.run(
-        [*command, *arguments], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
-    )
-    return run.stdout + run.stderr, run.returncode
+    run = nested([*command, *arguments], PYTHONPATH=path)
+    return run.stdout, run.returncode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("area", AREAS)
-def test_conformance(area):
+def test_conformance(area, nested):
     suite = Path(mbn.__file__).parent / "conformance"
     files = [str(path) for path in sorted(suite.glob("test_*.py")) if _is_of(area, path.stem)]
     output, code = _interpret(
+        nested,
         *files,
         *("-p", "mbn.conformance.plugin", "-c", os.devnull, "--rootdir", str(suite), "--backend", "torch"),
         *("--hypothesis-profile", "interpreted"),
@@ -87,8 +87,9 @@ def _is_of(area, name):
     return name in named[area] if area in named else not any(name in words for words in named.values())
 
 
-def test_cases():
-    output, code = _interpret(str(HERE / "interpreted_cases.py"), "-c", str(HERE.parents[1] / "pyproject.toml"))
+@pytest.mark.slow
+def test_cases(nested):
+    output, code = _interpret(nested, str(HERE / "interpreted_cases.py"), "-c", str(HERE.parents[1] / "pyproject.toml"))
     assert code == 0, output
 
 

@@ -1,8 +1,8 @@
 """The suite must be able to fail: it has to name every bug that is planted in a correct backend."""
 
 import json
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,20 +12,28 @@ import host_bugs
 import jax_bugs
 import pytest
 import toy_bugs
+from nested import Nested
 from planted import Bug
+
+pytestmark = [pytest.mark.slow, pytest.mark.processes]
+Conform = Callable[[str, list[str]], dict[str, dict[str, Any]]]
 
 NAMES = list(toy_bugs.BUGS)
 GROUPS = [NAMES[start : start + 9] for start in range(0, len(NAMES), 9)]
 """A process for each would take most of its time to start."""
 
 
-def conform(script: str, names: list[str], folder: Path) -> dict[str, dict[str, Any]]:
-    """Run the suite in a process of its own; return its report on each bug."""
-    command = [sys.executable, script, folder, *names]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    reports = {name: folder / f"{name}.json" for name in names}
-    assert all(report.exists() for report in reports.values()), run.stdout + run.stderr
-    return {name: json.loads(report.read_text()) for name, report in reports.items()}
+@pytest.fixture
+def conform(nested: Nested, tmp_path: Path) -> Conform:
+    """Return a function that runs the suite in a process of its own, and returns its report on each bug."""
+
+    def report(script: str, names: list[str]) -> dict[str, dict[str, Any]]:
+        run = nested([sys.executable, script, tmp_path, *names])
+        reports = {name: tmp_path / f"{name}.json" for name in names}
+        assert all(report.exists() for report in reports.values()), run.stdout
+        return {name: json.loads(report.read_text()) for name, report in reports.items()}
+
+    return report
 
 
 def is_named(report: dict[str, Any], bug: Bug) -> bool:
@@ -36,8 +44,8 @@ def is_named(report: dict[str, Any], bug: Bug) -> bool:
     return report["exit_status"] == 1 and is_expected and all(bug.named_by in failure["test"] for failure in failures)
 
 
-def test_correct_backend_passes(tmp_path: Path) -> None:
-    report = conform(toy_bugs.__file__, ["none"], tmp_path)["none"]
+def test_correct_backend_passes(conform: Conform) -> None:
+    report = conform(toy_bugs.__file__, ["none"])["none"]
     assert report["failed"] == []
     assert report["exit_status"] == 0
     assert all(area["passed"] > 0 for area in report["areas"].values())
@@ -46,12 +54,12 @@ def test_correct_backend_passes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("names", GROUPS, ids=lambda names: f"{names[0]} to {names[-1]}")
-def test_planted_bugs_are_named(names: list[str], tmp_path: Path) -> None:
-    reports = conform(toy_bugs.__file__, names, tmp_path)
+def test_planted_bugs_are_named(names: list[str], conform: Conform) -> None:
+    reports = conform(toy_bugs.__file__, names)
     assert [name for name in names if not is_named(reports[name], toy_bugs.BUGS[name])] == []
 
 
 @pytest.mark.parametrize("script", [derivative_bugs, host_bugs, jax_bugs], ids=["derivatives", "host memory", "JAX"])
-def test_bugs_in_real_backends_are_named(script: ModuleType, tmp_path: Path) -> None:
-    reports = conform(script.__file__, list(script.BUGS), tmp_path)
+def test_bugs_in_real_backends_are_named(script: ModuleType, conform: Conform) -> None:
+    reports = conform(script.__file__, list(script.BUGS))
     assert [name for name, bug in script.BUGS.items() if not is_named(reports[name], bug)] == []

@@ -1,0 +1,30 @@
+"""The packages that a test may need besides NumPy: a marker for each, and a skip where it is not installed.
+
+A test needs a framework if its module imports it, if one of its parameters is its name (``torch``, ``torch.nn``), or if a marker says so.
+"""
+
+from importlib.util import find_spec
+from types import ModuleType
+
+import pytest
+
+FRAMEWORKS = ("numba", "torch", "jax", "triton", "flax", "keras", "onnx", "matplotlib", "strict")
+"""``strict`` is the plug-in tests/plugin. Most tests of CuPy's kernels need none: a stand-in compiles them for the host."""
+_MODULES = {"strict": "mbn_strict"}
+
+
+def is_installed(framework: str) -> bool:
+    """Tell whether a framework can be imported."""
+    return find_spec(_MODULES.get(framework, framework)) is not None
+
+
+def mark(item: pytest.Item) -> None:
+    """Give a test the markers of the frameworks that it needs; skip it where one of them is missing."""
+    module, call = getattr(item, "module", None), getattr(item, "callspec", None)
+    values = call.params.values() if call else ()
+    for framework in FRAMEWORKS:
+        is_imported = isinstance(getattr(module, framework, None), ModuleType)
+        if is_imported or any(isinstance(value, str) and value.partition(".")[0] == framework for value in values):
+            item.add_marker(framework)
+        if item.get_closest_marker(framework) and not is_installed(framework):
+            item.add_marker(pytest.mark.skip(reason=f"{framework} is not installed"))
