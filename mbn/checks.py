@@ -8,11 +8,13 @@ import math
 import numbers
 import operator
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
 from mbn.contract import Array, Backend, Params, Settings, State, dtype_name
+
+Part = TypeVar("Part", bound=Params | State)
 
 _INPUT_DTYPES = {
     "float32": frozenset({"float16", "bfloat16", "float32"}),
@@ -290,15 +292,14 @@ def count(value: Any) -> None:
         raise ValueError(f"num_batches_tracked is {short(value)}, beyond int64; it is at most {_INT64[-1]}.")
 
 
-def parts(params: Any, state: Any) -> tuple[Params, State]:
-    """Return parameters and statistics as those of a layer, which ``apply`` also takes as plain tuples."""
-    for name, value, kind in (("params", params, Params), ("state", state, State)):
-        if not isinstance(value, tuple | list) or len(value) != len(kind._fields):
-            given = f"{type(value).__name__}{f' of {len(value)}' if isinstance(value, tuple | list) else ''}"
-            raise TypeError(
-                f"{name} is a tuple of {', '.join(kind._fields)}, as bn.{name} is, each an array or None, not {given}."
-            )
-    return Params(*params), State(*state)
+def part(name: str, value: Any, kind: type[Part]) -> Part:
+    """Return ``params`` or ``state`` as those of a layer, where plain tuples may be given too."""
+    if not isinstance(value, tuple | list) or len(value) != len(kind._fields):
+        given = f"{type(value).__name__}{f' of {len(value)}' if isinstance(value, tuple | list) else ''}"
+        raise TypeError(
+            f"{name} is a tuple of {', '.join(kind._fields)}, as bn.{name} is, each an array or None, not {given}."
+        )
+    return kind(*value)
 
 
 def masks(backend: Backend) -> None:

@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mbn import checks, registry
-from mbn.contract import Array, Backend, Params, Settings, State, dtype_name, layer_dtype
+from mbn.contract import Array, Backend, Params, Pullback, Settings, State, dtype_name, layer_dtype
 from mbn.convert import received, received_vectors
 from mbn.layer import BatchNorm1d
 from mbn.step import folding
 from mbn.step.forward import forward, forward_vjp
 from mbn.step.masks import Masking
-from mbn.step.pullback import Pullback
 
 
 class BatchNormResult(NamedTuple):
@@ -108,7 +107,7 @@ def batch_norm_vjp(
     Args: as :func:`batch_norm`.
 
     Returns:
-        Its result, and ``pullback(dy) -> (dx, dweight, dbias)``; see :class:`mbn.step.pullback.Pullback`.
+        Its result, and ``pullback(dy) -> (dx, dweight, dbias)``; see :class:`mbn.contract.Pullback`.
 
     Raises:
         TypeError, ValueError: as :func:`batch_norm`.

@@ -11,21 +11,20 @@ from functools import partial
 from operator import is_
 from os import PathLike
 from types import MappingProxyType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from mbn import checks, registry
-from mbn.contract import Array, Backend, Params, Settings, State
+from mbn.contract import Array, Backend, Params, Pullback, Settings, State
 from mbn.convert import asarray, dtype_and_device_of, received, received_vectors
-from mbn.state.attributes import Entry, Fixed, of_class
+from mbn.state.attributes import Entry, Fixed, Group, missing, of_class
 from mbn.state.keys import IncompatibleKeys, versioned
 from mbn.state.snapshot import Snapshot
 from mbn.state.storage import Storage
 from mbn.step import folding, population
 from mbn.step.forward import forward, forward_vjp
 from mbn.step.masks import Masking
-from mbn.step.pullback import Pullback
 
 _OPEN_UNDER_A_COMPILER = (
     "a layer that takes its backend or num_features from its first input cannot do so inside torch.compile or "
@@ -121,6 +120,12 @@ class BatchNorm1d:
             raise AttributeError(checks.no_attribute(name, kind))
         object.__setattr__(self, name, value)
 
+    if not TYPE_CHECKING:  # a type checker knows that there are no other attributes
+
+        def __getattr__(self, name: str) -> Any:
+            """Say for a name of torch's modules how a layer does the same; only names that are missing come here."""
+            return missing(self, name)
+
     weight = Entry("The scale, (C,), or None. Set it to an array or to one number for all channels.")
     bias = Entry("The shift, (C,), or None. Set it to an array or to one number for all channels.")
     running_mean = Entry("The running mean, (C,), or None. Set it to an array or to one number for all channels.")
@@ -147,15 +152,16 @@ class BatchNorm1d:
         "The name of the backend, or None while the first input has yet to choose it.",
         "Move the layer: bn.to(backend=...)",
     )
-    params = Fixed[Params](
+    params = Group[Params](
+        Params,
         lambda layer: layer._storage.num_features and layer._storage.params,
-        "Weight and bias, for :meth:`apply`.",
-        "Set its weight and bias, or load_state_dict()",
+        "Weight and bias, for :meth:`apply`. Set both at once to a :class:`Params` or a plain tuple.",
     )
-    state = Fixed[State](
+    state = Group[State](
+        State,
         lambda layer: layer._storage.num_features and layer._storage.state,
-        "The running statistics and the count of batches, for :meth:`apply`.",
-        "Set its running_mean, running_var and num_batches_tracked, or load_state_dict()",
+        "The running statistics and the count of batches, for :meth:`apply`. Set all at once to a :class:`State` or a "
+        "plain tuple.",
     )
     affine = Fixed[bool](
         lambda layer: layer._storage.affine,
@@ -245,7 +251,7 @@ class BatchNorm1d:
             x, mask, lengths, sample_weight: as in a call.
 
         Returns:
-            The output, and ``pullback(dy) -> (dx, dweight, dbias)``; see :class:`mbn.step.pullback.Pullback`.
+            The output, and ``pullback(dy) -> (dx, dweight, dbias)``; see :class:`mbn.contract.Pullback`.
 
         Raises:
             TypeError, ValueError, RuntimeError: as in a call.
@@ -278,7 +284,7 @@ class BatchNorm1d:
         storage = self._storage
         training, num_features, settings = checks.flag("training", training), storage.num_features, storage.settings
         if type(params) is not Params or type(state) is not State:
-            params, state = checks.parts(params, state)
+            params, state = checks.part("params", params, Params), checks.part("state", state, State)
         backend, device = (storage.backend, storage.device) if storage.is_bound else (registry.owner_of(x), None)
         dtype, device = dtype_and_device_of(backend, params, state, settings.dtype, device)
         if dtype != settings.dtype:
@@ -509,7 +515,15 @@ class BatchNorm1d:
 
     def parameters(self) -> Iterator[Array]:
         """Iterate over the weight and the bias, as far as there are any."""
-        return (parameter for parameter in self.params if parameter is not None)
+        return (parameter for _, parameter in self.named_parameters())
+
+    def named_parameters(self) -> Iterator[tuple[str, Array]]:
+        """Iterate over the weight and the bias with their names, as far as there are any."""
+        return ((name, value) for name, value in self.params._asdict().items() if value is not None)
+
+    def named_buffers(self) -> Iterator[tuple[str, Array]]:
+        """Iterate over the running statistics and the count of batches with their names, if there are any."""
+        return ((name, value) for name, value in self.state._asdict().items() if value is not None)
 
     def reset_parameters(self) -> None:
         """Set the weight to 1 and the bias to 0, and reset the running statistics."""

@@ -202,8 +202,6 @@ def test_nested_foreign_state_is_taken_by_a_load_alone() -> None:
         ("dtype", "float64", r"to\(dtype=...\)"),
         ("device", "cpu", r"to\(device=...\)"),
         ("backend", "torch", r"to\(backend=...\)"),
-        ("params", None, "load_state_dict"),
-        ("state", None, "load_state_dict"),
     ],
 )
 @pytest.mark.parametrize("backend", [None, "numpy", "torch"])

@@ -163,6 +163,48 @@ def test_entries_can_be_set(target: Target, name: str) -> None:
     assert target.numpy(getattr(bn, name)).tolist() == [7] * 4
 
 
+def test_arrays_have_the_names_of_torch(target: Target) -> None:
+    bn = configured(target.layer(4), seed=1)
+    named = dict(bn.named_parameters()) | dict(bn.named_buffers())
+    assert list(named) == list(bn.state_dict())
+    assert all(value is getattr(bn, name) for name, value in named.items())
+    without = target.layer(4, bias=False, track_running_stats=False)
+    assert [name for name, _ in (*without.named_parameters(), *without.named_buffers())] == ["weight"]
+
+
+def test_params_and_state_are_set_together(target: Target) -> None:
+    bn, source = target.layer(4), configured(target.layer(4), seed=1)
+    expected = target.snapshot(source)
+    bn.params, bn.state = source.params, source.state
+    assert_same(expected, target.snapshot(bn))
+    source(target.array(X))
+    source.params = (7, 7)
+    assert_same(expected, target.snapshot(bn))  # the arrays are copies
+    bn.params, bn.state = target.layer(4).params, tuple(np.full(shape, 2) for shape in ((4,), (4,), ()))
+    assert [value.tolist() for value in target.snapshot(bn).values()] == [[1] * 4, [0] * 4, [2] * 4, [2] * 4, 2]
+
+
+def test_refused_params_and_state_change_nothing(target: Target) -> None:
+    bn = configured(target.layer(4), seed=1)
+    before = target.snapshot(bn)
+    five = target.array(np.full(4, 5, np.float32))
+    with pytest.raises(ValueError, match="bias has shape"):
+        bn.params = (five, target.array(np.ones(3, np.float32)))
+    with pytest.raises(ValueError, match="running_var"):
+        bn.state = (five, -five, 1)
+    assert_same(before, target.snapshot(bn))
+
+
+def test_a_layer_moves_to_the_device_and_dtype_of_another(target: Target) -> None:
+    bn = configured(target.layer(4), seed=1)
+    other = mbn.BatchNorm1d(4, backend=target.backend).to(device=bn.device, dtype=bn.dtype)
+    assert (other.device, other.dtype) == (bn.device, bn.dtype)
+    for name, value in (*bn.named_parameters(), *bn.named_buffers()):
+        assert target.backend.device(getattr(other, name)) == target.backend.device(value)
+    other.params, other.state = bn.params, bn.state
+    np.testing.assert_array_equal(target.numpy(other(target.array(X))), target.numpy(bn(target.array(X))))
+
+
 def test_set_values_are_copied(target: Target) -> None:
     bn = target.layer(4).eval()
     values = np.full(4, 5, np.float32)
@@ -272,6 +314,8 @@ CHANGES: dict[str, Callable[[Target, mbn.BatchNorm1d], object]] = {
     "fit": lambda target, bn: bn.fit([target.array(X)], progress=False),
     "weight": lambda _, bn: setattr(bn, "weight", 5.0),
     "running_var": lambda _, bn: setattr(bn, "running_var", 5.0),
+    "params": lambda _, bn: setattr(bn, "params", (5.0, 6.0)),
+    "state": lambda _, bn: setattr(bn, "state", (5.0, 6.0, 7)),
     "a call": lambda target, bn: bn(target.array(X)),
 }
 

@@ -11,6 +11,7 @@ from mbn.contract.backend import Backend, Operation
 from mbn.contract.dtypes import dtype_name, layer_dtype, numpy_dtype
 from mbn.contract.integration import Held, Integration
 from mbn.contract.kernels import Kernels
+from mbn.contract.pullback import Pullback
 from mbn.contract.replicas import Group, merged, summed
 from mbn.contract.values import (
     Array,
@@ -39,6 +40,7 @@ __all__ = [
     "Moments",
     "Operation",
     "Params",
+    "Pullback",
     "Settings",
     "State",
     "Stats",

@@ -11,7 +11,7 @@ from mbn import checks
 from mbn.contract import Array, Backend, Batch, Group, Params, Settings, State, Stats, counted, dtype_name, transposed
 from mbn.step.empty import emptied, stand_in
 from mbn.step.masks import Masking
-from mbn.step.pullback import Pullback
+from mbn.step.pullback import StepPullback
 
 
 def forward(
@@ -32,7 +32,7 @@ def forward(
     Everything else has been checked. ``training`` says by which statistics: those of ``x`` or the running ones.
 
     Returns:
-        The output, or with ``vjp`` the output and its :class:`Pullback`; and the new state.
+        The output, or with ``vjp`` the output and its :class:`mbn.contract.Pullback`; and the new state.
     """
     try:
         shape = x.shape
@@ -58,7 +58,7 @@ def forward(
     y = y if out is None else out
     if not vjp:
         return y, state
-    return (y, Pullback(backend, x, held, stats, sample_weight, settings, group if training else None)), state
+    return (y, StepPullback(backend, x, held, stats, sample_weight, settings, group if training else None)), state
 
 
 forward_vjp = partial(forward, vjp=True)

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from mbn import checks
-from mbn.contract import Array, Backend, Batch, Group, Params, Settings, Stats, dtype_name, transposed
+from mbn.contract import Array, Backend, Batch, Group, Params, Pullback, Settings, Stats, dtype_name, transposed
 from mbn.convert import received
 from mbn.step.compose import ALL
 from mbn.step.empty import stand_in
 
 
-class Pullback:
-    """From the gradient of an output to those of what it was computed from."""
+class StepPullback(Pullback):
+    """The pullback of one step, which keeps what the step leaves behind."""
 
     def __init__(
         self,
@@ -38,22 +38,7 @@ class Pullback:
         self._group = group
 
     def __call__(self, dy: Any) -> tuple[Array, Array | None, Array | None]:
-        """Return the gradients ``(dx, dweight, dbias)`` of a loss, given ``dy``, its gradient by the output.
-
-        Args:
-            dy: in the shape and dtype of the output; an array of its backend, or host data.
-
-        Returns:
-            ``dx`` in the shape, dtype, memory order and on the device of x; ``dweight`` and ``dbias``, (C,) in the
-            layer's dtype, or None where there is no such parameter. At a place without a value ``dx`` is 0 and ``dy``
-            is left out.
-
-        Raises:
-            TypeError: a wrong dtype, or another framework's array.
-            ValueError: a wrong shape or device.
-
-        Source: Ioffe and Szegedy, Batch Normalization, 2015 (arXiv:1502.03167), section 3.
-        """
+        """Return the gradients, as :class:`mbn.contract.Pullback` says."""
         backend, x, settings = self._backend, self._x, self._settings
         shape, dtype, device = tuple(x.shape), dtype_name(x.dtype), backend.device(x)
         dy = received(backend, "dy", dy, dtype, device)

@@ -19,6 +19,13 @@ class ParametersWrittenBeforeStatistics(Toy):
         return value if current is None else super().write((current,), (value,))[0]
 
 
+class FirstOfSeveralWritten(Toy):
+    def write(self, before: Any, after: Any) -> Any:
+        pairs = list(zip(before, after, strict=True))
+        first = next((new for old, new in pairs if old is not new), None)
+        return tuple(new if new is first or old is None else old for old, new in pairs)
+
+
 class WrittenInSteps(Toy):
     def write(self, before: Any, after: Any) -> Any:
         sleep(0)
@@ -65,6 +72,7 @@ class Unmasked(ToyModule):
 BUGS = [
     (StatisticsNotShared, "test_module_and_layer_share_their_arrays"),
     (ParametersWrittenBeforeStatistics, "test_an_interrupted_change_is_made_or_not"),
+    (FirstOfSeveralWritten, "test_params_and_state_are_set_together"),
     (WrittenInSteps, "test_a_reader_sees_no_mixture"),
     (DeclaresModulesAndHasNone, "test_module_does_what_the_layer_does", "TypeError: toy has no modules"),
     (ModuleInTrainingForEver, "test_module_does_what_the_layer_does"),
