@@ -5,6 +5,7 @@ A wrong request ends with one line on standard error and exit code 2, never with
 
 import argparse
 import importlib.util
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from mbn.commands.output import checked_output
 from mbn.registry import BackendNotFoundError, BackendUnavailableError
 from mbn.state import outputs
 
+_INTERRUPTED = 128 + signal.SIGINT
+"""The exit code that shells give to an interrupted program."""
 _COMPARE = """\
 Run training and evaluation steps of the same BatchNorm1d on every backend, each in a process of its own, and measure
 outputs and running statistics against an exact reference, and the backends against each other.
@@ -65,6 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = str(error)
     except MemoryError as error:
         message = f"there is too little memory: {error}"
+    except KeyboardInterrupt:
+        print(f"mbn{command}: interrupted", file=sys.stderr)
+        return _INTERRUPTED
     print(f"mbn{command}: {' '.join(message.splitlines())}", file=sys.stderr)
     return 2
 
@@ -105,6 +111,13 @@ def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--shape", type=_shape, metavar="N,C[,L]", help="compare on seeded random data of this shape")
     source.add_argument("--input", type=_file, metavar="FILE", help="compare on the array(s) of a .npy or .npz file")
+    parser.add_argument(
+        "--rows",
+        type=_rows,
+        metavar="N",
+        help="with --input, compare N rows of each array, evenly spaced; 0 for all (default: rows of about 8 million "
+        "values)",
+    )
     parser.add_argument(
         "--dtype", choices=DTYPES, metavar="DTYPE", help=f"{', '.join(DTYPES)} (default: the file's, or float32)"
     )
@@ -230,6 +243,12 @@ def _shape(text: str) -> tuple[int, ...]:
     if len(shape) not in (2, 3) or min(shape) < 1:
         raise argparse.ArgumentTypeError(message)
     return shape
+
+
+def _rows(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of rows: give 0 for all, or how many, such as 65536")
+    return int(text)
 
 
 def _file(text: str) -> Path:

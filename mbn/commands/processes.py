@@ -40,7 +40,9 @@ class Process:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:  # an interrupt, say: nobody waits for the answer
+            self._child.kill()
         self.close()
 
     def ask(self, question: object) -> Any:

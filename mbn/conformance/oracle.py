@@ -54,6 +54,22 @@ def train(
     (N, L), say how often each value counts; each does once without them. Where they add up to ``correction`` or less,
     there is no variance to learn from and the statistics stay as they are.
     """
+    return train_often(1, x, running_mean, running_var, weight, bias, momentum, eps, correction, weights)
+
+
+def train_often(
+    steps: int,
+    x: np.ndarray,
+    running_mean: np.ndarray,
+    running_var: np.ndarray,
+    weight: np.ndarray | None,
+    bias: np.ndarray | None,
+    momentum: float,
+    eps: float,
+    correction: int = 1,
+    weights: np.ndarray | None = None,
+) -> Step:
+    """Return the last of several training steps on the same ``x``, with arguments as of :func:`train`."""
     counts = _counts(x, weights)
     counted = counts > 0
     old = list(zip(running_mean.tolist(), running_var.tolist(), strict=True))
@@ -71,9 +87,11 @@ def train(
             eps,
             counted,
         )
-        new_means = [_blend(step, mean, new.mean, new.size) for (mean, _), new in zip(old, moments, strict=True)]
-        new_variances = [_blend(step, var, new, new) for (_, var), new in zip(old, unbiased, strict=True)]
-    return Step(y, _exact(new_means), _exact(new_variances))
+        new = _stepped(old, step, moments, unbiased)
+        for _ in range(steps - 1):  # a layer stores its statistics rounded
+            stored = (exact.hi.astype(running_mean.dtype).tolist() for exact in new)
+            new = _stepped(list(zip(*stored, strict=True)), step, moments, unbiased)
+    return Step(y, *new)
 
 
 def evaluate(
@@ -111,8 +129,9 @@ def _scaled(values: np.ndarray) -> tuple[np.ndarray, Decimal]:
 
 def _sum(terms: np.ndarray, unit: Decimal) -> Decimal:
     """Return ``unit`` times a sum to twice float64's precision: fsum rounds it once, and again what that left."""
-    rounded = math.fsum(terms)
-    return (Decimal(rounded) + Decimal(math.fsum([*terms, -rounded]))) * unit
+    numbers = terms.tolist()
+    rounded = math.fsum(numbers)
+    return (Decimal(rounded) + Decimal(math.fsum([*numbers, -rounded]))) * unit
 
 
 def _moments(values: np.ndarray, counts: np.ndarray, n: Decimal) -> _Moments:
@@ -134,6 +153,14 @@ def _weighted_sum(counts: np.ndarray, hi: np.ndarray, lo: np.ndarray) -> Decimal
     """Return the sum of counts * (hi + lo)."""
     product, rest = _product(counts, hi)
     return _sum(np.concatenate([product, rest + counts * lo]), Decimal(1))
+
+
+def _stepped(
+    old: list[tuple[float, float]], step: Decimal, moments: list[_Moments], unbiased: list[Decimal]
+) -> tuple[Exact, Exact]:
+    """Return the running means and variances after a step from old ones, per channel."""
+    means = [_blend(step, mean, new.mean, new.size) for (mean, _), new in zip(old, moments, strict=True)]
+    return _exact(means), _exact([_blend(step, var, new, new) for (_, var), new in zip(old, unbiased, strict=True)])
 
 
 def _blend(step: Decimal, old: float, new: Decimal, size: Decimal) -> tuple[Decimal, Decimal]:

@@ -6,8 +6,6 @@ Everything that can be refused is refused before any work is done.
 import argparse
 import io
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
 from mbn.commands import options
 from mbn.commands.bench import measurement, record, report
 from mbn.commands.bench.measurement import Measurement
@@ -15,6 +13,7 @@ from mbn.commands.bench.workloads import MODES, PULLBACK, Workload
 from mbn.commands.options import UsageError
 from mbn.commands.output import console
 from mbn.commands.processes import NotRun
+from mbn.commands.progress import Steps, progress
 from mbn.state import outputs
 
 _MEASURED, _FAILED, _NOTHING_RAN = 0, 1, 2
@@ -36,16 +35,18 @@ def run(args: argparse.Namespace) -> int:
         backends = _on_device(args.device, backends)
     else:
         options.check_runnable(backends)
-    result = _measure(workload, measurement.subjects(backends, args.device), modes)
     written = {}
-    if args.json:
-        written[args.json] = record.to_json(result).encode()
-    if args.plot and result.timed:
-        from mbn.commands.bench import plot
+    with progress() as steps:
+        result = _measure(workload, measurement.subjects(backends, args.device), modes, steps)
+        if args.json:
+            written[args.json] = record.to_json(result).encode()
+        if args.plot and result.timed:
+            steps.begin("the picture")
+            from mbn.commands.bench import plot
 
-        picture = io.BytesIO()
-        plot.save(result, picture)
-        written[args.plot] = picture.getvalue()
+            picture = io.BytesIO()
+            plot.save(result, picture)
+            written[args.plot] = picture.getvalue()
     try:
         report.show(console(), result)
     finally:  # that nobody reads is no reason to lose it
@@ -67,15 +68,19 @@ def _on_device(device: str, backends: list[str]) -> list[str]:
     return found
 
 
-def _measure(workload: Workload, specs: list[str], modes: tuple[str, ...]) -> Measurement:
-    columns = TextColumn("{task.description:<12}"), BarColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console(stderr=True)) as bar:
-        task = bar.add_task("", total=len(specs) * (measurement.ROUNDS + 1))
+def _measure(workload: Workload, specs: list[str], modes: tuple[str, ...], steps: Steps) -> Measurement:
+    rounds = measurement.ROUNDS + 1  # the first makes the subjects ready
+    steps.plan(rounds * len(specs))
+    measured = -1
 
-        def advance(spec: str) -> None:
-            bar.update(task, advance=1, description=spec)
+    def begin(spec: str) -> None:
+        nonlocal measured
+        measured += 1
+        steps.begin(spec)
+        if measured:
+            steps.advance(1)
 
-        return measurement.measure(workload, specs, modes, advance)
+    return measurement.measure(workload, specs, modes, begin)
 
 
 def _workload(args: argparse.Namespace) -> Workload:

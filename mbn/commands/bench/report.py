@@ -28,18 +28,19 @@ def show(console: Console, measurement: Measurement) -> None:
     print_filled(console, _who(measurement), not_run("subject", reasons))
     if not measurement.timed:
         return
-    console.print(_description(measurement), style="bold")
+    console.print(description(measurement), style="bold")
     console.print(_EXPLANATION)
     for mode in measurement.modes:
         console.print(TITLES[mode], style="bold")
         print_filled(console, _times(measurement, mode))
 
 
-def _description(measurement: Measurement) -> str:
+def description(measurement: Measurement) -> str:
+    """Return the shape and dtype of x, and the rest of the workload where it is not the usual."""
     workload = measurement.workload
     parts = [f"x of {workload.shape} {workload.dtype}"]
     parts += [f"axis {workload.axis}"] if workload.axis != 1 else []
-    parts += ["every third place masked"] if workload.masked else []
+    parts += ["every third position masked"] if workload.masked else []
     return ", ".join(parts)
 
 

@@ -1,9 +1,10 @@
-"""Agreement as a picture: who is how far from whom, on a scale from identical to the bound.
+"""Agreement as a picture: the largest differences between backends and from the reference, beside the bounds.
 
-One panel a quantity, one cell a pair: the worst over the examples, its share of the bound as a colour and in ulp as a
-number.
+Each quantity has a panel, and each pair a cell: its largest difference over the examples, in ulp as a number and as a
+share of the bound as a colour.
 """
 
+import textwrap
 from itertools import combinations
 from pathlib import Path
 from typing import BinaryIO
@@ -26,6 +27,8 @@ _TITLES = dict(
 _INK, _QUIET = "#1f2933", "#6b7785"
 _SHADES = ("#eef5f5", "#b9dcda", "#6fb3b8", "#2f7f93", "#14475f")
 _BEYOND = "#c8442e"
+_LETTERS, _LINE, _EXAMPLES = 9, 0.2, 6
+"""Letters of the title that fit an inch, inches of a line of it, and examples that it names."""
 
 
 def save(comparisons: list[Comparison], file: Path | BinaryIO) -> None:
@@ -35,13 +38,26 @@ def save(comparisons: list[Comparison], file: Path | BinaryIO) -> None:
     cell = max(0.85, 0.095 * max(map(len, names[:-1])))  # inches: the labels must not touch
     side = 1.4 + cell * (len(names) - 1)
     layout = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.15, hspace=0.08, wspace=0.08)
-    figure = Figure(figsize=(max(2 * side + 0.6, 6), 2 * side + 2.2), layout=layout)
-    figure.suptitle("Largest differences, in ulp", color=_INK, fontsize=17, fontweight="bold")
+    width = max(2 * side + 0.6, 6)
+    data = _data(comparisons, width)
+    figure = Figure(figsize=(width, 2 * side + 2.2 + _LINE * len(data)), layout=layout)
+    title = "\n".join(["Largest differences, in ulp", *data])
+    figure.suptitle(title, color=_INK, fontsize=11.5, fontweight="bold")
     panels = figure.subplots(2, 2).ravel()
     for panel, quantity in zip(panels, QUANTITIES, strict=True):
         _draw(panel, names, quantity, comparisons, colours)
     _draw_scale(figure, list(panels), colours)
     figure.savefig(file, format="png", dpi=160, facecolor="white")
+
+
+def _data(comparisons: list[Comparison], width: float) -> list[str]:
+    """Return lines with the file, shape and dtype of each example, for a picture of a width in inches."""
+    titles = []
+    for example in (comparison.example for comparison in comparisons):
+        rows = f", {len(example.x):,} of its {example.total_rows:,} rows" if example.total_rows else ""
+        titles.append(f"{example.title}{rows}")
+    more = [f"and {len(titles) - _EXAMPLES} more"] * (len(titles) > _EXAMPLES)
+    return [line for title in [*titles[:_EXAMPLES], *more] for line in textwrap.wrap(title, int(width * _LETTERS))]
 
 
 def _draw(panel: Axes, names: list[str], quantity: str, comparisons: list[Comparison], colours: Colormap) -> None:
@@ -70,7 +86,7 @@ def _draw(panel: Axes, names: list[str], quantity: str, comparisons: list[Compar
 
 
 def _worst(a: str, b: str, quantity: str, comparisons: list[Comparison]) -> tuple[float, float]:
-    """Return the largest distance of a pair, as a share of its bound and in ulp; NaN where they never met."""
+    """Return the largest distance of a pair, as a share of its bound and in ulp; NaN where no example has both."""
     distances = [
         (ulps[quantity] / bounds(comparison.example)[quantity], ulps[quantity])
         for comparison in comparisons

@@ -1,4 +1,4 @@
-"""A comparison for programs: strict JSON with everything that was measured, and on what."""
+"""A comparison as strict JSON: every figure, with the versions and the machine."""
 
 import math
 from typing import Any
@@ -22,6 +22,7 @@ def _example(comparison: Comparison) -> dict[str, Any]:
     return {
         "name": example.name,
         "shape": example.x.shape,
+        "rows": {"compared": len(example.x), "of": example.total_rows or len(example.x)},
         "dtype": example.dtype,
         "layer_dtype": example.layer_dtype,
         "momentum": example.momentum,

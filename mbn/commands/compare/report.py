@@ -1,7 +1,4 @@
-"""A comparison for people: readable at 80 columns, in colour or piped, with nothing cut off.
-
-It writes ASCII alone, which every terminal, pipe and log takes.
-"""
+"""A comparison as tables for people: 80 columns wide, nothing cut off, and ASCII alone for every terminal and log."""
 
 import math
 
@@ -22,7 +19,9 @@ def show(console: Console, comparisons: list[Comparison], verdict: Verdict) -> N
     if verdict.exit_code != NOTHING_RAN:
         console.print("Largest error against the exact reference, in ulp; median time of a call, in ms:\n")
         for number, comparison in enumerate(comparisons, 1):
-            console.print(f"{number}. {comparison.example.name} ({comparison.example.dtype})", style="bold")
+            console.print(f"{number}. {comparison.example.title}", style="bold")
+            if comparison.example.sampled:
+                console.print(comparison.example.sampled)
             print_filled(console, _example(comparison, ran(comparisons)))
     pairs = _pairs(comparisons)
     if pairs.row_count:
@@ -75,7 +74,7 @@ def _ulps(ulps: Ulps) -> list[str]:
 
 
 def format_ulp(ulp: float) -> str:
-    """Return an error as text; an exact 0 is told from a small one."""
+    """Return an error as text. 0 stands for an exact 0 alone: a small error is 0.00."""
     if ulp == 0 or math.isinf(ulp):
         return f"{ulp:.0f}"
     return f"{ulp:.2f}" if ulp < 1000 else f"{ulp:.1e}"
