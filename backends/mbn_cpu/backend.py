@@ -5,6 +5,7 @@ Everything is on the host, so the border is a cast at most.
 
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ class HostBackend(Backend):
     """Tell so of x, its sample weights and another array in its shape: one of the functions below."""
 
     capabilities = Capabilities(
-        dtypes=frozenset({"float16", "bfloat16", "float32", "float64"}),
+        dtypes=frozenset({"float16", "float32", "float64"} | ({"bfloat16"} if find_spec("ml_dtypes") else set())),
         devices=("cpu",),
         mutable=True,
         strided=True,

@@ -27,3 +27,12 @@ def test_the_picture_is_a_png_of_sensible_size(tmp_path, names):
     assert data.startswith(b"\x89PNG")
     assert 600 < width < 6000
     assert 600 < height < 6000
+
+
+def test_the_picture_names_file_shape_and_dtype(tmp_path):
+    np.savez(tmp_path / "x.npz", **{f"layer{k}": np.eye(8) for k in range(8)})
+    several = [compare(example, reference(example), {}) for example in examples.read(tmp_path / "x.npz", "float32", 4)]
+    lines = plot._data(several, 8)
+    assert lines[0] == "layer0 of x.npz (8, 8), float32, 4 of its 8 rows"
+    assert lines[-1] == "and 2 more"
+    assert max(map(len, plot._data(several, 3))) <= 27
