@@ -1,1 +1,1 @@
-"""The command line: what is asked for, how it is printed, and the processes that do the work."""
+"""The command line: its options, its printed output, and the processes that do the work."""

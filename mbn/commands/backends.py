@@ -1,11 +1,11 @@
-"""``mbn backends``: what is known, what works here and why the rest does not. One broken backend hides no other."""
+"""``mbn backends``: the known backends, and the reason why one cannot be used here. A broken one hides no other."""
 
 from mbn.commands.output import console, essence, print_filled, table
 from mbn.registry import get_backend, known_backends, misnamed_entry_points
 
 
 def show() -> None:
-    """Print the usable backends with what they can do, and the others with the reason."""
+    """Print the usable backends with their capabilities, and the others with the reason."""
     usable = table("backend", "version", "devices", "dtypes", "can", "from")
     others = table("backend", "cannot be used here", "from")
     for name, known in known_backends().items():

@@ -1,6 +1,6 @@
-"""The command line: what is asked for is said in one place, and done elsewhere.
+"""The command line: the options of all commands; other files do the work.
 
-A wrong request ends with one line on standard error and exit code 2, never with a traceback.
+A wrong option ends the command with one line on standard error and exit code 2, never with a traceback.
 """
 
 import argparse
@@ -29,27 +29,29 @@ outputs and running statistics against an exact reference, and the backends agai
 Without --shape or --input, the examples are three easy textbook ones and a hard one, whose mean is 10 000 standard
 deviations.
 
-Errors are in ulp (units in the last place) of the terms a result is added from. The bounds: outputs 4 ulp in float32
+Errors are in ulp (units in the last place) of the terms whose sum the result is. The bounds: outputs 4 ulp in float32
 and float64, 1 ulp in float16 and bfloat16; running statistics 2 ulp in float32, 4 ulp in float64. Every backend
-evaluates from the reference's running statistics, so that no error is counted twice.
+evaluates with the reference's running statistics, so that no error is counted twice.
+
+Of a large file, evenly spaced rows are compared, and the report says how many; --rows 0 compares all of them.
 """
 _COMPARE_EXITS = "exit codes: 0 agreement; 1 a disagreement, or a backend failed; 2 bad usage, or no backend could run"
 _BENCH = """\
 Time BatchNorm1d on every backend, and the batch norms of other packages beside it: torch.nn.BatchNorm1d, flax's
-nnx.BatchNorm under jit, the NumPy formula that everyone writes, and a copy of the input, which is the limit. Each has
-a process of its own, which holds its own arrays; they are taken in turn, over several rounds.
+nnx.BatchNorm under jit, the textbook formula in NumPy, and a copy of the input, which is the limit. Each has a process
+and arrays of its own; they take turns over several rounds.
 
 Modes: train (forward), eval, backward (training, forward and backward), and if asked for pullback (the backward pass
 alone). On backends whose framework has gradients these are the framework's; on JAX each step is compiled.
 
-With --device, every backend that has this device is measured there, beside its peers and a copy within the device; who
-has none is left out. On a GPU times are taken by CUDA's events; for JAX, which has none, by many calls that are waited
-for together.
+With --device, every backend that has this device is measured there, beside its peers and a copy within the device; the
+other backends are left out. On a GPU the times are those of CUDA events. JAX has no events, so many of its calls are
+queued, and the host's clock times the wait for the last one.
 """
 _BENCH_EXITS = "exit codes: 0 measured; 1 measured, but a subject failed; 2 bad usage, or no backend could run"
 _CONFORM = """\
-Hold a backend to the contract: run the conformance suite that every backend of mbn must pass. Whatever else is given
-goes to pytest: `mbn conform numpy -x -k float16`.
+Hold a backend to the contract: run the conformance suite that every backend of mbn must pass. All other options go to
+pytest: `mbn conform numpy -x -k float16`.
 """
 
 
@@ -76,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:
-    """Return arguments with ``--shape -1,3`` as one of them, or argparse takes -1,3 for an option that it has not."""
+    """Return arguments with ``--shape -1,3`` as a single one: argparse takes a -1,3 by itself for an unknown option."""
     joined: list[str] = []
     for argument in arguments:
         if joined and joined[-1] == "--shape" and argument[:1] == "-" and argument[1:2].isdigit():
@@ -137,9 +139,9 @@ def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", metavar="DTYPE", help=f"{', '.join(DTYPES)} (default: float32)"
     )
-    parser.add_argument("--axis", type=int, choices=(1, -1), default=1, help="where the channels are (default: 1)")
+    parser.add_argument("--axis", type=int, choices=(1, -1), default=1, help="the axis of the channels (default: 1)")
     parser.add_argument("--modes", type=_modes, metavar="A,B", help=f"{', '.join(MODES)} (default: all), {PULLBACK}")
-    parser.add_argument("--masked", action="store_true", help="mask every third place")
+    parser.add_argument("--masked", action="store_true", help="mask every third position")
     _add_backend_option(parser)
     parser.add_argument(
         "--device", type=_device, metavar="DEVICE", help="measure on this device alone: cuda, cuda:1, cpu"
@@ -158,14 +160,14 @@ def _add_backend_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_files(parser: argparse.ArgumentParser, picture: str) -> None:
-    parser.add_argument("--json", type=_file, metavar="FILE", help="write everything that was measured as JSON")
+    parser.add_argument("--json", type=_file, metavar="FILE", help="write every figure as JSON")
     parser.add_argument(
         "--plot", type=_png, metavar="FILE.png", help=f"{picture} (needs matplotlib: pip install 'mbn-batchnorm[plot]')"
     )
 
 
 def _add_backends(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    text = "list the known backends: what they can do, or why they cannot be used here"
+    text = "list the known backends with their capabilities, or the reason why they cannot be used here"
     parser = commands.add_parser("backends", help=text, description=f"{text[0].upper()}{text[1:]}.")
     parser.set_defaults(run=_backends)
 
@@ -180,7 +182,7 @@ def _add_conform(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("name", metavar="NAME", help="the backend, or NAME:DEVICE")
     parser.add_argument(
-        "--device", type=_device, metavar="DEVICE", help="where its arrays are, as in NAME:DEVICE: cuda, cuda:1"
+        "--device", type=_device, metavar="DEVICE", help="the device of its arrays, as in NAME:DEVICE: cuda, cuda:1"
     )
     parser.add_argument("--json", type=_file, metavar="FILE", help="write the results as JSON")
     parser.add_argument("--junit-xml", type=_file, metavar="FILE", help="write the results as JUnit XML")

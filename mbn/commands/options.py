@@ -1,6 +1,6 @@
 """Checks of the options of all commands, before any work is done.
 
-A mistake of the user's is told in one line, without a traceback.
+A wrong option is an error of one line, without a traceback.
 """
 
 import importlib.util
@@ -18,11 +18,11 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 class UsageError(Exception):
-    """The command cannot do what it was asked; the message says why and what would do."""
+    """The command cannot do its work with these options; the message gives the reason and a way out."""
 
 
 def backends(specs: list[str] | None) -> list[str]:
-    """Return the backends that were asked for, each ``NAME`` or ``NAME:DEVICE``; by default every known one.
+    """Return the backends that the user named, each ``NAME`` or ``NAME:DEVICE``; by default every known one.
 
     Raises:
         BackendNotFoundError: one has an unknown name.
@@ -32,7 +32,7 @@ def backends(specs: list[str] | None) -> list[str]:
     for spec in specs or ():
         name, colon, device = spec.partition(":")
         if name not in known:
-            get_backend(name)  # which says so, and what the name may have been meant to be
+            get_backend(name)  # raises, with the known names and the closest one
         if colon and not device:
             raise UsageError(
                 f"{spec!r} names no device: {name} alone is on its default device, and {name}:cpu, say, on another."
@@ -41,10 +41,10 @@ def backends(specs: list[str] | None) -> list[str]:
 
 
 def check_runnable(specs: list[str]) -> None:
-    """Refuse backends, each ``NAME`` or ``NAME:DEVICE``, of which none can run here, before there is work for them.
+    """Refuse backends, each ``NAME`` or ``NAME:DEVICE``, if none of them can run here.
 
     Raises:
-        UsageError: none can.
+        UsageError: none can; the message has the reasons.
     """
     reasons: dict[str, list[str]] = {}
     for spec in specs:
@@ -52,14 +52,16 @@ def check_runnable(specs: list[str]) -> None:
         if refused is None:
             return
         reasons.setdefault(refused.why, []).append(spec)
-    raise UsageError(" ".join(["no backend can run.", *(f"{', '.join(who)}: {why}" for why, who in reasons.items())]))
+    raise UsageError(
+        " ".join(["no backend can run.", *(f"{', '.join(names)}: {why}" for why, names in reasons.items())])
+    )
 
 
 def on_device(spec: str, device: str | None) -> str:
     """Return a backend, ``NAME`` or ``NAME:DEVICE``, with the device of an option beside it.
 
     Raises:
-        UsageError: both name a device, and not the same.
+        UsageError: each names a device, and the two differ.
     """
     name, _, given = spec.partition(":")
     if given and device and given != device:
@@ -68,10 +70,10 @@ def on_device(spec: str, device: str | None) -> str:
 
 
 def check_plot(plot: Path | None) -> None:
-    """Refuse a picture that nothing here can draw.
+    """Refuse a picture where matplotlib is not installed.
 
     Raises:
-        UsageError: there is no matplotlib.
+        UsageError: it is not.
     """
     if plot and importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib, which is not installed: pip install matplotlib.")

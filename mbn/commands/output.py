@@ -1,4 +1,4 @@
-"""How commands print: tables of plain text that fit a terminal of 80 columns."""
+"""The printed output of commands: tables of plain text that fit a terminal of 80 columns."""
 
 import os
 import re
@@ -19,7 +19,7 @@ _REASON_LENGTH = 300
 
 
 class _Output:
-    """Standard output, which says in one line that it cannot be written to."""
+    """Standard output, with an error of one line where it cannot be written."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -32,39 +32,39 @@ class _Output:
         return self._try(self._stream.write, text)
 
     def flush(self) -> None:
-        """Write all that has been kept back."""
+        """Write all text in the buffer."""
         self._try(self._stream.flush)
 
     def _try(self, step: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return step(*arguments)
         except OSError as error:
-            with suppress(OSError):  # so that Python, when it ends, can write what is kept back
+            with suppress(OSError):  # so that Python, when it ends, can write the rest of the buffer
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
             raise UsageError(f"standard output cannot be written: {error.strerror or error}.") from error
 
 
 @contextmanager
 def checked_output() -> Iterator[None]:
-    """Return a context where it is a UsageError that standard output cannot be written to: a full disk, a closed pipe.
+    """Return a context in which a full disk or a closed pipe behind standard output is a UsageError.
 
-    Whoever prints there, argparse, rich or pytest, nothing is kept back at the end.
+    At its end the buffer is written, with the text of argparse, rich and pytest too.
     """
-    if sys.stdout is None:  # where the process began without one
+    if sys.stdout is None:  # the process began without one
         yield
         return
     output = _Output(sys.stdout)
     with redirect_stdout(cast(TextIO, output)):
         try:
             yield
-        except SystemExit:  # of argparse, after a text of help
+        except SystemExit:  # argparse raises it after a text of help
             output.flush()
             raise
         output.flush()
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Return a console that prints text as it is."""
+    """Return a console that prints text unchanged."""
     return Console(stderr=stderr, markup=False, highlight=False)
 
 
@@ -79,7 +79,7 @@ def table(*columns: str, numbers: Iterable[str] = ()) -> Table:
 
 
 def print_filled(console: Console, *tables: Table) -> None:
-    """Print those tables that have rows, each with an empty line below."""
+    """Print the tables that have rows, each with an empty line below."""
     for filled in tables:
         if filled.row_count:
             console.print(filled)
@@ -87,7 +87,7 @@ def print_filled(console: Console, *tables: Table) -> None:
 
 
 def not_run(head: str, reasons: Mapping[str, Iterable[NotRun]]) -> Table:
-    """Return a table of who did not run and why, under the head ``head``; a reason that comes again is said once."""
+    """Return a table of the subjects that did not run, under the heading ``head``, with each reason once."""
     made = table(head, "why it did not run")
     for name, outcomes in reasons.items():
         for reason in dict.fromkeys(_reason(outcome) for outcome in outcomes):
@@ -96,7 +96,7 @@ def not_run(head: str, reasons: Mapping[str, Iterable[NotRun]]) -> Table:
 
 
 def essence(why: str) -> str:
-    """Return a reason without what its place in a table says already, on one line, and short."""
+    """Return a reason without the backend's name, which the table has already, on one short line."""
     return textwrap.shorten(re.sub(r"^backend '[^']*':? (is known but )?", "", why), _REASON_LENGTH, placeholder=" ...")
 
 

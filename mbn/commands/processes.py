@@ -1,7 +1,7 @@
-"""A function in a process of its own, asked again and again: whatever happens there, an answer comes back.
+"""A function in a process of its own, for any number of questions; an answer comes back even if the process dies.
 
-Frameworks in one process are not to be trusted with each other: their thread pools slow each other down by orders of
-magnitude, and one that crashes would take the others along.
+Each framework has a process of its own: in one process their thread pools slow each other down by orders of magnitude,
+and a crash of one framework would end the others too.
 """
 
 import os
@@ -15,24 +15,24 @@ from tempfile import TemporaryFile
 from typing import Any, NamedTuple, Self
 
 _PATIENCE = 10
-"""Seconds that a process has to end in."""
+"""Seconds that a process may take to end."""
 
 
 class NotRun(NamedTuple):
-    """What stands for an answer: who was asked cannot run here, or is ``broken``, having claimed that it can."""
+    """The answer of a subject that cannot run here, or that is ``broken``: it claimed that it can run, and failed."""
 
     why: str
     broken: bool
 
 
 class Process:
-    """A module that calls ``serve``, run as a process of its own. Between two questions it sleeps.
+    """A module that calls ``serve``, as a process of its own, which sleeps between two questions.
 
-    It inherits the environment, and so finds mbn and its backends where this one found them.
+    It inherits the environment, and so imports the same mbn and the same backends.
     """
 
     def __init__(self, module: str) -> None:
-        self._errors = TemporaryFile()  # noqa: SIM115 - a pipe that nobody reads fills up
+        self._errors = TemporaryFile()  # noqa: SIM115 - a pipe without a reader would fill up
         self._child = subprocess.Popen(
             [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors
         )
@@ -41,7 +41,7 @@ class Process:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:  # an interrupt, say: nobody waits for the answer
+        if kind is not None:  # after an interrupt, say, the answer is not needed
             self._child.kill()
         self.close()
 
@@ -58,7 +58,7 @@ class Process:
     def close(self) -> None:
         """End the process."""
         for pipe in (self._child.stdin, self._child.stdout):
-            with suppress(OSError):  # a question that a dead process has not read
+            with suppress(OSError):  # a dead process has left its question unread
                 pipe.close()  # type: ignore[union-attr]
         self._wait()
         self._errors.close()
@@ -79,9 +79,9 @@ class Process:
 
 
 def serve(answer: Callable[[Any], Any]) -> None:
-    """Answer the questions of the process that started this one, until there are no more."""
+    """Answer the questions of the parent process until it asks no more."""
     questions, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a framework prints is no answer
+    os.dup2(2, 1)  # a framework may print to standard output, which carries the answers
     while True:
         try:
             question = pickle.load(questions)  # noqa: S301 - written by Process
@@ -92,5 +92,5 @@ def serve(answer: Callable[[Any], Any]) -> None:
 
 
 def broken(error: Exception) -> NotRun:
-    """Return what stands for the answer of someone who raised what nobody expected."""
+    """Return the answer of a subject that raised an unexpected error."""
     return NotRun(f"{type(error).__name__}: {error}", broken=True)

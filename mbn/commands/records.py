@@ -1,4 +1,4 @@
-"""Measurements for programs: strict JSON, with the versions and the machine that they were made on."""
+"""Measurements as strict JSON, with the versions and the machine."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from mbn.commands.processes import NotRun
 
 
 def to_json(record: dict[str, Any]) -> str:
-    """Return a record, and on what it was measured, as a JSON document."""
+    """Return a record as a JSON document, with the versions and the machine."""
     environment = {
         "versions": {"mbn": mbn.__version__, "python": platform.python_version(), "numpy": np.__version__},
         "machine": {"platform": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},

@@ -1,4 +1,4 @@
-"""What runs here, for bug reports: it must never raise, and never import a framework, which can take seconds."""
+"""The versions for a bug report. They come out even where something is broken, and no framework is imported."""
 
 import platform
 import sys
@@ -23,7 +23,7 @@ _DISTRIBUTIONS = (
 
 
 def show(version: str, file: str) -> None:
-    """Print the versions of Python, of mbn, which is in a file, and of the frameworks, and the known backends."""
+    """Print the versions of Python, of mbn with its file, and of the frameworks, and the known backends."""
     print(f"python: {sys.version.split()[0]} ({platform.platform()})")
     print(f"mbn: {version} ({file})")
     for distribution in _DISTRIBUTIONS:
@@ -36,7 +36,7 @@ def _version(distribution: str) -> str:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return "not installed"
-    except Exception as error:  # noqa: BLE001 - a bug report must come out even where the metadata are broken
+    except Exception as error:  # noqa: BLE001 - the metadata may be broken in any way
         return f"unreadable ({type(error).__name__}: {error})"
 
 

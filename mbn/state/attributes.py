@@ -120,8 +120,8 @@ class Entry:
 
     def __delete__(self, layer: object) -> None:
         raise AttributeError(
-            f"{self._name} of a layer can't be deleted: what a layer has is said when it is made, by affine, bias and "
-            "track_running_stats."
+            f"{self._name} of a layer can't be deleted: a layer's arguments affine, bias and track_running_stats "
+            "decide which arrays it has."
         )
 
 

@@ -1,1 +1,1 @@
-"""``mbn bench``: how fast every backend and its peers normalise a shape, measured side by side."""
+"""``mbn bench``: the speed of every backend and its peers on a shape, measured side by side."""

@@ -1,4 +1,4 @@
-"""What is timed: calls, and the arrays that come out of them."""
+"""Timed calls, and the arrays that they return."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 from mbn.contract import Array
 
 Call: TypeAlias = Callable[[], Any]
-"""One call of what is measured."""
+"""One call of a subject."""
 
 
 def arrays(result: Any) -> list[Array]:

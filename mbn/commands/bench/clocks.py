@@ -1,7 +1,8 @@
-"""How a call is timed where it computes: by the host's clock, by a device's events, or many queued calls at a time.
+"""Clocks for calls: the host's clock, the events of a device, and the host's clock around many queued calls.
 
-A device works through a queue, and a host clock around one call would time the queue's ends. What a device reads must
-not lie in its cache, so where one set of arrays is small, calls take turns on several. This module knows no framework.
+A device works through a queue, and the host's clock around one call would time the queue alone. The inputs of a call
+must not lie in the device's cache, so calls take turns on several sets of arrays where one set is small. This module
+knows no framework.
 """
 
 import math
@@ -16,31 +17,31 @@ from mbn.commands.bench import memory
 from mbn.commands.bench.calls import Call
 
 TURN = 0.1
-"""Seconds that a turn takes at least."""
+"""The least seconds of a turn."""
 _SAMPLE = 50e-6
-"""Seconds of a sample at least on the host: shorter calls are timed several at a time, so that its clock's own time is
-small."""
+"""The least seconds of a sample on the host. Shorter calls are timed several at a time, so that the time of the clock
+itself is small beside them."""
 _SAMPLES = 3
-"""In a turn at least, on the host."""
+"""The least number of samples in a turn, on the host."""
 _WARM_UP = 0.05
-"""Seconds that a device works before it is timed, until it runs at its full speed."""
+"""Seconds of work before a device is timed, after which it runs at its full speed."""
 _ROTATED = 256 * 2**20
-"""Bytes of input that calls on a device take turns on: several times the cache of any."""
+"""Bytes of input that calls on a device take turns on: several times the largest cache of a device."""
 _SETS = 32
-"""Of arrays at most. Inputs that are too small for _ROTATED take less time than a launch, wherever they lie."""
+"""The most sets of arrays. Smaller inputs take less time than a launch, in the cache or out of it."""
 
 
 class Clock(ABC):
     """Times calls where they are computed."""
 
     waits: ClassVar[bool] = False
-    """Whether the outputs of a call have to be there when it returns."""
+    """Whether a call has to return after its outputs have been computed."""
     captures: ClassVar[bool] = False
-    """Whether ``captured`` is to be had."""
+    """Whether the clock has ``captured``."""
 
     @abstractmethod
     def sets(self, nbytes: int) -> int:
-        """Return how many sets of arrays calls have to take turns on, for inputs of this size."""
+        """Return the number of sets of arrays that calls take turns on, for inputs of this size."""
 
     @abstractmethod
     def seconds(self, calls: Sequence[Call]) -> float:
@@ -48,15 +49,15 @@ class Clock(ABC):
 
     @abstractmethod
     def beyond_arrays(self, call: Call) -> int | None:
-        """Return by how many bytes memory grew during a call, less its outputs; None where nothing tells."""
+        """Return the growth of memory in bytes during a call, less its outputs; None where it cannot be measured."""
 
     def captured(self, call: Call) -> Call:
-        """Return a call that has the device repeat what this one does, without the host's part: as a CUDA graph."""
+        """Return a call in which the device repeats the work of this one without the host: a CUDA graph."""
         raise NotImplementedError
 
 
 class HostClock(Clock):
-    """The host's clock, around calls that return when all is done."""
+    """The host's clock, around calls that return after their work."""
 
     waits: ClassVar[bool] = True
 
@@ -67,7 +68,7 @@ class HostClock(Clock):
     def seconds(self, calls: Sequence[Call]) -> float:
         """Return the median over about a tenth of a second."""
         (call,) = calls
-        once = elapsed(call, 1)  # caches and threads wake up
+        once = elapsed(call, 1)  # warms up caches and threads too
         number = max(1, round(_SAMPLE / max(once, 1e-9)))
         samples: list[float] = []
         end = time.perf_counter() + TURN
@@ -81,19 +82,19 @@ class HostClock(Clock):
 
 
 class DeviceClock(Clock):
-    """The median over many intervals in which the device is busy with one call after another."""
+    """The median over many intervals, in which the device works on one call after another."""
 
     interval: ClassVar[float]
-    """Seconds of an interval at least."""
+    """The least seconds of an interval."""
     intervals: ClassVar[int]
-    """In a turn at least."""
+    """The least number of intervals in a turn."""
 
     @abstractmethod
     def intervals_of(self, calls: Call, number: int) -> list[float]:
-        """Call ``calls`` a number of times, and return how long the device took each time, in seconds."""
+        """Call ``calls`` a number of times, and return the seconds of the device for each time."""
 
     def sets(self, nbytes: int) -> int:
-        """Return so many that no cache holds what a call is about to read."""
+        """Return so many that no cache holds the inputs of the next call."""
         return min(_SETS, math.ceil(_ROTATED / nbytes))
 
     def seconds(self, calls: Sequence[Call]) -> float:
@@ -108,7 +109,7 @@ class DeviceClock(Clock):
 
 
 class EventClock(DeviceClock):
-    """Events that the device records when it comes to them in its queue."""
+    """Events that the device records when it reaches them in its queue."""
 
     interval: ClassVar[float] = 0.5e-3  # events are exact to half a microsecond
     intervals: ClassVar[int] = 20
@@ -122,7 +123,7 @@ class EventClock(DeviceClock):
         """Return the seconds between two events, once the device has recorded both."""
 
     def intervals_of(self, calls: Call, number: int) -> list[float]:
-        """Queue all calls with an event after each round of them, and wait only then."""
+        """Queue all calls, with an event after each round of them, and wait once at the end."""
         events = [self.record()]
         for _ in range(number):
             calls()
@@ -131,9 +132,9 @@ class EventClock(DeviceClock):
 
 
 class QueueClock(DeviceClock):
-    """The host's clock around many queued calls, where a framework has no events: it waits for the last of them."""
+    """The host's clock around many queued calls and the wait for the last, for a framework without events."""
 
-    interval: ClassVar[float] = 20e-3  # to wait takes the host tens of microseconds
+    interval: ClassVar[float] = 20e-3  # a wait takes the host tens of microseconds
     intervals: ClassVar[int] = 5
 
     def __init__(self, wait: Callable[[Any], object]) -> None:
@@ -160,6 +161,6 @@ def _last(calls: Sequence[Call], turns: int) -> Any:
     result = None
     for _ in range(turns):
         for call in calls:
-            result = None  # so that the outputs of two calls are never there together
+            result = None  # frees the outputs before the next call makes its own
             result = call()
     return result

@@ -1,6 +1,6 @@
-"""The command: options to a workload, a workload to a report, and an exit code.
+"""The command: from options to a workload, to a report and an exit code.
 
-Everything that can be refused is refused before any work is done.
+Bad options are refused before any work begins.
 """
 
 import argparse
@@ -20,7 +20,7 @@ _MEASURED, _FAILED, _NOTHING_RAN = 0, 1, 2
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure as the options say, and return the exit code.
+    """Measure the backends by the options, and return the exit code.
 
     Raises:
         UsageError: an option cannot be honoured.
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
             written[args.plot] = picture.getvalue()
     try:
         report.show(console(), result)
-    finally:  # that nobody reads is no reason to lose it
+    finally:  # the files are written even where standard output is closed
         outputs.write(written)
     if not any(spec in result.timed for spec in backends):
         return _NOTHING_RAN
@@ -57,11 +57,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _on_device(device: str, backends: list[str]) -> list[str]:
-    """Return those of the backends that have a device, there, and say who is left out."""
+    """Return the backends that have a device, each on it, and print the names of the others."""
     specs = [options.on_device(spec, device) for spec in backends]
     found = measurement.placed(specs)
     if not found:
-        raise UsageError(f"no backend here has a device {device!r}. `mbn backends` says which devices there are.")
+        raise UsageError(f"no backend here has a device {device!r}. `mbn backends` lists the devices of each.")
     left_out = [spec.partition(":")[0] for spec in specs if spec not in found]
     if left_out:
         console().print(f"Not on {device}, and so left out: {', '.join(left_out)}.\n", highlight=False)
@@ -69,7 +69,7 @@ def _on_device(device: str, backends: list[str]) -> list[str]:
 
 
 def _measure(workload: Workload, specs: list[str], modes: tuple[str, ...], steps: Steps) -> Measurement:
-    rounds = measurement.ROUNDS + 1  # the first makes the subjects ready
+    rounds = measurement.ROUNDS + 1  # the first one prepares the subjects
     steps.plan(rounds * len(specs))
     measured = -1
 

@@ -1,6 +1,7 @@
-"""Who is fast, side by side: each subject in a process of its own, taken in turn, so that a machine's drift hits all.
+"""Subjects measured side by side: each has a process of its own, and in each round each has a turn.
 
-Ratios are medians over rounds of the ratio in a round, times medians over rounds.
+So a machine that gets slower slows down all subjects alike. A time is the median over the rounds, and a ratio the
+median of the ratios within a round.
 """
 
 import statistics
@@ -16,7 +17,7 @@ from mbn.commands.processes import NotRun, Process
 
 ROUNDS = 7
 LIMIT = tuple(PEERS)[-1]
-"""The peer that is no batch norm, but what all of them could at best be."""
+"""The peer that is no batch norm: a copy, the limit of the speed of all others."""
 
 
 class Timed(NamedTuple):
@@ -24,14 +25,14 @@ class Timed(NamedTuple):
 
     prepared: Prepared
     seconds: Mapping[str, Sequence[float]]
-    """By mode: a call's time in each round."""
+    """By mode: the time of a call in each round."""
 
     def median(self, mode: str) -> float:
         """Return the time of a call, in seconds."""
         return statistics.median(self.seconds[mode])
 
     def ratio(self, mode: str, other: "Timed") -> float:
-        """Return how many times as long as the other it takes."""
+        """Return the time of a call as a multiple of another subject's."""
         return statistics.median(a / b for a, b in zip(self.seconds[mode], other.seconds[mode], strict=True))
 
 
@@ -41,11 +42,11 @@ class Measurement(NamedTuple):
     workload: Workload
     modes: tuple[str, ...]
     subjects: Mapping[str, Timed | NotRun]
-    """By backend, as it was asked for, then by peer; the limit last."""
+    """By backend, as the user named it, then by peer; the limit last."""
 
     @property
     def timed(self) -> dict[str, Timed]:
-        """Who ran."""
+        """The subjects that ran."""
         return {spec: found for spec, found in self.subjects.items() if isinstance(found, Timed)}
 
     @property
@@ -55,21 +56,21 @@ class Measurement(NamedTuple):
 
     @property
     def limit(self) -> str:
-        """The limit, where it was taken: on a device, if all was."""
+        """The name of the limit, with its device if the subjects have one."""
         return next((spec for spec in self.subjects if spec.partition(":")[0] == LIMIT), LIMIT)
 
     def fastest_peer(self, mode: str) -> str | None:
-        """Return the peer that takes least time, the limit left out; None where none ran."""
+        """Return the peer with the least time, without the limit; None where no peer ran."""
         peers = [spec for spec in self.peers if spec != self.limit]
         return min(peers, key=lambda spec: self.timed[spec].median(mode), default=None)
 
 
 def subjects(backends: Sequence[str], device: str | None = None) -> list[str]:
-    """Return the backends and the peers that stand beside them: on the devices where those are, and the limit last.
+    """Return the backends and the peers beside them, on the devices of the backends, and the limit last.
 
     Args:
         backends: each ``NAME`` or ``NAME:DEVICE``.
-        device: where the backends are, all of them; the peers that can be there are there too.
+        device: the device of all backends; peers are on it too, as far as they can.
     """
     if device:
         peers = [peer for peer in PEERS if device == "cpu" or peer not in HOST_ONLY]
@@ -83,7 +84,7 @@ def subjects(backends: Sequence[str], device: str | None = None) -> list[str]:
 
 
 def placed(specs: Sequence[str]) -> list[str]:
-    """Return those of the backends, each ``NAME:DEVICE``, that have the device."""
+    """Return the backends, each ``NAME:DEVICE``, that have the device."""
     return [spec for spec in specs if availability.refusal(spec) is None]
 
 
@@ -97,11 +98,11 @@ def measure(
     """Measure subjects on a workload.
 
     Args:
-        workload: what they normalise.
+        workload: the input that they normalise.
         specs: the subjects; see :func:`mbn.commands.bench.subjects.subject`.
-        modes: what is timed.
-        advance: called with a subject before it is made ready, and again before its part of each round.
-        rounds: how often each has its turn.
+        modes: the modes that are timed.
+        advance: called with a subject before it is prepared, and before its turn in each round.
+        rounds: the number of rounds.
     """
     found: dict[str, Prepared | NotRun] = {}
     seconds: dict[str, dict[str, list[float]]] = {spec: {mode: [] for mode in modes} for spec in specs}

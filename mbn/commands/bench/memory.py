@@ -1,4 +1,4 @@
-"""The peak of a process's memory, beyond what it holds before a call and the arrays that the call returns."""
+"""The peak of a process's memory during a call, beyond its memory before and the arrays that the call returns."""
 
 import ctypes
 import gc
@@ -12,16 +12,16 @@ _RESET_PEAK = "5"
 
 
 def beyond_arrays(call: Call) -> int | None:
-    """Make a call, and return by how many bytes the memory of this process grew meanwhile, less the call's outputs.
+    """Make a call, and return the growth of this process's memory during it in bytes, less the call's outputs.
 
-    What is counted are resident pages: the highest number of them during the call (``VmHWM``, which is reset before),
-    less that before the call (``VmRSS``), less the bytes (``nbytes``) of all arrays that it returns. So temporaries
-    count, and so does what is kept for later calls and was not there before; inputs and outputs don't. What earlier
-    calls have freed is given back to the system first where the C library can do that (glibc), or a call could take it
-    unnoticed. Where outputs still take memory that was there, they take less than their size; 0 is the least result.
+    Resident pages are counted: their highest number during the call (``VmHWM``, which is reset before), less their
+    number before the call (``VmRSS``), less the bytes (``nbytes``) of all arrays that it returns. So temporaries count,
+    and so do new buffers that are kept for later calls; inputs and outputs do not. Memory that earlier calls have freed
+    is returned to the system first, where the C library can do that (glibc): otherwise a call could use it uncounted.
+    Outputs may still lie in memory that was there before, so a result below 0 is taken as 0.
 
     Returns:
-        Bytes; None where the system does not say, which is everywhere but on Linux.
+        Bytes; None on systems other than Linux, which do not tell.
     """
     _give_back()
     try:

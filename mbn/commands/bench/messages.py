@@ -1,4 +1,4 @@
-"""What the processes of a benchmark tell each other: plain data."""
+"""The messages between the processes of a benchmark: plain data."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -7,27 +7,27 @@ from mbn.commands.bench.workloads import Workload
 
 
 class Preparation(NamedTuple):
-    """A question: to make ready for a workload, in these modes. The answer is Prepared or NotRun."""
+    """The question to prepare for a workload, in these modes. The answer is Prepared or NotRun."""
 
     spec: str
     workload: Workload
     modes: tuple[str, ...]
     captured: bool = False
-    """Time calls that the device repeats by itself, as a CUDA graph."""
+    """Time a CUDA graph of each call, which the device repeats without the host."""
 
 
 class Turn(NamedTuple):
-    """A question: to time the calls of a mode. The answer is the median of a call, in seconds, or NotRun."""
+    """The question to time the calls of a mode. The answer is the median of a call, in seconds, or NotRun."""
 
     mode: str
 
 
 class Prepared(NamedTuple):
-    """Who is ready, and what was to be seen once only; by mode."""
+    """The answer of a subject that is ready, with the figures that are taken once; by mode."""
 
     version: str
     device: str
     first_call: Mapping[str, float]
-    """Seconds of the first call of the process, compilation included; on fewer rows where no shape is compiled for."""
+    """Seconds of the first call of the process, with compilation; on fewer rows, unless each shape is compiled."""
     memory: Mapping[str, int | None]
     """Bytes beyond the arrays at the peak of a call; see ``mbn.commands.bench.memory``."""

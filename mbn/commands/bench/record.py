@@ -1,4 +1,4 @@
-"""A measurement for programs: strict JSON with everything that was measured, and on what."""
+"""A measurement as strict JSON: every figure, with the versions and the machine."""
 
 from typing import Any
 

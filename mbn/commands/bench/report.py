@@ -1,4 +1,4 @@
-"""A measurement for people: readable at 80 columns, in colour or piped, with nothing cut off; ASCII alone."""
+"""A measurement as tables for people: 80 columns wide, nothing cut off, and ASCII alone for every terminal and log."""
 
 from rich.console import Console
 from rich.table import Table
@@ -9,8 +9,8 @@ from mbn.commands.output import milliseconds, not_run, print_filled, table
 from mbn.commands.processes import NotRun
 
 _EXPLANATION = """\
-Medians over rounds in which everyone had a turn, each in a process of its own.
-"x copy": against one copy of x, the limit. "MiB more": the peak of memory in a
+Medians over rounds in which each subject had a turn, in a process of its own.
+"x copy": the time in copies of x, the limit. "MiB more": the peak of memory in a
 call beyond inputs and outputs. "ms first": the first call, with compilation.
 """
 TITLES = {
@@ -23,9 +23,9 @@ _MEBIBYTE = 2**20
 
 
 def show(console: Console, measurement: Measurement) -> None:
-    """Print who ran and who did not, and a table for each mode."""
+    """Print the subjects that ran, those that did not, and a table for each mode."""
     reasons = {spec: [found] for spec, found in measurement.subjects.items() if isinstance(found, NotRun)}
-    print_filled(console, _who(measurement), not_run("subject", reasons))
+    print_filled(console, _subjects(measurement), not_run("subject", reasons))
     if not measurement.timed:
         return
     console.print(description(measurement), style="bold")
@@ -36,7 +36,7 @@ def show(console: Console, measurement: Measurement) -> None:
 
 
 def description(measurement: Measurement) -> str:
-    """Return the shape and dtype of x, and the rest of the workload where it is not the usual."""
+    """Return the shape and dtype of x, and the other arguments of the workload that are not the default."""
     workload = measurement.workload
     parts = [f"x of {workload.shape} {workload.dtype}"]
     parts += [f"axis {workload.axis}"] if workload.axis != 1 else []
@@ -44,7 +44,7 @@ def description(measurement: Measurement) -> str:
     return ", ".join(parts)
 
 
-def _who(measurement: Measurement) -> Table:
+def _subjects(measurement: Measurement) -> Table:
     made = table("subject", "version", "device")
     for spec, timed in measurement.timed.items():
         made.add_row(spec, timed.prepared.version, timed.prepared.device)

@@ -1,6 +1,6 @@
-"""Who is measured: mbn's layer on a backend, as its user calls it, or a peer.
+"""The subjects of a benchmark: mbn's layer on a backend, called as a user calls it, or a peer.
 
-This module knows no framework: what one asks of its users around a batch norm, the modules of its peers know.
+This module knows no framework. The modules of the peers know how a user of their framework calls a batch norm.
 """
 
 import copy
@@ -23,12 +23,12 @@ from mbn.contract import Array, Backend, layer_dtype
 class Subject(ABC):
     """A batch norm with its arrays.
 
-    A constructor raises NotImplementedError where the workload is none for it; the message says why.
+    A constructor raises NotImplementedError for a workload that the subject cannot take, with the reason.
     """
 
     compiles_for_each_shape: ClassVar[bool] = False
     clock: Clock = HostClock()
-    """What its calls are timed by, where they are computed."""
+    """The clock for its calls, of the device that computes them."""
     version: str
     """Of the framework."""
     device: str
@@ -36,13 +36,13 @@ class Subject(ABC):
 
     @abstractmethod
     def own(self, host: np.ndarray) -> Array:
-        """Bring an array to where it is normalised."""
+        """Bring an array to the subject's device."""
 
     @abstractmethod
     def call(self, mode: str) -> Call:
         """Switch to a mode and return its call, which may return before its outputs have been computed.
 
-        Outputs are y alone, for ``"backward"`` gradients too, and for ``"pullback"`` only these.
+        The outputs are y, in mode ``"backward"`` the gradients too, and in mode ``"pullback"`` the gradients alone.
         """
 
     @cached_property
@@ -52,20 +52,20 @@ class Subject(ABC):
 
     @cached_property
     def dy(self) -> Array:
-        """The gradient of the output, which not every mode needs."""
+        """The gradient of the output, which two modes need."""
         return self.own(self.workload.dy())
 
     def wait(self, result: Any) -> Any:
-        """Return the result of a call when it is there."""
+        """Wait until the result of a call has been computed, and return it."""
         return result
 
     def step(self, mode: str) -> Call:
-        """Switch to a mode and return its call: when it returns, its outputs have been computed."""
+        """Switch to a mode and return its call, which returns after its outputs have been computed."""
         call, wait = self.call(mode), self.wait
         return call if type(self).wait is Subject.wait else lambda: wait(call())
 
     def twin(self) -> Self:
-        """Return the same with an input and a gradient of its own; what else it holds, both share."""
+        """Return a copy with an input and a gradient of its own, which shares all else with this subject."""
         other = copy.copy(self)
         for name in ("x", "dy"):
             vars(other).pop(name, None)
@@ -110,11 +110,11 @@ class Layer(Subject):
         return backward
 
     def own(self, host: np.ndarray) -> Array:
-        """Bring an array to where the layer is."""
+        """Bring an array to the layer's device."""
         return self._backend.asarray(host, device=self._device)
 
     def wait(self, result: Any) -> Any:
-        """Return the result of a call when it is there: its arrays can't reach the host before they are computed."""
+        """Wait until the result of a call has been computed: a value of each of its arrays is brought to the host."""
         if not isinstance(self.x, np.ndarray):
             for array in arrays(result):
                 self._backend.to_numpy(array[(slice(1),) * array.ndim])
@@ -126,10 +126,10 @@ def subject(spec: str, workload: Workload) -> Subject:
 
     Args:
         spec: a backend or a peer, ``NAME`` or ``NAME:DEVICE``.
-        workload: what it is to normalise.
+        workload: the input that it normalises.
 
     Raises:
-        NotImplementedError: the workload is none for it.
+        NotImplementedError: the subject cannot take the workload.
         BackendNotFoundError, BackendUnavailableError, ModuleNotFoundError, ValueError: it cannot run here.
     """
     name, _, device = spec.partition(":")

@@ -1,6 +1,6 @@
-"""One subject of a benchmark, run as a process of its own: made ready once, then timed whenever it is its turn.
+"""One subject of a benchmark in a process of its own: prepared once, and then timed in each of its turns.
 
-Whatever happens only once is over before anything is timed: imports, compilation, the start of threads.
+Imports, compilation and the start of threads, which happen once, are over before anything is timed.
 """
 
 import os
@@ -16,30 +16,30 @@ from mbn.commands.processes import NotRun, broken, serve
 from mbn.registry import BackendUnavailableError
 
 _SETTLE = 0.02
-"""Seconds until the threads of a framework, which wait for more work for a while, are asleep."""
+"""Seconds after which the threads of a framework, which wait for more work for a while, sleep."""
 
 
 class Worker:
-    """Answers questions about one subject; nothing it raises gets out."""
+    """Answers questions about one subject; its errors become answers too."""
 
     def __init__(self) -> None:
         self._subjects: Sequence[Subject] = ()
-        """The subject, and twins of it where calls take turns on several sets of arrays."""
+        """The subject, and its twins where calls take turns on several sets of arrays."""
         self._captured: Mapping[str, Sequence[Call]] = {}
-        """By mode, where it is calls that the device repeats by itself that are timed."""
+        """By mode, the CUDA graphs that are timed in place of calls, if any."""
 
     def answer(self, question: Preparation | Turn) -> Prepared | float | NotRun:
-        """Answer a question: that for preparation and, after it, for turns."""
+        """Answer the question for preparation and, after it, those for turns."""
         try:
             if isinstance(question, Turn):
                 return self._seconds(question.mode)
             return self._prepared(question)
-        except Exception as error:  # noqa: BLE001 - whatever a framework raises, the user is told
+        except Exception as error:  # noqa: BLE001 - a framework may raise anything; the user reads it
             return broken(error)
 
     def _prepared(self, question: Preparation) -> Prepared | NotRun:
         spec, workload, modes, captured = question
-        self._subjects, self._captured = (), {}  # before others take their memory
+        self._subjects, self._captured = (), {}  # frees their memory before the next ones take theirs
         try:
             first = subject(spec, workload.smaller())
             measured = subject(spec, workload)

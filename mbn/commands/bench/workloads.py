@@ -1,6 +1,6 @@
-"""What is measured, defined once for ``mbn bench`` and for asv: arrays, and what is done with them.
+"""The workloads of ``mbn bench`` and of asv: the arrays, and the modes in which a layer is called on them.
 
-The numbers are the same on every run.
+The values are the same in every process.
 """
 
 import math
@@ -14,19 +14,19 @@ MODES = ("train", "eval", "backward")
 """A training step's forward pass, evaluation, and a training step forward and backward."""
 FORWARD = ("train", "eval")
 PULLBACK = "pullback"
-"""The backward pass of a training step alone, which is not measured unless it is asked for."""
+"""The backward pass of a training step alone, which is measured only if the user names it."""
 PASSES = {"train": 3, "eval": 2, "backward": 8, PULLBACK: 5}
-"""How often each mode has to go through memory of x's size, where that is larger than any cache.
+"""The passes of each mode over memory of x's size, where that is larger than any cache.
 
 Training reads x twice and writes y once; evaluation does each once; a backward pass reads dy and x twice and writes dx.
 """
 
 SHAPES = ((32, 64), (1024, 256), (65536, 256), (1048576, 16), (4096, 64, 16), (256, 128, 1024))
-"""What the project's own figures are taken on: what fits a core's caches, all caches, and neither; narrow and wide."""
+"""The shapes of the project's own figures: within a core's caches, within all caches, and beyond; narrow and wide."""
 
 _SMALLER = 16
 _DRAWN = 2**25
-"""Values at most; beyond that they repeat, since to draw them takes longer than all else."""
+"""The most random values; they repeat after these, since more would take longer than the measurement."""
 
 
 class Workload(NamedTuple):
@@ -36,9 +36,9 @@ class Workload(NamedTuple):
     """Of x: (N, C), (N, C, L), or with an axis of -1 (N, L, C)."""
     dtype: str = "float32"
     axis: int = 1
-    """Where the channels are: 1 or -1."""
+    """The axis of the channels: 1 or -1."""
     masked: bool = False
-    """Every third place holds no value."""
+    """Every third position holds no value."""
     transposed: bool = False
     """x is not contiguous in memory: its last two axes are stored the other way round."""
 
@@ -62,7 +62,7 @@ class Workload(NamedTuple):
         return self._array(0)
 
     def dy(self) -> np.ndarray:
-        """Return a gradient of the output: N(0, 1) too, and laid out as x is."""
+        """Return a gradient of the output: N(0, 1) too, in the memory order of x."""
         return self._array(1)
 
     def mask(self) -> np.ndarray | None:
@@ -73,7 +73,7 @@ class Workload(NamedTuple):
         return np.arange(np.prod(shape)).reshape(shape) % 3 > 0
 
     def smaller(self) -> "Workload":
-        """Return the same with fewer rows: enough to do all that is done once, such as compiling."""
+        """Return the same with fewer rows, on which work that happens once, compilation say, can be done."""
         rows = self.shape[0]
         return self._replace(shape=(max(rows // _SMALLER, min(rows, 2)), *self.shape[1:]))
 

@@ -1,1 +1,1 @@
-"""``mbn compare``: does this layer give the same numbers on every backend, on this data and this machine?"""
+"""``mbn compare``: the numbers of one layer on every backend, on given data and this machine."""

@@ -78,7 +78,7 @@ def seeded(shape: tuple[int, ...], dtype: str) -> Example:
     """Return N(0, 1) values around an offset for each channel, about 1000 in size.
 
     Raises:
-        UsageError: nothing can be trained on this shape.
+        UsageError: the shape has one value per channel, or takes more memory than there is.
     """
     check_memory(shape, np.dtype(np.float64))
     random = np.random.default_rng(_SEED)

@@ -1,4 +1,4 @@
-"""What the processes of a comparison tell each other: plain data."""
+"""The messages between the processes of a comparison: plain data."""
 
 from collections.abc import Mapping
 from typing import NamedTuple, TypeAlias
@@ -9,11 +9,11 @@ from mbn.commands.compare.examples import Example
 from mbn.commands.processes import NotRun
 
 QUANTITIES = ("train_output", "eval_output", "running_mean", "running_var")
-"""What is compared."""
+"""The results that are compared."""
 
 
 class Job(NamedTuple):
-    """What a backend is asked: to run an example."""
+    """The question to a backend: to run an example."""
 
     example: Example
     statistics: tuple[np.ndarray, np.ndarray]
@@ -21,7 +21,7 @@ class Job(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What a backend answers when it ran."""
+    """The answer of a backend that ran."""
 
     version: str
     device: str

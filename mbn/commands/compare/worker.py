@@ -1,4 +1,4 @@
-"""One backend's part of a comparison, run as a process of its own."""
+"""The part of one backend in a comparison, as a process of its own."""
 
 import statistics
 import time
@@ -12,13 +12,13 @@ from mbn.commands.processes import NotRun, broken, serve
 from mbn.contract import Backend
 
 _SECONDS = 0.02
-"""How long each thing is timed."""
+"""Seconds for which a call is timed."""
 _CALLS = range(5, 1000)
-"""How often it is called, at least and at most."""
+"""The least and the greatest number of calls in that time."""
 
 
 def outcomes(spec: str, jobs: list[Job]) -> list[Outcome]:
-    """Return what a backend, ``NAME`` or ``NAME:DEVICE``, makes of each job; nothing it raises gets out."""
+    """Return the outcome of each job on a backend, ``NAME`` or ``NAME:DEVICE``; its errors become outcomes too."""
     refused = refusal_in_this_process(spec)
     if refused is not None:
         return [refused] * len(jobs)
@@ -31,7 +31,7 @@ def _outcome(backend: Backend, device: str | None, job: Job) -> Outcome:
         if job.example.dtype not in backend.capabilities.dtypes:
             return NotRun(f"{backend.name} has no {job.example.dtype} here", broken=False)
         return _measure(backend, device, job)
-    except Exception as error:  # noqa: BLE001 - whatever a framework raises, the user is told
+    except Exception as error:  # noqa: BLE001 - a framework may raise anything; the user reads it
         return broken(error)
 
 
@@ -56,7 +56,7 @@ def _measure(backend: Backend, device: str | None, job: Job) -> Measured:
 
 
 def _seconds_per_call(backend: Backend, layer: BatchNorm1d, x: Any) -> float:
-    def wait(y: Any) -> None:  # a value cannot reach the host before it is computed, whatever the framework's queue
+    def wait(y: Any) -> None:  # a framework may queue its work; a value on the host has been computed
         backend.to_numpy(y[:1, :1, ...])
 
     y = layer(x)

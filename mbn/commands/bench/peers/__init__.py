@@ -1,6 +1,6 @@
-"""The batch norms that mbn is measured against, and how a framework's user calls ours. No backend.
+"""The batch norms that mbn is measured against, and mbn's layer called as a user of each framework calls it.
 
-A file per framework, imported in the process that measures it and nowhere else.
+Each framework has a file, which is imported only in the process that measures it.
 """
 
 PEERS = {
@@ -9,13 +9,13 @@ PEERS = {
     "formula": "mbn.commands.bench.peers.formula:Formula",
     "copy": "mbn.commands.bench.peers.limit:copy",
 }
-"""Where they are, by name. The last is the limit, which no batch norm of arrays beyond the caches can pass."""
+"""Their classes, by name. The last is the limit, which no batch norm of arrays beyond the caches can pass."""
 
 FRAMEWORKS = {"torch.nn": "torch", "flax.nnx": "jax"}
-"""The backend of the same arrays: who is measured on a device is measured beside the peer on that device."""
+"""The backend that has the same arrays. A backend on a device is measured beside its peer on that device."""
 
 HOST_ONLY = {"formula"}
-"""The peers that are nowhere but on the CPU."""
+"""The peers that the CPU alone has."""
 
 LAYERS = {
     "torch": "mbn.commands.bench.peers.torch:Layer",
@@ -25,4 +25,4 @@ LAYERS = {
 """mbn's layer on the backends whose framework has gradients, a compiler or a clock of its own."""
 
 ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-"""What a process that shares a GPU with others has to set before it asks for the first array."""
+"""The environment of a process that shares a GPU with others, from before its first array."""

@@ -1,4 +1,4 @@
-"""CuPy: mbn's layer, and the copy that is the limit, by CUDA's events and as CUDA graphs."""
+"""CuPy: mbn's layer, and the copy that is the limit, timed by CUDA's events, as calls and as CUDA graphs."""
 
 from typing import Any, ClassVar
 
@@ -32,7 +32,7 @@ class Clock(EventClock):
         return cupy.cuda.get_elapsed_time(start, end) / 1e3
 
     def beyond_arrays(self, call: Call) -> int:
-        """Return by how much a pool without free blocks grew, which keeps all that a call frees."""
+        """Return the growth of the memory pool: it begins without free blocks and keeps those that a call frees."""
         pool = cupy.get_default_memory_pool()
         pool.free_all_blocks()
         before = pool.total_bytes()
@@ -40,7 +40,7 @@ class Clock(EventClock):
         return max(0, pool.total_bytes() - before - outputs)
 
     def captured(self, call: Call) -> Call:
-        """Capture a call in a stream and in memory of its own, which stays the graph's as long as it is replayed."""
+        """Capture a call in a stream and in memory of its own, which the graph keeps as long as it is replayed."""
         stream, pool = cupy.cuda.Stream(non_blocking=True), cupy.cuda.MemoryPool()
         cupy.cuda.Device().synchronize()  # the stream waits for no other
         with stream, cupy.cuda.using_allocator(pool.malloc):
@@ -60,7 +60,7 @@ class Clock(EventClock):
 
 
 _WARM_UP = 3
-"""Calls before a capture, in which kernels are compiled and the pool comes to hold all blocks that one needs."""
+"""Calls before a capture, which compile the kernels and fill the pool with all blocks that a call needs."""
 
 
 class Layer(subjects.Layer):
@@ -91,7 +91,7 @@ class Copy(Subject):
         return lambda: copy.data.copy_from_device_async(x.data, x.nbytes)
 
     def own(self, host: np.ndarray) -> cupy.ndarray:
-        bits = np.ascontiguousarray(host).view(f"u{host.itemsize}")  # of any dtype, which a copy does not ask for
+        bits = np.ascontiguousarray(host).view(f"u{host.itemsize}")  # a copy is the same for every dtype
         array: cupy.ndarray = mbn.asarray(bits, backend="cupy", device=self._device)
         return array
 

@@ -1,4 +1,4 @@
-"""flax: an ``nnx.BatchNorm`` as it is by default, with its fast variance, in a step that is compiled as mbn's is."""
+"""flax: an ``nnx.BatchNorm`` with its defaults, the fast variance too, in a compiled step as mbn's layer has."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from mbn.commands.bench.workloads import FORWARD, Workload
 
 
 class Module(JaxSubject):
-    """``flax.nnx.BatchNorm``. Its channels are last, where flax has them; x has the same size whatever its axis."""
+    """``flax.nnx.BatchNorm``. Its channels are last, as in flax; the size of x is the same for every axis."""
 
     version = flax.__version__
 

@@ -1,4 +1,4 @@
-"""What everyone writes who has nothing but NumPy."""
+"""The textbook formula in NumPy."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
-"""JAX: a step of mbn's layer, compiled as a whole, with parameters and state passed through it.
+"""JAX: a step of mbn's layer in one compiled function, with parameters and state passed through it.
 
-On a device JAX tells no times, so many calls are queued and waited for once.
+JAX has no events on a device, so many calls are queued, and the clock stops after the last.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from mbn.contract import Backend
 
 
 class JaxSubject(Subject):
-    """What JAX computes: in compiled steps, each of one shape, and while Python goes on."""
+    """A subject on JAX: its steps are compiled for each shape, and computed while Python goes on."""
 
     compiles_for_each_shape: ClassVar[bool] = True
 

@@ -1,4 +1,4 @@
-"""The limit: reading the input once and writing it once, into memory that is there already."""
+"""The limit: to read the input once and to write it once, into memory that exists already."""
 
 from importlib.util import find_spec
 

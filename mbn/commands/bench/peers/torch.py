@@ -1,7 +1,8 @@
 """Torch: ``torch.nn.BatchNorm1d``, and mbn's layer on Torch's tensors, both called in the same way.
 
-Without gradients their forward passes record nothing; with them, ``y.backward(dy)`` reaches x, weight and bias. Tensors
-lie in memory of Torch's own, not of NumPy, which asks for huge pages. On CUDA they are timed by its events.
+In modes without gradients autograd records nothing; in the others ``y.backward(dy)`` computes the gradients of x,
+weight and bias. Tensors lie in Torch's own memory: NumPy's may have huge pages, which would be an advantage. On CUDA
+calls are timed by events.
 """
 
 from typing import Any, ClassVar
@@ -36,7 +37,7 @@ class Clock(EventClock):
         return seconds
 
     def beyond_arrays(self, call: Call) -> int:
-        """Return what Torch's allocator tells of its peak."""
+        """Return the growth of memory at the peak, as Torch's allocator counts it."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -44,7 +45,7 @@ class Clock(EventClock):
         return max(0, torch.cuda.max_memory_allocated() - before - outputs)
 
     def captured(self, call: Call) -> Call:
-        """Capture a call in a stream of its own, in which it has run before, and in the graph's own memory."""
+        """Capture a call in a stream of its own, after some calls in it, and in the graph's own memory."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -59,11 +60,11 @@ class Clock(EventClock):
 
 
 _WARM_UP = 3
-"""Calls before a capture, in which kernels are compiled."""
+"""Calls before a capture, which compile the kernels."""
 
 
 class TorchSubject(Subject):
-    """What Torch computes."""
+    """A subject on Torch."""
 
     masks: Any
 
