@@ -16,6 +16,14 @@ fresh_environment() {
     export PATH="$1/bin:$PATH"
 }
 
+# Install the browser in which tests open pages, where there is none.
+browser() {
+    if ! command -v chromium >/dev/null; then
+        apt-get update -qq
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium
+    fi
+}
+
 quick_check() {
     asv --config asv.numpy.json continuous --factor 2 -a rounds=2 --bench "Step.*'numpy'.*\(32, 64\)" HEAD~1 HEAD
 }
