@@ -1,6 +1,7 @@
 """A Sphinx extension: the tables and pictures of ``performance.md``, made from asv's results at every build.
 
-So the page says what was measured and nothing else. The newest results count, of whatever machine.
+So the page says what was measured and nothing else. The newest results that have all its figures count, of whatever
+machine. Times are shown as multiples of the time of one peer.
 """
 
 import ast
@@ -12,19 +13,35 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import LogLocator, NullLocator
 
-from mbn.commands.bench import peers, plot
+from mbn.commands.bench import peers
 from mbn.commands.bench.measurement import LIMIT
 from mbn.commands.bench.report import TITLES
-from mbn.commands.bench.workloads import MODES
+from mbn.commands.bench.workloads import FORWARD, MODES
 from mbn.commands.output import milliseconds
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "asv_bench" / "results"
-REFERENCE = "torch.nn"
-"""The peer that times are compared with."""
+BASELINE = "torch.nn"
+"""The peer whose times are 1."""
+_TIME, _MEMORY, _INPUTS = "side_by_side.Time.track_step", "side_by_side.Memory.track_peak", "speed.Step.time_step"
+_OVERHEAD, _IMPORT = "overhead.Call.track_overhead", "imports.track_import_beyond_numpy"
+_AGREEMENT = {
+    f"agreement.Float32.track_{quantity}": title
+    for quantity, title in {
+        "train": "y, training",
+        "eval": "y, evaluation",
+        "running_mean": "running mean",
+        "running_var": "running variance",
+    }.items()
+}
+_SHOWN = (_TIME, _MEMORY, _INPUTS, _OVERHEAD, _IMPORT, *_AGREEMENT)
+"""The benchmarks that the page shows."""
+_PLAIN = "numpy", "(65536, 256)"
+"""The backend and the input whose time per value is 1 among all inputs."""
 _MEBIBYTE = 2**20
+_TIMES = " ×\N{NO-BREAK SPACE}"
 _MACHINE = {
     "gpu": "GPU",
     "gpu_memory": "its memory",
@@ -34,7 +51,20 @@ _MACHINE = {
     "ram": "memory",
     "os": "system",
 }
-_ARROWS = {"train": "training", "eval": "evaluation", "backward": "forward and backward"}
+_INK, _QUIET, _BAND = "#1f2933", "#6b7785", "#f1f4f6"
+_MARKERS = {
+    "numpy": ("o", "#0072b2"),
+    "numba": ("s", "#e69f00"),
+    "torch": ("^", "#d55e00"),
+    "jax": ("D", "#009e73"),
+    "cupy": ("P", "#cc79a7"),
+    "torch.nn": ("<", _QUIET),
+    "flax.nnx": ("v", _QUIET),
+    "formula": ("X", _QUIET),
+}
+
+Ratios = dict[tuple[str, str], float]
+"""Times as multiples of the baseline's, by subject and input."""
 
 
 class Run(NamedTuple):
@@ -44,8 +74,9 @@ class Run(NamedTuple):
 
     def values(self, benchmark: str) -> dict[tuple[str, ...], float]:
         """Return the results of a benchmark by its parameters, without what could not be measured."""
-        results, parameters, *_ = self.record["results"].get(benchmark, [[], []])
-        names = itertools.product(*([str(ast.literal_eval(name)) for name in axis] for axis in parameters))
+        # asv leaves out what it has nothing to say of: all of a benchmark that failed, or its parameters.
+        results, parameters, *_ = [*(self.record["results"].get(benchmark) or []), None, None]
+        names = itertools.product(*([str(ast.literal_eval(name)) for name in axis] for axis in parameters or []))
         found = zip(names, results or [], strict=False)
         return {name: value for name, value in found if value is not None and not math.isnan(value)}
 
@@ -57,14 +88,14 @@ def setup(app: Any) -> dict[str, bool]:
 
 
 def newest(results: Path) -> Run:
-    """Return the newest results.
+    """Return the newest results that have every figure of the page.
 
     Raises:
         FileNotFoundError: there are none.
     """
-    found = runs(results, "side_by_side.Time.track_step")
+    found = [run for run in runs(results, _TIME) if all(run.values(benchmark) for benchmark in _SHOWN)]
     if not found:
-        message = f"{results} holds no results: python asv_bench/measure.py"
+        message = f"{results} holds no results of all benchmarks: python asv_bench/measure.py"
         raise FileNotFoundError(message)
     return found[-1]
 
@@ -79,19 +110,21 @@ def runs(results: Path, benchmark: str) -> list[Run]:
 def generate(folder: Path, run: Run) -> None:
     """Write the tables as Markdown and the pictures as SVG."""
     folder.mkdir(exist_ok=True)
-    times = run.values("side_by_side.Time.track_step")
+    times = run.values(_TIME)
     tables = {
         "machine": machine(run),
-        **{mode: _times(times, mode) for mode in MODES},
-        "memory": _memory(run.values("side_by_side.Memory.track_peak")),
-        "inputs": _inputs(run.values("speed.Step.time_step")),
+        "memory": _memory(run.values(_MEMORY)),
+        "inputs": _inputs(run.values(_INPUTS)),
         "overhead": _overhead(run),
         "agreement": _agreement(run),
     }
+    for mode in MODES:
+        of_mode = {(name, shape): time for (name, of, shape), time in times.items() if of == mode}
+        tables[mode] = _times(of_mode)
+        shown = {key: time for key, time in of_mode.items() if key[0] != LIMIT}
+        save(chart(relative(shown), BASELINE), folder / f"{mode}.svg")
     for name, text in tables.items():
         (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
-    for mode in MODES:
-        _draw(times, mode, TITLES[mode]).savefig(folder / f"{mode}.svg", facecolor="white", metadata={"Date": None})
 
 
 def machine(run: Run) -> str:
@@ -100,21 +133,25 @@ def machine(run: Run) -> str:
     packages = [f"{name} {version}" for name, version in run.record["requirements"].items()]
     rows = [(head, params[key]) for key, head in _MACHINE.items() if params.get(key)]
     rows += [("Python", params["python"]), ("packages", ", ".join(packages))]
-    return table(("machine", params["machine"]), [*rows, ("mbn", run.record["commit_hash"][:8])])
+    return table(("machine", params["machine"]), [*rows, ("mbn", run.record["commit_hash"][:8])], rule="---")
 
 
-def _times(times: dict[tuple[str, ...], float], mode: str) -> str:
-    shapes = _ordered(shape for _, _, shape in times)
-    subjects = [name for name in _ordered(name for name, _, _ in times) if name != LIMIT]
+def relative(times: dict[tuple[str, str], float]) -> Ratios:
+    """Return times by subject and input as multiples of the baseline's on that input, where it was measured."""
+    return {
+        (subject, x): time / times[BASELINE, x] for (subject, x), time in times.items() if times.get((BASELINE, x))
+    }
 
-    def cell(subject: str, shape: str) -> str:
-        time, reference = times.get((subject, mode, shape)), times.get((REFERENCE, mode, shape))
-        if time is None:
-            return "-"
-        return milliseconds(time) + (f" ({time / reference:.2f})" if reference else "")
 
-    rows = [(_name(subject), *(cell(subject, shape) for shape in shapes)) for subject in (*subjects, LIMIT)]
-    return table((f"ms (x {REFERENCE})", *shapes), rows)
+def _times(times: dict[tuple[str, str], float]) -> str:
+    subjects, shapes = axes(times)
+    ratios = relative(times)
+    rows = [
+        (_name(subject), *(_number(ratios.get((subject, shape)), ratio_text) for shape in shapes))
+        for subject in (*(name for name in subjects if name not in {BASELINE, LIMIT}), LIMIT)
+    ]
+    rows.append((f"{BASELINE}, ms", *(_number(times.get((BASELINE, shape)), milliseconds) for shape in shapes)))
+    return table((f"time / {BASELINE}", *map(sizes, shapes)), rows)
 
 
 def _memory(peaks: dict[tuple[str, ...], float]) -> str:
@@ -123,74 +160,114 @@ def _memory(peaks: dict[tuple[str, ...], float]) -> str:
         for subject, shape in dict.fromkeys((subject, shape) for subject, _, shape in peaks)
         if subject != LIMIT
     ]
-    return table(("MiB", *_ARROWS.values()), rows)
+    return table(("MiB", *(TITLES[mode] for mode in MODES)), rows)
 
 
 def _inputs(times: dict[tuple[str, ...], float]) -> str:
-    backends = _ordered(backend for backend, _, _ in times)
-    rows = [
-        (
-            x,
-            *(
-                " / ".join(_number(times.get((backend, mode, x)), milliseconds) for mode in MODES)
-                for backend in backends
-            ),
-        )
-        for x in _ordered(x for _, _, x in times)
-    ]
-    return table((f"ms, {' / '.join(MODES)}", *(_name(backend) for backend in backends)), rows)
+    """Return a table for each mode: the time per value as a multiple of that of a plain input on NumPy."""
+    backends, inputs = (_ordered(key[part] for key in times) for part in (0, 2))
+    per_value = {key: time / _values(key[2]) for key, time in times.items()}
+    tables = []
+    for mode in MODES:
+        unit = per_value.get((_PLAIN[0], mode, _PLAIN[1]))
+        ratios = {} if unit is None else {key: time / unit for key, time in per_value.items()}
+        rows = [
+            (sizes(x), *(_number(ratios.get((backend, mode, x)), ratio_text) for backend in backends)) for x in inputs
+        ]
+        tables.append(table(("time per value", *map(_name, backends)), rows, caption=TITLES[mode]))
+    return "\n\n".join(tables)
 
 
 def _overhead(run: Run) -> str:
-    calls = run.values("overhead.Call.track_overhead")
+    calls = run.values(_OVERHEAD)
     rows = [
         (
             _name(backend),
-            *(_number(calls.get((backend, mode)), lambda time: f"{1e6 * time:.1f}") for mode in ("train", "eval")),
+            *(_number(calls.get((backend, mode)), lambda time: f"{1e6 * time:.1f}") for mode in FORWARD),
         )
         for backend in _ordered(backend for backend, _ in calls)
     ]
-    beyond = run.values("imports.track_import_beyond_numpy").get(())
-    text = table(("µs", "training", "evaluation"), rows)
+    beyond = run.values(_IMPORT).get(())
+    text = table(("µs", *(TITLES[mode] for mode in FORWARD)), rows)
     return (
         text if beyond is None else f"{text}\n\n`import mbn` takes {milliseconds(beyond)} ms beyond NumPy's own import."
     )
 
 
 def _agreement(run: Run) -> str:
-    quantities = {
-        "train": "y, training",
-        "eval": "y, evaluation",
-        "running_mean": "running mean",
-        "running_var": "running variance",
-    }
-    errors = {quantity: run.values(f"agreement.Float32.track_{quantity}") for quantity in quantities}
-    keys = _ordered(key for found in errors.values() for key in found)
-    rows = [
-        (_name(key[0]), *(_number(found.get(key), lambda error: f"{error:.2f}") for found in errors.values()))
-        for key in keys
-    ]
-    return table(("ulp", *quantities.values()), rows)
+    errors = [run.values(benchmark) for benchmark in _AGREEMENT]
+    keys = _ordered(key for found in errors for key in found)
+    rows = [(_name(key[0]), *(_number(found.get(key), lambda error: f"{error:.2f}") for found in errors)) for key in keys]
+    return table(("ulp", *_AGREEMENT.values()), rows)
 
 
-def _draw(times: dict[tuple[str, ...], float], mode: str, title: str) -> Figure:
-    shapes = _ordered(shape for _, _, shape in times)
-    figure = Figure(figsize=(13, 7), layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.12))
-    figure.suptitle(title, color=plot.INK, fontsize=15, fontweight="bold")
-    for panel, shape in zip(figure.subplots(2, 3).ravel(), shapes, strict=False):
-        measured = {
-            name: 1e3 * time for (name, of, at), time in times.items() if (of, at) == (mode, shape) and name != LIMIT
-        }
-        limit = times.get((LIMIT, mode, shape))
-        plot.draw(panel, shape, measured, measured.keys() - peers.PEERS, limit and 1e3 * limit)
+def chart(ratios: Ratios, baseline: str) -> Figure:
+    """Draw times as dots on a logarithmic scale, a band for each input; the baseline is a line."""
+    subjects, inputs = axes(ratios)
+    subjects = [name for name in subjects if name != baseline]
+    figure = Figure(figsize=(5.6, 1.5 + 0.13 * len(inputs) * (len(subjects) + 1)), layout="constrained")
+    panel = figure.subplots()
+    for row in range(0, len(inputs), 2):
+        panel.axhspan(row - 0.5, row + 0.5, color=_BAND, linewidth=0)
+    panel.axvline(1, color=_INK, linewidth=1.5, label=f"{baseline} = 1")
+    for index, subject in enumerate(subjects):
+        marker, color = _MARKERS[subject]
+        offset = (index + 1) / (len(subjects) + 1) - 0.5
+        found = [(row + offset, ratios[subject, x]) for row, x in enumerate(inputs) if (subject, x) in ratios]
+        rows, values = zip(*found, strict=True)
+        panel.hlines(rows, 1, values, color=color, linewidth=1.2)
+        panel.plot(values, rows, marker, color=color, markersize=7, label=subject)
+    panel.set_xscale("log", base=2)
+    panel.xaxis.set_major_locator(LogLocator(2, numticks=12))
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.grid(axis="x", color="#d5dbe0", linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.set_yticks(range(len(inputs)), [_broken(sizes(x)) for x in inputs])
+    panel.set_ylim(len(inputs) - 0.5, -0.5)
+    panel.tick_params(length=0, labelsize=11, labelcolor=_INK)
+    panel.spines[:].set_visible(False)
+    panel.set_xlabel(f"time / {baseline}: further left is faster", color=_INK, fontsize=11)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=11, handletextpad=0.3, columnspacing=1)
     return figure
 
 
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Return a table as Markdown."""
-    lines = [list(head), *map(list, rows)]
-    ruled = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in ruled)
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture whose file is the same at every build."""
+    figure.savefig(path, facecolor="white", metadata={"Date": None})
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]], *, caption: str = "", rule: str = "---:") -> str:
+    """Return a table as Markdown; the columns after the first, unless the rule says otherwise, have figures."""
+    first, *others = [list(head), *map(list, rows)]
+    ruled = [first, ["---", *[rule] * (len(first) - 1)], *others]
+    lines = "\n".join(f"| {' | '.join(line)} |" for line in ruled)
+    return f"```{{table}} {caption}\n{lines}\n```" if caption else lines
+
+
+def axes(values: Ratios) -> tuple[list[str], list[str]]:
+    """Return the subjects and the inputs of values by both, each once and in their order."""
+    return _ordered(subject for subject, _ in values), _ordered(x for _, x in values)
+
+
+def sizes(x: str) -> str:
+    """Return the name of an input with its shape in a form that can be broken into lines."""
+    shape, _, rest = x.removeprefix("(").partition(")")
+    return _TIMES.join(shape.split(", ")) + rest
+
+
+def ratio_text(ratio: float) -> str:
+    """Return a ratio with as many digits as matter."""
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}" if ratio < 100 else f"{ratio:.0f}"
+
+
+def _broken(label: str) -> str:
+    head, _, tail = label.rpartition(_TIMES)
+    return f"{head}\n{_TIMES.lstrip()}{tail}" if _TIMES in head or " " in tail else label
+
+
+def _values(x: str) -> int:
+    return math.prod(ast.literal_eval(x.partition(")")[0] + ")"))
 
 
 def _ordered(names: Iterable[Any]) -> list[Any]:

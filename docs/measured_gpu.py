@@ -1,16 +1,13 @@
 """A Sphinx extension: the figures, tables and pictures of ``gpu.md``, made from what ``asv_bench/gpu.py`` has kept.
 
-A figure that was not measured is called so. The newest results of a GPU count.
+Without results there are the targets alone. The newest results of a GPU count.
 """
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from measured import DOCS, RESULTS, Run, machine, runs, table
+from measured import DOCS, RESULTS, Ratios, Run, axes, chart, machine, ratio_text, runs, save, sizes, table
 
-from mbn.commands.bench import peers, plot
 from mbn.commands.bench.measurement import LIMIT
 from mbn.commands.bench.report import TITLES
 from mbn.commands.output import milliseconds
@@ -19,8 +16,8 @@ SECONDS, TIMES_IDEAL, PEAK = (f"gpu.Step.track_{name}" for name in ("seconds", "
 _LARGE = "(1048576, 256)", "(4096, 256, 1024)"
 _GRAPHS = "(1024, 256) float32, CUDA graph", "(32, 64) float32, CUDA graph"
 _IDEAL = "the ideal time"
-_NOT_MEASURED = "not measured"
-_NOTHING = "Nothing has been measured on a GPU yet: no such machine was at hand. So every figure below is a target."
+_NOTHING = "Nothing of this is measured yet: no machine with a GPU was at hand. These are the targets."
+_UNKNOWN = "-"
 _MEBIBYTE = 2**20
 
 
@@ -64,20 +61,22 @@ def generate(folder: Path, run: Run | None) -> None:
     """Write ``gpu.md`` and the pictures that it shows."""
     folder.mkdir(exist_ok=True)
     seconds, ideal = (run.values(SECONDS), run.values(TIMES_IDEAL)) if run else ({}, {})
-    parts = [machine(run) if run else _NOTHING, _targets(seconds, ideal)]
-    if run:
-        parts += [_conformance(run), *_modes(folder, seconds, ideal), _memory(run.values(PEAK))]
+    if run is None:
+        parts = [_NOTHING, _targets({}, {})]
+    else:
+        parts = [machine(run), _targets(seconds, ideal), _conformance(run)]
+        parts += [*_modes(folder, seconds, ideal), _memory(run.values(PEAK))]
     (folder / "gpu.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def _targets(seconds: Values, ideal: Values) -> str:
+    """Return a table of the targets, and of the worst ratio measured for each where anything was measured."""
     rows = []
     for target in TARGETS:
-        ratios = _ratios(target, seconds, ideal)
-        count = f", the worst of {len(ratios)}" if len(ratios) > 1 else ""
-        measured = f"{max(ratios):.2f}{count}" if ratios else _NOT_MEASURED
-        rows.append((target.subject, TITLES[target.mode], target.against, f"{target.at_most:g}", measured))
-    return table(("subject", "what", "against", "at most", "measured"), rows)
+        row = target.subject, TITLES[target.mode], target.against, f"{target.at_most:g}"
+        worst = max(_ratios(target, seconds, ideal), default=None)
+        rows.append((*row, *([_UNKNOWN if worst is None else f"{worst:.2f}"] if seconds else [])))
+    return table(("subject", "time of", "against", "at most", *(["the worst"] if seconds else [])), rows, rule="---")
 
 
 def _ratios(target: Target, seconds: Values, ideal: Values) -> list[float]:
@@ -103,26 +102,31 @@ def _conformance(run: Run) -> str:
         )
         for name, report in reports.items()
     ]
-    return table(("backend", "passed", "failed", "`mbn conform`"), rows) if rows else f"Conformance: {_NOT_MEASURED}."
+    return table(("backend", "passed", "failed", "`mbn conform`"), rows, rule="---") if rows else ""
 
 
 def _modes(folder: Path, seconds: Values, ideal: Values) -> list[str]:
     parts = []
     for mode, title in TITLES.items():
-        times = {(subject, x): time for (subject, of, x), time in seconds.items() if of == mode and subject != LIMIT}
-        inputs, subjects = (list(dict.fromkeys(key[part] for key in times)) for part in (1, 0))
-        if not times:
+        ratios: Ratios = {
+            (subject, x): ratio for (subject, of, x), ratio in ideal.items() if of == mode and subject != LIMIT
+        }
+        if not ratios:
             continue
-        rows = [(x, *(_cell(times.get((name, x)), ideal.get((name, mode, x))) for name in subjects)) for x in inputs]
-        _draw(times, title, inputs).savefig(folder / f"gpu-{mode}.svg", facecolor="white", metadata={"Date": None})
-        parts += [f"### {title}", table(("ms (x ideal)", *subjects), rows), f"![{title}](_generated/gpu-{mode}.svg)"]
+        subjects, inputs = axes(ratios)
+        bounds = {x: seconds[subject, mode, x] / ratio for (subject, x), ratio in ratios.items()}
+        rows = [
+            (
+                sizes(x),
+                *(ratio_text(ratios[name, x]) if (name, x) in ratios else _UNKNOWN for name in subjects),
+                milliseconds(bounds[x]),
+            )
+            for x in inputs
+        ]
+        save(chart(ratios, _IDEAL), folder / f"gpu-{mode}.svg")
+        head = f"time / {_IDEAL}", *subjects, f"{_IDEAL}, ms"
+        parts += [f"### {title}", table(head, rows), f"![{title}](_generated/gpu-{mode}.svg)"]
     return parts
-
-
-def _cell(time: float | None, ideal: float | None) -> str:
-    if time is None:
-        return "-"
-    return milliseconds(time) + (f" ({ideal:.2f})" if ideal else "")
 
 
 def _memory(peaks: Values) -> str:
@@ -130,20 +134,11 @@ def _memory(peaks: Values) -> str:
     rows = [
         (
             subject,
-            *(f"{peaks[subject, mode, x] / _MEBIBYTE:.1f}" if (subject, mode, x) in peaks else "-" for mode in TITLES),
+            *(
+                f"{peaks[subject, mode, x] / _MEBIBYTE:.1f}" if (subject, mode, x) in peaks else _UNKNOWN
+                for mode in TITLES
+            ),
         )
         for subject in dict.fromkeys(subject for subject, _, of in peaks if of == x and subject != LIMIT)
     ]
     return "\n\n".join([f"### Memory beyond inputs and outputs, for x of {x}", table(("MiB", *TITLES.values()), rows)])
-
-
-def _draw(times: dict[tuple[str, str], float], title: str, inputs: list[str]) -> Figure:
-    figure = Figure(figsize=(13, 2.4 * -(-len(inputs) // 3) + 1), layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.12))
-    figure.suptitle(title, color=plot.INK, fontsize=15, fontweight="bold")
-    panels = figure.subplots(-(-len(inputs) // 3), 3, squeeze=False).ravel()
-    for panel in panels[len(inputs) :]:
-        panel.set_visible(False)
-    for panel, x in zip(panels, inputs, strict=False):
-        measured = {name: 1e3 * time for (name, of), time in times.items() if of == x}
-        plot.draw(panel, x, measured, measured.keys() - peers.PEERS, None)
-    return figure
