@@ -24,6 +24,7 @@ extensions = [
 exclude_patterns = ["_build", "_generated"]
 html_theme = "furo"
 html_title = f"mbn {release}"
+html_favicon = "_static/icon.svg"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 templates_path = ["_templates"]
