@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from matplotlib import pyplot
+from matplotlib import pyplot as plt
 
 import mbn
 from mbn.conformance import oracle, ulp
@@ -24,7 +24,7 @@ for offset in OFFSETS:
     for name, y in outputs.items():
         errors[name].append(ulp.error(mbn.to_numpy(y), exact, "float32"))
 
-figure, panel = pyplot.subplots(layout="constrained")
+figure, panel = plt.subplots(layout="constrained")
 panel.loglog(OFFSETS, errors["torch.nn"], "X--", color="#6b7785", markersize=8, label="torch.nn.BatchNorm1d")
 for name, style in STYLES.items():
     panel.loglog(OFFSETS, errors[name], linestyle="none", label=f'backend="{name}"', **style)

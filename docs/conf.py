@@ -41,5 +41,5 @@ plot_include_source = True
 plot_formats = ["svg"]
 plot_html_show_formats = False
 plot_html_show_source_link = False
-plot_rcparams = {"figure.figsize": (5.6, 4.2), "font.size": 12}  # of a size that a phone shows without shrinking the text
+plot_rcparams = {"figure.figsize": (5.6, 4.2), "font.size": 12}  # a phone shows such a picture at almost its size
 plot_apply_rcparams = True

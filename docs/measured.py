@@ -41,7 +41,7 @@ _SHOWN = (_TIME, _MEMORY, _INPUTS, _OVERHEAD, _IMPORT, *_AGREEMENT)
 _PLAIN = "numpy", "(65536, 256)"
 """The backend and the input whose time per value is 1 among all inputs."""
 _MEBIBYTE = 2**20
-_TIMES = " ×\N{NO-BREAK SPACE}"
+_TIMES = " \N{MULTIPLICATION SIGN}\N{NO-BREAK SPACE}"
 _MACHINE = {
     "gpu": "GPU",
     "gpu_memory": "its memory",
@@ -138,9 +138,7 @@ def machine(run: Run) -> str:
 
 def relative(times: dict[tuple[str, str], float]) -> Ratios:
     """Return times by subject and input as multiples of the baseline's on that input, where it was measured."""
-    return {
-        (subject, x): time / times[BASELINE, x] for (subject, x), time in times.items() if times.get((BASELINE, x))
-    }
+    return {(subject, x): time / times[BASELINE, x] for (subject, x), time in times.items() if times.get((BASELINE, x))}
 
 
 def _times(times: dict[tuple[str, str], float]) -> str:
@@ -181,10 +179,7 @@ def _inputs(times: dict[tuple[str, ...], float]) -> str:
 def _overhead(run: Run) -> str:
     calls = run.values(_OVERHEAD)
     rows = [
-        (
-            _name(backend),
-            *(_number(calls.get((backend, mode)), lambda time: f"{1e6 * time:.1f}") for mode in FORWARD),
-        )
+        (_name(backend), *(_number(calls.get((backend, mode)), lambda time: f"{1e6 * time:.1f}") for mode in FORWARD))
         for backend in _ordered(backend for backend, _ in calls)
     ]
     beyond = run.values(_IMPORT).get(())
@@ -197,7 +192,9 @@ def _overhead(run: Run) -> str:
 def _agreement(run: Run) -> str:
     errors = [run.values(benchmark) for benchmark in _AGREEMENT]
     keys = _ordered(key for found in errors for key in found)
-    rows = [(_name(key[0]), *(_number(found.get(key), lambda error: f"{error:.2f}") for found in errors)) for key in keys]
+    rows = [
+        (_name(key[0]), *(_number(found.get(key), lambda error: f"{error:.2f}") for found in errors)) for key in keys
+    ]
     return table(("ulp", *_AGREEMENT.values()), rows)
 
 

@@ -38,7 +38,9 @@ def opened(site: Path) -> Iterator[Any]:
         page = chromium.new_page(base_url=address)
         page.on("pageerror", lambda error: faults.append(f"error: {error}"))
         page.on("request", lambda request: _at_home(request.url, address) or faults.append(f"asked for {request.url}"))
-        page.on("response", lambda response: response.status < 400 or faults.append(f"{response.status}: {response.url}"))
+        page.on(
+            "response", lambda response: response.status < 400 or faults.append(f"{response.status}: {response.url}")
+        )
         try:
             yield page
         finally:

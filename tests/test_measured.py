@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("matplotlib")
+TIMES = " \N{MULTIPLICATION SIGN}\N{NO-BREAK SPACE}"
 MEASURED = Path(__file__).parents[1] / "docs" / "measured.py"
 
 
@@ -34,7 +35,9 @@ def run(measured):
             ("(32, 64)",),
         ),
         "side_by_side.Memory.track_peak": asv([2**20, nan, 3 * 2**20], ("numpy",), modes, ("(65536, 256)",)),
-        "speed.Step.time_step": asv([0.001, 0.002, 0.003], ("numpy",), modes, ("(32, 64) float16",)),
+        "speed.Step.time_step": asv(
+            [0.016, 0.002, 0.016, nan, 0.004, 0.002], ("numpy",), modes, ("(65536, 256)", "(16384, 256) float16")
+        ),
         "overhead.Call.track_overhead": asv([2e-6, 1e-6], ("numpy",), ("train", "eval")),
         "imports.track_import_beyond_numpy": [[0.0125], [], "1"],
         **{
@@ -52,14 +55,18 @@ def test_tables_say_what_was_measured_and_leave_out_who_was_not(measured, run, t
     measured.generate(tmp_path / "made", run)
     tables = {path.stem: path.read_text().splitlines() for path in (tmp_path / "made").glob("*.md")}
     assert tables["train"] == [
-        "| ms (x torch.nn) | (32, 64) |",
-        "| --- | --- |",
-        "| **numpy** | 1 (0.50) |",
-        "| torch.nn | 2 (1.00) |",
-        "| copy | 0.5 (0.25) |",
+        f"| time / torch.nn | 32{TIMES}64 |",
+        "| --- | ---: |",
+        "| **numpy** | 0.50 |",
+        "| copy | 0.25 |",
+        "| torch.nn, ms | 2 |",
     ]
     assert tables["memory"][2] == "| **numpy** | 1.0 | - | 3.0 |"
-    assert tables["inputs"][2] == "| (32, 64) float16 | 1 / 2 / 3 |"
+    float16 = f"| 16384{TIMES}256 float16 |"
+    assert tables["inputs"][0] == "```{table} Training, forward"
+    assert [line for line in tables["inputs"] if line.startswith(float16)] == [
+        f"{float16} {ratio} |" for ratio in ("0.50", "-", "2.00")
+    ]
     assert tables["overhead"][2] == "| **numpy** | 2.0 | 1.0 |"
     assert tables["overhead"][-1].startswith("`import mbn` takes 12.5 ms")
     assert tables["agreement"][2] == "| **numpy** | 0.50 | 0.50 | 0.50 | 0.50 |"
@@ -75,6 +82,15 @@ def test_the_newest_results_count(measured, run, tmp_path):
         record = {**run.record, "date": date, "params": {"machine": machine}}
         (tmp_path / machine / "01234567-existing-py3.13.json").write_text(json.dumps(record))
     assert measured.newest(tmp_path).record["params"]["machine"] == "b"
+
+
+def test_results_that_lack_a_figure_do_not_count(measured, run, tmp_path):
+    (tmp_path / "a").mkdir()
+    failed = {"imports.track_import_beyond_numpy": None}, {"overhead.Call.track_overhead": [None]}, {}
+    for date, changes in enumerate(reversed(failed)):
+        record = {**run.record, "date": date, "results": run.record["results"] | changes}
+        (tmp_path / "a" / f"{date}-existing-py3.13.json").write_text(json.dumps(record))
+    assert measured.newest(tmp_path).record["date"] == 0
 
 
 def test_without_results_there_are_no_tables(measured, tmp_path):
