@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from textwrap import wrap
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
@@ -58,7 +59,6 @@ _MARKERS = {
     "torch": ("^", "#d55e00"),
     "jax": ("D", "#009e73"),
     "cupy": ("P", "#cc79a7"),
-    "torch.nn": ("<", _QUIET),
     "flax.nnx": ("v", _QUIET),
     "formula": ("X", _QUIET),
 }
@@ -122,7 +122,7 @@ def generate(folder: Path, run: Run) -> None:
         of_mode = {(name, shape): time for (name, of, shape), time in times.items() if of == mode}
         tables[mode] = _times(of_mode)
         shown = {key: time for key, time in of_mode.items() if key[0] != LIMIT}
-        save(chart(relative(shown), BASELINE), folder / f"{mode}.svg")
+        save(chart(relative(shown)), folder / f"{mode}.svg")
     for name, text in tables.items():
         (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
 
@@ -145,16 +145,16 @@ def _times(times: dict[tuple[str, str], float]) -> str:
     subjects, shapes = axes(times)
     ratios = relative(times)
     rows = [
-        (_name(subject), *(_number(ratios.get((subject, shape)), ratio_text) for shape in shapes))
+        (_name(subject), *(number(ratios.get((subject, shape)), ratio_text) for shape in shapes))
         for subject in (*(name for name in subjects if name not in {BASELINE, LIMIT}), LIMIT)
     ]
-    rows.append((f"{BASELINE}, ms", *(_number(times.get((BASELINE, shape)), milliseconds) for shape in shapes)))
+    rows.append((f"{BASELINE}, ms", *(number(times.get((BASELINE, shape)), milliseconds) for shape in shapes)))
     return table((f"time / {BASELINE}", *map(sizes, shapes)), rows)
 
 
 def _memory(peaks: dict[tuple[str, ...], float]) -> str:
     rows = [
-        (_name(subject), *(_number(peaks.get((subject, mode, shape)), _mebibytes) for mode in MODES))
+        (_name(subject), *(number(peaks.get((subject, mode, shape)), mebibytes) for mode in MODES))
         for subject, shape in dict.fromkeys((subject, shape) for subject, _, shape in peaks)
         if subject != LIMIT
     ]
@@ -170,7 +170,7 @@ def _inputs(times: dict[tuple[str, ...], float]) -> str:
         unit = per_value.get((_PLAIN[0], mode, _PLAIN[1]))
         ratios = {} if unit is None else {key: time / unit for key, time in per_value.items()}
         rows = [
-            (sizes(x), *(_number(ratios.get((backend, mode, x)), ratio_text) for backend in backends)) for x in inputs
+            (sizes(x), *(number(ratios.get((backend, mode, x)), ratio_text) for backend in backends)) for x in inputs
         ]
         tables.append(table(("time per value", *map(_name, backends)), rows, caption=TITLES[mode]))
     return "\n\n".join(tables)
@@ -179,7 +179,7 @@ def _inputs(times: dict[tuple[str, ...], float]) -> str:
 def _overhead(run: Run) -> str:
     calls = run.values(_OVERHEAD)
     rows = [
-        (_name(backend), *(_number(calls.get((backend, mode)), lambda time: f"{1e6 * time:.1f}") for mode in FORWARD))
+        (_name(backend), *(number(calls.get((backend, mode)), lambda time: f"{1e6 * time:.1f}") for mode in FORWARD))
         for backend in _ordered(backend for backend, _ in calls)
     ]
     beyond = run.values(_IMPORT).get(())
@@ -193,20 +193,20 @@ def _agreement(run: Run) -> str:
     errors = [run.values(benchmark) for benchmark in _AGREEMENT]
     keys = _ordered(key for found in errors for key in found)
     rows = [
-        (_name(key[0]), *(_number(found.get(key), lambda error: f"{error:.2f}") for found in errors)) for key in keys
+        (_name(key[0]), *(number(found.get(key), lambda error: f"{error:.2f}") for found in errors)) for key in keys
     ]
     return table(("ulp", *_AGREEMENT.values()), rows)
 
 
-def chart(ratios: Ratios, baseline: str) -> Figure:
+def chart(ratios: Ratios) -> Figure:
     """Draw times as dots on a logarithmic scale, a band for each input; the baseline is a line."""
     subjects, inputs = axes(ratios)
-    subjects = [name for name in subjects if name != baseline]
+    subjects = [name for name in subjects if name != BASELINE]
     figure = Figure(figsize=(5.6, 1.5 + 0.13 * len(inputs) * (len(subjects) + 1)), layout="constrained")
     panel = figure.subplots()
     for row in range(0, len(inputs), 2):
         panel.axhspan(row - 0.5, row + 0.5, color=_BAND, linewidth=0)
-    panel.axvline(1, color=_INK, linewidth=1.5, label=f"{baseline} = 1")
+    panel.axvline(1, color=_INK, linewidth=1.5, label=f"{BASELINE} = 1")
     for index, subject in enumerate(subjects):
         marker, color = _MARKERS[subject]
         offset = (index + 1) / (len(subjects) + 1) - 0.5
@@ -220,11 +220,11 @@ def chart(ratios: Ratios, baseline: str) -> Figure:
     panel.xaxis.set_minor_locator(NullLocator())
     panel.grid(axis="x", color="#d5dbe0", linewidth=0.6)
     panel.set_axisbelow(True)
-    panel.set_yticks(range(len(inputs)), [_broken(sizes(x)) for x in inputs])
+    panel.set_yticks(range(len(inputs)), ["\n".join(wrap(sizes(x), 15)) for x in inputs])
     panel.set_ylim(len(inputs) - 0.5, -0.5)
     panel.tick_params(length=0, labelsize=11, labelcolor=_INK)
     panel.spines[:].set_visible(False)
-    panel.set_xlabel(f"time / {baseline}: further left is faster", color=_INK, fontsize=11)
+    panel.set_xlabel(f"time / {BASELINE}: further left is faster", color=_INK, fontsize=11)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=11, handletextpad=0.3, columnspacing=1)
     return figure
 
@@ -258,9 +258,14 @@ def ratio_text(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}" if ratio < 100 else f"{ratio:.0f}"
 
 
-def _broken(label: str) -> str:
-    head, _, tail = label.rpartition(_TIMES)
-    return f"{head}\n{_TIMES.lstrip()}{tail}" if _TIMES in head or " " in tail else label
+def number(value: float | None, text: Callable[[float], str]) -> str:
+    """Return a figure as text, or a dash for one that was not measured."""
+    return "-" if value is None else text(value)
+
+
+def mebibytes(size: float) -> str:
+    """Return a size in bytes as a number of MiB."""
+    return f"{size / _MEBIBYTE:.1f}"
 
 
 def _values(x: str) -> int:
@@ -273,11 +278,3 @@ def _ordered(names: Iterable[Any]) -> list[Any]:
 
 def _name(subject: str) -> str:
     return subject if subject in peers.PEERS else f"**{subject}**"
-
-
-def _number(value: float | None, text: Callable[[float], str]) -> str:
-    return "-" if value is None else text(value)
-
-
-def _mebibytes(size: float) -> str:
-    return f"{size / _MEBIBYTE:.1f}"

@@ -6,7 +6,23 @@ Without results there are the targets alone. The newest results of a GPU count.
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from measured import DOCS, RESULTS, Ratios, Run, axes, chart, machine, ratio_text, runs, save, sizes, table
+from measured import (
+    BASELINE,
+    DOCS,
+    RESULTS,
+    Run,
+    axes,
+    chart,
+    machine,
+    mebibytes,
+    number,
+    ratio_text,
+    relative,
+    runs,
+    save,
+    sizes,
+    table,
+)
 
 from mbn.commands.bench.measurement import LIMIT
 from mbn.commands.bench.report import TITLES
@@ -17,8 +33,7 @@ _LARGE = "(1048576, 256)", "(4096, 256, 1024)"
 _GRAPHS = "(1024, 256) float32, CUDA graph", "(32, 64) float32, CUDA graph"
 _IDEAL = "the ideal time"
 _NOTHING = "Nothing of this is measured yet: no machine with a GPU was at hand. These are the targets."
-_UNKNOWN = "-"
-_MEBIBYTE = 2**20
+_SCALE = "Times below are multiples of the time that `torch.nn.BatchNorm1d` takes for the same x: 0.5 is half of it."
 
 
 class Target(NamedTuple):
@@ -65,7 +80,7 @@ def generate(folder: Path, run: Run | None) -> None:
         parts = [_NOTHING, _targets({}, {})]
     else:
         parts = [machine(run), _targets(seconds, ideal), _conformance(run)]
-        parts += [*_modes(folder, seconds, ideal), _memory(run.values(PEAK))]
+        parts += [_SCALE, *_modes(folder, seconds, ideal), _memory(run.values(PEAK))]
     (folder / "gpu.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -75,7 +90,7 @@ def _targets(seconds: Values, ideal: Values) -> str:
     for target in TARGETS:
         row = target.subject, TITLES[target.mode], target.against, f"{target.at_most:g}"
         worst = max(_ratios(target, seconds, ideal), default=None)
-        rows.append((*row, *([_UNKNOWN if worst is None else f"{worst:.2f}"] if seconds else [])))
+        rows.append((*row, *([number(worst, ratio_text)] if seconds else [])))
     return table(("subject", "time of", "against", "at most", *(["the worst"] if seconds else [])), rows, rule="---")
 
 
@@ -108,23 +123,23 @@ def _conformance(run: Run) -> str:
 def _modes(folder: Path, seconds: Values, ideal: Values) -> list[str]:
     parts = []
     for mode, title in TITLES.items():
-        ratios: Ratios = {
-            (subject, x): ratio for (subject, of, x), ratio in ideal.items() if of == mode and subject != LIMIT
-        }
+        times = {(subject, x): time for (subject, of, x), time in seconds.items() if of == mode and subject != LIMIT}
+        ratios = relative(times)
         if not ratios:
             continue
         subjects, inputs = axes(ratios)
-        bounds = {x: seconds[subject, mode, x] / ratio for (subject, x), ratio in ratios.items()}
+        others = [subject for subject in subjects if subject != BASELINE]
+        save(chart(ratios), folder / f"gpu-{mode}.svg")
         rows = [
             (
                 sizes(x),
-                *(ratio_text(ratios[name, x]) if (name, x) in ratios else _UNKNOWN for name in subjects),
-                milliseconds(bounds[x]),
+                *(number(ratios.get((subject, x)), ratio_text) for subject in others),
+                number(ideal.get((BASELINE, mode, x)), lambda times_ideal: ratio_text(1 / times_ideal)),
+                milliseconds(times[BASELINE, x]),
             )
             for x in inputs
         ]
-        save(chart(ratios, _IDEAL), folder / f"gpu-{mode}.svg")
-        head = f"time / {_IDEAL}", *subjects, f"{_IDEAL}, ms"
+        head = f"time / {BASELINE}", *others, _IDEAL, f"{BASELINE}, ms"
         parts += [f"### {title}", table(head, rows), f"![{title}](_generated/gpu-{mode}.svg)"]
     return parts
 
@@ -132,13 +147,7 @@ def _modes(folder: Path, seconds: Values, ideal: Values) -> list[str]:
 def _memory(peaks: Values) -> str:
     x = f"{_LARGE[0]} float32"
     rows = [
-        (
-            subject,
-            *(
-                f"{peaks[subject, mode, x] / _MEBIBYTE:.1f}" if (subject, mode, x) in peaks else _UNKNOWN
-                for mode in TITLES
-            ),
-        )
+        (subject, *(number(peaks.get((subject, mode, x)), mebibytes) for mode in TITLES))
         for subject in dict.fromkeys(subject for subject, _, of in peaks if of == x and subject != LIMIT)
     ]
     return "\n\n".join([f"### Memory beyond inputs and outputs, for x of {x}", table(("MiB", *TITLES.values()), rows)])
