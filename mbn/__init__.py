@@ -74,7 +74,7 @@ def show_versions() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is about other packages' layers when it is first asked for."""
+    """Import mbn.interop, which converts other packages' layers, when one of its names is first used."""
     if name == "interop" or name in __all__:
         interop = importlib.import_module("mbn.interop")
         return interop if name == "interop" else getattr(interop, name)

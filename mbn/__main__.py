@@ -1,4 +1,4 @@
-"""``python -m mbn`` is ``mbn``."""
+"""The command ``python -m mbn``, the same as ``mbn``."""
 
 import sys
 

@@ -1,7 +1,7 @@
 """Batch normalisation of the arrays of any library that follows the Python array API standard.
 
-It is the base of small backends, which add little more than a name. Everything is computed on whole arrays: in float64,
-or, where a library or a device has no float64, in pairs of float32, which have twice its digits.
+It is the base of small backends, which add little more than a name. All operations are on arrays: in float64, or, where
+a library or a device has no float64, in pairs of float32, which have twice its digits.
 
 Source: the Python array API standard, https://data-apis.org/array-api/latest.
 """
@@ -14,17 +14,17 @@ import numpy as np
 from mbn.contract import Array, Backend, Batch, Capabilities, Kernels, Moments, Params, Stats, dtype_name
 
 _SPLIT = 4097.0
-"""2**12 + 1: takes the digits of a float32 apart into two halves."""
+"""2**12 + 1, the factor by which the digits of a float32 are split into two halves."""
 
 
 class Pair:
-    """Numbers of float32 with twice the digits: ``hi + lo``, where hi is the sum rounded to float32.
+    """Numbers with twice the digits of float32: ``hi + lo``, where hi is the sum rounded to float32.
 
     Source: Dekker, A Floating-Point Technique for Extending the Available Precision, 1971.
     """
 
     def __init__(self, hi: Array, lo: Array | float = 0.0) -> None:
-        """Take the two parts of numbers as they are."""
+        """Make pairs of two parts, which are not renormalized."""
         self.hi, self.lo = hi, lo
 
     def __neg__(self) -> "Pair":
@@ -44,7 +44,7 @@ class Pair:
         return self + -_pair(other)
 
     def __rsub__(self, other: "Number | float") -> "Pair":
-        """Return differences the other way round."""
+        """Return ``other - self``."""
         return _pair(other) + -self
 
     def __mul__(self, other: "Number | float") -> "Pair":
@@ -63,7 +63,7 @@ class Pair:
         return _renormalized(quotient, rest.hi / other.hi)
 
     def __rtruediv__(self, other: float) -> "Pair":
-        """Return quotients the other way round."""
+        """Return ``other / self``."""
         return Pair(0 * self.hi + other) / self
 
 
@@ -72,21 +72,21 @@ Number: TypeAlias = Array | Pair
 
 
 class Mean(NamedTuple):
-    """A mean as the unevaluated sum of two numbers for each channel: what float64 input needs to keep its digits."""
+    """A mean as the unevaluated sum of two numbers for each channel, since float64 input needs its digits."""
 
     hi: Number
     lo: Number
 
 
 class ArrayAPIKernels(Kernels):
-    """Kernels of whole arrays; each finds the namespace of its arrays by itself."""
+    """Kernels that operate on arrays, in the namespace of their arguments."""
 
     def moments(self, batch: Batch) -> Moments:
         """Return the statistics of each channel.
 
-        Sums of x and x**2 lose all their digits where the mean is large. Those of x - shift do not if the shift is near
-        the mean: a value that counts is near enough to find the mean, and around that the second sums find the digits
-        that the first could not hold. A constant channel is exact, since its deviations are 0.
+        Sums of x and x**2 lose all their digits where the mean is large. Sums of x - shift do not if the shift is near
+        the mean: a value of the channel is near enough to find the mean, and sums around that mean give the remaining
+        digits. A constant channel is exact, since its deviations are 0.
         """
         x, sample_weight, _ = batch
         xp = _namespace(x)
@@ -117,7 +117,7 @@ class ArrayAPIKernels(Kernels):
             y = y * _column(_wide(weight), x)
         if bias is not None:
             y = y + _column(_wide(bias), x)
-        return _narrow(_masked(y, batch), x.dtype)  # the only rounding that float32 sees
+        return _narrow(_masked(y, batch), x.dtype)  # the only rounding to x's dtype
 
     def grad_sums(self, dy: Array, batch: Batch, stats: Stats, eps: float) -> tuple[Array, Array]:
         gradient = _masked(_wide(dy), batch)
@@ -164,7 +164,7 @@ class ArrayAPIKernels(Kernels):
         step = _ratio(difference * more, total)
         change = lo + step
         mean = hi + change
-        rest = change - (mean - hi)  # what rounding took off: the pair has it still
+        rest = change - (mean - hi)  # the rounding error of the mean, for the pair
         return Moments(total, Mean(mean, rest), m2 + (more_m2 + difference * step * count))
 
     def variance(self, moments: Moments, correction: int) -> Number:
@@ -183,7 +183,7 @@ class ArrayAPIKernels(Kernels):
         moved = _narrow(_wide(start) * (1 - step) + end * step, start.dtype)
         if isinstance(step, int | float):
             return xp.asarray(start, copy=True) if step == 0 else moved
-        return xp.where(_leading(step) == 0, start, moved)  # end may be anything then
+        return xp.where(_leading(step) == 0, start, moved)  # with a step of 0, end may be NaN
 
 
 class ArrayAPIBackend(Backend):
@@ -194,7 +194,7 @@ class ArrayAPIBackend(Backend):
     kernels = ArrayAPIKernels()
 
     def __init__(self, namespace: Any = None, name: str | None = None) -> None:
-        """Stand in for a library that has no backend; a class of its own has both as attributes."""
+        """Make the backend of a library that has none; a subclass has namespace and name as attributes instead."""
         if namespace is not None:
             self.namespace = namespace
         if name is not None:
@@ -238,7 +238,7 @@ class ArrayAPIBackend(Backend):
         given = dtype or (dtype_name(x.dtype) if hasattr(x, "dtype") else None)
         where = x.device if device is None and self.owns(x) else device
         if given == "int64" and given not in info.dtypes(device=where):
-            dtype = "int32"  # of a count, for which there are no larger integers
+            dtype = "int32"  # a count, where the library has no larger integers
         return xp.asarray(x, dtype=None if dtype is None else getattr(xp, dtype), device=device)
 
     def to_numpy(self, x: Array) -> np.ndarray:
@@ -265,7 +265,7 @@ def _has_float64(xp: Any, device: Any) -> bool:
 
 
 def _wide(x: Number) -> Number:
-    """Return numbers with as many digits as there are."""
+    """Return numbers in float64, or as pairs where there is no float64."""
     if isinstance(x, Pair):
         return x
     xp = _namespace(x)
@@ -273,7 +273,7 @@ def _wide(x: Number) -> Number:
 
 
 def _exact(x: Array) -> Number:
-    """Return numbers that one part is enough for."""
+    """Return numbers of the widest dtype as they are, or as pairs where there is no float64."""
     return x if _has_float64(_namespace(x), x.device) else Pair(x)
 
 
@@ -283,7 +283,7 @@ def _narrow(x: Number, dtype: Any) -> Array:
 
 
 def _leading(x: Number) -> Array:
-    """Return the leading parts, by which numbers are compared."""
+    """Return the leading parts, which comparisons use."""
     return x.hi if isinstance(x, Pair) else x
 
 
@@ -384,8 +384,8 @@ def _ratio(total: Number, count: Any) -> Number:
 def _sum(rows: Number) -> Number:
     """Return the sum of each row, by adding the second half to the first until one column is left.
 
-    So it has the same bits on every run and for every number of threads, and its error grows with the logarithm of the
-    number of terms.
+    So the bits are the same at every call and for every number of threads, and the error grows with the logarithm of
+    the number of terms.
     """
     xp = _namespace(_leading(rows))
     while (length := _leading(rows).shape[1]) > 1:

@@ -1,7 +1,7 @@
-"""What is refused, and the words for it.
+"""The checks of all arguments, and the error messages.
 
-Every check runs before anything is computed or stored, so that a refused call leaves everything as it was. A message
-says what was given, what is needed and how to get there.
+Every check comes before anything is computed or stored, so that a refused call changes nothing. A message names the
+argument that was given, the one that is needed, and a way to it.
 """
 
 import math
@@ -20,27 +20,29 @@ _INPUT_DTYPES = {
     "float32": frozenset({"float16", "bfloat16", "float32"}),
     "float64": frozenset({"float16", "bfloat16", "float32", "float64"}),
 }
-"""By dtype of the statistics: what x may be without losing precision."""
+"""By dtype of the statistics: the dtypes of x that lose no precision."""
 
 _DIGITS = 40
-"""How many of an integer's fit a message."""
+"""Messages give longer integers by their order of magnitude."""
 _MOST_FEATURES = 2**60 - 1
-"""How many float64 an address space has room for."""
+"""The number of float64 that fit into an address space."""
 _MOST_DEVICES = 2**31
 _INT64 = range(-(2**63), 2**63)
 
-SHAPELESS = "x has no shape: it is nested, say. Make one array of it: x.to_padded_tensor(0.0), with lengths=."
+SHAPELESS = (
+    "x has no shape, as a nested tensor has none. Make one array of it, x.to_padded_tensor(0.0), and give lengths=."
+)
 
 _MASK_DTYPES = {
     "mask": (("bool",), "bool, True where there is a value"),
     "lengths": (("int", "uint"), "made of integers"),
     "sample_weight": (("int", "uint", "float", "bfloat"), "made of real numbers"),
 }
-"""The first letters of the dtypes that each may have, and what to say of others."""
+"""By argument: the first letters of its dtypes, and their description for messages."""
 
 
 def num_features(value: Any) -> int | None:
-    """Return the number of channels as an int; None means that the first input will tell."""
+    """Return the number of channels as an int, or None, for which the first input determines it."""
     if value is None:
         return None
     count = _index(value)
@@ -53,7 +55,7 @@ def num_features(value: Any) -> int | None:
 
 
 def too_many_features(num_features: int | None) -> str:
-    """Return what to say where there is no memory for so many channels."""
+    """Return the message for more channels than memory suffices for."""
     return (
         f"num_features is {num_features}, the number of channels C of the input; there is no memory here for the "
         "parameters and statistics of so many."
@@ -64,7 +66,7 @@ def device_index(value: Any) -> None:
     """Check a device that is given as a number, which Torch and CuPy take for the index of a GPU."""
     if isinstance(value, int) and abs(value) >= _MOST_DEVICES:
         raise ValueError(
-            f"a device is given by its name, 'cpu' or 'cuda:1' say, or the index of a GPU, not by {short(value)}."
+            f"a device is given by its name, as 'cpu' or 'cuda:1', or by the index of a GPU, not by {short(value)}."
         )
 
 
@@ -95,7 +97,7 @@ def axis(value: Any) -> int:
 
 
 def correction(value: Any) -> int:
-    """Return what is subtracted from the number of values for running_var: 1 (unbiased) or 0 (biased)."""
+    """Return the number subtracted from the number of values for running_var: 1 (unbiased) or 0 (biased)."""
     index = _index(value)
     if index not in (0, 1):
         raise ValueError(
@@ -105,7 +107,7 @@ def correction(value: Any) -> int:
 
 
 def flag(name: str, value: Any, error: type[Exception] = TypeError) -> bool:
-    """Return True or False, Python's or NumPy's: of anything else, which of them it means is a guess."""
+    """Return a bool from Python's or NumPy's; refuse anything else, whose truth value may not be the one meant."""
     if not isinstance(value, bool | np.bool_):
         raise error(f"{name} is True or False, not {shown(value)}.")
     return bool(value)
@@ -115,7 +117,7 @@ def statistics_dtype(value: Any) -> str:
     """Return the name of the dtype of parameters and statistics: float32 (also for None) or float64."""
     try:
         name = "float32" if value is None else dtype_name(value)
-    except (TypeError, ValueError):  # nothing that could be the key of a dictionary, or be shown
+    except (TypeError, ValueError):  # it has no hash, or no text
         name = type(value).__name__
     if name not in _INPUT_DTYPES:
         raise TypeError(
@@ -129,17 +131,17 @@ def is_dtype(value: Any) -> bool:
     """Tell whether this is a dtype of any framework, or the name of one, rather than a device."""
     if value is None or (
         hasattr(value, "shape") and not isinstance(value, type)
-    ):  # NumPy's classes of scalars have one
+    ):  # NumPy's scalar types have an attribute shape
         return False
     try:
         name = dtype_name(value)
-    except TypeError:  # nothing that could be the key of a dictionary
+    except TypeError:  # it has no hash
         return False
     return name.startswith(("float", "bfloat", "int", "uint", "complex", "bool"))
 
 
 def layer(function: str, value: Any, kind: type) -> None:
-    """Check that a function about layers gets one."""
+    """Check that the argument of ``function`` is a layer."""
     if not isinstance(value, kind):
         package, name = type(value).__module__.partition(".")[0], type(value).__name__
         given = name if package == "builtins" else f"a {name} of {package}"
@@ -152,7 +154,7 @@ def layer(function: str, value: Any, kind: type) -> None:
 
 
 def no_attribute(name: str, kind: type) -> str:
-    """Return what to say where an attribute is set that no layer of this class has."""
+    """Return the message for setting an attribute that no layer of this class has."""
     from difflib import get_close_matches
 
     known = [other for other in dir(kind) if other[0] != "_" and not callable(getattr(kind, other))]
@@ -162,7 +164,7 @@ def no_attribute(name: str, kind: type) -> str:
 
 
 def tracked(track_running_stats: bool, method: str) -> None:
-    """Check that a layer has the running statistics that a method is about."""
+    """Check that a layer has the running statistics that a method needs."""
     if not track_running_stats:
         raise ValueError(f"a layer with track_running_stats=False has no running statistics for {method}().")
 
@@ -179,8 +181,8 @@ def batch(
 ) -> None:
     """Check the shape and dtype of an input of ``backend`` against the settings of a layer.
 
-    ``training`` by the statistics of the input takes more than one value per channel, since one has no variance;
-    ``state`` is what there is instead.
+    With ``training`` the input is normalised by its own statistics, and has more than one value per channel, since one
+    value has no variance. ``state`` has the running statistics, which a message may recommend instead.
     """
     axis = settings.axis
     rank(shape, axis)
@@ -193,7 +195,7 @@ def batch(
             f"x has shape {tuple(shape)}: one value per channel has no variance to train on. Give more values, or "
         )
         if state is None or state.running_mean is None:
-            message += "normalise by running statistics, which there are none of here: they need track_running_stats."
+            message += "normalise by running statistics, for which the layer needs track_running_stats=True."
         else:
             message += "normalise by the running statistics: eval(), freeze() or training=False."
         raise ValueError(message)
@@ -203,7 +205,7 @@ def out(backend: Backend, array: Any, x: Array) -> None:
     """Check that the output of ``x``, an array of ``backend``, can be written to an array of the caller's."""
     if not backend.capabilities.out:
         raise TypeError(
-            f"{backend.name} declares no out: it writes to no array of the caller's. Use the output that is returned."
+            f"{backend.name} declares no out: it cannot write to an array of the caller's. Use the returned output."
         )
     if not backend.owns(array):
         raise TypeError(f"out is {type(array).__name__}; it has to be an array of {backend.name}, as the output is.")
@@ -221,7 +223,7 @@ def out(backend: Backend, array: Any, x: Array) -> None:
 
 
 def linear(backend: Backend, weight: Array, bias: Array, num_features: int | None, dtype: str) -> None:
-    """Check weight and bias of the dense layer before a layer of so many features and this dtype."""
+    """Check the weight and bias of a dense layer that comes before a layer of ``num_features`` channels and a dtype."""
     shape = tuple(weight.shape)
     if len(shape) != 2 or shape[0] != num_features:
         message = f"weight has shape {shape}; it has to be (C, in), and C is {num_features}."
@@ -238,7 +240,10 @@ def linear(backend: Backend, weight: Array, bias: Array, num_features: int | Non
 
 
 def device(name: str, given: Any, needed: Any, spread: tuple[str, ...] = ()) -> None:
-    """Check that an array lies where the others do. None is anywhere, or ``spread`` over devices."""
+    """Check that an array is on the device of the layer.
+
+    ``given`` is None if any device will do, or if the array is spread over several devices, ``spread``.
+    """
     if len(spread) > 1:
         raise ValueError(
             f"{name} is spread over {', '.join(spread)}, and the layer is on {needed} alone. Make the layer without a "
@@ -249,7 +254,7 @@ def device(name: str, given: Any, needed: Any, spread: tuple[str, ...] = ()) -> 
 
 
 def running_statistics(state: State, *, needed: bool, counted: bool = False) -> None:
-    """Check that both running statistics are there, or none if not ``needed``; and their count if that is."""
+    """Check that both running statistics are given, or neither unless ``needed``; and, if ``counted``, their count."""
     if (state.running_mean is None) != (state.running_var is None):
         raise ValueError("running_mean and running_var go together: give both or neither.")
     if needed and state.running_mean is None:
@@ -261,7 +266,7 @@ def running_statistics(state: State, *, needed: bool, counted: bool = False) -> 
 
 
 def variance(backend: Backend, running_var: Array) -> None:
-    """Check that no variance that a layer takes in is negative, unless it is traced. Diverged models have NaN."""
+    """Check that no running variance from outside is negative, unless traced. NaN passes, as of diverged models."""
     if backend.within(running_var, 0, math.inf) is False:
         host = backend.to_numpy(running_var)
         negative = np.flatnonzero(host < 0)
@@ -283,7 +288,7 @@ def vector(name: str, value: Array, num_features: int, dtype: str) -> None:
 
 
 def count(value: Any) -> None:
-    """Check the count of batches of ``apply``: an integer, or an array of one."""
+    """Check the count of batches given to ``apply``: an integer, or an array of shape () with one."""
     kind = dtype_name(value.dtype) if hasattr(value, "dtype") else type(value).__name__
     shape = tuple(getattr(value, "shape", ()))
     if not kind.startswith("int") or shape != ():
@@ -293,7 +298,7 @@ def count(value: Any) -> None:
 
 
 def part(name: str, value: Any, kind: type[Part]) -> Part:
-    """Return ``params`` or ``state`` as those of a layer, where plain tuples may be given too."""
+    """Return ``params`` or ``state`` as a named tuple; the caller may give a plain one."""
     if not isinstance(value, tuple | list) or len(value) != len(kind._fields):
         given = f"{type(value).__name__}{f' of {len(value)}' if isinstance(value, tuple | list) else ''}"
         raise TypeError(
@@ -303,19 +308,19 @@ def part(name: str, value: Any, kind: type[Part]) -> Part:
 
 
 def masks(backend: Backend) -> None:
-    """Check that a backend knows weights."""
+    """Check that a backend takes sample weights."""
     if not backend.capabilities.masks:
         raise TypeError(
-            f"{backend.name} declares no masks: it takes no mask, lengths or sample_weight. Leave out what has no "
-            "value before the call, or move the layer: bn.to(backend='numpy')."
+            f"{backend.name} declares no masks: it takes no mask, lengths or sample_weight. Remove the values that do "
+            "not count before the call, or move the layer: bn.to(backend='numpy')."
         )
 
 
 def wrong_mask_dtype(name: str, kind: str) -> str:
-    """Return what to say of a mask, lengths or sample weights of a wrong dtype or type."""
+    """Return the message for a mask, lengths or sample weights of a wrong dtype or type."""
     hint = ""
     if name == "mask" and kind.startswith("str"):
-        hint = ": compare the strings, np.asarray(mask) == 'yes' say"
+        hint = ": compare the strings, as in np.asarray(mask) == 'yes'"
     elif name == "mask" and kind.startswith(("int", "uint", "float", "bfloat")):
         hint = ": mask != 0 makes one of an array, np.asarray(mask) != 0 of a list"
     return f"{name} {held(kind)}; it has to be {_MASK_DTYPES[name][1]}{hint}."
@@ -329,7 +334,7 @@ def readable(backend: Backend, name: str, array: Array) -> None:
 
 
 def mask_values(name: str, values: Array, full: tuple[int, ...]) -> None:
-    """Check the dtype and shape of a mask, lengths or sample weights; a full one is (N,) or (N, L): ``full``."""
+    """Check the dtype and shape of a mask, lengths or sample weights; ``full`` is (N,), or (N, L) with positions."""
     kind, shape = dtype_name(values.dtype), tuple(values.shape)
     first_letters, _ = _MASK_DTYPES[name]
     if not kind.startswith(first_letters):
@@ -342,7 +347,10 @@ def mask_values(name: str, values: Array, full: tuple[int, ...]) -> None:
 
 
 def out_of_range(name: str, given: np.ndarray, values: np.ndarray, limit: float) -> NoReturn:
-    """Refuse lengths or sample weights by the first that is not at least 0 and below ``limit``, in their new dtype."""
+    """Raise the error for lengths or sample weights, by the first that is not at least 0 and below ``limit``.
+
+    ``given`` are they as the caller gave them, and ``values`` in the dtype that they are converted to.
+    """
     wrong = given[~((values >= 0) & (values < limit))].flat[0]
     needed = (
         f"at least 0 and finite in {dtype_name(values.dtype)}"
@@ -353,7 +361,7 @@ def out_of_range(name: str, given: np.ndarray, values: np.ndarray, limit: float)
 
 
 def gradient(backend: Backend, dy: Array, shape: tuple[int, ...], dtype: str) -> None:
-    """Check that what a pullback is given, an array of ``backend``, could be the gradient of its output."""
+    """Check that ``dy``, an array of ``backend``, has the shape and dtype of the output that it is the gradient of."""
     given = dtype_name(dy.dtype)
     if tuple(dy.shape) != shape:
         raise ValueError(
@@ -365,10 +373,10 @@ def gradient(backend: Backend, dy: Array, shape: tuple[int, ...], dtype: str) ->
 
 
 def held(kind: str) -> str:
-    """Return what to say of an array of a wrong dtype."""
-    for start, what in (("str", "strings"), ("bytes", "bytes"), ("object", "Python objects, None say")):
+    """Return the words for an array of a wrong dtype, as ``is int64`` or ``holds strings``."""
+    for start, contents in (("str", "strings"), ("bytes", "bytes"), ("object", "Python objects, such as None")):
         if kind.lower().startswith(start):
-            return f"holds {what}"
+            return f"holds {contents}"
     return f"is {kind}"
 
 
@@ -378,18 +386,18 @@ def shown(value: Any) -> str:
         return short(value)
     try:
         return repr(value)
-    except ValueError:  # of an integer in it, which has more digits than Python writes
+    except ValueError:  # it contains an integer of more digits than Python writes
         return type(value).__name__
 
 
 def short(number: int) -> str:
-    """Return an integer as text, or about how large it is."""
+    """Return an integer as text, or its order of magnitude if it is long."""
     exponent = int(abs(number).bit_length() * math.log10(2))
     return str(number) if exponent < _DIGITS else f"{'-' * (number < 0)}10**{exponent}"
 
 
 def few(keys: Iterable[Any], limit: int = 5) -> str:
-    """Return the first keys, and how many more there are."""
+    """Return the first keys, and the number of the others."""
     names = [str(key) for key in keys]
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
@@ -411,12 +419,12 @@ def _wrong_dtype(name: str, given: str, dtype: str, backend: Backend) -> str:
             f"{name} is float64 and the statistics are float32, which would lose its precision. Convert {name} to "
             "float32, or make the layer dtype='float64' (bn.to(dtype='float64') for one that exists)."
         )
-    hint = "" if given.lower().startswith(("str", "bytes")) else f" Convert {name}, to float32 say."
+    hint = "" if given.lower().startswith(("str", "bytes")) else f" Convert {name}, for example to float32."
     return f"{name} {held(given)}; {backend.name} takes {', '.join(usable)}.{hint}"
 
 
 def _index(value: Any) -> int | None:
-    """Return an int from one of any kind; None of what is none, or a truth value."""
+    """Return an integer of any type as an int, and None for anything else or a bool."""
     try:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:

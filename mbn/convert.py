@@ -1,8 +1,8 @@
-"""Data across the border between frameworks.
+"""The conversion of arrays between frameworks.
 
-Crossing is explicit, except that any backend takes host data (NumPy arrays, lists, scalars). What lies on a device is
-handed over there, and goes by way of the host only where the frameworks cannot agree. What a layer keeps is a copy of
-its own, so that nobody's array changes behind anybody's back.
+Conversion is explicit, except that every backend takes host data (NumPy arrays, lists, scalars). An array on a device
+is handed over there; it goes by way of the host only where the two frameworks cannot exchange it. A layer keeps copies
+of its own, so that it shares no memory with the caller's arrays.
 """
 
 from contextlib import suppress
@@ -14,27 +14,27 @@ from mbn import checks, registry
 from mbn.contract import Array, Backend, Params, State, dtype_name, layer_dtype
 
 _HOST_MEMORY = frozenset({1, 3, 11})
-"""DLPack's numbers for memory that the host can address: kDLCPU, kDLCUDAHost and kDLROCMHost."""
+"""DLPack's codes of memory that the host can address: kDLCPU, kDLCUDAHost and kDLROCMHost."""
 _LARGEST = float(np.finfo(np.float64).max)
 
 
 def asarray(x: Any, dtype: Any = None, *, backend: str | Backend | None = None, device: Any = None) -> Array:
-    """Bring an array of any known framework to a backend: the explicit way over the border.
+    """Convert an array of any known framework to an array of a backend.
 
     Args:
         x: an array of any known framework, nested lists or a scalar.
         dtype: the new dtype, of any framework or by name; by default that of ``x``.
-        backend: where to; by default the chosen backend, or ``x``'s own where nothing is chosen.
+        backend: the new backend; by default the chosen one, or that of ``x`` where none is chosen.
         device: the new device; by default that of ``x`` where the framework can reach it (its own arrays, and those on
             a GPU that both frameworks use), else the framework's default.
 
     Returns:
-        An array of the backend. It may share memory with ``x``, on a GPU with an array of JAX too: whoever writes to
-        either afterwards changes both.
+        An array of the backend. It may share memory with ``x``, on a GPU even if one of the two is JAX's: writing to
+        one of them then changes both.
 
     Raises:
         BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
-        TypeError: nobody knows such an array, or the backend has no such dtype.
+        TypeError: ``x`` is an array of no known backend, or the backend has no such dtype.
         ValueError: the backend has no such device.
     """
     checks.device_index(device)
@@ -45,13 +45,13 @@ def asarray(x: Any, dtype: Any = None, *, backend: str | Backend | None = None, 
 
 
 def _handed_over(x: Any, owner: Backend, target: Backend) -> Array | np.ndarray:
-    """Return another framework's array as an own one of ``target`` on the device of ``x``, or else as NumPy's.
+    """Return another framework's array as one of ``target`` on the device of ``x``, or else as NumPy's.
 
-    In memory of the host NumPy's it is, which frameworks share or copy as is right for them: nobody is to write to an
-    array of JAX. On a device that would cost more than it is worth.
+    An array in host memory becomes NumPy's, which each framework shares or copies as its rules demand: memory of JAX
+    must not be written to, for example. On a device a copy by way of the host would take too long.
     """
     for prepared in (owner.constant, owner.copy):
-        with suppress(Exception):  # whatever is refused, there is a way that is always open
+        with suppress(Exception):  # the exchange may fail in any way; the one by way of the host always works
             if x.__dlpack_device__()[0] in _HOST_MEMORY:
                 break
             with owner.exported(prepared(x)) as exported:
@@ -60,19 +60,19 @@ def _handed_over(x: Any, owner: Backend, target: Backend) -> Array | np.ndarray:
 
 
 def to_numpy(x: Any) -> np.ndarray:
-    """Bring an array of any known framework, nested lists or a scalar to NumPy. It may share memory with ``x``.
+    """Return an array of any known framework, nested lists or a scalar as a NumPy array, perhaps in the same memory.
 
     Raises:
-        TypeError: nobody knows such an array.
+        TypeError: ``x`` is an array of no known backend.
     """
     return registry.owner_of(x).to_numpy(x)
 
 
 def received(backend: Backend, name: str, x: Any, dtype: str, device: Any) -> Array:
-    """Return an input as an array of ``backend``: its own as it is, host data brought over, anything else refused.
+    """Return an input as an array of ``backend``: its own as it is, host data converted, anything else refused.
 
-    ``name`` is what messages call it. Lists and scalars have no dtype of their own, so numbers in them take that of the
-    layer, ``dtype``.
+    Messages call the input ``name``. Lists and scalars have no dtype of their own, so numbers in them take ``dtype``,
+    the layer's.
     """
     if isinstance(x, registry.PYTHON_DATA):
         x = from_python(name, x)
@@ -82,32 +82,32 @@ def received(backend: Backend, name: str, x: Any, dtype: str, device: Any) -> Ar
     if is_own(backend, name, x, device):
         return x
     if dtype_name(x.dtype) not in backend.capabilities.dtypes:
-        return x  # refused by its dtype, in the words that every backend has for it, before anything is moved
+        return x  # unconverted: the checks refuse its dtype, with the same message for every backend
     return backend.asarray(native(x), device=device)
 
 
 def native(x: Any) -> Any:
-    """Return host data in the order of bytes of this machine, which is the only one that most frameworks know."""
+    """Return host data in this machine's byte order, the only one that most frameworks support."""
     return x.astype(x.dtype.newbyteorder("=")) if isinstance(x, np.ndarray) and not x.dtype.isnative else x
 
 
 def from_python(name: str, values: Any, integers: str = "") -> np.ndarray:
-    """Return lists and scalars as an array, and what is one as it is.
+    """Return lists and scalars as an array, and an array as it is.
 
-    ``integers`` says which there may be, where there may be nothing else.
+    ``integers``, if given, is the allowed range in words for a message: then an integer beyond int64 is refused.
 
     Raises:
-        ValueError: they make no array, or hold an integer beyond all floats; or beyond int64, given ``integers``.
+        ValueError: the lists make no array, or hold an integer beyond all floats; or beyond int64, given ``integers``.
     """
     try:
         array = np.asarray(values)
         if array is values or array.dtype.kind not in ("Of" if integers else "O"):
             return array
-        given = np.asarray(values, object)  # of integers beyond int64, NumPy makes floats or objects
+        given = np.asarray(values, object)  # NumPy makes floats or objects of integers beyond int64
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(
-            f"{name} is a {type(values).__name__} that NumPy makes no array of, since its parts differ in length, say "
-            f"({error}). Pad what is shorter, and give lengths= or mask=."
+            f"{name} is a {type(values).__name__} that NumPy makes no array of, as of lists of different lengths "
+            f"({error}). Pad the shorter ones, and give lengths= or mask=."
         ) from error
     numbers = given.ravel().tolist()
     if integers and all(type(number) is int for number in numbers):
@@ -152,9 +152,9 @@ def received_vectors(
 
 
 def dtype_and_device_of(backend: Backend, params: Params, state: State, dtype: str, device: Any) -> tuple[str, Any]:
-    """Return the dtype and device that parameters and statistics from outside ask for, by the first that has any.
+    """Return the dtype and device of the first of the given parameters and statistics that is an array of ``backend``.
 
-    Host data on a device have none, and take those of the layer; nor is a dtype taken over that no layer can have.
+    Host data and scalars have neither, and leave the layer's; so does a dtype that no layer can have.
     """
     for value in (*params, *state[:2]):
         if value is not None and backend.owns(value):
@@ -190,17 +190,17 @@ def owned(
     """Return a layer's own copy of a parameter or statistic, on its backend.
 
     Args:
-        name: what messages call it.
+        name: its name, for messages.
         value: real numbers, of any known framework.
         backend, shape, dtype, device: those of the layer; ``"int64"`` is a count.
-        fill: let one number stand for all.
+        fill: allow one number for all channels.
 
     Raises:
         TypeError: ``value`` is no array of real numbers, or a count is no integer.
-        ValueError: it has another shape, or a count is negative or too large.
+        ValueError: ``value`` has another shape, or a count is negative or too large.
     """
     registry.check_uncompiled(f"setting {name}")
-    # An own array stays what it is, traced perhaps; another one crosses as a copy that nobody else holds.
+    # The copy is made by the array's own backend, which can copy a traced one; another backend then takes the copy.
     owner = registry.owner_of(value)
     if registry.is_host_data(value):
         array = from_python(name, value, "at least 0 and at most 9223372036854775807" * (dtype == "int64"))
@@ -218,7 +218,7 @@ def owned(
     with np.errstate(over="ignore"):  # as in torch, beyond float32 it is inf
         own: Array = backend.asarray(array.astype(dtype) if isinstance(array, np.ndarray) else array, dtype, device)
     if is_count:
-        limit = np.iinfo(dtype_name(own.dtype)).max  # that of int32, where there is no int64
+        limit = np.iinfo(dtype_name(own.dtype)).max  # int32's, if the framework has no int64
         if registry.owner_of(array).within(array, 0, limit) is False and int(array) != limit:
             raise ValueError(f"{name} counts batches and is at least 0 and at most {limit}, not {array}.")
     return own + backend.asarray(np.zeros(shape, dtype), dtype, device) if is_filling and shape else own

@@ -1,6 +1,6 @@
-"""Batch normalisation as a pure function: state in, state out.
+"""Batch normalisation as a pure function: it takes the state and returns the new one.
 
-Everything is checked here before a backend sees it; nothing that is passed in is written to.
+All arguments are checked before a backend sees them; none is written to, except ``out``.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from mbn.step.masks import Masking
 
 
 class BatchNormResult(NamedTuple):
-    """What :func:`batch_norm` returns; the statistics are None where none were given."""
+    """The results of :func:`batch_norm`; the statistics are None where none were given."""
 
     output: Any
     running_mean: Any
@@ -58,14 +58,15 @@ def batch_norm(
             mean and the variance of ``x``; otherwise normalise by the running statistics.
         momentum: the weight of the new value in the running statistics.
         eps: added to the variance; 0 is allowed. Where variance + eps is 0 the output is the bias.
-        axis: where the channels are, 1 or -1.
+        axis: the axis of the channels, 1 or -1.
         correction: 1 for the unbiased variance in ``running_var``, 0 for the biased one.
         mask, lengths, sample_weight: which samples and positions count, and how often, as in
             :meth:`mbn.BatchNorm1d.__call__`.
         out: an array of the backend in the shape and dtype of ``x`` that the output is written to, in any memory order:
             ``x`` itself, or one that shares no memory with it; and no two of its values share memory. Not on JAX,
             whose arrays never change.
-        backend: a name or a Backend; by default the one chosen by context, default or environment, else ``x``'s own.
+        backend: a name or a Backend; by default the one chosen by context, default or environment, else the backend
+            of ``x``.
 
     Returns:
         The output, with the shape, dtype, device and memory order of ``x``, or ``out``; the new running statistics.
@@ -102,12 +103,13 @@ def batch_norm_vjp(
     sample_weight: Any = None,
     backend: str | Backend | None = None,
 ) -> tuple[BatchNormResult, Pullback]:
-    """Do what :func:`batch_norm` does, and return the function from a gradient of the output to those of the input.
+    """Normalise as :func:`batch_norm`, and return the function from a gradient of the output to those of the input.
 
     Args: as :func:`batch_norm`.
 
     Returns:
-        Its result, and ``pullback(dy) -> (dx, dweight, dbias)``; see :class:`mbn.contract.Pullback`.
+        The result of :func:`batch_norm`, and ``pullback(dy) -> (dx, dweight, dbias)``; see
+        :class:`mbn.contract.Pullback`.
 
     Raises:
         TypeError, ValueError: as :func:`batch_norm`.
@@ -121,16 +123,16 @@ def batch_norm_vjp(
 
 
 def fold_linear(weight: Any, bias: Any, bn: BatchNorm1d) -> tuple[Array, Array]:
-    """Return weight and bias of the dense layer that does what one does with ``bn`` in evaluation mode behind it.
+    """Return the weight and bias of one dense layer that computes a dense layer followed by ``bn`` in evaluation mode.
 
     Args:
-        weight: (C, in), as ``torch.nn.Linear`` has it; of a (in, C) kernel, as flax and Keras have it, the transpose.
-        bias: (C,), or None for none.
+        weight: the dense layer's, (C, in), as in ``torch.nn.Linear``; transpose an (in, C) kernel of flax or Keras.
+        bias: the dense layer's, (C,), or None if it has none.
         bn: the layer; it is not changed.
 
     Returns:
-        Arrays of the layer's backend, (C, in) and (C,), in the dtypes of ``weight`` and ``bias``; in that of ``weight``
-        without a bias. Each is as exact as an output of the layer.
+        Arrays of the layer's backend, (C, in) and (C,), in the dtypes of ``weight`` and ``bias``; without a bias both
+        in the dtype of ``weight``. Each is as exact as an output of the layer.
 
     Raises:
         TypeError: another framework's array, or a dtype that the layer does not take.
@@ -166,7 +168,7 @@ def _run(
     masking: Masking | None,
     backend: str | Backend | None,
 ) -> tuple[Any, State]:
-    """Check the arguments of a function of this module, and do with them what ``run`` does."""
+    """Check the arguments of a function of this module, and call ``run``, ``forward`` or ``forward_vjp``, with them."""
     chosen = registry.get_backend(backend) if backend is not None else registry.chosen_backend()
     chosen = chosen or registry.owner_of(x)
     if momentum is None:
@@ -191,6 +193,6 @@ def _run(
 
 
 def _statistics_dtype(*arrays: Any) -> str:
-    """Return the dtype that parameters and statistics must share: that of the first array given, x coming last."""
+    """Return the dtype that parameters and statistics must share, by the first array given; x comes last."""
     given = (dtype_name(array.dtype) for array in arrays if hasattr(array, "dtype"))
     return layer_dtype(next(given, "float32"))

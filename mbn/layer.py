@@ -1,6 +1,7 @@
-"""The layer: arguments, mode and calls, and no arithmetic.
+"""The layer: its arguments, modes and calls. It contains no arithmetic.
 
-A call that fails must leave the layer as it was, whatever it was about to learn.
+A call that fails must leave the layer as it was; so must a failing first call, from which the layer would have taken
+its backend or its number of channels.
 """
 
 import copy
@@ -31,10 +32,10 @@ _OPEN_UNDER_A_COMPILER = (
     "torch.export: make it with both, mbn.BatchNorm1d(C, backend='torch'), or call it once before."
 )
 _OWN = frozenset({"_storage", "_training", "_frozen", "__qualname__"})
-"""The attributes of a layer that is of no subclass."""
+"""The attributes of a BatchNorm1d itself; a subclass may have more."""
 _NOTHING: Mapping[str, Array] = MappingProxyType({})
 _introduced: set[tuple[type, str]] = set()
-"""The classes of layers, and the names of the backends that know of them."""
+"""Pairs of a class of layers and the name of a backend that the class has been registered with."""
 
 
 class BatchNorm1d:
@@ -56,16 +57,16 @@ class BatchNorm1d:
         affine: have a weight and a bias, (C,), initially 1 and 0.
         track_running_stats: have running statistics; without them, evaluation uses those of its batch.
         device: a device of the backend; by default the backend's, or that of the first input.
-        dtype: that of parameters and statistics: float32 (the default) or float64.
+        dtype: the dtype of parameters and statistics: float32 (the default) or float64.
         bias: with ``affine``, have a bias too.
-        axis: where the channels are: 1, or -1 for (N, C) and (N, L, C).
+        axis: the axis of the channels: 1, or -1 for (N, C) and (N, L, C).
         correction: 1 for the unbiased running variance (torch's), 0 for the biased one (flax's, Keras's, ONNX's).
         backend: a name or a Backend. By default the one chosen by :func:`mbn.use_backend`,
-            :func:`mbn.set_default_backend` or ``MBN_BACKEND``; else the layer takes that of its first input.
+            :func:`mbn.set_default_backend` or ``MBN_BACKEND``; else the layer takes the backend of its first input.
 
     Raises:
         BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
-        TypeError, ValueError: an argument is not what it should be.
+        TypeError, ValueError: an argument has a wrong type or value.
 
     Source: Ioffe and Szegedy, Batch Normalization, 2015 (arXiv:1502.03167), algorithms 1 and 2.
     """
@@ -100,10 +101,11 @@ class BatchNorm1d:
         )
         checks.device_index(device)
         self._training, self._frozen = True, False
-        # By this name, torch's containers refuse what is no module: there is no other way into that message.
+        # torch's containers quote this name where they refuse a layer, which is no module: the only way to put a hint
+        # into their message.
         self.__qualname__ = f"{type(self).__qualname__} (put its as_module() into the model)"
         chosen = registry.get_backend(backend) if backend is not None else registry.chosen_backend()
-        # Until the first input chooses, the state is NumPy's.
+        # Until the first input determines the backend, the state is in NumPy arrays.
         self._storage = Storage(chosen or registry.get_backend(), device, settings, *has)
         if chosen is not None:
             self._become(*self._storage.moved(chosen, device))
@@ -114,7 +116,10 @@ class BatchNorm1d:
                 raise MemoryError(checks.too_many_features(self.num_features)) from error
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute that layers have: by any other name nobody would read it. Subclasses may have their own."""
+        """Set an attribute that layers have; refuse others, since a misspelt one would have no effect.
+
+        Subclasses may have attributes of their own.
+        """
         kind = type(self)
         if kind is BatchNorm1d and name[:1] != "_" and not hasattr(kind, name):
             raise AttributeError(checks.no_attribute(name, kind))
@@ -134,7 +139,7 @@ class BatchNorm1d:
 
     num_features = Fixed[int | None](
         lambda layer: layer._storage.settings.num_features,
-        "The number of channels, or None while the first input has yet to tell.",
+        "The number of channels, or None before the first input determines it.",
         "Make another layer: BatchNorm1d(num_features)",
     )
     dtype = Fixed[str](
@@ -144,12 +149,12 @@ class BatchNorm1d:
     )
     device = Fixed[Any](
         lambda layer: layer._storage.device,
-        "Where parameters and statistics are, in the backend's words, or None where that binds nobody.",
+        "The device of parameters and statistics, as the backend names it; None where any device will do.",
         "Move the layer: bn.to(device=...)",
     )
     backend = Fixed[str | None](
         lambda layer: layer._storage.backend.name if layer._storage.is_bound else None,
-        "The name of the backend, or None while the first input has yet to choose it.",
+        "The name of the backend, or None before the first input determines it.",
         "Move the layer: bn.to(backend=...)",
     )
     params = Group[Params](
@@ -166,14 +171,14 @@ class BatchNorm1d:
     affine = Fixed[bool](
         lambda layer: layer._storage.affine,
         "Whether there is a weight.",
-        "Make another layer, BatchNorm1d(..., affine=...), and load what fits: "
+        "Make another layer, BatchNorm1d(..., affine=...), and load the entries that fit: "
         "load_state_dict(bn.state_dict(), strict=False)",
     )
     track_running_stats = Fixed[bool](
         lambda layer: layer._storage.track_running_stats,
         "Whether there are running statistics.",
-        "freeze() keeps the running statistics as they are, and train() normalises by those of each batch; to be "
-        "without them, make another layer, BatchNorm1d(..., track_running_stats=False), and load what fits: "
+        "freeze() keeps the running statistics as they are, and train() normalises by those of each batch; for a layer "
+        "without them make another, BatchNorm1d(..., track_running_stats=False), and load the entries that fit: "
         "load_state_dict(bn.state_dict(), strict=False)",
     )
     axis = Fixed[int](
@@ -183,13 +188,13 @@ class BatchNorm1d:
     )
     correction = Fixed[int](
         lambda layer: layer._storage.settings.correction,
-        "What running_var takes off the number of values, 1 or 0.",
+        "The number subtracted from n, the number of values, in running_var: 1 or 0.",
         "Make another layer, BatchNorm1d(..., correction=...), and load_state_dict(bn.state_dict())",
     )
 
     @property
     def eps(self) -> float:
-        """What is added to the variance."""
+        """The number added to the variance."""
         return self._storage.settings.eps
 
     @eps.setter
@@ -219,33 +224,33 @@ class BatchNorm1d:
 
         Args:
             x: (N, C) or (N, C, L); with ``axis=-1`` (N, C) or (N, L, C). An array of the layer's backend, or host data
-                (a NumPy array, nested lists), which is brought there. float16, bfloat16 or float32; float64 too where
-                the layer's dtype is float64.
+                (a NumPy array, nested lists), which is converted to one. float16, bfloat16 or float32; float64 too
+                where the layer's dtype is float64.
             mask: True where x has a value: bool, (N,) or (N, L).
             lengths: how many values each sequence has, from its start: integers from 0 to L, (N,).
             sample_weight: how often a value counts in mean, variance and n: real numbers of at least 0, (N,) or (N, L).
-                They are taken in the layer's dtype, and are constants to differentiation.
+                They are converted to the layer's dtype, and are constants to differentiation.
 
-        Where mask, lengths or a weight of 0 leave no value, x may hold anything, NaN included: the output is 0 there,
-        and nothing else depends on it. A batch whose weights add up to ``correction`` or less has no variance: the
-        running statistics are kept.
+        A value that the mask, the lengths or a weight of 0 exclude may be anything, NaN included: its output is 0, and
+        no statistic, gradient or other output depends on it. A batch whose weights add up to ``correction`` or less
+        has no variance: the running statistics are kept.
 
         Returns:
             An array of the layer's backend with the shape, dtype, device and memory order of ``x``.
 
         Raises:
-            TypeError: another framework's array, or a dtype that is not floating or would lose precision, or is not
-                that of a mask, lengths or weights.
+            TypeError: another framework's array, an x whose dtype is not floating or would lose precision, or a wrong
+                dtype of mask, lengths or weights.
             ValueError: a wrong shape or device, one value per channel in training, a length beyond L, a weight that is
                 negative or not finite. The layer is unchanged.
-            RuntimeError: the new statistics would be those of a trace that ends before the layer does.
+            RuntimeError: the new statistics are traced, and the layer would keep them after the trace has ended.
         """
         return self._run(forward, x, Masking.of(mask, lengths, sample_weight))
 
     def vjp(
         self, x: Any, *, mask: Any = None, lengths: Any = None, sample_weight: Any = None
     ) -> tuple[Array, Pullback]:
-        """Do what a call does, and return the function from a gradient of the output to those of the input.
+        """Normalise ``x`` as a call does, and return the function from a gradient of the output to those of the input.
 
         Args:
             x, mask, lengths, sample_weight: as in a call.
@@ -270,13 +275,13 @@ class BatchNorm1d:
         lengths: Any = None,
         sample_weight: Any = None,
     ) -> tuple[Array, State]:
-        """Do what a call does, as a pure function: from given parameters and state to the output and the new state.
+        """Compute a call as a pure function: from given parameters and state to the output and the new state.
 
         Args:
             params, state: as :attr:`params` and :attr:`state`, or plain tuples. Their dtype and device count, not the
                 layer's own.
             x, mask, lengths, sample_weight: as in a call.
-            training: by which statistics, in place of the layer's mode. A frozen layer stays frozen.
+            training: the mode, instead of the layer's own. A frozen layer stays frozen.
 
         Raises:
             TypeError, ValueError: as in a call, and for parameters or statistics of a wrong shape or dtype.
@@ -296,7 +301,7 @@ class BatchNorm1d:
         return forward(backend, x, params, state, settings, training=uses_batch, masking=masking)
 
     def _run(self, run: Callable[..., tuple[Any, State]], x: Any, masking: Masking | None) -> Any:
-        """Do with the layer's own parameters and state what ``run`` does, and store the new state."""
+        """Call ``run``, ``forward`` or ``forward_vjp``, with the layer's parameters and state; store the new state."""
         storage = self._storage
         backend, settings, before = storage.backend, storage.settings, storage.state
         if not storage.is_bound or settings.num_features is None:
@@ -306,7 +311,7 @@ class BatchNorm1d:
         x = received(backend, "x", x, settings.dtype, storage.device)
         training = self._uses_batch(before, self._training)
         result, after = run(backend, x, storage.params, before, settings, training=training, masking=masking)
-        # A load or a move may have come in between: then what that has stored stays.
+        # If a load or a move has come in between, the state that it has stored stays.
         if after is not before and backend.stores(before, after) and self._storage.state is before:
             held = backend.write(before, after) if storage.is_shared else after
             new = storage.with_state(held)
@@ -317,11 +322,14 @@ class BatchNorm1d:
         return result
 
     def _change(self, change: Callable[[Storage], Storage]) -> None:
-        """Hold what a function makes of the storage, whatever other threads make of it meanwhile: nothing is lost."""
+        """Replace the storage by ``change(storage)``; repeat it if another thread has replaced the storage meanwhile.
+
+        So no thread's change is lost.
+        """
         while True:
             storage = self._storage
             new = change(storage)
-            if self._storage is storage:  # between this look and the assignment no other thread comes
+            if self._storage is storage:  # no other thread runs between this comparison and the assignment
                 object.__setattr__(self, "_storage", new)
                 return
 
@@ -330,7 +338,10 @@ class BatchNorm1d:
         return (training and not self._frozen) or state.running_mean is None
 
     def _first_run(self, run: Callable[..., tuple[Any, State]], x: Any, masking: Masking | None) -> Any:
-        """Have a copy meet the first input and take its step, and be what the copy is if that succeeds."""
+        """Let a copy take the backend and number of channels of the first input, and its step; then take over the copy.
+
+        If any of that fails, the layer itself is unchanged.
+        """
         storage, entries, x = self._storage.met(x)
         layer = self._trial(storage, entries)
         result = layer._run(run, x, masking)
@@ -340,7 +351,7 @@ class BatchNorm1d:
 
     def train(self, mode: bool = True) -> Self:
         """Switch to training, or to evaluation with ``mode=False``; return the layer."""
-        self._training = checks.flag("mode", mode, ValueError)  # which torch raises
+        self._training = checks.flag("mode", mode, ValueError)  # torch raises a ValueError here
         return self
 
     def eval(self) -> Self:
@@ -358,22 +369,22 @@ class BatchNorm1d:
         return self
 
     def unfreeze(self) -> Self:
-        """Take :meth:`freeze` back; return the layer."""
+        """Undo :meth:`freeze`; return the layer."""
         self._frozen = False
         return self
 
     def fit(self, batches: Any, *, progress: bool = True) -> Self:
-        """Set the running statistics to those of a whole data set, in one pass over its batches; return the layer.
+        """Set the running statistics to those of an entire data set, in one pass over its batches; return the layer.
 
         The batches' statistics are merged exactly, so ``running_mean`` and ``running_var`` are mean and variance of
         all values together, ``running_var`` with the layer's ``correction``; ``num_batches_tracked`` counts the
         batches. There is never more than one batch in memory.
 
         Args:
-            batches: the data set as one array, of the shape of an input: it counts as one batch, and is gone through in
-                slices along its first axis, so that a ``numpy.memmap`` takes the memory of a slice. Or an iterable of
-                inputs as in a call, of any number of rows; of a tuple or list of arrays, as a DataLoader gives, the
-                first is the input.
+            batches: the data set as one array, of the shape of an input: it counts as one batch, and is read in slices
+                along its first axis, so that a ``numpy.memmap`` takes the memory of a slice. Or an iterable of inputs
+                as in a call, of any number of samples; of a tuple or list of arrays, as a DataLoader gives, the first
+                is the input.
             progress: show a progress bar on standard error.
 
         Raises:
@@ -386,26 +397,27 @@ class BatchNorm1d:
         storage = self._storage
         if is_one:
             batches = population.Slices(batches, storage.settings)
-        # An open layer stays open until there are statistics; any other may change meanwhile, its mode say.
+        # A layer without a backend or num_features stays so until there are statistics. Others may change meanwhile,
+        # in their settings for example.
         is_open = not storage.is_bound or storage.settings.num_features is None
-        whole = population.Population()
+        total = population.Population()
         with closing(population.inputs(batches, progress=progress)) as inputs:
             for batch in inputs:
                 before = storage if is_open else self._storage
                 storage, entries, x = before.met(batch)
                 if storage is not before:
                     storage = self._trial(storage, entries)._storage
-                whole.add(storage.backend, x, storage.settings)
+                total.add(storage.backend, x, storage.settings)
                 del batch, x  # before the next one is made
         if not is_open:
             storage = self._storage
-        statistics = whole.statistics(storage.backend, storage.settings, storage.device)
-        count = storage.own("num_batches_tracked", 1 if is_one else whole.num_batches)
+        statistics = total.statistics(storage.backend, storage.settings, storage.device)
+        count = storage.own("num_batches_tracked", 1 if is_one else total.num_batches)
         self._become(storage, {**statistics, "num_batches_tracked": count})
         return self
 
     def fold(self) -> tuple[Array, Array]:
-        """Return the evaluation mode as ``(scale, shift)``, each (C,): there, the layer is ``x * scale + shift``.
+        """Return ``(scale, shift)``, each (C,), such that in evaluation the layer computes ``x * scale + shift``.
 
         ``scale = weight / sqrt(running_var + eps)`` and ``shift = bias - running_mean * scale``, each to the accuracy
         of the layer's outputs. See also :func:`mbn.fold_linear`.
@@ -421,15 +433,16 @@ class BatchNorm1d:
         return self.apply(params, state, x, training=False)[0]
 
     def as_module(self) -> Any:
-        """Return a module of the layer's framework, a ``torch.nn.Module`` or ``flax.nnx.Module``, that does its work.
+        """Return a module of the layer's framework, a ``torch.nn.Module`` or ``flax.nnx.Module``, with the same output.
 
-        On Torch the two share their tensors: whatever trains, loads or moves the module does it to the layer, and what
-        trains or loads the layer does it to the module; a layer that moves elsewhere shares no more. On JAX, where
-        arrays never change, the module begins with the layer's. Arguments and modes are each one's own.
+        On Torch the two share their tensors: training, loading or moving the module changes the layer too, and training
+        or loading the layer changes the module. A layer that moves to another device or backend no longer shares them.
+        On JAX, where arrays never change, the module begins with the layer's. Layer and module each have arguments and
+        modes of their own.
 
         Raises:
             TypeError: the layer's framework has no modules, or the layer has no backend yet.
-            ImportError: it has, but in a package that is not installed.
+            ImportError: the package of the framework's modules is not installed.
         """
         storage = self._storage
         channels = storage.num_features
@@ -437,7 +450,7 @@ class BatchNorm1d:
             raise TypeError(
                 f"the layer has no backend yet, and so no modules: BatchNorm1d({channels}, backend='torch')."
             )
-        own = copy.copy(self)  # which stays where it is when this layer moves
+        own = copy.copy(self)  # the module's: it keeps its backend and device when this layer moves
         own._storage = storage._replace(is_shared=True)
         module = storage.backend.module(own, partial(_adopt, (own, self)))
         self._change(lambda storage: storage._replace(params=own.params, state=own.state, is_shared=True))
@@ -449,7 +462,7 @@ class BatchNorm1d:
         The file is complete before it takes the name: at any moment there is the old file or the new one.
 
         Raises:
-            OSError: the file cannot be written; what was there is still there.
+            OSError: the file cannot be written; an old file of this name is unchanged.
             AttributeError: the layer has no arrays yet.
         """
         from mbn.state import files
@@ -462,11 +475,11 @@ class BatchNorm1d:
 
         Args:
             path: the file.
-            backend, device: as of a new layer; the file does not say.
+            backend, device: as of a new layer; the file has neither.
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: it is damaged, not of an mbn layer, or of a later format; or the backend has no such device.
+            ValueError: the file is damaged, of no mbn layer, or of a later format; or the backend has no such device.
             TypeError: the backend has no such dtype.
             BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
         """
@@ -484,26 +497,26 @@ class BatchNorm1d:
         device: Any = None,
         **settings: Any,
     ) -> Self:
-        """Return the layer of a model whose checkpoint is in a file, a safetensors file or one of ``torch.save``.
+        """Return one layer of a model, from the model's checkpoint: a safetensors file or one of ``torch.save``.
 
-        What is in a file of ``torch.save`` is read by ``weights_only=True`` and never run; it may be a state_dict, or
-        dictionaries of them, ``{"state_dict": ...}`` say. Number of channels, dtype, and whether there are a weight and
-        a bias come from the entries. The layer begins in training mode.
+        A file of ``torch.save`` is read by ``weights_only=True``, which executes nothing in it; the file has a
+        state_dict, or dictionaries of them, for example ``{"state_dict": ...}``. The entries determine the number of
+        channels, the dtype, and whether there are a weight and a bias. The layer begins in training mode.
 
         Args:
             path: the file.
             prefix: the text before ``weight`` in the entries of this layer: ``"module.encoder.bn1."``. The last point
                 may be left out.
             backend, device: as of a new layer.
-            settings: arguments of the layer that a checkpoint does not tell: ``eps``, ``momentum``, ``axis``,
+            settings: arguments of the layer that a checkpoint does not contain: ``eps``, ``momentum``, ``axis``,
                 ``correction``; and ``track_running_stats=False`` for a layer without running statistics.
 
         Raises:
             OSError: the file cannot be read.
-            ImportError: it is of ``torch.save``, and torch is not installed.
-            ValueError: it is damaged, of :meth:`save`, or holds objects that are no tensors; no entries begin with the
-                prefix, or they are not those of a batch norm.
-            TypeError: an argument that the checkpoint tells, or that a layer does not have.
+            ImportError: the file is of ``torch.save``, and torch is not installed.
+            ValueError: the file is damaged, of :meth:`save`, or holds objects that are no tensors; no entries begin
+                with the prefix, or they are not those of a batch norm.
+            TypeError: an argument that the checkpoint determines, or that a layer does not have.
             BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
         """
         from mbn.state import checkpoints
@@ -537,14 +550,14 @@ class BatchNorm1d:
         """Return copies of the parameters and statistics under torch's keys, in torch's order and with its version.
 
         Args:
-            backend: whose arrays they are to be; by default the layer's own. ``torch.nn.BatchNorm1d`` loads Torch's.
+            backend: the backend of the copies; by default the layer's own. ``torch.nn.BatchNorm1d`` loads Torch's.
 
         Raises:
             BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
         """
         _ = self._storage.num_features
         with self._storage.backend.writing():
-            storage = self._storage  # as it is at one moment, whatever other threads do to the layer
+            storage = self._storage  # of one moment, even if other threads change the layer
             entries = {key: storage.backend.copy(value) for key, value in storage.entries.items()}
         if backend is not None:
             entries = {key: asarray(value, backend=backend) for key, value in entries.items()}
@@ -557,11 +570,11 @@ class BatchNorm1d:
 
         Args:
             state_dict: arrays of any known framework by torch's keys. A layer with ``num_features=None`` takes its
-                number of features from them. As in torch, ``num_batches_tracked`` may be missing and is then kept,
-                unless the state_dict says that it is of version 2.
-            strict: refuse missing and unexpected keys; otherwise load what fits and return the rest.
-            prefix: the text before ``weight`` in the entries of this layer, where they are those of a whole model:
-                ``"module.encoder.bn1."``. The last point may be left out. Dictionaries of state_dicts are looked into.
+                number of channels from them. As in torch, ``num_batches_tracked`` may be missing and is then kept,
+                unless the state_dict is marked as version 2.
+            strict: refuse missing and unexpected keys; otherwise load the entries that fit and return the other keys.
+            prefix: the text before ``weight`` in the entries of this layer, if the state_dict is a model's:
+                ``"module.encoder.bn1."``. The last point may be left out. Dictionaries of state_dicts are searched too.
 
         Raises:
             TypeError: not a mapping, or entries that are not real numbers.
@@ -574,7 +587,7 @@ class BatchNorm1d:
                     " From a file: mbn.BatchNorm1d.from_checkpoint(path, prefix), or .load(path) of one of save()."
                 )
             elif hasattr(state_dict, "state_dict"):
-                message += " Give what its state_dict() returns."
+                message += " Give the result of its state_dict()."
             raise TypeError(message)
         registry.check_uncompiled("loading a layer")
         strict, entries, version, start = checks.flag("strict", strict), state_dict, None, ""
@@ -592,9 +605,8 @@ class BatchNorm1d:
     def to(self, device: Any = None, dtype: Any = None, *, backend: str | Backend | None = None) -> Self:
         """Move the layer with its state to another backend, device or dtype; return it.
 
-        By position a device comes first, or a dtype alone, as in torch. Without a device the layer stays on the GPU
-        where it is if the other backend's framework uses that too, and is on the default device of the backend
-        otherwise.
+        The first positional argument is a device, or a dtype alone, as in torch. Without a device the layer stays on
+        its GPU if the other backend's framework uses that too, and goes to the default device of the backend otherwise.
 
         Raises:
             BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
@@ -615,13 +627,13 @@ class BatchNorm1d:
         elif device is None and storage.is_bound:
             device = storage.device_on(target)
         settings = None if dtype is None else storage.settings._replace(dtype=checks.statistics_dtype(dtype))
-        with storage.backend.writing():  # so that all arrays are of one moment
+        with storage.backend.writing():  # all arrays are of one moment
             chosen = target if storage.is_bound or backend is not None else None
             self._become(*self._storage.moved(chosen, device, settings))
         return self
 
     def __repr__(self) -> str:
-        """Return torch's text and what this layer adds to it."""
+        """Return torch's text with the arguments that only this layer has."""
         names = ["eps", "momentum", "affine", "bias", "track_running_stats"]
         names += ["axis"] * (self.axis != 1) + ["correction"] * (self.correction != 1) + ["backend"]
         shown = {name: getattr(self, name) for name in names if name != "bias"}
@@ -629,8 +641,8 @@ class BatchNorm1d:
         return f"BatchNorm1d({self.num_features}, {', '.join(f'{name}={shown[name]!r}' for name in names)})"
 
     def _snapshot(self) -> Snapshot:
-        """Return all that the layer is, but for where it is."""
-        with self._storage.backend.writing():  # as it is at one moment, whatever other threads do to it
+        """Return the layer as plain values, without its backend and device."""
+        with self._storage.backend.writing():  # of one moment, even if other threads change the layer
             layer = copy.copy(self)
             held = layer.state_dict()
         storage = layer._storage
@@ -644,7 +656,7 @@ class BatchNorm1d:
         return Snapshot(arguments, entries, training=layer.training, frozen=layer._frozen)
 
     def _store(self, entries: Mapping[str, Array]) -> None:
-        """Hold these arrays in place of others: all of them or, if that fails, none."""
+        """Replace arrays of the layer: all those given or, if that fails, none."""
         if any(name in entries for name in Params._fields):
             self._become(self._storage, entries)
             return
@@ -656,7 +668,10 @@ class BatchNorm1d:
         self._change(stored)
 
     def _trial(self, storage: Storage, entries: Mapping[str, Array] = _NOTHING) -> Self:
-        """Return a copy of the layer that holds a storage, with entries in it, or new ones for channels new to it."""
+        """Return a copy of the layer with a storage and entries in it.
+
+        If the storage has a number of channels and the layer has none, the copy's arrays have their initial values.
+        """
         layer = copy.copy(self)
         layer._become(storage, entries)
         if self.num_features is None and layer.num_features is not None:
@@ -664,11 +679,11 @@ class BatchNorm1d:
         return layer
 
     def _become(self, trial: Storage, entries: Mapping[str, Array] = _NOTHING) -> None:
-        """Hold what a storage does, the layer's own or another, with entries in place of its arrays; or nothing.
+        """Take over a storage, the layer's own or another, with ``entries`` instead of its arrays; or change nothing.
 
-        Only what somebody else holds is written to, since that one has to see it: parameters that a framework's
-        optimizers train, and the statistics that are shared with a module. All at once, and back if anything fails.
-        ``eps`` and ``momentum`` stay, which others may have set since the storage was made.
+        Arrays that others hold too are written to, so that the change reaches those: parameters that a framework's
+        optimizers train, and statistics that a module shares. All are written, or all are restored if anything fails.
+        ``eps`` and ``momentum`` stay the layer's own, since other threads may have set them since the storage was made.
         """
         backend, (params, state) = trial.backend, (trial.params, trial.state)
         parameters = {
@@ -696,12 +711,12 @@ class BatchNorm1d:
                 raise
 
     def _configure(self, **settings: Any) -> None:
-        """Replace settings that may change at any time, while another thread loads or moves the layer too."""
+        """Replace settings that may change at any time, even while another thread loads or moves the layer."""
         with self._storage.backend.writing():
             self._change(lambda storage: storage._replace(settings=storage.settings._replace(**settings)))
 
     def _introduce(self, backend: Backend, arrays: Iterable[Array | None]) -> None:
-        """Look up now what a compiler could not look up in a call; tell the backend of this class, once."""
+        """Find the arrays' backend now, since torch.compile could not in a call; register this class with it, once."""
         kind = type(self)
         for array in arrays:
             if array is not None:
@@ -712,7 +727,7 @@ class BatchNorm1d:
             backend.register(kind, kind._flatten, kind._unflatten)
 
     def _flatten(self) -> tuple[tuple[Params, State], tuple[tuple[tuple[str, Any], ...], ...]]:
-        """Return the layer's arrays, and all else that it is."""
+        """Return the layer's arrays, and all its other attributes as hashable pairs."""
         own, storage = vars(self).copy(), self._storage._asdict()
         del own["_storage"], storage["is_shared"]
         arrays = storage.pop("params"), storage.pop("state")
@@ -720,25 +735,25 @@ class BatchNorm1d:
 
     @classmethod
     def _unflatten(cls, rest: tuple[tuple[tuple[str, Any], ...], ...], arrays: tuple[Params, State]) -> Self:
-        """Return a layer again, whatever stands for its arrays."""
+        """Return the layer of flattened parts; its arrays may be tracers or other placeholders."""
         layer = cls.__new__(cls)
         (storage, own), (params, state) = rest, arrays
         layer.__dict__.update(own, _storage=Storage(**dict(storage), params=params, state=state))
         return layer
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is to be pickled or copied: the layer as it is at one moment."""
+        """Return the attributes of one moment, to be pickled or copied."""
         return vars(self).copy()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over what was pickled or copied, in what may be another process."""
+        """Take over pickled or copied attributes; register the class, since this process may be another."""
         self.__dict__.update(state if "_storage" in state else Storage.of_attributes(state))
         if self._storage.is_bound:
             self._introduce(self._storage.backend, self._storage.entries.values())
 
     @classmethod
     def _from_snapshot(cls, snapshot: Snapshot, backend: str | Backend | None, device: Any) -> Self:
-        """Return a layer that is all this."""
+        """Return the layer of a snapshot."""
         layer = cls(**snapshot.arguments, backend=backend, device=device)
         if layer.num_features is not None:
             layer.load_state_dict(versioned(snapshot.entries))
@@ -747,6 +762,6 @@ class BatchNorm1d:
 
 
 def _adopt(layers: Iterable[BatchNorm1d], params: Params, state: State) -> None:
-    """Have those of these layers that still share their arrays hold these very ones."""
+    """Give these arrays, as they are, to those of the layers that still share theirs."""
     for layer in layers:
         layer._change(lambda storage: storage.adopting(params, state) if storage.is_shared else storage)

@@ -1,9 +1,8 @@
-"""From names and arrays to backends.
+"""The registry: it finds backends by their names and by arrays.
 
-A framework is imported only when a backend is asked for by name, or when one of its arrays turns up and the framework
-is therefore there already. One backend that is missing or broken must never hide another, nor pass for something else,
-nor one that hangs keep others waiting: each is imported under Python's own locks and constructed under a lock of its
-own.
+The registry imports a framework only for a backend that is requested by name; the framework of an array is imported
+already. A backend that is missing or broken must never hide another one, and a backend whose import hangs must not
+block others: each is imported under Python's own locks and constructed under a lock of its own.
 The choice of a backend is one immutable value in a ContextVar: threads and asyncio tasks do not see each other's.
 """
 
@@ -27,7 +26,7 @@ ENTRY_POINTS = "mbn.backends"
 ENVIRONMENT_VARIABLE = "MBN_BACKEND"
 
 Target: TypeAlias = str | Backend | Callable[[], Backend]
-"""Where a backend comes from: ``"module:attribute"``, a Backend, or what returns one (its class)."""
+"""The source of a backend: ``"module:attribute"``, a Backend, or a callable that returns one (its class)."""
 
 
 class BackendNotFoundError(ValueError):
@@ -39,7 +38,7 @@ class BackendUnavailableError(ImportError):
 
 
 class Known(NamedTuple):
-    """What is known of a backend before anything of it is imported."""
+    """The description of a backend that has not been imported."""
 
     target: Target
     source: str
@@ -60,27 +59,27 @@ _BUILT_IN = {
     "numba": Known("mbn_numba.backend:NumbaBackend", "built in", "numba", "pip install 'numba>=0.61'"),
 }
 _HOST = "numpy"
-"""The backend of data that has no framework yet."""
+"""The backend of data without a framework: lists and numbers."""
 _STANDARD = "array_api."
-"""What the names of backends begin with that stand in for a library which no backend is for; its module follows."""
+"""The prefix of the names of backends for libraries that have none of their own; the library's module follows it."""
 _CLAIMED = frozenset({*(known.framework for known in _BUILT_IN.values()), "jaxlib"})
-"""Packages whose arrays are a backend's own, or are refused."""
+"""Packages of built-in backends: an array of theirs that its backend refuses goes to no other backend."""
 _registered: dict[str, Known] = {}
 _loaded: dict[str, Backend] = {}
 _owners: dict[type, Backend] = {}
 _locks: dict[str, threading.RLock] = {}
-"""By name: held while the backend is constructed, which must not happen twice."""
+"""By the name of a backend: the lock under which it is constructed, so that this happens once."""
 PYTHON_DATA = (list, tuple, int, float, complex)
-"""What has no framework and no dtype."""
+"""The types of data without a framework and a dtype."""
 _context: ContextVar[Backend | None] = ContextVar("mbn.use_backend", default=None)
 _open_contexts: list[Backend] = []
 """The backends that :func:`use_backend` has chosen in any thread: torch.compile can read a list, but no ContextVar."""
 _NOT_LOADED = (
-    "backend {0!r} is loaded with its first use, which torch.compile cannot follow: call mbn.get_backend({0!r}) once "
+    "backend {0!r} is loaded at its first use, which torch.compile cannot follow: call mbn.get_backend({0!r}) once "
     "before."
 )
 _UNSEEN_CONTEXT = (
-    "torch.compile does not see what mbn.use_backend has chosen: give backend= in what is compiled, or choose by "
+    "torch.compile does not see the choice of mbn.use_backend: give backend= in the compiled function, or choose by "
     "mbn.set_default_backend."
 )
 _default: Backend | None = None
@@ -90,12 +89,12 @@ def register_backend(name: str, target: Target) -> None:
     """Make a backend known under ``name`` for this process.
 
     Args:
-        name: what ``backend=`` will take; letters, digits, ``_`` and ``-``.
-        target: an import string ``"module:attribute"``, which is imported when the backend is first asked for; a
+        name: the name that ``backend=`` will take; letters, digits, ``_`` and ``-``.
+        target: an import string ``"module:attribute"``, which is imported when the backend is first requested; a
             :class:`mbn.contract.Backend`; or its class. Registering a name again replaces the earlier target.
 
     Raises:
-        ValueError: ``name`` is no name, or belongs to a built-in backend.
+        ValueError: ``name`` has other characters, or belongs to a built-in backend.
         TypeError: ``target`` is none of these.
     """
     if not _is_name(name):
@@ -107,19 +106,19 @@ def register_backend(name: str, target: Target) -> None:
     _registered[name] = Known(target, "register_backend")
     _forget(name)
     for kind in [kind for kind, owner in _owners.items() if owner.name.startswith(_STANDARD)]:
-        del _owners[kind]  # which may be the new backend's
+        del _owners[kind]  # the new backend may own these arrays
 
 
 def list_backends() -> list[str]:
     """Return the names of all known backends, usable or not: built in, registered, and from entry points.
 
-    Nothing is imported; ``get_backend(name)`` tells whether one works here.
+    Nothing is imported; ``get_backend(name)`` raises for a backend that does not work here.
     """
     return list(known_backends())
 
 
 def known_backends() -> dict[str, Known]:
-    """Return what is known of every backend, by name: built in, then registered, then entry points, as they prevail."""
+    """Return all known backends by name: built in, then registered, then entry points; an earlier one prevails."""
     known = dict(_BUILT_IN)
     for name, other in chain(_registered.items(), _entry_points().items()):
         known.setdefault(name, other)
@@ -131,12 +130,12 @@ def get_backend(backend: str | Backend | None = None) -> Backend:
 
     Args:
         backend: a name; a Backend, returned as it is; or None for the one chosen by :func:`use_backend`,
-            :func:`set_default_backend` or ``MBN_BACKEND``, and NumPy's where nothing is chosen.
+            :func:`set_default_backend` or ``MBN_BACKEND``, and NumPy's where none is chosen.
 
     Raises:
-        BackendNotFoundError: nothing of this name is known.
-        BackendUnavailableError: it is known, but not installed, not usable here, or broken.
-        TypeError: ``backend`` is neither name, Backend nor None.
+        BackendNotFoundError: no backend of this name is known.
+        BackendUnavailableError: the backend is known, but not installed, not usable here, or broken.
+        TypeError: ``backend`` is neither a name, a Backend nor None.
         ValueError: the environment variable ``MBN_NUM_THREADS`` is no number of threads.
     """
     if backend is None:
@@ -149,7 +148,7 @@ def get_backend(backend: str | Backend | None = None) -> Backend:
 
 
 def chosen_backend() -> Backend | None:
-    """Return the backend chosen by context, default or environment, in this order; None where there is no choice."""
+    """Return the backend chosen by context, default or environment, in this order; None where none is chosen."""
     chosen = _chosen_in_context() or _default
     if chosen is not None:
         return chosen
@@ -184,7 +183,7 @@ def use_backend(backend: str | Backend) -> Iterator[Backend]:
 
 
 def set_default_backend(backend: str | Backend | None) -> None:
-    """Choose the backend for the whole process where no context says otherwise; None takes the choice back.
+    """Choose the backend of the process, for code outside of :func:`use_backend`; None undoes the choice.
 
     Raises:
         BackendNotFoundError, BackendUnavailableError: as :func:`get_backend`; the choice is then unchanged.
@@ -194,12 +193,12 @@ def set_default_backend(backend: str | Backend | None) -> None:
 
 
 def owner_of(x: object) -> Backend:
-    """Return the backend whose array ``x`` is; lists and scalars, having no framework, are NumPy's.
+    """Return the backend of an array; that of lists and scalars, which have no framework, is NumPy's.
 
-    The answer is kept for each class of array, so this is one dictionary look-up from the second call on.
+    The result is kept for each class of array, so this is one dictionary look-up from the second call on.
 
     Raises:
-        TypeError: no backend that works here knows such arrays; one that does not work is the cause.
+        TypeError: no working backend takes such arrays. If a backend does not work, its error is the cause.
     """
     return _owners.get(type(x)) or _find_owner(x)
 
@@ -213,31 +212,29 @@ def _chosen_in_context() -> Backend | None:
 
 
 def is_compiling() -> bool:
-    """Tell whether torch.compile or torch.export follows this code, and could not follow it into an import."""
+    """Tell whether torch.compile or torch.export is tracing this code: neither can follow it into an import."""
     torch = sys.modules.get("torch")
     return torch is not None and torch.compiler.is_compiling()
 
 
-def check_uncompiled(what: str) -> None:
-    """Refuse what goes by way of NumPy where a compiler cannot follow it there.
+def check_uncompiled(operation: str) -> None:
+    """Refuse an operation by way of NumPy, which a compiler cannot follow.
 
     Raises:
-        RuntimeError: torch.compile or torch.export follows this code.
+        RuntimeError: torch.compile or torch.export is tracing this code.
     """
     if is_compiling():
-        raise RuntimeError(
-            f"{what} is nothing that torch.compile can follow: do it before the compiled function, or after it."
-        )
+        raise RuntimeError(f"torch.compile cannot follow {operation}: do it before or after the compiled function.")
 
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that torch.compile leaves alone, with all that it calls."""
-    dynamo = sys.modules.get("torch._dynamo")  # which takes a second to import, and without which nothing is compiled
+    """Return a function that torch.compile does not trace, nor the functions that it calls."""
+    dynamo = sys.modules.get("torch._dynamo")  # its import takes a second; before that, nothing is compiled
     return function if dynamo is None else dynamo.disable(function)
 
 
 def is_host_data(x: object) -> bool:
-    """Tell whether ``x`` is a NumPy array, list or scalar, which any bound layer takes."""
+    """Tell whether ``x`` is a NumPy array, a list or a scalar; layers of every backend take them."""
     return owner_of(x) is get_backend(_HOST)
 
 
@@ -252,20 +249,20 @@ def _find_owner(x: object) -> Backend:
     kind = type(x)
     broken: BackendUnavailableError | None = None
     may_be_refused = False
-    # Only an array that nobody knows is worth a look at strangers' plug-ins, and their import: they come last.
+    # Entry points come last, since finding and importing them takes long: for arrays that no other backend takes.
     for name in chain.from_iterable(names() for names in (_candidates, _entry_points)):
         try:
             backend = get_backend(name)
-        except BackendUnavailableError as error:  # it may not hide another, which comes after it
+        except BackendUnavailableError as error:  # it must not hide the backends after it
             broken = broken or error
-            may_be_refused |= name not in _BUILT_IN  # of those that are built in the framework is known
+            may_be_refused |= name not in _BUILT_IN  # the arrays of a built-in backend are known by their package
             continue
         try:
             owned = backend.owns(x)
         except Exception as error:
-            if name in _BUILT_IN:  # says why it does not take its framework's own stand-in for an array
+            if name in _BUILT_IN:  # the backend refuses a placeholder of its framework, and gives the reason
                 raise
-            # As in _construct: nor may this one hide another.
+            # A broken plug-in must not hide the backends after it.
             broken = broken or BackendUnavailableError(f"backend {name!r} is broken: {type(error).__name__}: {error}")
             broken.__cause__ = broken.__cause__ or error
             may_be_refused = True
@@ -286,16 +283,16 @@ def _unknown(x: object, broken: BackendUnavailableError | None) -> str:
         f"no backend knows arrays of type {kind.__module__}.{kind.__qualname__}: {_way_in(x)}. Known backends: "
         f"{', '.join(list_backends())}; mbn.register_backend adds one."
     )
-    return message if broken is None else f"{message} One that does not work may be theirs: {broken}"
+    return message if broken is None else f"{message} A backend for them may be one that does not work: {broken}"
 
 
 def _standard_library(x: object) -> str | None:
-    """Return the module of a library that follows the array API standard and that no backend is for."""
+    """Return the module of x's library, if it follows the array API standard and is of no built-in backend."""
     if any(_package(kind.__module__) in _CLAIMED for kind in type(x).__mro__) or not hasattr(x, "__dlpack__"):
         return None
     try:
         namespace = x.__array_namespace__()  # type: ignore[attr-defined]
-    except Exception:  # noqa: BLE001 - whatever it is, it is no array of the standard
+    except Exception:  # noqa: BLE001 - an array of the standard raises nothing here
         return None
     name = getattr(namespace, "__name__", None)
     if not isinstance(name, str) or _package(name) in _CLAIMED or not hasattr(namespace, "__array_namespace_info__"):
@@ -324,28 +321,28 @@ def _preload(name: str) -> bool:
     return True
 
 
-# torch.compile calls this as it is, since it cannot follow an import: so torch.compiler.assume_constant_result does it,
-# which to have would be to import torch.
+# torch.compile cannot follow an import: by this mark it calls the function instead of tracing it. The function that
+# sets the mark, torch.compiler.assume_constant_result, would take an import of torch.
 _preload._dynamo_marked_constant = True  # type: ignore[attr-defined] # noqa: SLF001
 
 
 def _way_in(x: object) -> str:
-    """Return what to give in the place of what is no array of any backend."""
+    """Return the advice for an object that is no array of any backend: a conversion to one."""
     if isinstance(x, np.ma.MaskedArray):
         return (
-            "give its data, x.filled(0), and by mask= where a value is. NumPy's own mask has the opposite sense, True "
-            "where there is none, and x's shape; mask= has True where there is a value, and is (N,) or (N, L)"
+            "give its data, x.filled(0), and its mask by mask=. NumPy's mask has x's shape, and is True where there is "
+            "no value; mask= is (N,) or (N, L), and True where there is one"
         )
     if isinstance(x, Mapping):
         return "give one of its values, x[key]"
     for method in ("to_numpy", "to_dense", "toarray", "todense"):  # of data frames, and of sparse arrays
         if hasattr(x, method):
             return f"give x.{method}()"
-    return "convert it, np.asarray(x) say"
+    return "convert it, for example by np.asarray(x)"
 
 
 def _candidates() -> list[str]:
-    """Return the backends that may own an array without importing anything new: an array's framework is imported."""
+    """Return the backends whose framework is imported, as that of an array is, and the registered ones."""
     built_in = [name for name, known in _BUILT_IN.items() if known.framework in sys.modules]
     return built_in + list(_registered)
 
@@ -359,13 +356,13 @@ def _load(name: str, *, may_import: bool = False) -> Backend:
         raise BackendNotFoundError(_not_found(name))
     if not may_import and is_compiling():
         raise RuntimeError(_NOT_LOADED.format(name))
-    check_environment()  # long before a call is large enough for more than one thread
+    check_environment()  # now, and not in the first call that is large enough for more than one thread
     make = _usable(name, known, lambda: _import(known.target) if isinstance(known.target, str) else known.target)
     with _locks.setdefault(name, threading.RLock()):
         if name in _loaded:
             return _loaded[name]
         backend: Backend = uncompiled(_construct)(name, known, make)
-        if _registered.get(name, known) is known:  # and not another that has been registered in the meantime
+        if _registered.get(name, known) is known:  # unless another has been registered in the meantime
             _loaded[name] = backend
         return backend
 
@@ -382,22 +379,22 @@ def _construct(name: str, known: Known, target: Any) -> Backend:
             f"backend {name!r} ({known.source}) is broken: its attribute kernels is to be an instance of a subclass of "
             "mbn.contract.Kernels."
         )
-    if backend.name != name:  # layers say and pickle their backend's own name
+    if backend.name != name:  # layers show and pickle the backend's own name
         raise BackendUnavailableError(f"backend {name!r} ({known.source}) is broken: it calls itself {backend.name!r}.")
     return backend
 
 
 def _usable(name: str, known: Known, step: Callable[[], Any]) -> Any:
-    """Return what a step towards a backend gives.
+    """Return the result of importing or constructing a backend.
 
     Raises:
-        BackendUnavailableError: it raised anything, or would end the process, but for an interrupt by the user.
+        BackendUnavailableError: ``step`` raised anything, even SystemExit, but not KeyboardInterrupt.
     """
     try:
         return step()
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # whatever a plug-in or a framework raises, the user is told which one and why
+    except BaseException as error:  # a plug-in or a framework may raise anything; the message names it
         raise BackendUnavailableError(_unavailable(name, known, error)) from error
 
 
@@ -410,7 +407,7 @@ Backend.named = staticmethod(get_backend)
 
 
 def _forget_locks() -> None:
-    """Leave locks that other threads hold to the parent: a fork takes none of its threads along."""
+    """Drop the locks in a forked child: it has none of the threads that might hold and release them."""
     _locks.clear()
 
 
@@ -429,7 +426,7 @@ def _entry_points() -> dict[str, Known]:
 
 
 def misnamed_entry_points() -> dict[str, Known]:
-    """Return the entry points that are passed over, since no backend can have such a name."""
+    """Return the ignored entry points: no backend can have their names."""
     return {name: known for name, known in _all_entry_points().items() if not _is_name(name)}
 
 

@@ -1,6 +1,6 @@
-"""How many threads mbn's own kernels may use, and how two threads keep out of each other's way.
+"""The number of threads that mbn's own kernels may use, and a lock between threads.
 
-The number is one for the process, which no framework's configuration depends on and which changes no bit of any result.
+There is one number for the process. It changes no framework's configuration, and no bit of any result.
 """
 
 import os
@@ -15,11 +15,11 @@ _num_threads: int | None = None
 def get_num_threads() -> int:
     """Return how many threads one call may use, the caller's included.
 
-    It is what :func:`set_num_threads` has set, else the environment variable ``MBN_NUM_THREADS``, else the number of
-    processors that this process may run on. More than these are never used.
+    It is the number of :func:`set_num_threads`, else that of the environment variable ``MBN_NUM_THREADS``, else the
+    number of processors that this process may run on; never more than these processors.
 
     Raises:
-        ValueError: the environment variable is no whole number of at least 1.
+        ValueError: the environment variable is no integer of at least 1.
     """
     global _num_threads
     if _num_threads is None:
@@ -28,26 +28,26 @@ def get_num_threads() -> int:
 
 
 def check_environment() -> None:
-    """Check the environment variable, unless it does not count. Nothing is settled yet: it may still change.
+    """Check the environment variable, unless a number has been set. The variable may still change afterwards.
 
     Raises:
-        ValueError: it is no whole number of at least 1.
+        ValueError: the environment variable is no integer of at least 1.
     """
     if _num_threads is None:
         _from_environment()
 
 
 def set_num_threads(num_threads: int | None) -> None:
-    """Say how many threads one call of a NumPy, Numba or, on the CPU, Torch layer may use, the caller's included.
+    """Set how many threads one call of a NumPy, Numba or, on the CPU, Torch layer may use, the caller's included.
 
-    Results are the same to the bit for every number. JAX and the operations that Torch itself runs have their own.
+    Results are the same to the bit for every number. JAX and Torch's own operations have their own numbers of threads.
 
     Args:
-        num_threads: at least 1; more than there are processors counts as all of them. None takes what was set back.
+        num_threads: at least 1; a number beyond the processors counts as all of them. None restores the default.
 
     Raises:
-        TypeError: it is no int.
-        ValueError: it is less than 1.
+        TypeError: ``num_threads`` is no int.
+        ValueError: ``num_threads`` is less than 1.
     """
     global _num_threads
     if num_threads is not None and (isinstance(num_threads, bool) or not isinstance(num_threads, int)):
@@ -80,10 +80,10 @@ def _checked(name: str, number: int, given: Any = None) -> int:
 
 
 class Exclusive:
-    """A context in which one thread is at a time, for as long as a few vectors take to copy.
+    """A context that one thread at a time can enter, for as long as a few vectors take to copy.
 
-    An interrupt between two steps of leaving it, or a fork, may leave the lock taken with nobody inside. So whoever
-    waits for long takes a new one.
+    An interrupt while a thread leaves it, or a fork, may leave the lock taken by no thread. So a thread that has waited
+    for a second replaces the lock by a new one.
     """
 
     _lock = threading.RLock()
