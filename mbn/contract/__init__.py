@@ -1,7 +1,7 @@
-"""The contract of backends: arrays at the border, kernels that compute, and the hooks of its framework.
+"""The contract of backends: arrays at the border, kernels that compute, and the hooks of a framework.
 
-This package has to stay free of frameworks, and is all of mbn that a backend may import, with the number of mbn.threads
-and the arithmetic of mbn.array_api. It imports nothing of mbn but that number.
+This package imports no framework, and nothing of mbn but mbn.threads. A backend imports it, mbn.threads and
+mbn.array_api, and nothing else of mbn.
 """
 
 from typing import Any
@@ -55,14 +55,14 @@ __all__ = [
 ]
 
 _MOVED = {"Residuals": "Stats", "widened": "Batch.dtype"}
-"""Names of version 1, and what there is in their place."""
+"""Names of version 1, and their replacements."""
 
 
 def __getattr__(name: str) -> Any:
-    """Say of a name of version 1 what has become of it."""
+    """Refuse a name of version 1 with an error that names its replacement."""
     if name in _MOVED:
         raise ImportError(
-            f"{name} is of version 1 of mbn.contract; version 2 has {_MOVED[name]} in its place. "
+            f"{name} is of version 1 of mbn.contract; version 2 has {_MOVED[name]} instead. "
             "See 'From version 1 of the contract' in docs/backends.md."
         )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

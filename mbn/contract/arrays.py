@@ -1,4 +1,4 @@
-"""The border: how arrays come to a framework and go back to the host, and where they are."""
+"""The border: the conversion of arrays to a framework and back to the host, and their devices."""
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
@@ -12,16 +12,16 @@ from mbn.contract.values import Array, Capabilities
 class Arrays(ABC):
     """The arrays of one framework.
 
-    Constructing one must raise where its framework cannot work (no GPU, say); the message reaches the user.
+    The constructor must raise where the framework cannot work, without a GPU for example; the message reaches the user.
     """
 
     name: ClassVar[str]
-    """The name under which it is registered."""
+    """The name under which the backend is registered."""
 
     @property
     @abstractmethod
     def capabilities(self) -> Capabilities:
-        """What this backend can do here and now."""
+        """The capabilities of this backend on this machine, in this process."""
 
     @property
     @abstractmethod
@@ -30,63 +30,63 @@ class Arrays(ABC):
 
     @abstractmethod
     def owns(self, x: object) -> bool:
-        """Tell whether ``x`` is an array of this framework. Asked once for each class of array."""
+        """Tell whether ``x`` is an array of this framework. It is called once for each class of array."""
 
     @abstractmethod
     def asarray(self, x: Any, dtype: str | None = None, device: Any = None) -> Array:
-        """Bring an own array or host data (a NumPy array, nested lists, a number) to this framework.
+        """Return an array of this framework from one, or from host data (a NumPy array, nested lists, a number).
 
-        It may share memory with ``x``. ``"int64"`` may become int32 where the framework has no 64-bit integers.
+        The result may share memory with ``x``. ``"int64"`` may become int32 where the framework has no 64-bit integers.
 
         Raises:
             TypeError: the framework has no such dtype.
-            ValueError: it has no such device.
+            ValueError: the framework has no such device.
         """
 
     @abstractmethod
     def to_numpy(self, x: Array) -> np.ndarray:
-        """Bring an own array to the host. It may share memory with ``x``."""
+        """Return an own array as a NumPy array. The result may share memory with ``x``."""
 
     def from_dlpack(self, x: Any) -> Array:
         """Return another framework's array, as its backend has ``exported`` it, as an own array in the same memory.
 
-        Asked where that memory is on a device. Whatever is raised says that it cannot be: x then comes as a copy, which
-        lies in order, and if that is refused too by way of the host.
+        It is called for memory on a device. If it raises anything, it is called again with a copy of x, whose memory
+        is contiguous; if it raises again, the array is converted by way of the host.
 
         Source: the Python specification of DLPack, https://dmlc.github.io/dlpack/latest/python_spec.html.
         """
         raise BufferError(f"{self.name} takes no arrays by DLPack.")
 
     def exported(self, x: Array) -> AbstractContextManager[Any]:
-        """Return a context in which ``x``, as what it gives, can be taken by ``from_dlpack`` of another backend."""
+        """Return a context whose value is ``x`` as another backend's ``from_dlpack`` can take it."""
         return nullcontext(x)
 
     @abstractmethod
     def device(self, x: Array) -> Any:
-        """Return where ``x`` lies, comparable with ``==``; None where that binds nobody: traced, or free to move."""
+        """Return the device of ``x``, comparable with ``==``; None where any device will do, as for a traced array."""
 
     def devices(self, x: Array) -> tuple[str, ...]:
-        """Return the names of the devices that ``x`` is spread over, for messages; asked where ``device`` is None."""
+        """Return the names of the devices that ``x`` is spread over, for messages, where ``device`` returns None."""
         return ()
 
     @abstractmethod
     def copy(self, x: Array) -> Array:
-        """Return a copy that changes with nothing else; of a parameter, one that nobody trains."""
+        """Return a copy that shares no memory; the copy of a parameter is an array that no optimizer trains."""
 
     def flaw(self, name: str, x: Array) -> str | None:
-        """Say why the kernels cannot read ``x``, an own array that is called ``name``; None if they can.
+        """Return the reason why the kernels cannot read ``x``, an own array that messages call ``name``, or None.
 
-        This is not asked of the x that is normalised, nor of parameters and statistics in a call, where it would cost
-        too much: there the kernels themselves raise a TypeError.
+        It is not called for the x that is normalised, nor for parameters and statistics in a call, where it would take
+        too long: there the kernels themselves raise a TypeError.
         """
         return None
 
     def conflict(self, out: Array, x: Array) -> str | None:
-        """Say why the output of ``x`` cannot be written to ``out``, in the words that follow its name; None if it can.
+        """Return the reason why the output of ``x`` cannot be written to ``out``, None if it can.
 
-        Asked where ``out`` is declared. An array in the shape, dtype and place of x can be written to if it is x itself
-        or shares no memory with it, no two of its values share memory (``overlaps_itself``), and nobody forbids it: a
-        read-only array, or one whose history is recorded.
+        The reason continues a sentence that begins with "out". This is called where ``out`` is declared. An array of
+        the shape, dtype and device of x can be written to if it is x itself or shares no memory with it, if no two of
+        its values share memory (``overlaps_itself``), and if it is neither read-only nor recorded by autograd.
         """
         return None
 

@@ -9,21 +9,21 @@ from mbn.contract.kernels import Kernels
 from mbn.contract.values import Array, Batch, Stats
 
 Operation: TypeAlias = Literal["train", "evaluate", "pullback", "moments"]
-"""The purpose of a batch."""
+"""The operation that kernels are chosen for."""
 _OF_VERSION_1 = {"moments", "normalize", "grad_sums", "grad_input", "batch_norm", "batch_norm_residuals", "pullback"}
 
 
 class Backend(Arrays, Integration):
-    """An array library, the kernels that compute on its arrays, and what its framework wants."""
+    """An array library, the kernels that compute on its arrays, and the hooks of its framework."""
 
     kernels: Kernels
-    """The kernels of every call. Of several, one whose formulas on vectors read the statistics of the others."""
+    """The kernels of every call. With several, those whose formulas on vectors read the statistics of all others."""
     forward: Callable[..., tuple[Array, Any, Stats]]
-    """``mbn.step.compose.forward`` as the framework runs it."""
+    """``mbn.step.compose.forward``, bound by the framework."""
     pullback: Callable[..., tuple[Array, Array, Array]]
-    """``mbn.step.compose.pullback`` as the framework runs it."""
+    """``mbn.step.compose.pullback``, bound by the framework."""
 
-    # The frontend builds on this package, so it says itself what a backend needs of it.
+    # The frontend imports this package and not the reverse, so it sets these attributes.
     composition: ClassVar[tuple[Callable[..., Any], Callable[..., Any]]]
     """``forward`` and ``pullback`` of ``mbn.step.compose``."""
     named: ClassVar[Callable[[str], "Backend"]]
@@ -41,7 +41,7 @@ class Backend(Arrays, Integration):
             )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Make a backend, and bind to it what a step is made of."""
+        """Make a backend, and bind ``forward`` and ``pullback`` to it."""
         backend = super().__new__(cls)
         backend.forward, backend.pullback = backend.bind(*cls.composition)
         return backend
@@ -49,10 +49,10 @@ class Backend(Arrays, Integration):
     def kernels_for(
         self, operation: Operation, batch: Batch, other: Array | None = None, vectors: tuple[Any, ...] = ()
     ) -> tuple[Kernels, Batch]:
-        """Return the kernels for one call, and its batch as they read it.
+        """Return the kernels for one call, and its batch prepared for them.
 
-        ``other`` is the other array in x's shape: ``out`` of a forward pass, if any, or ``dy``. ``vectors`` are all
-        that the call reads beside: ``(params, state)``, or ``(weight, stats)`` of a pullback.
+        ``other`` is the other array in x's shape: ``out`` of a forward pass, if any, or ``dy``. ``vectors`` are the
+        other operands: ``(params, state)``, or ``(weight, stats)`` of a pullback.
         """
         return self.kernels, batch
 
@@ -61,10 +61,10 @@ class Backend(Arrays, Integration):
         return _named, (self.name,)
 
     def __deepcopy__(self, memo: object) -> Self:
-        """Be the same backend in a copied layer."""
+        """Return the backend itself, which copies of a layer share."""
         return self
 
 
 def _named(name: str) -> Backend:
-    """Return the backend that was pickled."""
+    """Return the backend of a pickled name."""
     return Backend.named(name)

@@ -18,7 +18,7 @@ def dtype_name(dtype: Any) -> str:
     if name is None:
         try:
             name = np.dtype(dtype).name
-        except TypeError:  # torch.float32, array_api_strict.float32, "bfloat16": the last word is the name
+        except TypeError:  # torch.float32, array_api_strict.float32, "bfloat16": the name is the last word
             name = str(dtype).rpartition(".")[2]
         _DTYPE_NAMES[key] = name
     return name
@@ -33,7 +33,7 @@ def numpy_dtype(name: str) -> np.dtype:
     """Return NumPy's dtype of a name.
 
     Raises:
-        TypeError: it is bfloat16, the only one that NumPy itself does not have, and ml_dtypes is not installed.
+        TypeError: the name is bfloat16, which NumPy has through ml_dtypes alone, and ml_dtypes is not installed.
     """
     if name != "bfloat16":
         return np.dtype(name)

@@ -1,4 +1,4 @@
-"""The hooks of a framework in batch normalisation and layers. Each does nothing unless a backend says otherwise."""
+"""The hooks of a framework in batch normalisation and layers. Each does nothing unless a backend overrides it."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -19,74 +19,75 @@ class Integration:
     def bind(
         self, forward: Callable[..., Any], pullback: Callable[..., Any]
     ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """Return the two functions of ``mbn.step.compose`` as the framework runs them: recorded, or compiled.
+        """Return the two functions of ``mbn.step.compose`` as the framework calls them: with autograd, or compiled.
 
         It is called once, when the backend is made and before its own ``__init__``.
         """
         return forward, pullback
 
     def constant(self, x: Array) -> Array:
-        """Return ``x`` itself, or what shares its memory, as a constant to differentiation.
+        """Return ``x`` itself, or an array in the same memory, as a constant to differentiation.
 
-        Its statistics hold on to nothing that ``x`` was computed from.
+        So statistics of it hold no reference to the graph of ``x``.
         """
         return x
 
     def finish(self, *values: Any) -> None:
-        """Have arrays, numbers, or statistics in the backend's own form computed now.
+        """Evaluate lazy results: arrays, numbers, or statistics in the backend's own representation.
 
-        A framework that computes lazily has to do so, or it would keep all that they are made of. ``fit`` asks it for
-        the statistics of each batch, before the next batch is made, and ``stores`` for the state after a step, whose
-        graph would grow with every step. The graph of an output is its caller's.
+        A lazy framework keeps all operands of a result until the result is evaluated. ``fit`` calls this with the
+        statistics of each batch, before the next batch is made, and ``stores`` with the state after a step, whose graph
+        would grow with every step. Outputs are left to the caller.
         """
 
     def register(self, layer_type: type, flatten: Callable[[Any], Any], unflatten: Callable[[Any, Any], Any]) -> None:
-        """Learn of a class of layers, once, when the first of them binds to this backend.
+        """Register a class of layers, once, when the first of them binds to this backend; for pytrees.
 
-        ``flatten(layer)`` gives ``((params, state), rest)``, where the rest is hashable and comparable;
-        ``unflatten(rest, (params, state))`` gives a layer again, whatever stands for the arrays.
+        ``flatten(layer)`` returns ``((params, state), rest)``, where the rest is hashable and comparable;
+        ``unflatten(rest, (params, state))`` returns the layer again, for placeholders of the arrays too.
         """
 
     def parameter(self, value: Array, current: Array | None) -> Array:
         """Return an array that the framework's optimizers can train, with the values of ``value``, a layer's own.
 
-        ``current`` is the parameter that it takes the place of; ``write`` decides whether that stays.
+        ``current`` is the parameter that it replaces; ``write`` decides whether ``current`` is written to instead.
         """
         return value
 
     def stores(self, before: State, after: State) -> bool:
-        """Tell whether a layer that held ``before`` is to hold ``after`` from this training step on.
+        """Tell whether a layer with the state ``before`` is to store ``after``, the state after this training step.
 
-        It is not where the step repeats an earlier one, whose activations were not kept.
+        It is not, if the step repeats an earlier one, as in activation checkpointing.
 
         Raises:
-            RuntimeError: ``after`` is part of a trace that ends before the layer does.
+            RuntimeError: ``after`` is traced, and the layer would keep it after the trace has ended.
         """
         self.finish(*after)
         return True
 
     def write(self, before: Held, after: Held) -> Held:
-        """Return what a layer is to hold in the place of ``before``, where somebody else holds that too: ``after``.
+        """Return the arrays that a layer is to hold instead of ``before``: ``after``, or ``before`` with its values.
 
-        ``before`` are parameters, which optimizers may train, or statistics that are shared with a module that
-        ``module`` made, or both. Where arrays can be written to, and those that differ have the same shapes, dtypes and
-        device, they are written to, all or none of them even if interrupted, and ``before`` is returned.
+        ``before`` are arrays that others hold too: parameters, which optimizers may train, or statistics that are
+        shared with a module that ``module`` made, or both. If a framework's arrays can be written to, and those that
+        differ have the same shapes, dtypes and device, the values of ``after`` are written to ``before``, all or none
+        of them even if interrupted, and ``before`` is returned.
         """
         return after
 
     def writing(self) -> AbstractContextManager[Any]:
-        """Return a context in which no other thread is in one: what ``write`` writes to is seen before or after."""
+        """Return a context that one thread at a time can enter; so no other thread reads arrays half written."""
         return Exclusive()
 
     def module(self, layer: Any, adopt: Callable[[Params, State], None]) -> Any:
-        """Return a module of the framework's own kind that does what the layer does (``modules``).
+        """Return a module of the framework with the same output as the layer (the capability ``modules``).
 
         It begins in the layer's mode and has ``train()`` and ``eval()``. Its parameters and statistics are attributes
         named as those of the layer, and the same arrays where arrays can be written to.
 
         Args:
             layer: the :class:`mbn.BatchNorm1d`.
-            adopt: makes the layer hold other arrays, of another device or dtype maybe, as they are.
+            adopt: gives the layer other arrays, as they are, perhaps of another device or dtype.
 
         Raises:
             TypeError: the framework has no modules.

@@ -10,11 +10,11 @@ from mbn.contract.values import Array, Batch, Moments, Params, Settings, State, 
 class Kernels(ABC):
     """One way to compute batch normalisation.
 
-    Everything takes and returns the framework's own arrays and has been checked: kernels validate nothing. Vectors are
-    (C,) in the layer's dtype, float32 or float64. No kernel writes to its arguments, but for ``out``.
+    Kernels take and return the framework's own arrays. Their arguments have been checked: kernels validate nothing.
+    Vectors are (C,) in the layer's dtype, float32 or float64. No kernel writes to its arguments, except to ``out``.
 
-    What comes of statistics is in a form of the backend's own, the same for all of its kernels: it may carry more
-    digits than x, and numbers that leave the range of float64.
+    Each backend chooses its own representation of statistics, the same for all of its kernels: it may have more digits
+    than x, and numbers beyond the range of float64.
     """
 
     # Passes over x.
@@ -28,7 +28,7 @@ class Kernels(ABC):
         """Return ``(x - mean) / sqrt(var + eps) * weight + bias``, rounded once to x's dtype.
 
         Where ``var + eps`` is 0 the result is the bias; where the weight of a sample is 0 it is 0. Memory order and
-        device are those of x. A backend that declares ``out`` writes the result there if that is an array.
+        device are those of x. A backend that declares the capability ``out`` writes the result to ``out`` if given.
         """
 
     @abstractmethod
@@ -36,7 +36,7 @@ class Kernels(ABC):
         """Return the sums of ``dy`` and of ``dy * xhat`` for each channel; ``xhat = (x - mean) / sqrt(var + eps)``.
 
         They are the gradients of bias and weight: (C,), in the dtype of the statistics or a wider one. Values of weight
-        0 are left out; no other sample weight matters, since ``dy`` says how much each output counts. Where
+        0 are left out; no other sample weight matters, since ``dy`` contains the weight of each output. Where
         ``var + eps`` is 0 so is ``xhat``.
         """
 
@@ -60,7 +60,7 @@ class Kernels(ABC):
     def sample_weights(
         self, shape: tuple[int, ...], dtype: str, mask: Array | None, lengths: Array | None, sample_weight: Array | None
     ) -> Array:
-        """Return how often each value counts: the sample weight where mask and lengths allow, else 0.
+        """Return the weight of each value: its sample weight where mask and lengths include it, else 0.
 
         Args:
             shape: of the result, (N,) or (N, L).
@@ -69,8 +69,8 @@ class Kernels(ABC):
             lengths: how many values each sequence has, from its start: integers, (N,), for a shape (N, L) alone.
             sample_weight: real numbers, (N,) or (N, L); 1 if None.
 
-        Where ``within`` could not tell, under a trace, a negative weight or a length outside of 0 to L gives NaN, which
-        nobody can take for a result.
+        Traced arguments cannot be checked by ``within``: for them a negative weight, or a length outside of 0 to L,
+        gives NaN, so that the error shows in the results.
         """
 
     @abstractmethod
@@ -81,8 +81,8 @@ class Kernels(ABC):
 
             count = n1 + n2    mean = mean1 + d * n2 / count    m2 = m2_1 + m2_2 + d**2 * n1 * n2 / count
 
-        The second changes the first least where n2 <= n1, which is how it is called. Where neither has a value, the
-        result is that of no values too.
+        Callers pass the larger batch first, since rounding errors are smallest where n2 <= n1. The result of two
+        batches without values is that of a batch without values.
 
         Source: Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances,
         1979, equations 2.1.
@@ -90,47 +90,47 @@ class Kernels(ABC):
 
     @abstractmethod
     def variance(self, moments: Moments, correction: int) -> Any:
-        """Return ``m2 / (count - correction)``, in a form that ``normalize`` and ``lerp`` read.
+        """Return ``m2 / (count - correction)``, in the representation that ``normalize`` and ``lerp`` read.
 
         It is 0 where the sample weights add up to ``correction`` or less; without them the count is greater.
         """
 
     @abstractmethod
     def step(self, momentum: float | None, num_batches_tracked: Array | None, count: Any, correction: int) -> Any:
-        """Return how far a batch moves the running statistics, for ``lerp``, without waiting for any device.
+        """Return how far a batch moves the running statistics, for ``lerp``, without synchronizing with a device.
 
-        It is ``momentum``, or ``1 / num_batches_tracked`` where that is None; and 0 for a batch without a variance,
-        whose ``count``, a sum of sample weights, is ``correction`` or less.
+        It is ``momentum``, or ``1 / num_batches_tracked`` where ``momentum`` is None; and 0 for a batch without a
+        variance, whose ``count``, a sum of sample weights, is ``correction`` or less.
         """
 
     @abstractmethod
     def lerp(self, start: Array, end: Any, step: Any) -> Array:
         """Return ``(1 - step) * start + step * end`` for (C,) statistics, rounded once to the dtype of ``start``.
 
-        ``end`` is a vector, ``Moments.mean`` or from ``variance``; ``step`` is a float, or from ``step``. With a step
-        of 0 the result is ``start``, whatever ``end`` is. To differentiation it is a constant.
+        ``end`` is a vector, ``Moments.mean`` or the result of ``variance``; ``step`` is a float or the result of
+        ``step``. With a step of 0 the result is ``start``, even if ``end`` is NaN. To differentiation it is a constant.
         """
 
-    # Entries that are made of the above, and written by whoever is faster so: with the same bounds.
+    # Compositions of the above. A backend overrides those that it computes faster, within the same bounds.
 
     def advance(self, state: State, moments: Moments, settings: Settings) -> tuple[Stats, State]:
-        """Return what to normalise a batch by, and the state after it."""
+        """Return the statistics to normalise a batch by, and the state after the step."""
         mean, var, num_batches_tracked = state
         if num_batches_tracked is not None:
             num_batches_tracked = counted(num_batches_tracked)
         if mean is not None:
-            # Without a momentum it is the cumulative average: each batch so far weighs the same.
+            # Without a momentum the running statistics are the average over all batches, each with the same weight.
             step = self.step(settings.momentum, num_batches_tracked, moments.count, settings.correction)
             mean = self.lerp(mean, moments.mean, step)
             var = self.lerp(var, self.variance(moments, settings.correction), step)
         return Stats(moments.mean, self.variance(moments, 0), moments.count), State(mean, var, num_batches_tracked)
 
     train: Callable[..., tuple[Array, State, Stats] | None] | None = None
-    """``train(batch, params, state, settings, out)``: a step of training at once, as output, new state and statistics.
+    """``train(batch, params, state, settings, out)``: a fused step of training; output, new state and statistics.
 
-    Or None, and nothing is written, for a batch that this entry cannot do.
+    It returns None, and writes nothing, for a batch that it does not support.
     """
     evaluate: Callable[..., Array | None] | None = None
-    """``evaluate(batch, params, state, settings, out)``: the output of evaluation at once, or None as ``train``."""
+    """``evaluate(batch, params, state, settings, out)``: the output of fused evaluation, or None as ``train``."""
     pullback: Callable[..., tuple[Array, Array, Array] | None] | None = None
     """``pullback(dy, batch, weight, stats, eps)``: the gradients of x, weight and bias, or None as ``train``."""

@@ -1,7 +1,7 @@
-"""The seam between replicas of a layer, which share the statistics of their batches.
+"""The exchange between replicas of a layer, which share the statistics of their batches.
 
-Every sum over values on which a statistic or a derivative depends comes through :func:`merged` or :func:`summed`. Both
-do nothing without a group.
+Every sum over values on which a statistic or a derivative depends passes through :func:`merged` or :func:`summed`. Both
+return it unchanged without a group.
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ class Group(Protocol):
 
     @property
     def rank(self) -> Any:
-        """Which of them this one is, an integer from 0."""
+        """The number of this replica, an integer from 0."""
 
     def gather(self, values: T) -> Sequence[T]:
         """Return the values of all replicas, in the order of their ranks. Each replica has to call it.
 
-        ``values`` are arrays and numbers in tuples of any depth. The values of other replicas are on the device of the
-        own, and differentiation, if the framework has it, goes through to the replica that they come from.
+        ``values`` are arrays and numbers in tuples of any depth. The values of other replicas are on the device of this
+        one's. Derivatives, if the framework has them, reach the replica that the values come from.
         """
         ...
 

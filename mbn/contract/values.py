@@ -1,7 +1,7 @@
-"""The values that pass between the frontend and a backend, and the few questions that both ask of arrays.
+"""The values that pass between the frontend and a backend, and a few functions of arrays that both use.
 
-Parameters, statistics and all that is returned are NamedTuples: JAX and Torch take those as pytrees without
-registration, and a layer that stores its state in one assignment can never be seen half updated.
+Parameters, statistics and all results are NamedTuples: JAX and Torch take those as pytrees without registration, and a
+layer stores its state in one assignment, so that no thread reads half an update.
 """
 
 from typing import Any, NamedTuple, TypeAlias
@@ -18,11 +18,11 @@ The frontend asks of it ``shape``, ``ndim`` and ``dtype``; ``mT`` or ``swapaxes`
 """
 
 _LIMITS = {f"int{bits}": (2 ** (bits - 1) - 1, bits - 1) for bits in (8, 16, 32, 64)}
-"""The largest number of a dtype, and how far its sign is from its last bit."""
+"""By dtype: its largest number, and the index of its sign bit."""
 
 
 def transposed(x: Array) -> Array:
-    """Return ``x`` with its last two axes swapped, in the same memory where arrays have memory orders."""
+    """Return ``x`` with its last two axes swapped: a view, where a framework has views."""
     return x.mT if hasattr(x, "mT") else x.swapaxes(-1, -2)  # CuPy has mT from 14 on
 
 
@@ -37,21 +37,21 @@ def overlaps_itself(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: 
         reach += stride * (size - 1)
     if is_nested or axes[0][0] < itemsize:
         return not is_nested
-    # Two values share memory if some steps along the axes, not all of them 0, come back to less than one value's size.
-    # Of the longest axis only the two numbers of steps that come nearest to that have to be tried.
+    # Two values share memory if some steps along the axes, not all of them 0, lead to an offset below the size of one
+    # value. Along the longest axis only the two numbers of steps that lead nearest to 0 have to be tried.
     *others, (stride, size) = sorted(axes, key=lambda axis: axis[1])
     offsets = np.zeros(1, np.int64)
     for other, length in others:
         offsets = np.add.outer(offsets, other * np.arange(1 - length, length)).ravel()
-    offsets = np.delete(offsets, offsets.size // 2)  # no steps along any of these
+    offsets = np.delete(offsets, offsets.size // 2)  # the offset of no steps along any of these axes
     steps = -offsets // stride + np.array([[0], [1]])
     return bool(np.any((abs(steps) < size) & (abs(offsets + steps * stride) < itemsize)))
 
 
 def counted(count: Array) -> Array:
-    """Return a count of batches after one more. At the largest integer of its dtype it stays, and does not wrap."""
+    """Return a count of batches plus 1, or the largest integer of its dtype, so that it never wraps."""
     limit, sign = _LIMITS.get(dtype_name(count.dtype), (None, None))
-    return count + 1 if limit is None else count - ((count - limit) >> sign)  # which is -1 below the limit
+    return count + 1 if limit is None else count - ((count - limit) >> sign)  # the shift gives -1 below the limit
 
 
 class Params(NamedTuple):
@@ -62,7 +62,7 @@ class Params(NamedTuple):
 
 
 class State(NamedTuple):
-    """The statistics that training tracks: (C,), (C,) in the layer's dtype and an integer scalar, or None for each."""
+    """The running statistics, (C,) in the layer's dtype, and the count of batches, an integer scalar; or None each."""
 
     running_mean: Any
     running_var: Any
@@ -85,65 +85,65 @@ class Settings(NamedTuple):
 
 
 class Capabilities(NamedTuple):
-    """What a backend can do. Tests, benchmarks, the command line and the docs read it here and nowhere else."""
+    """The capabilities of a backend: the only source for tests, benchmarks, the command line and the docs."""
 
     dtypes: frozenset[str]
     """Floating dtypes of x, by name."""
     devices: tuple[str, ...]
-    """Devices usable here and now, the default one first; each is accepted by ``asarray(x, device=...)``."""
+    """Names of the usable devices, the default one first; ``asarray(x, device=...)`` takes each."""
     mutable: bool
-    """Arrays can be written in place, so the suite has to prove that they are not."""
+    """Arrays can be written to, so the suite has to show that no argument is."""
     strided: bool
-    """Arrays can have any memory order, and outputs keep that of x."""
+    """Arrays can have any memory order, and outputs have that of x."""
     masks: bool = False
     """Batches can have sample weights: the kernels take them."""
     autograd: bool = False
-    """The framework differentiates through every call, backwards and forwards and again: ``grad``, ``jvp``."""
+    """The framework differentiates every call, in reverse and forward mode and to any order: ``grad``, ``jvp``."""
     vmap: bool = False
     """The framework vectorises calls over a further axis: ``vmap``."""
     jit: bool = False
     """The framework traces and compiles pure functions: ``jit``."""
     compile: bool = False
-    """The framework compiles Python as it stands, a layer that changes its state included: ``compile``."""
+    """The framework compiles Python code that calls a layer and changes its state: ``compile``."""
     modules: bool = False
-    """The framework has modules, and a layer can be one: ``module``."""
+    """The framework has modules, and ``module`` makes one of a layer."""
     any_size: bool = False
-    """Values, parameters and statistics may have any size: one beyond all others, or squares that no dtype holds."""
+    """Values, parameters and statistics may have any magnitude: extreme outliers, or squares beyond every dtype."""
     out: bool = False
-    """Outputs can be written to an array of the caller's: the kernels take it."""
+    """Outputs can be written to an array of the caller's: the kernels take ``out``."""
 
 
 class Batch(NamedTuple):
-    """What a kernel passes over."""
+    """The input of a kernel: x and its sample weights."""
 
     x: Array
     """(N, C) or (N, C, L), with at least one value."""
     sample_weight: Array | None = None
-    """How often each value counts, in every channel alike: (N,) for an x of (N, C) and (N, L) for one of (N, C, L), in
-    the layer's dtype, at least 0; or None, where each counts once. One that weighs 0 is no value: it may be NaN or
-    infinite, and no statistic, output or gradient may depend on it. A constant to differentiation."""
+    """The weight of each value, the same in every channel: (N,) for an x of (N, C) and (N, L) for one of (N, C, L), in
+    the layer's dtype, at least 0; or None, where each value counts once. A value of weight 0 may be NaN or infinite,
+    and no statistic, output or gradient may depend on it. A constant to differentiation."""
     dtype: str = "float32"
-    """That of parameters and statistics, float32 or float64. Where x has fewer digits than float64 and they have all,
-    statistics and gradients of parameters are as exact as those of an x in float64."""
+    """The dtype of parameters and statistics, float32 or float64. With float64, statistics and gradients of parameters
+    are as exact as those of an x in float64, even if x has another dtype."""
 
 
 class Moments(NamedTuple):
     """Per-channel statistics of one batch."""
 
-    count: Any  # the field's name; tuple.count is of no use here
-    """Values per channel, an int; of a weighted batch the sum of its weights, in a form of the backend's own."""
+    count: Any  # it hides tuple.count, which is of no use here
+    """Values per channel, an int; of a weighted batch the sum of its weights, in the backend's representation."""
     mean: Any
-    """The mean, in whatever form the backend's other kernels read: it may carry more precision than x."""
+    """The mean, in the backend's representation, which may have more digits than x."""
     m2: Any
-    """Sum of squared deviations from the mean, in the backend's own form too: ``variance`` reads it."""
+    """The sum of squared deviations from the mean, in the backend's representation; ``variance`` reads it."""
 
 
 class Stats(NamedTuple):
     """The statistics by which a batch is normalised, and which its pullback needs."""
 
     mean: Any
-    """Of the batch, in the form of ``Moments.mean``; or a running mean, (C,)."""
+    """The batch's ``Moments.mean``, or a running mean, (C,)."""
     var: Any
-    """The same of the variance, in the form of ``variance``."""
+    """The batch's biased variance, as ``variance`` returns it, or a running variance, (C,)."""
     count: Any
-    """``Moments.count`` where both depend on x; None where they are constants: in evaluation."""
+    """``Moments.count`` where mean and variance depend on x; None where they are constants, as in evaluation."""
