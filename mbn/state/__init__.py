@@ -1,4 +1,4 @@
-"""The state of a layer, and how it travels: as a state_dict, as a file, as a part of a checkpoint."""
+"""The arrays of a layer, and their exchange: state_dicts, files, checkpoints."""
 
 from mbn.contract import Params, Settings, State
 from mbn.state.keys import IncompatibleKeys

@@ -86,7 +86,7 @@ if TYPE_CHECKING:
 else:
 
     class of_class(classmethod):  # noqa: N801 - a decorator
-        """A method that makes a layer: called on one that exists it would leave that as it is, so it is refused."""
+        """A class method that makes a layer. A call on a layer is refused, since it would not change that layer."""
 
         def __get__(self, layer: Any, owner: type | None = None) -> Any:
             return super().__get__(layer, owner) if layer is None else partial(_refuse, self.__func__.__name__)
@@ -100,7 +100,7 @@ def _refuse(name: str, *_: Any, **__: Any) -> NoReturn:
 
 
 class Entry:
-    """A parameter or statistic as an attribute: reading gives the live array, setting stores a checked copy."""
+    """A parameter or statistic as an attribute: reading returns the layer's array, setting stores a checked copy."""
 
     def __init__(self, doc: str) -> None:
         self.__doc__ = doc
@@ -112,7 +112,7 @@ class Entry:
     def __get__(self, layer: Any, owner: type) -> Any:
         if layer is None:
             return self
-        _ = layer._storage.num_features  # without which there are none
+        _ = layer._storage.num_features  # raises where the first input has not determined it: there are no arrays yet
         return getattr(getattr(layer._storage, self._group), self._name)
 
     def __set__(self, layer: Any, value: Any) -> None:

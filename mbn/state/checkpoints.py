@@ -1,6 +1,7 @@
-"""One layer's entries out of a whole model's checkpoint.
+"""One layer's entries in a model's checkpoint.
 
-A checkpoint may come from anywhere, so nothing in it is ever run; and of one that is large no more is read than needed.
+A checkpoint may be malicious, so nothing in it is ever executed; and it may be large, so only the layer's entries are
+read.
 """
 
 import json
@@ -23,15 +24,15 @@ from mbn.state.keys import batch_norms, groups, prefixes
 
 _NAMES = (*Params._fields, *State._fields)
 _SETTINGS = ("eps", "momentum", "axis", "correction", "track_running_stats")
-"""The arguments of a layer that a checkpoint does not tell."""
+"""The arguments of a layer that a checkpoint does not contain."""
 
 
 def under(entries: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], int | None, str]:
-    """Return the entries that begin with a prefix, without it; their version, None if they do not say; and the prefix.
+    """Return the entries that begin with a prefix, without it; their version, or None; and the prefix as it was found.
 
     Raises:
         TypeError: the prefix is no string.
-        ValueError: there are none, or there are in several dictionaries.
+        ValueError: no dictionary has such entries, or several have.
     """
     if not isinstance(prefix, str):
         raise TypeError(
@@ -60,7 +61,7 @@ def under(entries: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], int 
 def read(
     path: str | PathLike[str], prefix: str, settings: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """Return the entries of a layer in a file, the arguments of the layer, and what messages put before an entry.
+    """Return the entries of a layer in a file, the arguments of the layer, and the prefix of entries in messages.
 
     Raises:
         OSError, ImportError, ValueError, TypeError: see :meth:`mbn.BatchNorm1d.from_checkpoint`.
@@ -83,7 +84,7 @@ def read(
 def _arguments(
     entries: Mapping[str, Any], taken: Mapping[str, Any], settings: Mapping[str, Any], model: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the arguments of a layer with these entries of a model."""
+    """Return the arguments of the layer that has these entries of a model."""
     tracked = checks.flag("track_running_stats", settings.get("track_running_stats", True))
     needed = ["running_mean", "running_var"] * tracked + ["weight"] * ("bias" in taken or not tracked)
     missing = [name for name in needed if name not in taken]
@@ -119,7 +120,7 @@ def _torch_entries(path: Path, _: bytes) -> Mapping[str, Any]:
         entries = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError:
         raise
-    except Exception as error:  # whatever damage and strange objects make of it
+    except Exception as error:  # a damaged file, or a foreign object in it, may raise anything
         text = str(error) or type(error).__name__
         if found := re.search(r"GLOBAL (\S+)", text):
             message = (
@@ -139,12 +140,12 @@ def _torch_entries(path: Path, _: bytes) -> Mapping[str, Any]:
 
 
 def _safetensors_entries(path: Path, start: bytes) -> dict[str, Callable[[], np.ndarray]]:
-    """Return what reads each entry."""
+    """Return a function for each entry, by name, that reads it."""
     from safetensors import SafetensorError, safe_open
 
     if start[:1] == b"{":
         raise ValueError(
-            "it is text, the index of a checkpoint in several files maybe: give the file that has the entries."
+            "it is text, perhaps the index of a checkpoint in several files: give the file that has the entries."
         )
     try:
         with safe_open(path, framework="np") as file:
@@ -172,14 +173,14 @@ def _safetensors_entries(path: Path, start: bytes) -> dict[str, Callable[[], np.
 
 
 def _not_found(entries: Mapping[Any, Any], prefix: str) -> str:
-    """Return what to say where no entries begin with a prefix: which prefixes there are, the nearest ones first."""
+    """Return the message for a prefix that no entries begin with: it names the nearest, and lists the batch norms."""
     known = prefixes(entries)
     message = f"no entries begin with {prefix!r}." if prefix else "there are no entries of a layer alone."
     if not known:
         keys = [key for _, group in groups(entries) for key, value in group.items() if not isinstance(value, Mapping)]
         return f"{message} There are no running statistics in it, but {few(keys) or 'nothing'}."
     if not prefix:
-        message += " Of a whole model, prefix= says which entries are the layer's."
+        message += " Give prefix= to select one layer's entries of a model."
     bare = prefix.rstrip(".")
     same_end = [name for name in known if re.search(rf"(^|\.){re.escape(bare)}\.?$", name)] if bare else []
     nearest = dict.fromkeys([*same_end, *get_close_matches(prefix, list(known), n=3, cutoff=0.5)])

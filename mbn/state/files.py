@@ -1,8 +1,7 @@
-"""Layers in files: safetensors, with what a layer is besides its arrays in the metadata.
+"""Layers in files: safetensors, with the layer's arguments and modes in the metadata.
 
-A file may come from anywhere, so nothing in it is ever run, and nothing of it is used before all of it has been
-checked. Whoever is interrupted while writing must find the old file or the new one, whole. Equal layers make equal
-files.
+A file may be malicious, so nothing in it is ever executed, and nothing of it is used before all of it has been checked.
+A write that is interrupted must leave the complete old file or the complete new one. Equal layers make equal files.
 """
 
 import contextlib
@@ -32,7 +31,7 @@ except ModuleNotFoundError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 KEY = "mbn.BatchNorm1d"
-"""That of the only entry of the metadata, so that nothing hangs on an order; its value is JSON."""
+"""The key of the only entry of the metadata, whose value is JSON: with more entries, their order would not be fixed."""
 VERSION = 1
 
 _DESCRIPTION = {"version": (int,), "checksum": (int,), "arguments": (dict,), "training": (bool,), "frozen": (bool,)}
@@ -48,22 +47,22 @@ _ARGUMENTS = {
     "bias": (bool,),
 }
 _DTYPES = {"float32": "F32", "float64": "F64", "int64": "I64"}
-"""Their names in safetensors."""
+"""By dtype: its name in safetensors."""
 
 
 _CHECKPOINT = "mbn.BatchNorm1d.from_checkpoint(path, prefix)."
 
 
 def is_of_torch(start: bytes) -> bool:
-    """Tell by its first 9 bytes whether a file is one of ``torch.save``."""
+    """Tell whether a file is one of ``torch.save``, by its first 9 bytes."""
     return start[:2] == b"PK" or (start[:1] == b"\x80" and start[8:] != b"{")
 
 
 def write(path: str | PathLike[str], snapshot: Snapshot) -> None:
-    """Write a file in one step, as all others see it.
+    """Write a layer to a file, atomically: other processes see the old file or the new one.
 
     Raises:
-        OSError: it cannot be written; nothing has changed.
+        OSError: the file cannot be written; nothing has changed.
     """
     from safetensors.numpy import save
 
@@ -82,11 +81,11 @@ def write(path: str | PathLike[str], snapshot: Snapshot) -> None:
 
 
 def read(path: str | PathLike[str]) -> Snapshot:
-    """Return what a file holds.
+    """Return the layer in a file.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is damaged, something else, or of a later version.
+        OSError: the file cannot be read.
+        ValueError: the file is damaged, not one of a layer, or of a later version.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -104,7 +103,7 @@ def read(path: str | PathLike[str]) -> Snapshot:
 
 
 def _checked(file: Any) -> Snapshot:
-    """Return what an open safetensors file holds, with no array read before it is known to belong there."""
+    """Return the layer in an open safetensors file; names, dtypes and shapes are checked before arrays are read."""
     described = _described((file.metadata() or {}).get(KEY))
     arguments = described["arguments"]
     expected = _expected(arguments)
@@ -117,7 +116,7 @@ def _checked(file: Any) -> Snapshot:
     entries = {key: file.get_tensor(key) for key in expected}
     checksum = described.pop("checksum")
     if checksum != _checksum(described, entries):
-        raise ValueError("it is damaged: its checksum is that of something else.")
+        raise ValueError("it is damaged: its checksum does not match its contents.")
     if entries.get("num_batches_tracked", 0) < 0:
         raise ValueError(
             f"its num_batches_tracked counts batches and is at least 0, not {entries['num_batches_tracked']}."
@@ -126,7 +125,7 @@ def _checked(file: Any) -> Snapshot:
 
 
 def _described(text: str | None) -> dict[str, Any]:
-    """Return what a layer is besides its arrays."""
+    """Return the arguments and modes of a layer, with the version and checksum of its file."""
     if text is None:
         raise ValueError(f"it is not from BatchNorm1d.save. Of a checkpoint: {_CHECKPOINT}")
     try:
@@ -149,20 +148,18 @@ def _described(text: str | None) -> dict[str, Any]:
     return result
 
 
-def _check_types(what: str, values: Any, types: Mapping[str, tuple[type, ...]]) -> None:
-    """Check that there is exactly what there should be, each of its type."""
+def _check_types(name: str, values: Any, types: Mapping[str, tuple[type, ...]]) -> None:
+    """Check that ``values``, which messages call ``name``, has exactly the keys of ``types``, and those types."""
     wrong = sorted(values.keys() ^ types.keys()) if isinstance(values, dict) else [reprlib.repr(values)]
     if wrong:
-        raise ValueError(f"its {what} has too much or too little: {reprlib.repr(wrong)}.")
-    for name, allowed in types.items():
-        if type(values[name]) not in allowed:
-            raise ValueError(
-                f"its {name} is {reprlib.repr(values[name])}, and should be of type {allowed[0].__name__}."
-            )
+        raise ValueError(f"its {name} has missing or unexpected entries: {reprlib.repr(wrong)}.")
+    for key, allowed in types.items():
+        if type(values[key]) not in allowed:
+            raise ValueError(f"its {key} is {reprlib.repr(values[key])}, and should be of type {allowed[0].__name__}.")
 
 
 def _expected(arguments: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return dtype and shape of each array of a layer."""
+    """Return dtype and shape of each array that a layer with these arguments has."""
     vector = arguments["dtype"], (arguments["num_features"],)
     expected: dict[str, tuple[str, tuple[int, ...]]] = {}
     if arguments["affine"]:
@@ -175,7 +172,7 @@ def _expected(arguments: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, .
 
 
 def _checksum(described: Mapping[str, Any], entries: Mapping[str, np.ndarray]) -> int:
-    """Return a number that damage to anything changes."""
+    """Return the CRC-32 of the description and all arrays."""
     checksum = zlib.crc32(json.dumps(described, sort_keys=True).encode())
     for value in entries.values():
         checksum = zlib.crc32(value.astype(value.dtype.newbyteorder("<")).tobytes(), checksum)
@@ -183,63 +180,63 @@ def _checksum(described: Mapping[str, Any], entries: Mapping[str, np.ndarray]) -
 
 
 def replace(path: str | PathLike[str], data: bytes) -> None:
-    """Write a file beside the one to be replaced, and give it its name when all of it has reached the disk.
+    """Write a temporary file in the same folder, and rename it to ``path`` when all of it has reached the disk.
 
     Raises:
-        OSError: it cannot be written; nothing has changed.
+        OSError: the file cannot be written; nothing has changed.
     """
     path = Path(os.path.realpath(Path(path)))
     mode = _mode(path)
     _clear_up(path)
-    with _beside(path, mode) as (beside, file):
+    with _temporary(path, mode) as (temporary, file):
         if mode is not None:
-            beside.chmod(mode)  # as it was, whatever the umask
+            temporary.chmod(mode)  # the mode of the old file, unchanged by the umask
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
         if fcntl is None:
-            file.close()  # where files have no such locks, open ones cannot be renamed
-        beside.replace(path)
-    with contextlib.suppress(OSError):  # not every system opens folders, and the file is there in any case
+            file.close()  # on Windows, which has no fcntl, open files cannot be renamed
+        temporary.replace(path)
+    with contextlib.suppress(OSError):  # not every system opens folders, and the file is written in any case
         _sync_folder(path.parent)
 
 
 def check_replaceable(path: str | PathLike[str], size: int) -> None:
-    """See whether a file of so many bytes could be written now.
+    """Check that a file of ``size`` bytes can be written now.
 
     Raises:
-        OSError: it could not.
+        OSError: it cannot.
     """
     path = Path(os.path.realpath(Path(path)))
-    with _beside(path, _mode(path)) as (beside, file):
+    with _temporary(path, _mode(path)) as (temporary, file):
         file.write(bytes(size))
         file.flush()
-        beside.unlink()
+        temporary.unlink()
 
 
 @contextlib.contextmanager
-def _beside(path: Path, mode: int | None) -> Iterator[tuple[Path, BinaryIO]]:
-    """Make a file beside another, locked as long as it is written; unless it gets another name, it goes in the end."""
+def _temporary(path: Path, mode: int | None) -> Iterator[tuple[Path, BinaryIO]]:
+    """Make a temporary file in the folder of ``path``, locked while it is written; remove it if the write fails."""
     while True:
-        beside = path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}.tmp")
+        temporary = path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}.tmp")
         try:
-            with open(beside, "xb", opener=partial(os.open, mode=0o666 if mode is None else mode)) as file:
+            with open(temporary, "xb", opener=partial(os.open, mode=0o666 if mode is None else mode)) as file:
                 _lock(file.fileno())
-                if beside.exists():  # or it was taken for a leftover before it was locked
-                    yield beside, file
+                if temporary.exists():  # unless another process removed it as a leftover before it was locked
+                    yield temporary, file
                     return
         except BaseException:  # an interrupt too
             with contextlib.suppress(OSError):
-                beside.unlink()
+                temporary.unlink()
             raise
 
 
 def _clear_up(path: Path) -> None:
-    """Remove what processes that were killed have left beside a file, and nothing that is still written to."""
+    """Remove the temporary files for ``path`` that killed processes have left; those still written to are locked."""
     if fcntl is None:
         return
     for leftover in path.parent.glob(f"{_prefix(path)}*.tmp"):
-        with contextlib.suppress(OSError):  # it is locked, has got its name, or belongs to someone else
+        with contextlib.suppress(OSError):  # it is locked, has been renamed, or belongs to another user
             descriptor = os.open(leftover, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -255,7 +252,7 @@ def _lock(descriptor: int) -> None:
 
 
 def _prefix(path: Path) -> str:
-    """Return how the names of unfinished files begin that are to get the name of this one."""
+    """Return the prefix of the temporary files that are to be renamed to ``path``."""
     return f".mbn-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}-"
 
 
@@ -263,7 +260,7 @@ def _mode(path: Path) -> int | None:
     """Return the permissions of a file that may be written to; None where there is no file yet.
 
     Raises:
-        OSError: it can't be replaced, or has no folder.
+        OSError: the file can't be replaced, or its folder does not exist.
     """
     try:
         with path.open("r+b", buffering=0) as file:

@@ -1,4 +1,7 @@
-"""The files that a command writes in the end: refused before there is any work, and written whole or rescued."""
+"""The files that a command writes at its end: checked before its work begins, then written atomically.
+
+A file that cannot be written after all goes to the folder for temporary files, so that no result is lost.
+"""
 
 import os
 import stat
@@ -10,22 +13,22 @@ from pathlib import Path
 from mbn.state import files
 
 _SIZE = 2**20
-"""Bytes that have to be free for each file that is written in the end."""
+"""Bytes that have to be free on the disk for each file."""
 
 
 class OutputError(Exception):
-    """A file cannot be written; the message says why, and where its contents are if there are any."""
+    """A file cannot be written; the message has the reason, and the path of the contents if they are elsewhere."""
 
 
 def check_files(outputs: Mapping[str, Path | None], given: Path | None = None) -> None:
-    """Refuse files that could not be written in the end, and two that are one.
+    """Check that files can be written, and that no two of them are the same.
 
     Args:
-        outputs: by option, the files to be written; None is none.
+        outputs: by option, the files to be written; None where the option is not given.
         given: the file that is read.
 
     Raises:
-        OutputError: one cannot be written, or would be written over another.
+        OutputError: a file cannot be written, or would be written over another.
     """
     paths = {option: path for option, path in outputs.items() if path}
     for option, path in paths.items():
@@ -43,10 +46,10 @@ def check_files(outputs: Mapping[str, Path | None], given: Path | None = None) -
 
 
 def write(outputs: Mapping[Path, bytes]) -> None:
-    """Write files, each whole or not at all; where that fails after all, to the folder for temporary files.
+    """Write files, each completely or not at all; a file that fails goes to the folder for temporary files.
 
     Raises:
-        OutputError: one is elsewhere, or nowhere.
+        OutputError: a file was written to the folder for temporary files, or could not be written at all.
     """
     messages = []
     for path, data in outputs.items():
@@ -62,13 +65,13 @@ def write(outputs: Mapping[Path, bytes]) -> None:
 
 
 def _rescue(data: bytes, suffix: str) -> str:
-    """Write to the folder for temporary files, and say where."""
+    """Write to the folder for temporary files, and return the message with the path."""
     try:
         with tempfile.NamedTemporaryFile("wb", prefix="mbn-", suffix=suffix, delete=False) as file:
             file.write(data)
     except OSError as error:
         return f"Nor can a temporary file: {error.strerror}."
-    return f"What it should hold is in {file.name}."
+    return f"Its contents are in {file.name}."
 
 
 def _check_file(path: Path) -> None:
@@ -79,7 +82,7 @@ def _check_file(path: Path) -> None:
 
 
 def _is_stream(path: Path) -> bool:
-    """Tell whether a path names what is written to as it is: a terminal, a pipe, /dev/null."""
+    """Tell whether a path names no regular file and no folder, but a terminal, a pipe or /dev/null."""
     try:
         mode = path.stat().st_mode
     except OSError:
@@ -88,7 +91,7 @@ def _is_stream(path: Path) -> bool:
 
 
 def _is_same(one: Path, other: Path) -> bool:
-    """Tell whether two paths name one file, as hard links do."""
+    """Tell whether two paths name the same file, as hard links do."""
     try:
         return one.samefile(other) and not _is_stream(one)
     except OSError:

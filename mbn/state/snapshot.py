@@ -1,6 +1,6 @@
-"""A layer as plain values: what travels into files and to other frameworks.
+"""A layer as plain values, for files and other packages.
 
-It has to say all that a layer is, but for where it is, in nothing but Python's own values and NumPy arrays.
+A snapshot describes a layer completely, except for its backend and device, in Python's own values and NumPy arrays.
 """
 
 from typing import Any, NamedTuple
@@ -9,10 +9,10 @@ import numpy as np
 
 
 class Snapshot(NamedTuple):
-    """A layer of no framework."""
+    """A layer as plain values."""
 
     arguments: dict[str, Any]
-    """Those of :class:`mbn.BatchNorm1d`, but for backend and device; ``dtype`` by name."""
+    """The arguments of :class:`mbn.BatchNorm1d`, except backend and device; ``dtype`` by name."""
     entries: dict[str, np.ndarray]
     """The parameters and statistics, by torch's keys."""
     training: bool

@@ -1,8 +1,8 @@
 """The storage of a layer: its arrays, and the backend and device that they are on.
 
-A load or move that fails or is interrupted must leave everything as it was, and two threads must never see half an
-update. Both follow from one rule: whatever is new is made completely first, as another storage, and the layer takes
-that in one assignment. A storage never changes, so that copies of a layer may hold the same one.
+A load or move that fails or is interrupted must leave everything as it was, and no thread may read half an update. Both
+follow from one rule: a change first makes another storage, completely, which the layer then takes over in one
+assignment. A storage never changes, so that copies of a layer may share it.
 """
 
 from collections.abc import Mapping
@@ -17,10 +17,10 @@ from mbn.state.keys import IncompatibleKeys, batch_norms, compare_keys, to_dict
 
 
 class Storage(NamedTuple):
-    """The arrays of a layer with all that says which there are, of what kind, and where."""
+    """The arrays of a layer, with their backend and device, and the settings that determine which arrays there are."""
 
     backend: Backend
-    """NumPy's as long as none has been chosen."""
+    """NumPy's until a backend has been chosen."""
     device: Any
     settings: Settings
     affine: bool
@@ -33,14 +33,14 @@ class Storage(NamedTuple):
     """Whether a module shares the statistics, which are then written to in place."""
     params: Params = Params(None, None)
     state: State = State(None, None, None)
-    """Last, as the part that changes with every step of training."""
+    """The last field, since every step of training replaces it; see ``with_state``."""
 
     @property
     def num_features(self) -> int:
         """The number of channels.
 
         Raises:
-            AttributeError: the first input has yet to tell.
+            AttributeError: the first input has not determined it yet.
         """
         if self.settings.num_features is None:
             raise AttributeError(
@@ -55,7 +55,7 @@ class Storage(NamedTuple):
         return to_dict(self.params, self.state)
 
     def with_state(self, state: State) -> "Storage":
-        """Return a storage with another state: ``_replace`` in the least time."""
+        """Return a storage with another state, faster than ``_replace``."""
         return tuple.__new__(Storage, (*self[:-1], state))
 
     @classmethod
@@ -66,10 +66,13 @@ class Storage(NamedTuple):
         others = {name: value for name, value in attributes.items() if name not in names}
         return {**others, "_storage": cls(**own)}
 
-    # Arrays and settings that come from outside.
+    # Arrays and settings from outside.
 
     def met(self, x: Any) -> tuple[Self, Mapping[str, Array], Array]:
-        """Return the storage that an input makes of this one, entries for it, and the input as its backend's array."""
+        """Return this storage with the backend and channels of an input, entries for it, and the input as an own array.
+
+        A storage that has both is returned as it is, without entries.
+        """
         storage, entries = self, dict[str, Array]()
         if not self.is_bound:
             backend = registry.owner_of(x)
@@ -83,29 +86,29 @@ class Storage(NamedTuple):
     def moved(
         self, backend: Backend | None, device: Any, settings: Settings | None = None
     ) -> tuple[Self, dict[str, Array]]:
-        """Return a storage on a backend and a device, and the entries that it is to hold, brought there.
+        """Return a storage on a backend and a device, and copies of the entries there.
 
-        Without a backend none is chosen yet, and the device is one to choose later.
+        Without a backend the storage stays unbound, and keeps the device for the backend that is chosen later.
         """
         settings = settings or self.settings
         if backend is None:
             moved = self._replace(device=device, settings=settings)
         else:
             registry.check_uncompiled("making or moving a layer")
-            # An empty array finds the device that the backend makes of this one, or its default, before anything moves.
+            # An empty array yields the backend's own description of the device, or its default one, before any move.
             device = backend.device(backend.asarray(np.zeros(0, np.float32), device=device))
             moved = self._replace(backend=backend, is_bound=True, device=device, settings=settings)
         return moved, {key: moved.own(key, value) for key, value in self.entries.items()}
 
     def with_features(self, num_features: Any) -> Self:
-        """Return a storage for so many channels, which has no arrays yet."""
+        """Return a storage for a number of channels, which has no arrays yet."""
         return self._replace(settings=self.settings._replace(num_features=checks.num_features(num_features)))
 
     def with_features_of(self, entries: Mapping[str, Any], model: Mapping[str, Any]) -> Self:
-        """Return a storage for as many channels as entries have, which are those of a model.
+        """Return a storage for the number of channels that entries have, which are those of a model.
 
         Raises:
-            ValueError: they do not tell.
+            ValueError: the entries have no vector.
         """
         shapes = [np.shape(entries[key]) for key in ("weight", "running_mean") if key in entries]
         if not shapes or len(shapes[0]) != 1:
@@ -114,7 +117,7 @@ class Storage(NamedTuple):
         return self.with_features(shapes[0][0])
 
     def own(self, name: str, value: Any, *, fill: bool = False) -> Array:
-        """Return a copy of an entry, on the backend and device, in the dtype and shape that it has to have."""
+        """Return a copy of an entry on the storage's backend and device, in the dtype and shape of that entry."""
         is_count = name == "num_batches_tracked"
         return owned(
             name,
@@ -127,7 +130,7 @@ class Storage(NamedTuple):
         )
 
     def taken(self, name: str, value: Any, *, fill: bool = False) -> Array:
-        """Return an entry that comes from outside as an own one, unless it is none that a layer can have."""
+        """Return a checked copy of an entry from outside, as ``own`` does; a variance must not be negative."""
         array = self.own(name, value, fill=fill)
         if name == "running_var":
             checks.variance(self.backend, array)
@@ -142,9 +145,9 @@ class Storage(NamedTuple):
         strict: bool = True,
         version: int | None = None,
     ) -> tuple[dict[str, Array], IncompatibleKeys]:
-        """Return the entries of a state_dict as own ones, and the keys that do not fit.
+        """Return copies of the entries of a state_dict on the storage's backend, and the keys that do not fit.
 
-        Messages name the entries by a prefix and as part of a model.
+        ``prefix`` and ``model``, the state_dict that the entries are part of, are for messages.
 
         Raises:
             TypeError, ValueError: see :meth:`mbn.BatchNorm1d.load_state_dict`.
@@ -152,18 +155,18 @@ class Storage(NamedTuple):
         expected = self.entries
         incompatible = compare_keys(expected, entries, strict=strict, version=version, model=model, prefix=prefix)
         try:
-            taken = {key: self.taken(key, _whole(key, entries[key])) for key in expected if key in entries}
+            taken = {key: self.taken(key, _integral(key, entries[key])) for key in expected if key in entries}
         except (TypeError, ValueError) as error:
             if not prefix or type(error) not in (TypeError, ValueError):
                 raise
-            message = f"{prefix}{error}"  # which begins with the name of the entry
+            message = f"{prefix}{error}"  # the error begins with the name of the entry
             raise type(error)(message) from error
         return taken, incompatible
 
     def adopting(self, params: Params, state: State) -> Self:
-        """Return a storage of these very arrays, of whatever device and dtype.
+        """Return a storage of these arrays themselves, and of their device and dtype.
 
-        A module that shares them may have taken some away, or given others back.
+        A module that shares them may have removed or added some.
         """
         if state.running_mean is None:
             state = State(None, None, None)
@@ -181,13 +184,13 @@ class Storage(NamedTuple):
         )
 
     def device_on(self, target: Backend) -> Any:
-        """Return where an array on this device lies once it has come to another backend."""
+        """Return the device that an array on this storage's device has after conversion to another backend."""
         return target.device(asarray(self.backend.asarray([0.0], "float32", self.device), backend=target))
 
-    # What a layer begins with: torch.compile follows lists and numbers, and no arrays of NumPy.
+    # Initial values: of lists and numbers, since torch.compile cannot follow NumPy arrays.
 
     def initial_parameters(self) -> dict[str, Array]:
-        """Return a weight of 1 and a bias of 0, as far as there are any."""
+        """Return a weight of 1 and a bias of 0, as far as the layer has them."""
         parameters = {}
         if self.affine:
             parameters["weight"] = self._constant([1.0] * self.num_features)
@@ -196,7 +199,7 @@ class Storage(NamedTuple):
         return parameters
 
     def initial_statistics(self) -> dict[str, Array]:
-        """Return a running mean of 0, a running variance of 1 and a count of 0, if there are any."""
+        """Return a running mean of 0, a running variance of 1 and a count of 0, if the layer has them."""
         if not self.track_running_stats:
             return {}
         return {
@@ -210,12 +213,12 @@ class Storage(NamedTuple):
 
     @property
     def _current_device(self) -> Any:
-        """Where arrays are now: until a backend has been chosen, its device is one to choose later."""
+        """The device of the arrays; None until a backend has been chosen, since ``device`` is for that backend."""
         return self.device if self.is_bound else None
 
 
-def _whole(name: str, value: Any) -> Any:
-    """Return an entry; of a count that has become floating with the rest of a model, the integer, if it is whole."""
+def _integral(name: str, value: Any) -> Any:
+    """Return an entry as it is; but a floating count of batches, as of converted models, as an int if it is one."""
     is_floating = dtype_name(getattr(value, "dtype", "int64")).startswith(("float", "bfloat"))
     if name != "num_batches_tracked" or not is_floating:
         return value

@@ -1,4 +1,4 @@
-"""A step: what happens between a call of a layer or function and the kernels."""
+"""A step: the code between a call of a layer or function and the kernels."""
 
 from mbn.contract import Backend
 from mbn.step import compose

@@ -1,7 +1,7 @@
-"""A step of batch normalisation, and its pullback, out of kernels.
+"""The composition of kernels to a step of batch normalisation, and to its pullback.
 
-This is the one place where they are put together: every backend, framework and transformation comes through here. A
-backend binds both functions once, when it is made (``Integration.bind``).
+Every backend, framework and transformation uses these two functions. A backend binds both once, when it is made
+(``Integration.bind``).
 """
 
 from mbn.contract import Array, Batch, Group, Kernels, Params, Settings, State, Stats, merged, summed
@@ -20,11 +20,10 @@ def forward(
     keep: bool = True,
     group: Group | None = None,
 ) -> tuple[Array, State, Stats | None]:
-    """Normalise a batch by its own statistics (``training``), those of all batches of a group, or the running ones.
+    """Normalise a batch: in training by its statistics, or those of all batches of a group; else by the running ones.
 
     Returns:
-        The output, the new state, and the statistics that ``pullback`` needs; they may be None unless they are to be
-        kept (``keep``).
+        The output, the new state, and the statistics that ``pullback`` needs; without ``keep`` they may be None.
     """
     if training:
         if kernels.train is not None and group is None:
@@ -51,9 +50,9 @@ def pullback(
     needs: tuple[bool, bool, bool] = ALL,
     group: Group | None = None,
 ) -> tuple[Array | None, Array | None, Array | None]:
-    """Return the gradients of x, weight and bias, given that of the output; None for those that nobody ``needs``.
+    """Return the gradients of x, weight and bias, given that of the output; None for each that ``needs`` excludes.
 
-    That of x is of the sum of the losses of all replicas; those of weight and bias are of this replica's loss.
+    The gradient of x is that of the sum of the losses of all replicas; the others are those of this replica's loss.
     """
     if kernels.pullback is not None and needs == ALL and group is None:
         gradients = kernels.pullback(dy, batch, weight, stats, eps)
@@ -62,7 +61,7 @@ def pullback(
     needs_x, *needs_params = needs
     dx, sums = None, (None, None)
     is_constant = stats.count is None
-    # Another replica may need what this one does not, and waits for it.
+    # Another replica may need these sums even if this one does not, and would wait for them.
     if any(needs_params) or (not is_constant and (needs_x or group is not None)):
         sums = kernels.grad_sums(dy, batch, stats, eps)
     every = None if is_constant or sums[0] is None else summed(sums, group)

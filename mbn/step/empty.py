@@ -1,7 +1,7 @@
 """Batches without a value.
 
-Kernels never see one. Where replicas share their statistics, a batch of the same channels whose only value does not
-count takes part in its place, so that no other replica waits.
+Kernels never see one. Where replicas share their statistics, a batch with one value of weight 0 in each channel takes
+part instead, so that no other replica waits.
 """
 
 import numpy as np
@@ -19,6 +19,6 @@ def stand_in(backend: Backend, x: Array, settings: Settings) -> Batch:
 
 
 def emptied(y: Array, x: Array, settings: Settings) -> Array:
-    """Return an empty array in the shape of x, from which differentiation gets to y, the output of a stand-in."""
+    """Return an empty array in the shape of x, connected to y, the output of a stand-in, for differentiation."""
     y = transposed(y) if settings.has_channels_last(x.ndim) else y
     return x + (y[:0, ...] if x.shape[0] == 0 else y[..., :0] if settings.axis == 1 else y[:, :0, ...])

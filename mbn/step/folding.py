@@ -1,7 +1,8 @@
-"""A layer in evaluation mode as one product and one sum, alone or within the dense layer before it.
+"""Folding: a layer in evaluation mode as one product and one sum, alone or within the dense layer before it.
 
-The results have to be as exact as the layer's own outputs, and follow every backend and transformation. So folding is
-normalising: a weight becomes what the layer makes of it around a mean of 0, and a bias what the layer makes of it.
+The results have to be as exact as the layer's own outputs, on every backend and under every transformation. So the
+layer itself computes them: the new weight is its output for the old one, with a running mean and a bias of 0, and the
+new bias is its output for the old one.
 """
 
 from collections.abc import Callable
@@ -12,17 +13,17 @@ import numpy as np
 from mbn.contract import Array, Params, State, dtype_name, transposed
 
 Evaluate: TypeAlias = Callable[[Params, State, Array], Array]
-"""The layer in evaluation mode, as a function of its parameters and statistics too."""
+"""The layer in evaluation mode, as a function of parameters, state and x."""
 
 
 def fold(evaluate: Evaluate, params: Params, state: State) -> tuple[Array, Array]:
-    """Return scale and shift, (C,), with which evaluation is ``x * scale + shift``."""
+    """Return scale and shift, (C,), such that the layer in evaluation computes ``x * scale + shift``."""
     ones = np.ones((1, *state.running_mean.shape), dtype_name(state.running_mean.dtype))
     return _scaled(evaluate, params, state, ones)[0, :], evaluate(params, state, np.zeros_like(ones))[0, :]
 
 
 def fold_linear(evaluate: Evaluate, params: Params, state: State, weight: Array, bias: Array) -> tuple[Array, Array]:
-    """Return weight, (C, in), and bias, (C,), of a dense layer with the evaluation behind it.
+    """Return weight, (C, in), and bias, (C,), of one dense layer that computes a dense layer and then the evaluation.
 
     Source: Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference,
     2018 (arXiv:1712.05877), section 3.2.

@@ -1,7 +1,6 @@
-"""The one way from a layer or function down to a backend, and up again.
+"""The forward step of every layer and function: from its arguments to a backend, and back to its results.
 
-What all routes have in common has to be here: the last checks, for which x is needed, empty batches, and channels that
-come last.
+It contains everything that all backends share: the checks that need x, empty batches, and channels that come last.
 """
 
 from functools import partial
@@ -29,7 +28,8 @@ def forward(
 ) -> tuple[Any, State]:
     """Check ``x``, an array of ``backend``, and its mask, and normalise it, to ``out`` if given.
 
-    Everything else has been checked. ``training`` says by which statistics: those of ``x`` or the running ones.
+    All other arguments have been checked. With ``training`` the statistics of ``x`` normalise it, else the running
+    ones.
 
     Returns:
         The output, or with ``vjp`` the output and its :class:`mbn.contract.Pullback`; and the new state.
@@ -53,7 +53,7 @@ def forward(
         kernels, batch = backend.kernels_for("train" if training else "evaluate", batch, target, (params, state))
         y, state, stats = backend.forward(kernels, batch, params, state, settings, training, target, vjp, group)
         y = transposed(y) if swap else y
-        if vjp and not training:  # as above
+        if vjp and not training:  # the running statistics may be written to, too
             stats = Stats(backend.copy(stats.mean), backend.copy(stats.var), None)
     y = y if out is None else out
     if not vjp:
@@ -67,10 +67,10 @@ forward_vjp = partial(forward, vjp=True)
 def _without_values(
     backend: Backend, x: Array, params: Params, state: State, settings: Settings, training: bool, group: Group | None
 ) -> tuple[Array, State, Stats | None]:
-    """Return output, state and statistics of an empty batch: it has none, but for those of other replicas."""
+    """Return output, state and statistics of an empty batch: those of the other replicas, or None."""
     if not training:
         return x, state, None
-    if group is None:  # torch counts it all the same
+    if group is None:  # as in torch, an empty batch counts
         count = state.num_batches_tracked
         return x, state if count is None else state._replace(num_batches_tracked=counted(count)), None
     batch = stand_in(backend, x, settings)

@@ -1,7 +1,6 @@
-"""From masks, lengths and sample weights to one sample weight for each sample and position.
+"""The conversion of masks, lengths and sample weights to one sample weight for each sample and position.
 
-The three ways to say which values count become one, which backends are given: how often each value counts. Arguments
-that make no sense are refused here, before anything is computed.
+Backends get this weight alone. Wrong arguments are refused here, before anything is computed.
 """
 
 import math
@@ -16,7 +15,7 @@ from mbn.convert import from_python, is_own
 
 
 class Masking(NamedTuple):
-    """The arguments of a call about samples, (N,), or samples and positions, (N, L)."""
+    """The mask, lengths and sample weights of a call, each (N,) or (N, L)."""
 
     mask: Any
     """True where there is a value: bool, (N,) or (N, L); or None."""
@@ -27,16 +26,16 @@ class Masking(NamedTuple):
 
     @classmethod
     def of(cls, mask: Any, lengths: Any, sample_weight: Any) -> Self | None:
-        """Return what a call says, None where it says nothing."""
+        """Return the arguments of a call, or None where it has none of them."""
         if mask is None and lengths is None and sample_weight is None:
             return None
         return cls(mask, lengths, sample_weight)
 
     def combined(self, backend: Backend, x: Array, settings: Settings) -> Array:
-        """Return how often the values of ``x``, an array of ``backend``, count: (N,) or (N, L) in the layer's dtype.
+        """Return the weights of the values of ``x``, an array of ``backend``: (N,) or (N, L) in the layer's dtype.
 
         Raises:
-            TypeError: a wrong dtype, another framework's array, or a backend that knows no weights.
+            TypeError: a wrong dtype, another framework's array, or a backend that takes no sample weights.
             ValueError: a wrong shape or device; a length beyond the sequence; a weight that is negative or not finite.
         """
         checks.masks(backend)
@@ -57,15 +56,16 @@ class Masking(NamedTuple):
             owner = backend if own else registry.owner_of(values)
             checks.readable(owner, name, values)
             checks.mask_values(name, values, shape_of_mask)
-            # As they are given: an integer beyond int64 is none in it, and a float may be infinite in another dtype.
+            # Lengths are checked as given, since an integer beyond int64 wraps in it; weights in the new dtype, in
+            # which they may be infinite.
             given = values
             if isinstance(values, np.ndarray) and dtype == "float32":
-                with np.errstate(over="ignore"):  # beyond float32 it is refused below
+                with np.errstate(over="ignore"):  # a weight beyond float32 becomes infinite, and is refused below
                     values = owner.asarray(values, dtype)
-            else:  # which Torch compiles
+            else:  # without errstate, which torch.compile cannot trace
                 values = owner.asarray(values, dtype)
             seen = given if name == "lengths" else values
-            # Host data is looked at on the host, where nothing has to wait for a device.
+            # Host data is checked on the host, without waiting for a device.
             if name != "mask" and owner.within(seen, 0, limit) is False:
                 checks.out_of_range(name, owner.to_numpy(given), owner.to_numpy(seen), limit)
             return values if own else backend.asarray(values, device=device)

@@ -1,6 +1,6 @@
-"""The statistics of a whole data set from a stream of its batches.
+"""The statistics of a data set, from its batches one after another.
 
-They must not depend on how the data set is cut into batches, and no more than one batch may be in memory.
+They must not depend on the sizes of the batches, and no more than one batch may be in memory.
 """
 
 import math
@@ -18,8 +18,8 @@ from mbn.contract import Array, Backend, Batch, Moments, Settings, dtype_name, t
 class Population:
     """The statistics of all batches so far.
 
-    They are merged in pairs, and pairs of pairs: so the rounding errors grow with the logarithm of the number of
-    batches, as does what is kept.
+    They are merged in pairs, and pairs of pairs: so rounding errors and memory grow with the logarithm of the number of
+    batches.
 
     Source: Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances, 1979.
     """
@@ -27,13 +27,13 @@ class Population:
     def __init__(self) -> None:
         self.num_batches = 0
         self._parts: list[tuple[int, Moments]] = []
-        """Statistics of ever fewer batches, and of how many: a power of two."""
+        """Pairs of a number of batches and their statistics; the numbers are powers of two, in decreasing order."""
 
     def add(self, backend: Backend, x: Array, settings: Settings) -> None:
-        """Take in ``x``, an array of ``backend``, and keep nothing of it but its statistics.
+        """Add a batch ``x``, an array of ``backend``; only its statistics are kept.
 
         Raises:
-            TypeError, ValueError: it is refused as in a call.
+            TypeError, ValueError: ``x`` is refused as in a call.
         """
         try:
             shape = x.shape
@@ -47,7 +47,7 @@ class Population:
         batch = Batch(transposed(x) if settings.has_channels_last(x.ndim) else x, None, settings.dtype)
         kernels, batch = backend.kernels_for("moments", batch)
         moments, size = kernels.moments(batch), 1
-        backend.finish(*moments)  # until then they hold on to the batch
+        backend.finish(*moments)  # before that, lazy results keep the batch in memory
         while self._parts and self._parts[-1][0] == size:
             moments, size = _merged(backend, self._parts.pop()[1], moments), 2 * size
         self._parts.append((size, moments))
@@ -74,20 +74,20 @@ class Population:
 
 
 _SLICE = 1 << 25
-"""Bytes of an array that are taken in at once, if they are more than a row."""
+"""Bytes of a slice of an array, or those of one row if a row has more."""
 
 
 class Slices:
-    """An array as its parts along the first axis, of which one at a time has to be in memory.
+    """An array in slices along its first axis, of which one at a time has to be in memory.
 
-    An array in a framework's own memory is one part: it is there already, on several devices maybe.
+    A framework's array is one slice: all of it is in memory already, perhaps on several devices.
     """
 
     def __init__(self, array: Any, settings: Settings) -> None:
         self._array, shape = array, tuple(array.shape)
         checks.rank(shape, settings.axis)
         row = math.prod(shape[1:]) * getattr(array.dtype, "itemsize", 8) if hasattr(array, "dtype") else 0
-        self._is_read = not hasattr(array, "__dlpack__")  # from a file, say; there is no other array of it yet
+        self._is_read = not hasattr(array, "__dlpack__")  # a dataset of a file, for example: slicing reads it
         is_framework = not isinstance(array, np.ndarray) and not self._is_read
         self._step = shape[0] or 1 if is_framework else max(_SLICE // max(row, 1), 1)
         self._starts = range(0, shape[0] or 1, self._step)
@@ -102,7 +102,7 @@ class Slices:
 
 
 def inputs(batches: Iterable[Any], *, progress: bool) -> Generator[Any]:
-    """Iterate over the inputs in batches, with a progress bar on standard error if asked for. Holds on to none."""
+    """Iterate over the inputs of batches, and keep no reference to them; ``progress`` shows a bar on standard error."""
     if (
         batches is None
         or isinstance(batches, Mapping | str | bytes)
@@ -113,12 +113,12 @@ def inputs(batches: Iterable[Any], *, progress: bool) -> Generator[Any]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
     columns = "fit", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    # What the batches' maker prints goes where it always does.
+    # Without redirect_stdout, the output of the caller's iterator goes to standard output as usual.
     with Progress(*columns, console=Console(stderr=True), disable=not progress, redirect_stdout=False) as bar:
         task = bar.add_task("", total=length_hint(batches) or None)
         for batch in batches:
             yield _input(batch)
-            del batch  # before the next one is made
+            del batch  # so that it is freed before the next one is made
             bar.advance(task)
 
 
@@ -131,15 +131,15 @@ def _input(batch: Any) -> Any:
         )
     if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Number):
         raise ValueError(
-            f"x has shape ({len(batch)},): a list is taken for batches, each (N, C) or (N, C, L). For a data set of "
-            "rows give one array: bn.fit(np.asarray(rows))."
+            f"x has shape ({len(batch)},): a list is read as batches, each (N, C) or (N, C, L). For a list of samples "
+            "give one array: bn.fit(np.asarray(samples))."
         )
     is_several = isinstance(batch, tuple | list) and len(batch) > 0 and hasattr(batch[0], "shape")
     return batch[0] if is_several and len(batch[0].shape) > 1 else batch
 
 
 def _merged(backend: Backend, a: Moments, b: Moments) -> Moments:
-    """Return the statistics of both: the larger first, next to which the other is a small change."""
+    """Return the statistics of both, merged in the order of ``Kernels.merge``: the larger first."""
     return backend.kernels.merge(a, b) if a.count >= b.count else backend.kernels.merge(b, a)
 
 

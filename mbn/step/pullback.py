@@ -1,7 +1,7 @@
-"""The gradient of one call, as a function.
+"""The pullback of one call: the function from the gradient of its output to those of its inputs.
 
-It must not depend on anything that happens after its call: it holds what the call left behind, gives the same answer
-however often it is asked, and moves no state.
+It must not depend on anything that happens after the call: it keeps the operands of the call, gives the same result
+each time, and changes no state.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ class StepPullback(Pullback):
         settings: Settings,
         group: Group | None = None,
     ) -> None:
-        """Keep what a call leaves behind; ``stats`` are None if nothing was computed. ``x`` is kept, not copied."""
+        """Keep the operands of a call; ``x`` is not copied. ``stats`` are None if the call computed nothing."""
         self._backend = backend
         self._x = x
         self._params = params
@@ -57,7 +57,7 @@ class StepPullback(Pullback):
             dx, dweight, dbias = backend.pullback(kernels, given, batch, weight, stats, settings.eps, ALL, self._group)
             dx = dy if is_empty else transposed(dx) if swap else dx
         weight, bias = self._params
-        # The sums may be wider than the parameters that they belong to.
+        # The sums may have a wider dtype than the parameters.
         return (
             dx,
             None if weight is None else backend.asarray(dweight, settings.dtype),

@@ -403,7 +403,7 @@ def test_a_disk_that_fills_up_during_the_work_costs_no_result(tmp_path, capsys, 
     assert picture.read_bytes().startswith(b"\x89PNG")
     if rescued:
         (file,) = elsewhere.iterdir()
-        assert f"What it should hold is in {file}." in err
+        assert f"Its contents are in {file}." in err
         assert json.loads(file.read_text())["verdict"]["agreement"]
     else:
         assert "Nor can a temporary file: No such file or directory." in err
@@ -464,10 +464,7 @@ def test_a_result_of_the_suite_that_cannot_be_written_is_a_line_and_not_lost(tmp
     monkeypatch.setattr(files, "replace", full)
     assert main(["conform", "numpy", "--json", str(path), "-k", "test_errors and test_unknown"]) == 2
     (file,) = elsewhere.iterdir()
-    assert (
-        f"{path} cannot be written: No space left on device. What it should hold is in {file}.\n"
-        in capfd.readouterr().err
-    )
+    assert f"{path} cannot be written: No space left on device. Its contents are in {file}.\n" in capfd.readouterr().err
     assert json.loads(file.read_text())["mbn"] == mbn.__version__
 
 

@@ -116,7 +116,7 @@ def test_a_state_dict_of_a_module_tells_its_version() -> None:
 
 
 def test_a_whole_model_without_a_prefix(path: Path) -> None:
-    words = "Of a whole model, prefix= says which entries.*Batch norms in it: '"
+    words = "Give prefix= to select one layer's entries.*Batch norms in it: '"
     with pytest.raises(ValueError, match=f"there are no entries of a layer alone.*{words}"):
         mbn.BatchNorm1d.from_checkpoint(path)
     with pytest.raises(ValueError, match=words):
