@@ -1,8 +1,8 @@
-"""Layers from and to the batch norms of other packages.
+"""The conversion of layers from and to the batch norms of other packages.
 
-The conventions differ, and a conversion has to be right about each: evaluation gives the same output, and training goes
-on in the same way. What has no exact counterpart is said in a :class:`mbn.ConversionWarning`; what would change the
-output is refused. What a package's layers look like is known to the modules of this package alone, which imports it.
+The conventions differ, and a conversion translates each: the converted layer gives the same output in evaluation, and
+trains in the same way. A :class:`mbn.ConversionWarning` names each property without an exact counterpart; a layer whose
+output would change is refused. Each other package is imported by the module for it, when a conversion needs it.
 """
 
 import importlib
@@ -17,18 +17,18 @@ from mbn.state.snapshot import Snapshot
 
 
 class ConversionWarning(UserWarning):
-    """Something of a layer has no exact counterpart where it was taken; the message names it."""
+    """A property of a layer has no exact counterpart in the converted one; the message names it."""
 
 
 def from_torch(module: Any, *, backend: str | Backend | None = None, device: Any = None) -> BatchNorm1d:
-    """Return a layer that does what a ``torch.nn.BatchNorm1d`` does, with copies of its tensors.
+    """Return a layer equivalent to a ``torch.nn.BatchNorm1d``, with copies of its tensors.
 
     Args:
         module: the module; or a ``torch.nn.SyncBatchNorm``, without its other processes. Its mode is taken over.
-        backend, device: as of a new layer. By default the layer stays open, and takes those of its first input.
+        backend, device: as of a new layer. By default the layer takes those of its first input.
 
-    The layer is float64 if any of the tensors is, else float32, which has all values of the halves; so it is from every
-    package. A ``torch.nn.LazyBatchNorm1d`` that has met no input gives a layer that has met none.
+    The layer is float64 if any of the tensors is, else float32, which has all values of float16 and bfloat16; this
+    holds for every package. A ``torch.nn.LazyBatchNorm1d`` before its first input gives a layer before its first input.
 
     Raises:
         ImportError: torch is not installed.
@@ -40,7 +40,7 @@ def from_torch(module: Any, *, backend: str | Backend | None = None, device: Any
 
 
 def to_torch(bn: BatchNorm1d) -> Any:
-    """Return a ``torch.nn.BatchNorm1d``, on the CPU, that does what a layer does, with copies of its arrays.
+    """Return a ``torch.nn.BatchNorm1d``, on the CPU, equivalent to a layer, with copies of its arrays.
 
     Raises:
         ImportError: torch is not installed.
@@ -51,7 +51,7 @@ def to_torch(bn: BatchNorm1d) -> Any:
 def from_flax(
     module: Any, variables: Any = None, *, backend: str | Backend | None = None, device: Any = None
 ) -> BatchNorm1d:
-    """Return a layer that does what a batch norm of flax does, with copies of its arrays.
+    """Return a layer equivalent to a batch norm of flax, with copies of its arrays.
 
     Args:
         module: a ``flax.nnx.BatchNorm``; or a ``flax.linen.BatchNorm``, with ``variables``.
@@ -59,8 +59,8 @@ def from_flax(
             this module alone, not of the model.
         backend, device: as in :func:`from_torch`.
 
-    The layer keeps the biased variance, as flax does: ``correction=0``. It is in training mode if the module is; where
-    that leaves the mode to its calls, in evaluation mode.
+    The layer keeps the biased variance, as flax does: ``correction=0``. It has the mode of the module; if the module
+    takes its mode from each call, the layer is in evaluation mode.
 
     Raises:
         ImportError: flax is not installed.
@@ -72,31 +72,32 @@ def from_flax(
 
 
 def to_flax(bn: BatchNorm1d, *, linen: bool = False) -> Any:
-    """Return a ``flax.nnx.BatchNorm`` that does what a layer does, with copies of its arrays.
+    """Return a ``flax.nnx.BatchNorm`` equivalent to a layer, with copies of its arrays.
 
     Args:
         bn: the layer.
         linen: return a ``flax.linen.BatchNorm`` and its variables instead, ``(module, {"params", "batch_stats"})``.
 
-    The module takes variances in two passes (``use_fast_variance=False``), which is right for large means too.
+    The module computes variances in two passes (``use_fast_variance=False``), which are exact for large means too.
 
     Raises:
         ImportError: flax is not installed.
-        ValueError: it has no such layer: one without running statistics; or JAX has no float64 here.
+        ValueError: the layer has no running statistics, without which flax has no layer; or it is float64, and JAX has
+            no float64 here.
     """
     return _foreign(_converter("flax").write(_packed("to_flax", bn), linen=checks.flag("linen", linen)))
 
 
 def from_keras(layer: Any, *, backend: str | Backend | None = None, device: Any = None) -> BatchNorm1d:
-    """Return a layer that does what a ``keras.layers.BatchNormalization`` does, with copies of its weights.
+    """Return a layer equivalent to a ``keras.layers.BatchNormalization``, with copies of its weights.
 
     Args:
         layer: a layer that has been built; or its ``get_weights()``, which are taken for those of a layer with Keras's
             default arguments: gamma and beta, or neither, then moving mean and moving variance.
         backend, device: as in :func:`from_torch`.
 
-    The layer keeps the biased variance, as Keras does: ``correction=0``. It is in evaluation mode, as Keras is unless a
-    call says otherwise. One that is not trainable is frozen.
+    The layer keeps the biased variance, as Keras does: ``correction=0``. It is in evaluation mode, Keras's default for
+    a call. A Keras layer that is not trainable becomes a frozen one.
 
     Raises:
         ImportError: keras is not installed.
@@ -107,17 +108,18 @@ def from_keras(layer: Any, *, backend: str | Backend | None = None, device: Any 
 
 
 def to_keras(bn: BatchNorm1d, *, ndim: int = 2) -> Any:
-    """Return a ``keras.layers.BatchNormalization``, built, that does what a layer does, with copies of its arrays.
+    """Return a built ``keras.layers.BatchNormalization``, equivalent to a layer, with copies of its arrays.
 
     Args:
-        bn: the layer. Its mode is not taken over: Keras is told with each call.
-        ndim: how many axes inputs have, 2 or 3, since Keras builds a layer for one number of them.
+        bn: the layer. Its mode is not taken over: Keras takes the mode with each call.
+        ndim: the number of axes of inputs, 2 or 3, since Keras builds a layer for one number of axes.
 
     Its ``get_weights()`` are the weights in Keras's order.
 
     Raises:
         ImportError: keras is not installed.
-        ValueError: it has no such layer: one without running statistics; or Keras's backend has no float64 here.
+        ValueError: the layer has no running statistics, without which Keras has no layer; or it is float64, and Keras's
+            backend has no float64 here.
     """
     return _foreign(_converter("keras").write(_packed("to_keras", bn), ndim))
 
@@ -125,7 +127,7 @@ def to_keras(bn: BatchNorm1d, *, ndim: int = 2) -> Any:
 def from_onnx(
     source: Any, which: str | Iterable[Any], *, backend: str | Backend | None = None, device: Any = None
 ) -> BatchNorm1d:
-    """Return a layer that does what a BatchNormalization node of ONNX does.
+    """Return a layer equivalent to a BatchNormalization node of ONNX.
 
     Args:
         source: an ``onnx.ModelProto``, with the name of a node, or of its output, for ``which``; or an
@@ -133,7 +135,7 @@ def from_onnx(
         which: as above.
         backend, device: as in :func:`from_torch`.
 
-    The layer keeps the biased variance, as ONNX says: ``correction=0``. Its mode is that of the node.
+    The layer keeps the biased variance, as ONNX does: ``correction=0``. Its mode is that of the node.
 
     Raises:
         ImportError: onnx is not installed.
@@ -145,12 +147,12 @@ def from_onnx(
 
 
 def to_onnx(bn: BatchNorm1d, model: Any = None, node: str | None = None) -> Any:
-    """Return a BatchNormalization node of ONNX that does what a layer does in evaluation mode.
+    """Return a BatchNormalization node of ONNX equivalent to a layer in evaluation mode.
 
     Args:
         bn: the layer.
-        model: an ``onnx.ModelProto``, to return a copy of it in which ``node`` is this layer. The node keeps its mode,
-            and its weights their types.
+        model: an ``onnx.ModelProto``: a copy of it is returned in which ``node`` is this layer. The node keeps its
+            mode, and its weights their types.
         node: the name of a BatchNormalization node of ``model``, or of its output.
 
     Returns:
@@ -159,33 +161,33 @@ def to_onnx(bn: BatchNorm1d, model: Any = None, node: str | None = None) -> Any:
 
     Raises:
         ImportError: onnx is not installed.
-        TypeError, ValueError: there is no such node, or it has another number of channels; or ONNX has no such layer:
-            one without running statistics, or with an ``eps`` or ``momentum`` beyond float32.
+        TypeError, ValueError: there is no such node, or it has another number of channels; or ONNX cannot represent the
+            layer, which has no running statistics, or an ``eps`` or ``momentum`` beyond float32.
     """
     return _foreign(_converter("onnx").write(_packed("to_onnx", bn), model, node))
 
 
 def replace_batchnorm(model: Any, *, back: bool = False) -> Any:
-    """Make every ``torch.nn.BatchNorm1d`` of a torch model one of ours, which computes the same, or back.
+    """Convert every ``torch.nn.BatchNorm1d`` of a torch model to an equivalent module of mbn, in place, or back.
 
-    Each stays the same object, with the same parameters and statistics, mode, hooks and names: an optimizer keeps its
-    hold, and a module that is used in several places stays one. The layer behind it is ``module.layer``. Others stay
-    what they are: ``BatchNorm2d`` or ``SyncBatchNorm``, and subclasses, which a warning names. Parameters and
-    statistics in halves become float32, with a warning.
+    Each module stays the same object, with the same parameters and statistics, mode, hooks and names: an optimizer
+    still trains its parameters, and a shared module stays shared. Its layer is ``module.layer``. Other modules stay as
+    they are: ``BatchNorm2d`` or ``SyncBatchNorm``, and subclasses, which a warning names. Parameters and statistics in
+    float16 or bfloat16 become float32, with a warning.
 
     Args:
-        model: a ``torch.nn.Module``, maybe itself a batch norm.
-        back: make ``torch.nn.BatchNorm1d`` of ours. Whatever torch has nothing for is named in a warning.
+        model: a ``torch.nn.Module``, perhaps itself a batch norm.
+        back: convert modules of mbn to ``torch.nn.BatchNorm1d``. A warning names each property that torch lacks.
 
     Returns:
         The model.
 
     Raises:
         ImportError: torch is not installed.
-        TypeError, ValueError: it is no module, or one in it has no counterpart: a ``LazyBatchNorm1d`` before its first
-            input; of ours, one with ``axis=-1``. The model is unchanged.
+        TypeError, ValueError: ``model`` is no module, or a module in it has no counterpart: a ``LazyBatchNorm1d``
+            before its first input; a module of mbn with ``axis=-1``. The model is unchanged.
     """
-    _converter("torch")  # which says what is missing
+    _converter("torch")  # it raises if torch is not installed
     replacement = importlib.import_module("mbn.interop.replacement")
     if checks.flag("back", back):
         return _foreign(replacement.to_theirs(model, BatchNorm1d._snapshot))
@@ -193,7 +195,7 @@ def replace_batchnorm(model: Any, *, back: bool = False) -> Any:
 
 
 def _converter(package: str) -> Any:
-    """Return the module that knows a package.
+    """Return the module of mbn.interop for a package.
 
     Raises:
         ImportError: the package is not installed.
@@ -209,7 +211,7 @@ def _converter(package: str) -> Any:
 
 
 def _layer(read: tuple[Snapshot, list[str]], backend: str | Backend | None, device: Any) -> BatchNorm1d:
-    """Return the layer that a converter has read, and say what it is not."""
+    """Return the layer of a converter's snapshot, with its notes as warnings."""
     snapshot, notes = read
     layer = BatchNorm1d._from_snapshot(snapshot, backend, device)
     _warn(notes)
@@ -217,10 +219,10 @@ def _layer(read: tuple[Snapshot, list[str]], backend: str | Backend | None, devi
 
 
 def _packed(function: str, bn: Any) -> Snapshot:
-    """Return all that a layer is.
+    """Return the snapshot of a layer.
 
     Raises:
-        TypeError: it is none.
+        TypeError: ``bn`` is no layer.
     """
     checks.layer(function, bn, BatchNorm1d)
     packed: Snapshot = bn._snapshot()
@@ -228,12 +230,12 @@ def _packed(function: str, bn: Any) -> Snapshot:
 
 
 def _module(snapshot: Snapshot, backend: str) -> Any:
-    """Return a module of a backend that does what a layer does."""
+    """Return a module of a backend's framework for a layer."""
     return BatchNorm1d._from_snapshot(snapshot, backend, None).as_module()
 
 
 def _foreign(written: tuple[Any, list[str]]) -> Any:
-    """Return what a converter has written, and say what it is not."""
+    """Return a converter's result, with its notes as warnings."""
     result, notes = written
     _warn(notes)
     return result

@@ -1,4 +1,4 @@
-"""What several packages have in common: from each it has to be converted alike, and said in the same words."""
+"""The conventions that several packages share, so that each is converted in the same way, with the same notes."""
 
 from collections.abc import Callable, Mapping
 from fractions import Fraction
@@ -12,16 +12,16 @@ from mbn.state.snapshot import Snapshot
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 _ROUNDING = 2.0**-24
-"""That of a float32, relatively."""
+"""The largest relative rounding error of a float32."""
 
 
 def complement(momentum: Any) -> float:
-    """Return the weight of the new value from that of the old one, or the other way round, in decimal.
+    """Return 1 - momentum, computed in decimal: the weight of the new value from that of the old one, or the reverse.
 
-    So 0.99 is 0.01 and 0.01 is 0.99, in the precision of the number that is given. In binary neither is.
+    So 0.99 gives 0.01 and 0.01 gives 0.99, in the precision of the number that is given; in binary neither is exact.
 
     Raises:
-        ValueError: it is not finite.
+        ValueError: momentum is not finite.
     """
     if not np.isfinite(momentum):
         raise ValueError(f"momentum is the weight of the old value and is finite, not {momentum}.")
@@ -37,13 +37,13 @@ def snapshot(
     num_batches_tracked: int = 0,
     **arguments: Any,
 ) -> tuple[Snapshot, list[str]]:
-    """Return a layer from another package's arrays, and what of these it does not have in the same way.
+    """Return a layer with another package's arrays, and notes of the differences.
 
     Args:
         arrays: weight, bias, running_mean and running_var, each (C,) or None for none.
-        to_numpy: brings one to NumPy, in any dtype that has all its values.
+        to_numpy: converts one to NumPy, in any dtype that has all its values.
         training, frozen, num_batches_tracked: as those of the layer.
-        arguments: those of the layer, but for what the arrays say.
+        arguments: those of the layer, except those that the arrays determine.
 
     Raises:
         TypeError: an array is not made of floating-point numbers.
@@ -61,7 +61,9 @@ def snapshot(
         notes.append(f"{', '.join(others)}: the layer keeps all parameters and statistics in {dtype}.")
     if "bias" in entries and "weight" not in entries:
         entries = {"weight": np.ones_like(entries["bias"]), **entries}
-        notes.append("weight: there is none, only a bias; the layer has one too, of ones, which training changes.")
+        notes.append(
+            "weight: the original has only a bias; the layer has a weight too, of ones, which training changes."
+        )
     if "running_mean" in entries:
         entries["num_batches_tracked"] = np.asarray(num_batches_tracked, np.int64)
     arguments |= {
@@ -80,9 +82,9 @@ def old_weight(
 
     Args:
         layer: the layer.
-        package: what messages call it.
-        default: its own momentum, for a layer that has none.
-        rounded: makes of a number the one that the package keeps, given its name.
+        package: the package's name, for messages.
+        default: the package's default momentum, for a layer that has none.
+        rounded: converts a number, given its name and value, to the package's precision.
 
     Raises:
         ValueError: the package always has running statistics, and the layer has none.
@@ -91,7 +93,7 @@ def old_weight(
     if not layer.arguments["track_running_stats"]:
         raise ValueError(
             f"{package} evaluates by running statistics, and with track_running_stats=False the layer has none: its "
-            "output would be another. fit() a layer that has them."
+            "output would differ. fit() a layer that has them."
         )
     old = default if momentum is None else rounded("momentum", complement(momentum))
     if momentum is None:
@@ -109,5 +111,5 @@ def old_weight(
 
 
 def frozen(layer: Snapshot, package: str) -> list[str]:
-    """Return what to say of a frozen layer where nothing can be."""
+    """Return the notes for a frozen layer in a package without frozen layers."""
     return [f"freeze(): {package} has nothing like it; its evaluation mode does the same."] * layer.frozen

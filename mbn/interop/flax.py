@@ -1,4 +1,4 @@
-"""The batch norms of flax, which are two: an nnx module holds its arrays, a linen one is given them with each call."""
+"""The two batch norms of flax: an nnx module holds its arrays, a linen module gets them with each call."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,9 +20,9 @@ _KEYS = {"weight": ("params", "scale"), "bias": ("params", "bias")} | {
 
 
 def read(module: Any, variables: Any) -> tuple[Snapshot, list[str]]:
-    """Return a layer that does what a module does, with its variables if it is a linen one, and what it does otherwise.
+    """Return the layer of a module, and of its variables if it is a linen one, and notes of the differences.
 
-    Where a module leaves the mode to its calls, the layer is in evaluation mode.
+    If the module takes its mode from each call, the layer is in evaluation mode.
     """
     _check(module, variables)
     arrays: dict[str, Any] = _held(module) if isinstance(module, nnx.BatchNorm) else _given(module, variables)
@@ -48,7 +48,7 @@ def read(module: Any, variables: Any) -> tuple[Snapshot, list[str]]:
 
 
 def write(layer: Snapshot, *, linen: bool) -> tuple[Any, list[str]]:
-    """Return a module that does what a layer does, with variables if it is a linen one, and what it does otherwise."""
+    """Return the module of a layer, with variables if it is a linen one, and notes of the differences."""
     arguments = layer.arguments
     momentum, notes = conventions.old_weight(layer, "flax", _MOMENTUM)
     arrays = {key: _own(layer.entries[key]) for key in _KEYS if key in layer.entries}
@@ -60,7 +60,7 @@ def write(layer: Snapshot, *, linen: bool) -> tuple[Any, list[str]]:
         "param_dtype": jnp.dtype(arguments["dtype"]),
         "use_scale": "weight" in arrays,
         "use_bias": "bias" in arrays,
-        "use_fast_variance": False,  # which loses what a layer keeps where means are large
+        "use_fast_variance": False,  # fast variances lose their digits where means are large
     }
     notes += conventions.frozen(layer, "flax")
     return (_linen if linen else _nnx)(arguments["num_features"], settings, arrays), notes
@@ -70,7 +70,7 @@ def _nnx(num_features: int, settings: dict[str, Any], arrays: dict[str, jax.Arra
     module = nnx.BatchNorm(num_features, **settings, rngs=nnx.Rngs(0))
     for key, array in arrays.items():
         name = _KEYS[key][1]
-        setattr(module, name, type(getattr(module, name))(array))  # not written to, which would keep its dtype
+        setattr(module, name, type(getattr(module, name))(array))  # a new variable, since the old one keeps its dtype
     return module
 
 
@@ -89,7 +89,7 @@ def _check(module: Any, variables: Any) -> None:
         raise TypeError(f"from_flax takes a flax.nnx.BatchNorm or flax.linen.BatchNorm, not {type(module).__name__}.")
     if type(module).__call__ not in (nnx.BatchNorm.__call__, linen.BatchNorm.__call__):
         raise TypeError(
-            f"{type(module).__name__} has a __call__ of its own, which a layer may not do: make a layer by hand."
+            f"{type(module).__name__} has a __call__ of its own, and may compute something else: make a layer yourself."
         )
     if isinstance(module, linen.BatchNorm) and not isinstance(variables, Mapping):
         raise TypeError(
@@ -108,11 +108,11 @@ def _held(module: nnx.BatchNorm) -> dict[str, jax.Array | None]:
 def _given(module: linen.BatchNorm, variables: Mapping[str, Any]) -> dict[str, jax.Array | None]:
     """Return the arrays of the variables of a linen module, by torch's keys."""
     absent = {key for key, used in (("weight", module.use_scale), ("bias", module.use_bias)) if not used}
-    needed = [place for key, place in _KEYS.items() if key not in absent]
+    needed = [name for key, name in _KEYS.items() if key not in absent]
     variables = linen.meta.unbox(variables)
     given = [(collection, name) for collection in variables for name in variables[collection]]
     if set(given) != set(needed):
-        described = [", ".join("/".join(place) for place in sorted(places)) for places in (given, needed)]
+        described = [", ".join("/".join(name) for name in sorted(names)) for names in (given, needed)]
         raise ValueError(
             f"variables are {described[0] or 'empty'}; this module has {described[1]}: give those of it alone."
         )

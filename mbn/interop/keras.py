@@ -1,4 +1,4 @@
-"""The batch norm of Keras, on whatever backend Keras has: only NumPy's arrays may go in or out."""
+"""The batch norm of Keras, on any backend of Keras: arrays are exchanged as NumPy's alone."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ _KEYS = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "runn
 
 
 def read(layer: Any) -> tuple[Snapshot, list[str]]:
-    """Return a layer that does what one of Keras does in inference, and what it does in another way."""
+    """Return the layer of a Keras layer in inference, and notes of the differences."""
     if isinstance(layer, list | tuple):
         return _read_weights(layer)
     _check(layer)
@@ -35,7 +35,7 @@ def read(layer: Any) -> tuple[Snapshot, list[str]]:
 
 
 def write(layer: Snapshot, ndim: int) -> tuple[keras.layers.BatchNormalization, list[str]]:
-    """Return a layer of Keras, built for so many axes, that does what a layer does, and what it does in another way."""
+    """Return the Keras layer of a layer, built for inputs of ``ndim`` axes, and notes of the differences."""
     arguments = layer.arguments
     if ndim not in (2, 3):
         raise ValueError(f"ndim is 2 for inputs of (N, C) or 3 for those with a length, not {ndim!r}.")
@@ -61,7 +61,7 @@ def write(layer: Snapshot, ndim: int) -> tuple[keras.layers.BatchNormalization, 
 
 
 def _read_weights(weights: Any) -> tuple[Snapshot, list[str]]:
-    """Return a layer with the weights of one of Keras that has Keras's default arguments."""
+    """Return the layer of a Keras layer with default arguments and these weights."""
     arrays = [np.asarray(weight) for weight in weights]
     if len(arrays) not in (2, 4):
         raise ValueError(
@@ -84,7 +84,9 @@ def _check(layer: Any) -> None:
     if not isinstance(layer, kind):
         raise TypeError(f"from_keras takes a keras.layers.BatchNormalization or its get_weights(), not {name}.")
     if type(layer).call is not kind.call:
-        raise TypeError(f"{name} has a call of its own, which a layer may not do: give its get_weights() if it does.")
+        raise TypeError(
+            f"{name} has a call of its own, and may compute something else: if it does not, give its get_weights()."
+        )
     if not layer.built:
         raise ValueError("the layer has no weights yet: call it, or build it for a shape, layer.build((None, C)).")
 
@@ -103,7 +105,7 @@ def _axis(layer: keras.layers.BatchNormalization) -> int:
 
 
 def _notes(layer: keras.layers.BatchNormalization, result: Snapshot) -> list[str]:
-    """Return what a layer of Keras has that the result has not."""
+    """Return notes of the properties of a Keras layer that the result lacks."""
     notes = []
     if layer.compute_dtype != result.arguments["dtype"]:
         notes.append(
@@ -129,8 +131,8 @@ def _own(array: np.ndarray) -> Any:
     tensor = keras.ops.convert_to_tensor(array)
     if keras.backend.standardize_dtype(tensor.dtype) != array.dtype:
         raise ValueError(
-            f"the layer is float64, which Keras does not have here, on {keras.backend.backend()} (JAX takes "
-            "jax.config.update('jax_enable_x64', True) for it). Or convert it: bn.to(dtype='float32')."
+            f"the layer is float64, which Keras does not have here, on {keras.backend.backend()} (on JAX enable it: "
+            "jax.config.update('jax_enable_x64', True)). Or convert the layer: bn.to(dtype='float32')."
         )
     return tensor
 

@@ -17,15 +17,15 @@ _FIELDS = {"epsilon": "f", "momentum": "f", "spatial": "i", "training_mode": "i"
 _EPS = 1e-5
 _MOMENTUM = 0.9
 _ROUNDING = 2.0**-24
-"""That of an attribute, a float32, relatively."""
+"""The largest relative rounding error of an attribute, a float32."""
 
 
 def read(source: Any, which: Any) -> tuple[Snapshot, list[str]]:
-    """Return a layer that does what a node does, and what it does in another way."""
+    """Return the layer of a node, and notes of the differences."""
     node, graph = _found(source, which)
     attributes = _attributes(node)
     if attributes.get("spatial", 1) != 1:
-        raise ValueError("the node has spatial=0, so statistics for each place in a sequence, which no layer has.")
+        raise ValueError("the node has spatial=0, so statistics for each position of a sequence, which no layer has.")
     training_mode, momentum = attributes.get("training_mode", 0), attributes.get("momentum", _MOMENTUM)
     if training_mode not in (0, 1):
         raise ValueError(f"training_mode is 0 or 1, not {training_mode}.")
@@ -48,9 +48,9 @@ def read(source: Any, which: Any) -> tuple[Snapshot, list[str]]:
 
 
 def write(layer: Snapshot, model: Any, name: str | None) -> tuple[Any, list[str]]:
-    """Return a node and its initializers, or a model in which a node is a layer; and what these do in another way."""
+    """Return the node of a layer and its initializers, or a model with that node; and notes of the differences."""
     if (model is None) != (name is None):
-        raise TypeError("to put a layer into a model give both, the model and the name of a node; otherwise neither.")
+        raise TypeError("give both the model and the name of a node, to put the layer into a model, or neither.")
     arguments = layer.arguments
     momentum, notes = conventions.old_weight(layer, "ONNX", _MOMENTUM, _attribute)
     eps = float(_attribute("eps", arguments["eps"]))
@@ -60,7 +60,7 @@ def write(layer: Snapshot, model: Any, name: str | None) -> tuple[Any, list[str]
         notes.append("axis=-1: ONNX has the channels on axis 1, so inputs of (N, L, C) have to be transposed for it.")
     missing = [key for key in ("weight", "bias") if key not in layer.entries]
     if missing:
-        notes.append(f"{' and '.join(missing)}: no node of ONNX goes without, so there are ones and zeros.")
+        notes.append(f"{' and '.join(missing)}: every node of ONNX has both, so the node gets ones and zeros.")
     notes += conventions.frozen(layer, "ONNX")
     shape, dtype = arguments["num_features"], arguments["dtype"]
     entries = {"weight": np.ones(shape, dtype), "bias": np.zeros(shape, dtype), **layer.entries}
@@ -100,7 +100,11 @@ def _attributes(node: onnx.NodeProto) -> dict[str, float]:
 
 
 def _attribute(name: str, value: float) -> np.float32:
-    """Return a number as an attribute has it."""
+    """Return a number as an attribute holds it, in float32.
+
+    Raises:
+        ValueError: no float32 is near the number.
+    """
     with np.errstate(over="ignore"):
         rounded = np.float32(value)
     if not abs(float(rounded) - value) <= _ROUNDING * abs(value):

@@ -1,4 +1,4 @@
-"""The batch norms of torch: ``torch.nn.BatchNorm1d``, and what is one on a single process or after its first input."""
+"""The batch norms of torch: ``torch.nn.BatchNorm1d``, ``SyncBatchNorm`` and ``LazyBatchNorm1d``."""
 
 from typing import Any
 
@@ -14,13 +14,13 @@ _OF_MORE_AXES = nn.BatchNorm2d, nn.BatchNorm3d, nn.LazyBatchNorm2d, nn.LazyBatch
 
 
 def read(module: Any) -> tuple[Snapshot, list[str]]:
-    """Return a layer that does what a module does, and what it does in another way."""
+    """Return the layer of a module, and notes of the differences."""
     _check(module)
     arrays = {key: getattr(module, key) for key in ("weight", "bias", "running_mean", "running_var")}
     tensors = [tensor for tensor in arrays.values() if tensor is not None]
     if any(tensor.is_meta for tensor in tensors):
         raise ValueError(
-            "the module is on the meta device, where tensors have no values: give it some, to_empty() and load."
+            "the module is on the meta device, where tensors have no values: call to_empty() and load a state_dict."
         )
     lazy = any(map(is_lazy, tensors))
     notes, momentum = [], module.momentum
@@ -49,7 +49,7 @@ def read(module: Any) -> tuple[Snapshot, list[str]]:
 
 
 def write(layer: Snapshot) -> tuple[nn.BatchNorm1d, list[str]]:
-    """Return a module that does what a layer does, and what it does in another way."""
+    """Return the module of a layer, and notes of the differences."""
     arguments = layer.arguments
     notes = conventions.frozen(layer, "torch")
     if arguments["axis"] == -1:
@@ -76,16 +76,16 @@ def write(layer: Snapshot) -> tuple[nn.BatchNorm1d, list[str]]:
 
 
 def _count(count: Tensor | None) -> tuple[int, list[str]]:
-    """Return a count of batches, and what to say of one between two integers, as averaged models have."""
+    """Return a count of batches, and a note if it is not an integer, as in averaged models."""
     if count is None:
         return 0, []
     if count.numel() != 1 or not 0 <= count.item() < 2**63:
         raise ValueError(
             f"num_batches_tracked is {count.tolist()}; it counts batches: one number, at least 0 and below 2**63. "
-            "Give the module one: module.num_batches_tracked = torch.tensor(0), say."
+            "Give the module one, for example module.num_batches_tracked = torch.tensor(0)."
         )
     number = int(count)
-    return number, [f"num_batches_tracked={count.item()}: a layer counts whole batches, {number}."] * (count != number)
+    return number, [f"num_batches_tracked={count.item()}: a layer has an integer, {number}."] * (count != number)
 
 
 def _check(module: Any) -> None:
@@ -94,17 +94,17 @@ def _check(module: Any) -> None:
         message = f"from_torch takes a torch.nn.BatchNorm1d, not {name}."
         if isinstance(module, _OF_MORE_AXES):
             message += (
-                " One for more axes does the same on (N, C, L), with the others as one: load its state_dict() into a "
-                "layer, and reshape inputs."
+                " A batch norm for more axes computes the same on inputs reshaped to (N, C, L): load its state_dict() "
+                "into a layer, and reshape inputs."
             )
         raise TypeError(message)
     if type(module).forward not in (nn.BatchNorm1d.forward, nn.SyncBatchNorm.forward):
         raise TypeError(
-            f"{name} has a forward of its own, which a layer may not do: load its state_dict() into one if it does. "
-            "What as_module() has made has its layer as .layer."
+            f"{name} has a forward of its own, and may compute something else: if it does not, load its state_dict() "
+            "into a layer. A module of as_module() has its layer as .layer."
         )
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:
-    """Return values in float64, which has those of all others."""
+    """Return values in float64, which has the values of all other dtypes."""
     return np.zeros(0) if is_lazy(tensor) else tensor.detach().to("cpu", torch.float64).numpy()

@@ -312,7 +312,7 @@ MODEL = partial(model_of, [node_of(), RELU], initializers(), outputs=("z",))
         (lambda: (node_of(), initializers()[:3]), ValueError, "running_var is 'var', and there is neither"),
         (lambda: (node_of(spatial=0), initializers()), ValueError, "spatial=0"),
         (lambda: (helper.make_node("BatchNormalization", ["x"], ["y"]), []), ValueError, "1 inputs; .* has 5"),
-        (lambda: (node_of(), map(_elsewhere, WEIGHTS)), ValueError, "weight is in a file.*onnx.load"),
+        (lambda: (node_of(), map(_elsewhere, WEIGHTS)), ValueError, "weight is in another file.*onnx.load"),
         (lambda: (MODEL(), initializers()), TypeError, "onnx.ModelProto and the name.*not ModelProto and list"),
         (lambda: (node_of(), "y"), TypeError, "not NodeProto and str"),
         (lambda: (node_of(), None), TypeError, "not NodeProto and NoneType"),
@@ -373,8 +373,8 @@ def test_nodes_of_one_name_are_refused():
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ((MODEL(),), TypeError, "both, the model and the name"),
-        ((None, "y"), TypeError, "both, the model and the name"),
+        ((MODEL(),), TypeError, "both the model and the name"),
+        ((None, "y"), TypeError, "both the model and the name"),
         (("model.onnx", "y"), TypeError, "onnx.ModelProto, not str"),
         ((MODEL(), "relu"), ValueError, "is a Relu"),
         (_by_way_of(helper.make_node("Identity", ["var"], ["var"])), ValueError, "running_var is 'var'"),

@@ -149,7 +149,7 @@ class _Frozen(torch.nn.BatchNorm1d):
 
 def test_a_subclass_may_do_something_else_and_stays():
     model = _model().append(_Frozen(4))
-    with pytest.warns(mbn.ConversionWarning, match="3 stays what it is, since _Frozen") as caught:
+    with pytest.warns(mbn.ConversionWarning, match="3 stays as it is, since _Frozen") as caught:
         mbn.replace_batchnorm(model)
     assert [warning.filename for warning in caught] == [__file__]
     assert [_is_ours(module) for module in _norms(model)] == [True, True, False]
@@ -161,7 +161,7 @@ def test_a_forward_of_its_own_stays(back):
     if back:
         mbn.replace_batchnorm(model)
     model[1].forward = lambda x: x
-    with pytest.warns(mbn.ConversionWarning, match="1 stays what it is"):
+    with pytest.warns(mbn.ConversionWarning, match="1 stays as it is"):
         mbn.replace_batchnorm(model, back=back)
     assert [_is_ours(module) for module in _norms(model)] == [back, not back]
 

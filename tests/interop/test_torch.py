@@ -267,7 +267,7 @@ def test_a_count_of_another_form_is_taken(count):
 def test_a_count_between_two_integers_is_said():
     theirs = module()
     theirs.num_batches_tracked = torch.tensor(2.5)
-    with warns("num_batches_tracked=2.5: a layer counts whole batches, 2"):
+    with warns("num_batches_tracked=2.5: a layer has an integer, 2"):
         assert mbn.from_torch(theirs).num_batches_tracked == 2
 
 
