@@ -1,1 +1,1 @@
-"""No backend: what several of them share, formulas on the statistics of channels and the strides of a batch."""
+"""Code that several backends share: formulas on the statistics of channels, and the strides of a batch. No backend."""

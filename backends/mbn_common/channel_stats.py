@@ -1,8 +1,8 @@
 """Formulas on the statistics of channels, (C,) vectors in float64, in any namespace with the functions of NumPy.
 
-NumPy, CuPy and Torch bind one each when they are imported. No formula waits for a device: a branch depends on a sum of
-weights that is a number alone, never on an array. A number of values, an integer, needs none: it has been checked, and
-a compiler may have a symbol for it.
+The backends on NumPy, CuPy and Torch arrays make one ``Formulas`` each at import. No formula waits for a device:
+branches depend on a count only where it is a Python float, a sum of weights, never on arrays. An integer count, the
+number of values, has been checked and needs no branch; a compiler may even have a symbol for it.
 """
 
 from typing import Any, NamedTuple, TypeAlias
@@ -12,21 +12,22 @@ import numpy as np
 from mbn.contract import Array, Moments
 
 FAR, FARTHEST = 400, 1000
-"""Exponents from which on squares may leave the range of float64, and those from which on powers have no inverse."""
+"""Exponents beyond which squares may leave the range of float64, and beyond which powers of two have no inverse."""
 FAR_WEIGHT = 128
-"""The exponent of weights that are large, or negative that of small ones, beside which a correction is nothing."""
+"""Weights are scaled if their exponent is beyond this or its negative: their sum is then far above a correction of 1,
+or far below."""
 TINY = float(np.finfo(np.float64).smallest_subnormal)
 
 
 class Pair(NamedTuple):
-    """A mean as the unevaluated sum of two float64 vectors: what float64 input needs to keep its last digits."""
+    """A mean as the unevaluated sum of two float64 vectors, since float64 input needs its last digits."""
 
     hi: Array
     lo: Array
 
 
 class Scaled(NamedTuple):
-    """Statistics beyond the range of float64, or that lose digits there: ``values * 2**exponent``."""
+    """Statistics that float64 would hold with too few digits, or not at all: ``values * 2**exponent``."""
 
     values: Any
     """A mean as a pair, or a variance."""
@@ -42,10 +43,10 @@ class Formulas:
     """The formulas in one namespace."""
 
     def __init__(self, namespace: Any, array: type[Any]) -> None:
-        """Take a namespace with the functions of NumPy, and the class of its arrays."""
+        """Make the formulas of a namespace with the functions of NumPy; ``array`` is the class of its arrays."""
         self.xp, self._array = namespace, array
 
-    # Where namespaces differ.
+    # Operations that differ between namespaces.
 
     def wide(self, x: Array) -> Array:
         """Return an array in float64."""
@@ -56,7 +57,7 @@ class Formulas:
         return x.astype(like.dtype)
 
     def constant(self, x: Array) -> Array:
-        """Return what an array is to differentiation: a constant."""
+        """Return an array as a constant to differentiation."""
         return x
 
     def copied(self, x: Array) -> Array:
@@ -64,7 +65,7 @@ class Formulas:
         return x.copy()
 
     def exponent_of(self, x: Array) -> Array:
-        """Return integers e that make ``abs(x) < 2**(e + 1)``, and about the least."""
+        """Return integers e with ``abs(x) < 2**(e + 1)``, the least or nearly the least."""
         return self.xp.frexp(x)[1]
 
     def scaled(self, x: Array, exponent: Array) -> Array:
@@ -94,11 +95,11 @@ class Formulas:
         difference = (other_hi - hi) + (other_lo - lo)
         change = lo + difference * share
         mean = hi + change
-        rest = change - (mean - hi)  # what rounding took off
+        rest = change - (mean - hi)  # the rounding error of the mean
         return Moments(total, Pair(mean, rest), m2 + (more_m2 + difference * difference * (count * share)))
 
     def merge_scaled(self, first: Moments, second: Moments) -> Moments:
-        """Return the statistics of two batches together, in units in which no value is large or all are small."""
+        """Return the statistics of two batches together; each channel is in a unit near its largest statistic."""
         xp, sizes, parts = self.xp, [], []
         for count, mean, m2 in (first, second):
             pair, exponent = mean if isinstance(mean, Scaled) else (mean, self.as_exponent(xp.zeros_like(mean.hi)))
@@ -136,12 +137,12 @@ class Formulas:
         step = 1 / self.wide(num_batches_tracked) if momentum is None else momentum
         if not isinstance(count, self._array):
             return 0.0 if isinstance(count, float) and count <= correction else step
-        return step * self.wide(~(count <= correction))  # a count of NaN is to be seen in the statistics
+        return step * self.wide(~(count <= correction))  # with a count of NaN the statistics are NaN too
 
     def lerp(self, start: Array, end: Mean | Variance, step: float | Array) -> Array:
         """Return (1 - step) * start + step * end, computed in float64 and rounded once to the dtype of start.
 
-        To differentiation it is a constant: each batch would hold on to the graphs of all before.
+        To differentiation it is a constant: otherwise each batch would keep the graphs of all earlier ones.
         """
         start, is_array = self.constant(start), isinstance(step, self._array)
         if not is_array and step == 0:
@@ -152,7 +153,7 @@ class Formulas:
         if exponent is not None:
             share = self.scaled(share, exponent)
         moved = self.rounded((1 - step) * self.wide(start) + share, start)
-        # A batch that does not count leaves no trace, even of values that are not finite.
+        # A batch of weight 0 changes nothing, even if its statistics are not finite.
         return self.xp.where(step == 0, start, moved) if is_array else moved
 
     def sample_weights(
@@ -171,10 +172,10 @@ class Formulas:
         return result
 
     def summable(self, weights: Array) -> Array:
-        """Return weights in float64 times a power of two, if they need one for their sums to be in its range.
+        """Return weights in float64, times a power of two if their sums would leave its range without one.
 
-        Means depend on nothing but their ratios, and so does a variance, corrected by 1 or not, while their sum stays
-        far above 1, or below it. One that would be lost beside the others stays a weight.
+        Means depend only on the ratios of weights; so do variances, corrected by 1 or not, as long as the sum of the
+        weights stays far above 1, or far below. A weight that would underflow to 0 becomes the smallest number instead.
         """
         if 0 in weights.shape:
             return weights
@@ -183,7 +184,7 @@ class Formulas:
         return self.xp.where((weights > 0) & (near == 0), TINY, near)
 
     def divisor(self, count: Any) -> Any:
-        """Return what to divide sums by: the count, or 1 where that is 0 and so are the sums."""
+        """Return the divisor of sums: the count, or 1 where the count is 0 and so are the sums."""
         if isinstance(count, self._array):
             return self.xp.where(count == 0, 1, count)
         return count or 1.0 if isinstance(count, float) else count

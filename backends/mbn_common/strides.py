@@ -1,9 +1,9 @@
-"""How the arrays of a call lie in memory, for kernels that are given strides.
+"""The strides of the arrays of a call, for kernels that take strides.
 
 A batch is rows x channels x positions::
 
     (N, C)     rows are samples, and each has one position
-    (N, C, L)  rows are samples, positions go along L; of sample weights, (N,) or (N, L), all channels are one
+    (N, C, L)  rows are samples, positions go along L; sample weights, (N,) or (N, L), have a stride of 0 along channels
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class Strides(NamedTuple):
-    """From one value to the next, in values; 0 along an axis of one value, whatever an array says of it."""
+    """The strides of an array, in values; 0 along an axis of length 1, where the array's own stride has no meaning."""
 
     row: int
     channel: int
@@ -19,7 +19,7 @@ class Strides(NamedTuple):
 
 
 class Extents(NamedTuple):
-    """How many there are."""
+    """The lengths of the axes of a batch."""
 
     rows: int
     channels: int
@@ -31,7 +31,7 @@ def described(
 ) -> tuple[Extents, list[Strides]]:
     """Return the extents of a batch and the strides of its arrays.
 
-    Where all arrays allow it, rows and positions are one axis, of rows.
+    Where the strides of all arrays allow it, rows and positions are merged to one axis, of rows.
 
     Args:
         shape: of the arrays, (N, C) or (N, C, L).

@@ -1,1 +1,1 @@
-"""Arithmetic on host memory, for every backend whose arrays lie there; no backend itself."""
+"""Arithmetic on host memory, for every backend whose arrays lie there. No backend."""

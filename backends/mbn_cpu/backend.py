@@ -1,6 +1,6 @@
-"""The border of NumPy arrays, and the choice of their kernels: all that NumPy's and Numba's backends have in common.
+"""The border of NumPy arrays, and the choice of their kernels, for the backends numpy and numba.
 
-Everything is on the host, so the border is a cast at most.
+All arrays are on the host, so the border is at most a cast.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from mbn_cpu.kernels.host import HostKernels, fits_float64
 
 _FEW_FOR_NUMPY = 1 << 14
 _FEW_FOR_NUMBA = 1 << 19
-"""Values up to which steps at once are faster."""
+"""The largest numbers of values of x for which fused steps are faster."""
 
 
 class HostBackend(Backend):
@@ -23,9 +23,9 @@ class HostBackend(Backend):
 
     kernels: HostKernels
     step_kernels: HostKernels
-    """Kernels with steps at once, for the batches that suit them."""
+    """Kernels with fused steps."""
     suits_steps: Callable[[np.ndarray, np.ndarray | None, np.ndarray | None], bool]
-    """Tell so of x, its sample weights and another array in its shape: one of the functions below."""
+    """Tell whether fused steps suit x, its sample weights and another array in its shape: a function below."""
 
     capabilities = Capabilities(
         dtypes=frozenset({"float16", "float32", "float64"} | ({"bfloat16"} if find_spec("ml_dtypes") else set())),
@@ -38,7 +38,7 @@ class HostBackend(Backend):
     )
 
     def owns(self, x: object) -> bool:
-        # A mask would be lost and a matrix would multiply in its own way, so neither passes for an array.
+        # A MaskedArray would lose its mask, and a matrix has another product, so neither is taken.
         return isinstance(x, np.ndarray | np.generic) and not isinstance(x, np.ma.MaskedArray | np.matrix)
 
     def asarray(self, x: Any, dtype: str | None = None, device: Any = None) -> np.ndarray:
@@ -50,7 +50,7 @@ class HostBackend(Backend):
         return np.asarray(x)
 
     def device(self, x: np.ndarray) -> None:
-        """There is one device, so none to be on by mistake."""
+        """Return None: there is one device alone."""
 
     def copy(self, x: np.ndarray) -> np.ndarray:
         return np.array(x)
@@ -60,7 +60,7 @@ class HostBackend(Backend):
             return "is read-only"
         if not out.flags.forc and overlaps_itself(out.shape, out.strides, out.itemsize):
             return "overlaps itself: some of its values share memory"
-        # Writing to x itself is safe: each value is read before the one in its place is written.
+        # Writing to x itself is safe: each value is read before its output is written.
         is_same = out.__array_interface__["data"] == x.__array_interface__["data"] and out.strides == x.strides
         return None if is_same or not np.shares_memory(out, x) else "overlaps x in memory without being x"
 
@@ -72,10 +72,10 @@ class HostBackend(Backend):
     ) -> tuple[Kernels, Batch]:
         """Return the kernels for a call, and its batch as it is.
 
-        | kernels | why they are there: gains of training and evaluation against the passes of the same backend |
+        | kernels | gains of training and evaluation over the passes of the same backend |
         |---|---|
-        | NumPy's steps | (32, 64): 1.6 and 4.0 times as fast |
-        | Numba's steps | (32, 64): 4.8 and 4.2 times as fast; (1024, 256): 1.8 and 1.5 times |
+        | NumPy's fused steps | (32, 64): 1.6 and 4.0 times as fast |
+        | Numba's fused steps | (32, 64): 4.8 and 4.2 times as fast; (1024, 256): 1.8 and 1.5 times |
         | passes | all other batches |
         """
         fits = self.suits_steps(batch.x, batch.sample_weight, other)
@@ -93,12 +93,12 @@ class HostBackend(Backend):
 
 
 def suits_numpy_steps(x: np.ndarray, weights: np.ndarray | None, other: np.ndarray | None) -> bool:
-    """Tell whether NumPy's steps are the faster way: a call of NumPy costs more than its arithmetic."""
+    """Tell whether NumPy's fused steps are faster, since a call of NumPy takes longer than its arithmetic."""
     return weights is None and x.size <= _FEW_FOR_NUMPY and x.dtype.char != "d"
 
 
 def suits_numba_steps(x: np.ndarray, weights: np.ndarray | None, other: np.ndarray | None) -> bool:
-    """Tell whether Numba's steps can be taken and one thread is done with them soonest."""
+    """Tell whether Numba's fused steps support the arrays, and are faster on one thread than passes on several."""
     if weights is not None or x.size > _FEW_FOR_NUMBA or x.dtype != np.float32:
         return False
     is_one_piece = x.flags.c_contiguous or (x.ndim == 3 and x.swapaxes(1, 2).flags.c_contiguous)
@@ -108,7 +108,7 @@ def suits_numba_steps(x: np.ndarray, weights: np.ndarray | None, other: np.ndarr
 
 
 def _rounded(pullback: Callable[..., Any], kernels: Kernels, dy: Any, batch: Batch, weight: Any, *rest: Any) -> Any:
-    """Return gradients, those of parameters in their dtype: beyond its range they are infinite."""
+    """Return gradients, those of parameters in the parameters' dtype: beyond its range they are infinite."""
     dx, *sums = pullback(kernels, dy, batch, weight, *rest)
     if weight is not None and sums[0].dtype != weight.dtype:
         with np.errstate(over="ignore"):

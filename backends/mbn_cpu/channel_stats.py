@@ -1,6 +1,6 @@
 """Arithmetic on the statistics of channels, (C,) vectors in float64, and on weights.
 
-What is computed once per channel has to be as exact as float64 can make it, whatever kernels pass over x.
+Computations on vectors have to be as exact as float64 allows, for every implementation of the passes over x.
 """
 
 from typing import NamedTuple
@@ -15,19 +15,19 @@ WIDE = np.dtype(np.float64)
 
 
 _LEAST, _MOST = 2.0**-900, 2.0**1000
-"""Sums of squares between these have lost nothing: what is too small for float64 is nothing beside them."""
+"""Sums of squares between these are exact: terms that underflow are too small to change them."""
 FAR_SQUARE = 64.0
-"""How many times its variance a channel's mean square may be around what deviations are taken from.
+"""The largest ratio of a channel's mean square around a shift to its variance; beyond it the shift is too far away.
 
-An outlier is that far, hardly any other value; and then a second pass takes deviations from the mean.
+Outliers alone are that far from the mean. Then a second pass takes deviations from the mean.
 """
 
 
 class Line(NamedTuple):
-    """Normalisation as ``(x - center) * scale + shift`` in the dtype that it is computed in; each (C,).
+    """Normalisation as ``(x - center) * scale + shift`` in the dtype of the computation; each vector is (C,).
 
-    ``x - center`` is exact where x is near the mean, of which the center is all that its dtype holds; the rest of the
-    mean is in the shift.
+    The center is the mean, rounded to that dtype: so ``x - center`` is exact where x is near the mean. The shift
+    contains the rounding error of the center.
     """
 
     center: np.ndarray
@@ -38,7 +38,7 @@ class Line(NamedTuple):
 def line(
     mean: Mean, var: Variance, weight: np.ndarray | None, bias: np.ndarray | None, eps: float, dtype: np.dtype
 ) -> Line:
-    """Return how to normalise in ``dtype``."""
+    """Return the line that normalises in ``dtype``."""
     scale = invstd(var, eps)
     if weight is not None:
         scale *= weight
@@ -54,7 +54,7 @@ class HostFormulas(Formulas):
     """The formulas on the host, where a branch may depend on values."""
 
     def merge(self, first: Moments, second: Moments) -> Moments:
-        """Return the statistics of two batches together, in units if float64 has no room for them."""
+        """Return the statistics of two batches together, scaled if they would leave the range of float64."""
         if not isinstance(first.m2, Scaled) and not isinstance(second.m2, Scaled):
             merged = self.merge_plain(first, second)
             if np.all(in_range(merged.m2) | ((merged.m2 == 0) & _are_equal(first, second))):
@@ -63,7 +63,7 @@ class HostFormulas(Formulas):
 
 
 def _are_equal(first: Moments, second: Moments) -> np.ndarray:
-    """Return which means of two batches are equal."""
+    """Return a mask of the channels in which two batches have equal means."""
     (hi, lo), (other_hi, other_lo) = first.mean, second.mean
     are_equal: np.ndarray = (other_hi - hi) + (other_lo - lo) == 0
     return are_equal
@@ -74,14 +74,14 @@ step, lerp = FORMULAS.step, FORMULAS.lerp
 
 
 def counted(num_batches_tracked: np.ndarray) -> np.ndarray:
-    """Return the count of batches after one more, as ``mbn.contract.counted`` does for any framework's, but faster."""
+    """Return the count of batches plus 1, as ``mbn.contract.counted``, but faster."""
     return num_batches_tracked if int(num_batches_tracked) == _LIMIT else num_batches_tracked + 1
 
 
 def heaviest(x: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
-    """Return the first of the values that weigh most, one for each channel, in float64; 0 where none has a weight.
+    """Return the value of the largest weight, the first of several, for each channel in float64; 0 without a weight.
 
-    Around it, no sum of squares is much larger than m2.
+    It is a shift around which sums of squares are not much larger than m2.
     """
     values = x if x.ndim == 3 else x[:, :, None]
     if weights is None:
@@ -92,7 +92,7 @@ def heaviest(x: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
 
 
 def fold_rows(d: np.ndarray) -> np.ndarray:
-    """Return the sum over the first axis by adding the second half to the first until one is left; d is used up."""
+    """Return the sum over the first axis as a tree: the second half is added to the first, in d, until one is left."""
     n = len(d)
     while n > 1:
         half = (n + 1) // 2
@@ -103,11 +103,11 @@ def fold_rows(d: np.ndarray) -> np.ndarray:
 
 
 def units(sums: np.ndarray, count: float | np.ndarray) -> np.ndarray:
-    """Return powers of two that take the terms of two sums apart: those of x - mean and of its squares, (2, C).
+    """Return powers of two that split the terms of two sums: those of x - mean and of its squares, (2, C).
 
-    What is left of a term, or of a sum of them, after a unit has been added to it and taken off is a multiple of the
-    unit's last digit; and no sum of such multiples is as large as the unit, so they add up without a rounding. ``sums``
-    are those around any of the values. Where they are 0 or not finite, nothing has to be taken apart.
+    Adding a unit to a term, or to a sum of a few, and subtracting it again rounds the term to a multiple of the unit's
+    last digit. No sum of such multiples is as large as the unit, so they add up without rounding. ``sums`` are (2, C)
+    around any of the values. Where they are 0 or not finite, no term has to be split.
 
     Source: Rump, Ogita and Oishi, Accurate Floating-Point Summation Part I, 2008, section 3.
     """
@@ -118,12 +118,12 @@ def units(sums: np.ndarray, count: float | np.ndarray) -> np.ndarray:
 
 
 def is_far(squares: np.ndarray, m2: np.ndarray) -> bool:
-    """Tell whether a sum of squares was made around a value so far from a mean that digits of the mean are lost."""
+    """Tell whether sums of squares are around a shift so far from the mean that digits of the mean are lost."""
     return bool(np.count_nonzero(squares > FAR_SQUARE * m2))  # twice as fast as any()
 
 
 def invstd(var: Variance, eps: float) -> np.ndarray:
-    """Return 1 / sqrt(var + eps) in float64, and 0 where that has no value."""
+    """Return 1 / sqrt(var + eps) in float64, and 0 where var + eps is 0."""
     if isinstance(var, Scaled):
         var = np.ldexp(*var)
     spread = np.add(var, eps, dtype=WIDE)
@@ -145,7 +145,7 @@ class Projection(NamedTuple):
 def projection(
     stats: Stats, weight: np.ndarray | None, eps: float, sums: tuple[np.ndarray, np.ndarray] | None
 ) -> tuple[np.ndarray, Projection | None]:
-    """Return the scale of a gradient, and how it depends on all values, if it does."""
+    """Return the scale of a gradient, and its projection, or None without ``sums``."""
     mean, var, count = stats
     spread = invstd(var, eps)
     scale = spread if weight is None else spread * weight
@@ -158,39 +158,39 @@ def projection(
 
 
 def added(hi: np.ndarray, lo: np.ndarray) -> Pair:
-    """Return hi + lo, rounded to float64, and what rounding took off.
+    """Return hi + lo, rounded to float64, and the rounding error.
 
-    Around a mean so rounded, no terms of a gradient are larger than they have to be; those around a value that is far
-    from the mean would cancel.
+    With the rounded mean as the center, the terms of a gradient are small; around a value far from the mean they would
+    be large and cancel.
     """
     total = hi + lo
     return Pair(total, lo - (total - hi))
 
 
 def as_pair(mean: Mean) -> Pair:
-    """Return a mean as a pair, whatever form it has; of one that is scaled, what float64 can hold."""
+    """Return any mean as a pair; a scaled one in float64, where it may overflow or underflow."""
     if isinstance(mean, Scaled):
         return scaled(*mean)
     return mean if isinstance(mean, Pair) else Pair(mean.astype(WIDE), np.zeros_like(mean, WIDE))
 
 
 def compute_dtype(x: np.ndarray) -> np.dtype:
-    """Return the dtype to compute in, in the order of bytes of this machine: halves are brought to float32."""
+    """Return the dtype to compute in, in this machine's byte order: float32 for float16 and bfloat16."""
     return np.result_type(x.dtype, np.float32)
 
 
 def is_wide(x: np.ndarray) -> bool:
-    """Tell whether an array has the numbers of float64, in whatever order of bytes."""
+    """Tell whether an array is in float64, of either byte order."""
     return x.dtype.char == "d"
 
 
 def in_range(m2: np.ndarray) -> np.ndarray:
-    """Return which sums of squares have lost nothing to the range of float64."""
+    """Return a mask of the sums of squares that have lost no digits to the range of float64."""
     return (m2 >= _LEAST) & (m2 < _MOST)
 
 
 def exponent_of(values: np.ndarray) -> np.ndarray:
-    """Return the least e of each value that makes ``abs(value) < 2**e``; 0 for 0."""
+    """Return the least e of each value with ``abs(value) < 2**e``; 0 for 0."""
     exponent: np.ndarray = np.frexp(values)[1]
     return exponent
 

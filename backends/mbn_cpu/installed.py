@@ -11,7 +11,7 @@ from mbn_cpu.kernels.host import HostKernels
 
 
 class WithNumpy(HostBackend):
-    """The backend of NumPy arrays that share their memory with another backend's; it has no name to ask for."""
+    """The backend of NumPy arrays in the memory of another backend's arrays; it is not registered."""
 
     name = "host"
     version = np.__version__
@@ -21,12 +21,12 @@ class WithNumpy(HostBackend):
 
 @cache
 def fastest() -> HostBackend:
-    """Return the backend, compiled by Numba where that can be imported, which is first done here: it takes long."""
+    """Return the backend, with Numba's kernels if Numba can be imported. The first call takes long for that import."""
     try:
         from mbn_cpu.kernels import numba_passes, numba_steps
     except ModuleNotFoundError:
         return WithNumpy()
-    except Exception as error:  # noqa: BLE001 - whatever is broken there, nobody has asked for it
+    except Exception as error:  # noqa: BLE001 - the user has not requested Numba, so its errors are only logged
         message = "Numba does not work here, which makes mbn slower: %s: %s"
         logging.getLogger("mbn.numba").warning(message, type(error).__name__, error)
         return WithNumpy()

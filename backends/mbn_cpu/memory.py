@@ -1,12 +1,12 @@
-"""New arrays whose memory costs less than the arithmetic on it.
+"""The allocation of large arrays with few page faults.
 
-Most of the time that a large new array takes is for the faults of its pages, which the system clears one by one.
+A large new array takes most of its time for page faults: the system clears its pages one by one. Two measures help:
 
-- The C library of Linux hands blocks above a threshold back to the system as they are freed, and the pages of the next
-  one are new again. The threshold follows the largest block freed so far, up to 32 MiB. So a block below that is freed
-  once, before the first output above the threshold; nobody has touched it, so it never had a page.
-- Huge pages are 512 times fewer. NumPy asks for them itself; for memory that a framework allocates they are asked for
-  here, after the allocation and before the first write.
+- The C library of Linux returns blocks above a threshold to the system when they are freed, so the next block has new
+  pages again. The threshold rises with the largest block freed so far, up to 32 MiB. So a block below that limit is
+  allocated and freed once, before the first output above the threshold; it is never written to, so it takes no pages.
+- Huge pages are 512 times fewer. NumPy requests them itself; for memory that a framework allocates, this module
+  requests them, after the allocation and before the first write.
 """
 
 import ctypes
@@ -17,10 +17,11 @@ from functools import cache
 import numpy as np
 
 _THRESHOLD = 1 << 17
-"""Bytes above which blocks go back to the system in the beginning."""
+"""The initial threshold, in bytes, above which freed blocks are returned to the system."""
 _FREED = 24 << 20
+"""Bytes of the block that is freed to raise the threshold."""
 _LARGE = 1 << 22
-"""Bytes from which on huge pages pay, as NumPy has it."""
+"""Bytes from which on huge pages are faster: NumPy's own limit."""
 
 
 def empty_like(x: np.ndarray) -> np.ndarray:
@@ -36,7 +37,7 @@ def _raise_threshold() -> None:
 
 
 def advise(address: int, size: int) -> None:
-    """Ask for huge pages where the system has them and ``size`` bytes at ``address`` are worth it."""
+    """Request huge pages for ``size`` bytes at ``address``, if these are many and the system has huge pages."""
     if size > _THRESHOLD:
         _raise_threshold()
     if size < _LARGE or (madvise := _madvise()) is None:
@@ -47,7 +48,7 @@ def advise(address: int, size: int) -> None:
 
 @cache
 def _madvise() -> Callable[[int, int, int], int] | None:
-    """Return the call of the system, None where there is none."""
+    """Return the C library's ``madvise``, or None where there is none."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
     try:

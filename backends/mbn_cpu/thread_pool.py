@@ -1,9 +1,9 @@
 """A pool of threads for the kernels.
 
-It must change nothing but the time that a call takes: tasks are cut and combined in the same way for every number of
-threads, the caller waits for all of them whatever happens, and a process that forks or never needs a second thread
-sees none. Where no thread can be started, since the interpreter is shutting down or the system has no more, the caller
-does the work alone. Tasks have to release the interpreter's lock for most of their time.
+The pool must change nothing but the time that a call takes: tasks are the same for every number of threads, the caller
+waits for all of them, even after an error, and no thread is started before a call needs a second one, nor kept in a
+forked child. Where no thread can be started, since the interpreter is shutting down or the system has no more threads,
+the caller executes all tasks itself. Tasks have to release the interpreter's lock for most of their time.
 """
 
 import os
@@ -22,7 +22,7 @@ _limit: ContextVar[int | None] = ContextVar("mbn_cpu.thread_pool.limited", defau
 
 @contextmanager
 def limited(num_threads: int) -> Iterator[None]:
-    """Use no more than so many threads within a ``with`` block, as a framework of the caller's says."""
+    """Use at most ``num_threads`` within a ``with`` block, the limit of the caller's framework."""
     token = _limit.set(num_threads)
     try:
         yield
@@ -34,12 +34,12 @@ def run_tasks(task: Callable[[int], object], count: int, at_least: int = 1) -> N
     """Call ``task(i)`` for each i below ``count``, in no particular order, in the context of the caller.
 
     Args:
-        task: what to do.
-        count: how often.
-        at_least: how many tasks are worth a thread: it takes up to 50 microseconds to wake up.
+        task: a function of the task's number.
+        count: the number of tasks.
+        at_least: the least number of tasks per thread: a thread takes up to 50 microseconds to wake up.
 
     Raises:
-        BaseException: what a task raised first; the others that have not begun are then left out.
+        BaseException: the first error of a task; tasks that have not begun are then not executed.
     """
     num_helpers = min(_num_threads(), count // at_least) - 1
     if num_helpers <= 0:
@@ -56,14 +56,15 @@ def run_tasks(task: Callable[[int], object], count: int, at_least: int = 1) -> N
             waiting.clear()
             raise
 
-    # The pool may keep what it has refused, and begin it later: so each helper has its future before it is handed in.
+    # The pool may keep a call that it has refused, and begin it later: so each helper has its own future, which the
+    # caller can cancel, before it is submitted.
     helpers: list[Future[None]] = [Future() for _ in range(num_helpers)]
     try:
         for helper in helpers:
             if not _handed_in(copy_context().run, _help, work, helper):
                 break
         work()
-    finally:  # nothing may be written to any more once the caller has gone on
+    finally:  # no helper may write to an array after the caller has returned
         waiting.clear()
         wait([helper for helper in helpers if not helper.cancel()])
     for helper in helpers:
@@ -72,7 +73,7 @@ def run_tasks(task: Callable[[int], object], count: int, at_least: int = 1) -> N
 
 
 def _help(work: Callable[[], None], helper: Future[None]) -> None:
-    """Work, unless the caller has taken it back, and leave the result or the error in the future."""
+    """Execute tasks, unless the caller has cancelled the helper; store the end or the error in its future."""
     if helper.set_running_or_notify_cancel():
         try:
             work()
@@ -95,7 +96,7 @@ def _num_threads() -> int:
 
 
 def _handed_in(*call: Any) -> bool:
-    """Have a thread of the pool do something, and tell whether one could be found."""
+    """Submit a call to the pool, and tell whether the pool took it."""
     try:
         _executor().submit(*call)
     except (RuntimeError, ImportError):  # the interpreter is shutting down, or the system starts no more threads
@@ -106,7 +107,7 @@ def _handed_in(*call: Any) -> bool:
 def _executor() -> Executor:
     global _pool
     if _pool is None:
-        # An interpreter that is shutting down refuses this import, and shall not refuse this module with it.
+        # An interpreter that is shutting down refuses this import; at the top of the file it would refuse this module.
         from concurrent.futures.thread import ThreadPoolExecutor
 
         _pool = ThreadPoolExecutor(max(1, num_processors() - 1), thread_name_prefix="mbn")
@@ -114,7 +115,7 @@ def _executor() -> Executor:
 
 
 def _forget() -> None:
-    """Leave the pool to the parent: a fork takes none of its threads along."""
+    """Drop the pool in a forked child, which has none of its threads."""
     global _pool
     _pool = None
 

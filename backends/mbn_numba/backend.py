@@ -1,4 +1,4 @@
-"""Numba's backend of NumPy arrays: loops that are compiled when they are first needed, and cached on disk."""
+"""Numba's backend of NumPy arrays: the kernels of ``mbn_cpu`` that Numba compiles at first use, and caches on disk."""
 
 from typing import ClassVar
 
@@ -10,7 +10,7 @@ from mbn_cpu.kernels.host import HostKernels
 
 
 class NumbaBackend(HostBackend):
-    """The backend that computes on NumPy arrays with what Numba compiles."""
+    """The backend that computes on NumPy arrays with loops that Numba compiles."""
 
     name: ClassVar[str] = "numba"
     version = numba.__version__

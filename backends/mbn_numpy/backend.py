@@ -1,4 +1,4 @@
-"""NumPy's backend: nothing but NumPy computes."""
+"""NumPy's backend: the kernels of ``mbn_cpu`` that use NumPy alone."""
 
 from typing import ClassVar
 

@@ -1,1 +1,1 @@
-"""Kernels on host memory: the passes over x and whole steps, in NumPy and in loops that Numba compiles."""
+"""Kernels on host memory: the passes over x and fused steps, in NumPy and in loops that Numba compiles."""

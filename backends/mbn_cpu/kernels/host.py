@@ -1,4 +1,4 @@
-"""Kernels of NumPy arrays: the passes over x of a module, and the channels apart whose numbers leave their range."""
+"""Kernels of NumPy arrays: the passes of a module, and separate computations of channels that leave the range."""
 
 from types import ModuleType
 
@@ -10,12 +10,13 @@ from mbn_cpu.kernels import out_of_range
 
 
 class HostKernels(Kernels):
-    """Kernels of NumPy arrays, made of the passes over x of a module."""
+    """Kernels of NumPy arrays, over the passes of a module."""
 
     def __init__(self, passes: ModuleType, steps: ModuleType | None = None) -> None:
-        """Take the four passes from a module, and whole steps from another, if any.
+        """Make kernels of the four passes of a module, and the fused steps of another, if any.
 
-        Of the passes, ``normalize`` takes a ``Line``. Channels beyond their range are computed apart.
+        The module's ``normalize`` takes a ``Line``. Channels beyond the range of its arithmetic are computed
+        separately, by ``out_of_range``.
         """
         self.passes = passes
         if steps is not None:
@@ -105,7 +106,7 @@ class HostKernels(Kernels):
 
 
 def _widened(values: np.ndarray, batch: Batch) -> np.ndarray:
-    """Return an array in the shape of x with as many digits as statistics are to have."""
+    """Return an array in the shape of x, in float64 if the statistics are."""
     values = np.asarray(values)
     return (
         values.astype(channel_stats.WIDE) if batch.dtype == "float64" and not channel_stats.is_wide(values) else values
@@ -113,7 +114,7 @@ def _widened(values: np.ndarray, batch: Batch) -> np.ndarray:
 
 
 def fits_float64(x: np.ndarray, mean: channel_stats.Mean, weight: np.ndarray | None = None) -> bool:
-    """Tell whether float64 holds all that is made of x: no vector has the range of float64, which that of x has not."""
+    """Tell whether all sums and factors stay in the range of float64: x, mean and weight have narrower ranges."""
     return not (
         channel_stats.is_wide(x)
         or (weight is not None and channel_stats.is_wide(weight))

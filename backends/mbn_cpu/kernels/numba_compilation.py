@@ -1,9 +1,8 @@
-"""Have Numba compile, and tell whoever listens when a first call takes its time because of that.
+"""Compilation by Numba, with a cache on disk and messages of the time that a first call takes.
 
-What is compiled is cached on disk where it can be, and must not hold the interpreter's lock while it runs. What is read
-from the cache is ready at once and not worth a word; the rest is said through the logger ``mbn.numba``, at INFO, and
-only of this project's functions. A cache that fails, whose disk is full or whose files a crash has emptied, costs the
-time of a compilation and a warning, and no call.
+Compiled functions must not hold the interpreter's lock. The logger ``mbn.numba`` reports each compilation of a function
+of this project at INFO, and no load from the cache, which takes no time. If the cache fails, because the disk is full
+or a crash has emptied its files, the function is compiled, with one warning, and no call fails.
 """
 
 import logging
@@ -19,13 +18,13 @@ from numba.core.caching import FunctionCache
 
 logger = logging.getLogger("mbn.numba")
 _modules: set[str] = set()
-"""Those whose functions are reported on."""
+"""The modules whose compilations are reported."""
 _warned: list[Exception] = []
-"""The error of the cache that the warning has named, if there was one."""
+"""The error of the cache that the warning was about, if there was one."""
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Return a function as Numba compiles it for the arguments that come."""
+    """Return a function that Numba compiles for each combination of argument types."""
     _modules.add(function.__module__)
     made = numba.njit(function, nogil=True, error_model="numpy", **options)
     made.compile = partial(_compile, made.compile)
@@ -37,14 +36,17 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
 
 
 loop = partial(compiled, fastmath={"contract"})
-"""The same of loops, where a product and a sum may be one operation. What is once per channel has NumPy's bits."""
+"""As ``compiled``, for loops over values, in which a product and a sum may be one operation (FMA).
+
+Functions on vectors have no FMA, so that their bits are NumPy's.
+"""
 
 
 class _Cache(FunctionCache):
-    """Numba's cache, without which compilation goes on."""
+    """Numba's cache, whose errors end in a warning."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """Return what has been compiled for a signature, or None."""
+        """Return the compiled function for a signature, or None."""
         try:
             found = super().load_overload(sig, target_context)
             if found is None or found.signature.args == tuple(sig):
@@ -56,7 +58,7 @@ class _Cache(FunctionCache):
         return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        """Keep what has been compiled for a signature, if that can be done."""
+        """Store the compiled function for a signature, if the cache can be written to."""
         try:
             super().save_overload(sig, data)
         except Exception as error:  # noqa: BLE001 - as above
@@ -66,22 +68,22 @@ class _Cache(FunctionCache):
         _warn(f" in {self.cache_path}", error)
 
 
-def _warn(place: str, error: Exception) -> None:
-    """Say that the cache fails, once in a process: where it does, each function has a file of its own."""
+def _warn(where: str, error: Exception) -> None:
+    """Log that the cache fails, once in a process and not for each function's file."""
     if not _warned:
         _warned.append(error)
         message = (
-            "Numba's cache%s cannot be used (%s: %s), so every process compiles anew. Have NUMBA_CACHE_DIR name a "
-            "folder that can be written to, or delete what is damaged."
+            "Numba's cache%s cannot be used (%s: %s), so every process compiles anew. Set NUMBA_CACHE_DIR to a "
+            "folder that can be written to, or delete the damaged files."
         )
-        logger.warning(message, place, type(error).__name__, error)
+        logger.warning(message, where, type(error).__name__, error)
 
 
 class _Reporter(event.Listener):
     def __init__(self) -> None:
         self.lock, self.is_listening = threading.RLock(), False
         self._running: list[float] = []
-        """When those that are being compiled began: a function brings those that it calls along."""
+        """The start times of running compilations: that of a function includes those of the functions it calls."""
 
     def on_start(self, event: event.Event) -> None:
         if _is_own(event):
@@ -109,9 +111,9 @@ _REPORTER = _Reporter()
 
 
 def _compile(compile_as_numba_does: Callable[..., Any], *signature: Any) -> Any:
-    """Compile for a signature; the reporter listens to Numba meanwhile, and at no other time."""
+    """Compile for a signature, with the reporter listening to Numba's events for that time alone."""
     with _REPORTER.lock:
-        if _REPORTER.is_listening:  # to the function that calls this one
+        if _REPORTER.is_listening:  # in the compilation of the function that calls this one
             return compile_as_numba_does(*signature)
         _REPORTER.is_listening = True
         try:

@@ -1,39 +1,39 @@
-"""The innermost loops, compiled by Numba: each goes through a contiguous chunk of x once.
+"""The innermost loops, compiled by Numba: each reads a contiguous chunk of x once.
 
-They have to release the interpreter's lock, since threads run them side by side; to give the same bits for both memory
-orders; and to be cached on disk. All of them are in this file, because Numba's cache looks for changes no further than
-the file of a function.
+They have to release the interpreter's lock, since several threads execute them at the same time; to give the same bits
+for both memory orders; and to be cached on disk. All of them are in this file, because Numba's cache detects changes
+only in the file of a function.
 
 Arguments of all loops:
 
 - ``x``, ``dy``, ``y``, ``dx``: a chunk, (N, C, L), or (N, L, C) where channels come ``last``, as one contiguous axis in
-  float32 or float64. An (N, C) has an L of 1, and counts as either. ``y`` and ``dx`` are written.
-- ``w``: the weight of each cell of the chunk, (N, L) as one axis in float64; of size 0 where each value counts once.
-  Loops that are given weights leave out values of weight 0, whatever they are.
+  float32 or float64. An (N, C) has an L of 1, and is both. ``y`` and ``dx`` are written.
+- ``w``: the weight of each cell of the chunk, (N, L) as one axis in float64; empty where each value counts once.
+  Loops with weights leave out values of weight 0, even NaN.
 - ``last``, ``c``, ``length``: whether channels come last, C, and the L of the chunk.
-- vectors: (C,) in float64, if nothing else is said.
-- ``partials``: the number of partial sums of a channel. ``width = partials * c`` numbers are all of them; they are a
-  *row of sums*, and ``inner`` of them in turn are of one channel.
+- vectors: (C,) in float64, unless noted.
+- ``partials``: the number of partial sums of a channel. Those of all channels are a *row of sums*, of
+  ``width = partials * c`` numbers, in which each group of ``inner`` consecutive numbers is of one channel.
 
-The values of a chunk go to partial sums as follows. Values of one row of this sketch go to the partial sums 0, 1, 2,
-... side by side, and the next row is added to them. c is a channel, l a position, n a sample::
+The values of a chunk are added to partial sums as follows. The values of one row of this sketch are added to the
+partial sums 0, 1, 2, ..., and those of the next row to the same ones. c is a channel, l a position, n a sample::
 
-    partials = samples * L >= L     memory (N, C, L), L = 2, partials = 4: two samples side by side, inner = L
+    partials = samples * L >= L     memory (N, C, L), L = 2, partials = 4: two samples to a row, inner = L
                                       n0c0l0 n0c0l1 n0c1l0 n0c1l1 n1c0l0 n1c0l1 n1c1l0 n1c1l1
                                       n2c0l0 n2c0l1 n2c1l0 n2c1l1 n3c0l0 ...
-                                    channels last, the same samples side by side in memory (N, L, C), inner = 1
+                                    channels last, memory (N, L, C): the same samples to a row, inner = 1
 
-    partials < L, channels last     memory (N, L, C), partials = 4: four positions side by side, inner = 1
+    partials < L, channels last     memory (N, L, C), partials = 4: four positions to a row, inner = 1
                                       n0l0c0 n0l0c1 n0l1c0 n0l1c1 n0l2c0 n0l2c1 n0l3c0 n0l3c1
-                                      n0l4c0 ...                       what fills no row is added at the end
+                                      n0l4c0 ...                       an incomplete row is added at the end
 
     partials < L, channels before   memory (N, C, L), partials = 4: a row is four positions of one channel, inner = 4
                                       n0c0: l0 l1 l2 l3                to the partial sums of channel 0
                                             l4 l5 ...
                                       n0c1: l0 l1 l2 l3                to those of channel 1
 
-So a partial sum has the same values in the same order in both memory orders: in that of n and l, and those of positions
-beyond the last full row at the end. ``_collapse`` adds up the partial sums of a channel as a tree::
+So in both memory orders a partial sum has the same values in the same order: by n and l, and those of positions beyond
+the last full row at the end. ``_collapse`` adds up the partial sums of a channel as a tree::
 
     p0  p1  p2  p3  p4           half = 3: p0 += p3, p1 += p4
     p0  p1  p2                   half = 2: p0 += p2
@@ -46,16 +46,16 @@ from mbn_cpu.channel_stats import FAR_SQUARE
 from mbn_cpu.kernels.numba_compilation import compiled, loop
 
 _WIDTH = 256
-"""Values in a row that make a loop long enough, for loops that sum up nothing."""
+"""The least number of values of a row, in loops without sums."""
 _LEAST = float(np.finfo(np.float32).smallest_normal)
 """The least number with all digits of float32."""
 _FAR = 2.0**102
-"""A bound of numbers that may be subtracted from any of float32 without an overflow.
+"""A bound of numbers that may be subtracted from any number of float32 without an overflow.
 
-They are less than half of the last digit of the largest.
+They are less than half of the last digit of the largest number.
 """
 _FEW = 4
-"""Rows that are added up before their sums are split into multiples of a unit and rests."""
+"""The number of rows that are added up before their sums are split into multiples of a unit and rests."""
 
 
 @loop
@@ -66,19 +66,19 @@ def shifted_sums(x, w, last, c, length, partials, shift, sums):
 
 @loop
 def gradient_sums(dy, x, w, last, c, length, partials, shift, sums):
-    """Write the sums of dy and of dy * (x - shift) to ``sums``, (2, C); weights only tell which values count."""
+    """Write the sums of dy and of dy * (x - shift) to ``sums``, (2, C); values of weight 0 are left out."""
     _channel_sums(dy, x, w, last, c, length, partials, shift, sums)
 
 
 @loop
 def _channel_sums(dy, x, w, last, c, length, partials, shift, sums):
-    """Write the sums of one of the two above: ``dy`` is None, for which the compiler drops a branch, or an array.
+    """Write the sums of one of the two loops above: with a ``dy`` of None, the compiler drops the branch for arrays.
 
-    The top of this file has a sketch of the three cases: the first two are rows here, the third is planes.
+    The top of this file has a sketch of the three cases: rows are the first two, planes the third.
     """
     width, inner = partials * c, 1 if last else min(partials, length)
     total, products, center = np.zeros(width), np.zeros(width), _spread(shift, width, inner)
-    # Where samples lie side by side, a row may have parts of several: the whole chunk is as one sample.
+    # If a row may have values of several samples, the entire chunk is treated as one sample.
     sample = length * c if partials < length else x.size
     if last or partials >= length:
         if w.size:
@@ -97,15 +97,15 @@ def _channel_sums(dy, x, w, last, c, length, partials, shift, sums):
 def parted_sums(x, w, last, c, length, partials, shift, units, sums):
     """Write the sums of ``shifted_sums`` in parts to ``sums``, (4, C): of each, multiples of a unit, and the rest.
 
-    ``units``, (2, C), has a power of two for each sum, which ``mbn_cpu.channel_stats.units`` makes. The multiples add
-    up exactly, and the rests are small. Without that, one value that dwarfs all others would cost each of those that
-    come after it a rounding; so it costs only the few that are added up before the sums are split.
+    ``units``, (2, C), has a power of two for each sum, from ``mbn_cpu.channel_stats.units``. The multiples add up
+    exactly, and the rests are small. Without parts, one extreme value would round all values that are added after it;
+    with parts it rounds only the few that are added to it before the sums are split.
 
-    The layout of ``parts`` is a row of sums for each row of ``sums``. ``few`` are the two sums of a few rows.
+    ``parts`` has a row of sums for each row of ``sums``. ``few`` are the two sums of a few rows.
     """
     width, inner = partials * c, 1 if last else min(partials, length)
     few, parts, center = np.zeros((2, width)), np.zeros((4, width)), _spread(shift, width, inner)
-    # The same as in _channel_sums, of a few rows at a time; in the end each part is reduced by itself.
+    # The same as in _channel_sums, for a few rows at a time; at the end each part is reduced by itself.
     total, squares = few
     of_total, of_squares = _spread(units[0], width, inner), _spread(units[1], width, inner)
     if last or partials >= length:
@@ -143,8 +143,8 @@ def parted_sums(x, w, last, c, length, partials, shift, units, sums):
 def _take_apart(sums, units, multiples, rests):
     """Add sums to ``multiples`` and ``rests``, split by their units, and set them to 0.
 
-    A unit is larger than any sum. To add it to one and to take it off rounds the sum to a multiple of the unit's last
-    digit, and no sum of such multiples needs more digits than float64 has.
+    A unit is larger than every sum. Adding it to a sum and subtracting it again rounds the sum to a multiple of the
+    unit's last digit, and sums of such multiples need no more digits than float64 has.
     """
     for k in range(sums.size):
         multiple = (sums[k] + units[k]) - units[k]
@@ -156,7 +156,7 @@ def _take_apart(sums, units, multiples, rests):
 @loop
 def normalize(x, w, y, last, c, length, center, scale, shift):
     """Write (x - center) * scale + shift to y, and 0 where the weight is 0; vectors are in the dtype of x and y."""
-    # Rows of several samples or positions, of which each value has its own number in a row as long.
+    # Rows of several samples or positions, with the vectors repeated to the length of a row.
     if last or length < _WIDTH:
         width, inner = _row(last, c, length)
         center, scale, shift = _spread(center, width, inner), _spread(scale, width, inner), _spread(shift, width, inner)
@@ -165,7 +165,7 @@ def normalize(x, w, y, last, c, length, center, scale, shift):
         else:
             _normalize_rows(x, y, width, center, scale, shift)
         return
-    # Long sequences: a loop for each, with the numbers of its channel.
+    # Long sequences: a loop over each, with the scalars of its channel.
     for row in range(x.size // length):
         values, out = x[row * length :][:length], y[row * length :][:length]
         k, a, b = center[row % c], scale[row % c], shift[row % c]
@@ -183,8 +183,8 @@ def normalize(x, w, y, last, c, length, center, scale, shift):
 def input_gradient(dy, x, w, dx, last, c, length, center, slope, average, scale):
     """Write scale * (dy - w * ((x - center) * slope + average)) to dx, and 0 where the weight is 0.
 
-    It is computed in float64 and rounded once. Where ``center`` has a size of 0 mean and variance are constants: dx is
-    scale * dy then, and x is not read.
+    It is computed in float64 and rounded once. If ``center`` is empty, mean and variance are constants: then dx is
+    scale * dy, and x is not read.
     """
     if last or length < _WIDTH:
         width, inner = _row(last, c, length)
@@ -220,19 +220,19 @@ def input_gradient(dy, x, w, dx, last, c, length, center, slope, average, scale)
 
 @compiled
 def train(x, y, last, c, length, partials, weight, bias, running, share, eps, correction):
-    """Do a step of training on a whole batch without weights: write the output to y, and return three results.
+    """Compute a step of training on a batch without weights: write the output to y, and return three results.
 
-    They are new running statistics, (2, C) as ``running`` is; statistics of the batch, (3, C), of which the first two
-    rows add up to the mean and the third is the biased variance; and whether a channel is beyond the range of float32.
-    If one is, y is not written, and the caller takes another way.
+    They are the new running statistics, (2, C) as ``running``; the statistics of the batch, (3, C), of which the first
+    two rows add up to the mean and the third is the biased variance; and whether a channel is beyond the range of
+    float32. If one is, y is not written, and the caller uses the passes instead.
 
-    ``weight`` and ``bias``, (C,), and ``running``, mean and variance, are empty where there are none. ``share`` is the
-    weight of the batch in the running statistics, and ``correction`` is taken off the count for their variance.
+    ``weight`` and ``bias``, (C,), and ``running``, (2, C) with mean and variance, are empty if absent. ``share`` is the
+    weight of the batch in the running statistics, and ``correction`` is subtracted from the count for their variance.
     """
     n = x.size // c
     no_weights = np.empty(0)
     stats, sums = np.empty((3, c)), np.empty((2, c))
-    # Sums around the first value of each channel; if one is an outlier, again around the mean that they give.
+    # Sums around the first value of each channel; if one of these is an outlier, again around the means.
     for channel in range(c):
         stats[0, channel] = x[channel] if last else x[channel * length]
     shifted_sums(x, no_weights, last, c, length, partials, stats[0], sums)
@@ -241,7 +241,7 @@ def train(x, y, last, c, length, partials, weight, bias, running, share, eps, co
             stats[0, channel] += sums[0, channel] / n
         shifted_sums(x, no_weights, last, c, length, partials, stats[0], sums)
     # Mean, variance, running statistics, and the line to normalise by, channel by channel in float64. The line is in
-    # the dtype of x: its center is the rounded mean, and its shift makes good the rest.
+    # the dtype of x: its center is the rounded mean, and its shift contains the rounding error.
     new = np.empty_like(running)
     center, scale, shift = np.empty(c, x.dtype), np.empty(c, x.dtype), np.empty(c, x.dtype)
     is_beyond = False
@@ -249,7 +249,7 @@ def train(x, y, last, c, length, partials, weight, bias, running, share, eps, co
         value, mean = stats[0, channel], sums[0, channel] / n
         m2 = sums[1, channel] - sums[0, channel] * mean
         var, hi = m2 / n, value + mean
-        lo = mean - (hi - value)  # the same as mbn_cpu.channel_stats.added
+        lo = mean - (hi - value)  # as in mbn_cpu.channel_stats.added
         stats[0, channel], stats[1, channel], stats[2, channel] = hi, lo, var
         if running.size:
             new[0, channel], new[1, channel] = running[0, channel], running[1, channel]
@@ -270,14 +270,14 @@ def train(x, y, last, c, length, partials, weight, bias, running, share, eps, co
 def pull_back(dy, x, dx, last, c, length, partials, weight, hi, lo, var, count, eps, result):
     """Write the gradient of x to dx, and those of bias and weight, the sums of dy and dy * xhat, to ``result``, (2, C).
 
-    The mean is hi + lo, and ``lo`` is empty where it has no rest. ``count`` is 0 where mean and variance are constants.
-    ``weight`` is empty where there is none.
+    The mean is hi + lo, with ``lo`` empty for a plain vector. ``count`` is 0 if mean and variance are constants.
+    ``weight`` is empty if absent.
     """
     no_weights = np.empty(0)
     sums, center = np.empty((2, c)), hi.astype(np.float64)
     gradient_sums(dy, x, no_weights, last, c, length, partials, center, sums)
     scale, slope, average = np.empty(c), np.empty(c), np.empty(c)
-    # The deviations were from hi: the rest of the mean times the sum of dy comes off the products.
+    # The deviations were from hi: the sum of products is corrected by lo times the sum of dy.
     for channel in range(c):
         invstd, rest = _invstd(np.float64(var[channel]), eps), lo[channel] if lo.size else 0.0
         sums[1, channel] = (sums[1, channel] - rest * sums[0, channel]) * invstd
@@ -295,7 +295,7 @@ def pull_back(dy, x, dx, last, c, length, partials, weight, hi, lo, var, count, 
 def evaluate(x, y, last, c, length, weight, bias, running_mean, running_var, eps):
     """Write the output of evaluation to y, and return whether a channel is beyond the range, as ``train`` does.
 
-    ``weight`` and ``bias`` are empty where there are none; they and the running statistics are in their own dtypes.
+    ``weight`` and ``bias`` are empty if absent; they and the running statistics have the layer's dtype.
     """
     center, scale, shift = np.empty(c, x.dtype), np.empty(c, x.dtype), np.empty(c, x.dtype)
     is_beyond = False
@@ -313,7 +313,7 @@ def evaluate(x, y, last, c, length, weight, bias, running_mean, running_var, eps
 
 @compiled
 def _is_far(sums, n):
-    """Tell whether sums of n values, (2, C), were made too far from a mean; see ``mbn_cpu.channel_stats.is_far``."""
+    """Tell whether sums of n values, (2, C), are around a shift too far from a mean: ``channel_stats.is_far``."""
     far = False
     for channel in range(sums.shape[1]):
         total, squares = sums[0, channel], sums[1, channel]
@@ -323,12 +323,12 @@ def _is_far(sums, n):
 
 @compiled
 def _is_beyond(center, factor, scale, shift):
-    """Tell whether float32 cannot hold the numbers that a channel is normalised by.
+    """Tell whether float32 cannot represent the line of a channel.
 
-    ``factor`` is the scale in float64. A factor of 0 is no loss, nor is NaN, which shows in the output.
+    ``factor`` is the scale in float64. A factor of 0 is exact, and NaN is in range, since it shows in the output.
     """
     lost = ((abs(scale) < _LEAST) & (factor != 0)) | (abs(scale) == np.inf)
-    return lost | (abs(center) >= _FAR) | (abs(shift) >= _FAR)  # no branch, so that channels go together
+    return lost | (abs(center) >= _FAR) | (abs(shift) >= _FAR)  # no branch, so that the loop over channels vectorises
 
 
 @compiled
@@ -339,9 +339,9 @@ def _invstd(var, eps):
 
 @loop
 def _row(last, c, length):
-    """Return the width of a row of values for loops that sum up nothing, and how many in turn are of one channel.
+    """Return the width of a row of values for loops without sums, and the number of consecutive values of a channel.
 
-    A row is one sample (or, with channels last, one position), or as many as make ``_WIDTH`` values.
+    A row is one sample (with channels last, one position), or as many as fit into ``_WIDTH`` values.
     """
     plane, inner = (c, 1) if last else (c * length, length)
     return plane * max(1, _WIDTH // plane), inner
@@ -349,7 +349,7 @@ def _row(last, c, length):
 
 @loop
 def _spread(vector, width, inner):
-    """Return a vector spread to the values of a row of ``width``, of which ``inner`` in turn are of one channel."""
+    """Return a vector repeated to a row of ``width`` values, in which groups of ``inner`` are of one channel."""
     row = np.empty(width, vector.dtype)
     k = 0
     for _ in range(width // (vector.size * inner)):
@@ -364,12 +364,12 @@ def _spread(vector, width, inner):
 def _collapse(row, partials, inner, out):
     """Write the sums of the channels to ``out``, (C,), from a row of sums.
 
-    In the row ``inner`` numbers in turn are of one channel. The partial sums of a channel are added in a tree, the
-    upper half to the lower one, until one is left.
+    In the row, groups of ``inner`` numbers are of one channel. The partial sums of a channel are added as a tree, the
+    second half to the first, until one is left.
     """
     values = np.empty(partials)
     for channel in range(out.size):
-        # Gather them: they lie in groups of ``inner``, and a group of each channel comes before the next groups.
+        # Gather the channel's: a group of ``inner`` numbers of each channel, then the next group of each channel.
         for partial in range(partials):
             values[partial] = row[(partial // inner * out.size + channel) * inner + partial % inner]
         n = partials
@@ -383,9 +383,9 @@ def _collapse(row, partials, inner, out):
 
 @loop
 def _normalize_rows(x, y, width, center, scale, shift):
-    """Normalise rows of ``width``, for whose values there are as many centers, scales and shifts; no weights."""
+    """Normalise rows of ``width`` values without weights; center, scale and shift have ``width`` numbers."""
     full = x.size // (4 * width) * (4 * width)
-    for b in range(0, full, 4 * width):  # four at a time, so that the vectors are read once for four rows
+    for b in range(0, full, 4 * width):  # four rows at a time, so that the vectors are read once for four rows
         x0, x1 = x[b:][:width], x[b + width :][:width]
         x2, x3 = x[b + 2 * width :][:width], x[b + 3 * width :][:width]
         y0, y1 = y[b:][:width], y[b + width :][:width]
@@ -401,19 +401,20 @@ def _normalize_rows(x, y, width, center, scale, shift):
 
 
 @loop
-def _add_rows(  # noqa: C901 - of two branches one is compiled
+def _add_rows(  # noqa: C901 - only one of the two branches is compiled
     dy, x, width, sample, center, total, products
 ):
-    """Add rows of ``width`` to the row of sums, and in the end what each sample, of so many values, has left over.
+    """Add rows of ``width`` values to the rows of sums, and at the end the incomplete row of each sample.
 
-    ``center``, ``total`` and ``products`` have ``width`` numbers; the latter two are rows of sums.
+    ``sample`` is the number of values of a sample. ``center``, ``total`` and ``products`` have ``width`` numbers; the
+    latter two are rows of sums.
     """
     samples, rows, rest = x.size // sample, sample // width, sample % width
     if rest == 0:  # the rows of all samples follow each other without a gap
         samples, rows, sample = 1, samples * rows, x.size
     for n in range(samples):
         first = n * sample
-        # Several rows at a time: the sums are read and written once for all of them, and added to in the same order.
+        # Several rows at a time: the sums are read and written once for all of them, in the same order of additions.
         if dy is None:
             together = 4
             for r in range(0, rows - rows % 4, 4):
@@ -441,7 +442,7 @@ def _add_rows(  # noqa: C901 - of two branches one is compiled
 
 @loop
 def _add_row(dy, x, first, size, center, total, products):
-    """Add ``size`` values, from the index ``first`` on, to as many of the sums."""
+    """Add ``size`` values, from the index ``first`` on, to the first ``size`` numbers of the rows of sums."""
     row = x[first:][:size]
     if dy is None:
         for k in range(row.size):
@@ -457,10 +458,10 @@ def _add_row(dy, x, first, size, center, total, products):
 
 @loop
 def _add_planes(dy, x, c, length, partials, shift, total, products):
-    """Add the values of long sequences to the partial sums of their channels, and in the end what fills no row.
+    """Add the values of long sequences to the partial sums of their channels, and at the end the incomplete rows.
 
-    ``shift`` is (C,); ``total`` and ``products`` are rows of sums, C x partials. What a sequence has
-    beyond its full rows comes after the full rows of all, the same as with channels last.
+    ``shift`` is (C,); ``total`` and ``products`` are rows of sums, C x partials. The incomplete row of each sequence
+    comes after the full rows of all sequences, as with channels last.
     """
     full = length - length % partials
     for begin, end in ((0, full), (full, length)):
@@ -491,7 +492,7 @@ def _add_planes(dy, x, c, length, partials, shift, total, products):
 def _spread_weights(w, position, last, c, length, row):
     """Write the weight of each value of ``row``, a part of a chunk whose weights begin at the index ``position`` of w.
 
-    With channels last each weight is repeated for C values in turn; else the weights of each sample are, C times.
+    With channels last each weight is repeated C times; else the weights of each sample are repeated C times.
     """
     if last:
         for start in range(0, row.size, c):
@@ -504,7 +505,7 @@ def _spread_weights(w, position, last, c, length, row):
         for i in range(length):
             plane[i] = weights[i]
         done = length
-        while done < plane.size:  # Each copy doubles what is done, so that the loops become long.
+        while done < plane.size:  # each copy doubles the filled part, so that the loops become long
             source, copy = plane[:done], plane[done:][:done]
             for i in range(copy.size):
                 copy[i] = source[i]
@@ -578,7 +579,7 @@ def _normalize_counted_rows(x, w, y, last, c, length, center, scale, shift):
 
 @loop
 def _scale_rows(dy, w, dx, last, c, length, scale):
-    """Write scale * dy row by row, and 0 where the weight is 0; there is a scale for each value of a row."""
+    """Write scale * dy row by row, and 0 where the weight is 0; ``scale`` has a number for each value of a row."""
     width = scale.size
     row = np.ones(width)
     for b in range(0, dy.size, width):
@@ -593,7 +594,7 @@ def _scale_rows(dy, w, dx, last, c, length, scale):
 
 @loop
 def _project_rows(dy, x, w, dx, last, c, length, center, slope, average, scale):
-    """Write what ``input_gradient`` does row by row; there are as many of the vectors' numbers as values in a row."""
+    """Write the gradient of ``input_gradient`` row by row; the vectors have a number for each value of a row."""
     width = scale.size
     row = np.empty(width)
     for b in range(0, x.size, width):

@@ -1,6 +1,7 @@
 """The passes over x with loops that Numba compiles.
 
-A pass cuts x into chunks, and each chunk is a task for one thread. A chunk is samples and positions of all channels::
+A pass divides x into chunks, and each chunk is a task for one thread. A chunk has some samples and positions, and all
+channels::
 
     x, (N, C, L), N > 1 and samples of moderate size     x of one sample, or of samples beyond _LARGE values
 
@@ -9,20 +10,20 @@ A pass cuts x into chunks, and each chunk is a task for one thread. A chunk is s
       n1 |  chunk 0                  |                        +---------------------+---------------------+-----+
          +---------------------------+                     n1 | chunk 3             | chunk 4             | 5   |
       n2 |                           |                        +---------------------+---------------------+-----+
-      n3 |  chunk 1                  |                      each of all channels
+      n3 |  chunk 1                  |                      each with all channels
          +---------------------------+
       n4 |  chunk 2, the rest        |
          +---------------------------+
 
-A loop of ``numba_loops`` takes a chunk as one contiguous axis. One that sums up has ``partials`` sums of each channel,
-which it adds up in a tree, and leaves one number per channel of each chunk; those of the chunks are a tree again::
+A loop of ``numba_loops`` takes a chunk as one contiguous axis. A loop that sums has ``partials`` partial sums of each
+channel, which it adds up as a tree to one number per channel and chunk; the numbers of the chunks are a tree again::
 
     chunk i --loop: partials sums per channel, a tree--> partial[i], 2 x C
-    partial, chunks x 2 x C --fold_rows: the second half of the chunks to the first, until one is left--> 2 x C
+    partial, chunks x 2 x C --fold_rows: the second half of the chunks is added to the first, until one is left--> 2 x C
 
-Each pass reads x once, in the memory order that it has. It needs no memory beside its result but for halves, and for
-arrays whose memory is not in one piece, of which each task copies a chunk. The chunks and the partial sums depend on
-the shape and dtype of x alone, so the bits do not depend on memory order or on the number of threads.
+Each pass reads x once, in x's memory order, and allocates its result. Only for 16-bit dtypes and for arrays that are
+not contiguous each task copies a chunk. The chunks and the partial sums depend on the shape and dtype of x alone, so
+the bits depend neither on the memory order nor on the number of threads.
 """
 
 from collections.abc import Callable
@@ -50,49 +51,49 @@ from mbn_cpu.kernels import numba_float16, numba_loops
 from mbn_cpu.kernels.numpy_tiles import Scratch
 
 _CHUNK = 1 << 18
-"""Values of a chunk: enough to be worth a task of a thread."""
+"""Values of a chunk: enough for a task of a thread."""
 _SHARE = 2
-"""Chunks that are worth a thread of their own: to wake one up takes some of the time of a chunk."""
+"""The least number of chunks per thread: waking up a thread takes a good part of the time of one chunk."""
 _LARGE = 1 << 22
-"""Values of a sample beyond which its sequence is cut too."""
+"""The most values of a sample whose sequence is not divided."""
 _PARTIALS = 32
 """Partial sums of a channel, for sequences of more than twice as many positions."""
 _ROW = 256
-"""Values of a row of partial sums up to which several samples lie side by side in it, for shorter sequences."""
+"""The most values of a row of partial sums in which several samples are next to each other, for shorter sequences."""
 _PRECISION = 8
-"""A factor for x in float64: chunks are smaller by it, and the gradients' partial sums more.
+"""A factor for x in float64: it divides the sizes of chunks, and multiplies the partial sums of gradients.
 
-So fewer values add up to each sum, and fewer roundings. Other sums of float64 are split into parts, which need no more.
+So each sum is of fewer values, with fewer roundings. The other sums of float64 are split into parts instead.
 """
 _NOTHING = np.empty(0)
-"""The weights and vectors of a loop that has none."""
+"""The argument for absent weights and vectors."""
 
 
 class Chunk(NamedTuple):
-    """Samples and positions of an (N, C, L), of all channels."""
+    """The samples and positions of a chunk of an (N, C, L), with all channels."""
 
     samples: slice
     positions: slice
 
 
 class Layout(NamedTuple):
-    """The axes under which arrays of one shape are gone through, (N, C, L): an (N, C) has an L of 1.
+    """The axes (N, C, L) by which arrays of one shape are divided into chunks: an (N, C) has an L of 1.
 
-    Loops get ``last``, C, the L of a chunk and ``partials``, and the memory of chunks as it is arranged.
+    Loops get ``last``, C, the L of a chunk and ``partials``, and chunks in the order of ``arranged``.
     """
 
     last: bool
     """Whether channels come last, in an order (N, L, C)."""
     shape: tuple[int, int, int]
-    """N, C and L, swapped if ``transposed``."""
+    """N, C and L; N and L are swapped if ``transposed``."""
     partials: int
-    """Partial sums of each channel and chunk: a part of L, or L times the samples that lie side by side."""
+    """Partial sums of each channel and chunk: fewer than L, or L times the samples that are next to each other."""
     transposed: bool = False
-    """Whether N and L are swapped, which memory in Fortran's order makes contiguous."""
+    """Whether N and L are swapped, so that arrays in Fortran's order are contiguous."""
 
     @classmethod
     def of(cls, x: np.ndarray, finer: int = 1) -> "Layout":
-        """Return the layout to sum up x in: it follows the memory of x as far as the order of sums allows.
+        """Return the layout for sums over x: it follows the memory of x as far as the order of sums allows.
 
         ``finer`` is a factor for the number of partial sums. That number depends on the shape alone, not on the memory.
         """
@@ -104,7 +105,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def for_values(cls, x: np.ndarray) -> "Layout":
-        """Return the layout that follows the memory of x where nothing is summed up."""
+        """Return the layout for operations on each value of x: it follows the memory of x."""
         if x.flags.c_contiguous or not x.flags.f_contiguous:
             return cls.of(x)
         shape = x.T.shape if x.ndim == 3 else (1, *x.T.shape)
@@ -119,14 +120,14 @@ class Layout(NamedTuple):
         return array.swapaxes(1, 2) if self.last else array
 
     def chunks(self, size: int) -> list[Chunk]:
-        """Return chunks of about so many values, for a task each.
+        """Return chunks of about ``size`` values.
 
-        Where samples lie side by side in a row of sums, or sequences are cut, all but the last have full rows only.
+        All chunks but the last have full rows of sums only, even with several samples to a row, or divided sequences.
         """
         n, c, length = self.shape
         samples, positions = 1, length
         if n > 1 and c * length <= _LARGE:
-            # A sum of each chunk and channel is kept. 64 cells at least keep these few beside the values of the chunk.
+            # Each chunk keeps a sum per channel. With at least 64 cells, these are few compared to its values.
             samples = _multiple(max(1, size // (c * length), 64 // length), max(1, self.partials // length))
         else:
             positions = _multiple(max(size // c, 64), self.partials)
@@ -142,7 +143,7 @@ class Layout(NamedTuple):
         return array[:, chunk.positions] if self.last else array[:, :, chunk.positions]
 
     def weights(self, weights: np.ndarray | None, chunk: Chunk) -> np.ndarray:
-        """Return the weights of a chunk, (n, l) as one axis in float64; of size 0 where there are none."""
+        """Return the weights of a chunk, (n, l) as one axis in float64; empty without weights."""
         if weights is None:
             return _NOTHING
         weights = weights if weights.ndim == 2 else weights[:, None]
@@ -155,19 +156,19 @@ class Layout(NamedTuple):
 
 
 def _multiple(number: int, of: int) -> int:
-    """Return the least multiple of a number that is not less than another."""
+    """Return the least multiple of ``of`` that is at least ``number``."""
     return -(-number // of) * of
 
 
 def moments(x: np.ndarray, weights: np.ndarray | None = None) -> Moments:
     """Return count, mean (a Pair) and m2 (float64) of each channel of x, (N, C) or (N, C, L).
 
-    They are made as in ``numpy_passes.moments``: sums of d = x - shift and d², and of float64 again around its mean.
+    The algorithm is that of ``numpy_passes.moments``: sums of d = x - shift and d², twice for float64 and outliers.
     """
     with np.errstate(all="ignore"):
         shift = heaviest(x, weights)
         count = x.size // x.shape[1] if weights is None else fold_rows(weights.flatten().astype(WIDE))
-        divisor = count or 1  # without any weight the sums are 0 as well
+        divisor = count or 1  # if all weights are 0, so are the sums
         total, squares = sums = _sums(numba_loops.shifted_sums, (shift,), weights, x)
         if is_wide(x):
             shift += total / divisor
@@ -211,7 +212,8 @@ def grad_input(
 ) -> np.ndarray:
     """Return the gradient of x, in its dtype and memory order.
 
-    Computed in float64 and rounded once: where the gradient is small its terms are not, and all digits of them cancel.
+    It is computed in float64 and rounded once, since its terms may be much larger than the gradient and lose most of
+    their digits in the difference.
     """
     x, weights, _ = batch
     with np.errstate(all="ignore"):
@@ -235,10 +237,10 @@ def _sums(
     x: np.ndarray,
     *others: np.ndarray,
 ) -> np.ndarray:
-    """Return the sums that a loop makes of arrays in the shape of x, (2, C), or (4, C) in parts, in float64.
+    """Return the sums of a loop over arrays in the shape of x, (2, C), or (4, C) in parts, in float64.
 
-    The loop gets chunks of ``others`` and x, weights, sizes, the partials and ``vectors``, and writes the sums of a
-    chunk to its row of ``partial``.
+    The loop gets chunks of ``others`` and x, weights, sizes, the number of partial sums and ``vectors``, and writes the
+    sums of chunk i to ``partial[i]``.
     """
     compute = compute_dtype(x)
     finer = _PRECISION if compute == WIDE else 1
@@ -260,10 +262,10 @@ def _sums(
 def _each(
     task: Callable[..., None], result: np.ndarray, weights: np.ndarray | None, x: np.ndarray, *others: np.ndarray
 ) -> None:
-    """Have ``task(layout, sizes, result, x, *others, weights)`` fill all chunks of a result in the shape of x.
+    """Fill the chunks of a result in the shape of x by ``task(layout, sizes, result, x, *others, weights)``.
 
-    A task gets chunks as one axis in the dtype to compute in: the memory itself, where it is such, and copies
-    elsewhere.
+    A task gets chunks as one axis in the dtype to compute in: the arrays' own memory if it is contiguous and of that
+    dtype, else copies.
     """
     layout, compute = Layout.for_values(x), compute_dtype(x)
     chunks = layout.chunks(_CHUNK)
@@ -283,7 +285,7 @@ def _each(
 
 
 def _piece(scratch: Scratch, part: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Return a part of an array as one axis in a dtype: the memory itself, or a copy in the scratch."""
+    """Return a part of an array as one axis in a dtype: its own memory, or a copy in the scratch."""
     if _is_plain(part, dtype):
         return readable(part.reshape(-1))
     if part.dtype != np.float16:
@@ -295,7 +297,7 @@ def _piece(scratch: Scratch, part: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _store(scratch: Scratch, values: np.ndarray, part: np.ndarray) -> None:
-    """Write values, one axis in the dtype that they were computed in, to a part of an array."""
+    """Write computed values, one axis in float32 or float64, to a part of an array."""
     if part.dtype == np.float16:
         is_plain = _is_plain(part, part.dtype)
         rounded = part.reshape(-1) if is_plain else scratch.empty((part.size,), part.dtype)
@@ -312,22 +314,22 @@ def _is_plain(part: np.ndarray, dtype: np.dtype) -> bool:
 
 
 class _Memory:
-    """A description of memory, by which NumPy makes an array of it."""
+    """An object that describes memory to NumPy, by the array interface."""
 
     def __init__(self, interface: dict[str, Any]) -> None:
         self.__array_interface__ = interface
 
 
 def flat(array: np.ndarray) -> np.ndarray:
-    """Return an array whose memory is in one piece as one axis."""
+    """Return a contiguous array, of any memory order, as one axis."""
     return readable(array.ravel("K"))
 
 
 def readable(array: np.ndarray) -> np.ndarray:
-    """Return an array as a writeable one for Numba, which is only to read it.
+    """Return an array for Numba to read, marked as writeable.
 
-    For read-only arrays, another type to it, Numba would compile every loop again. Memory is shared but where the order
-    of bytes is not this machine's.
+    Numba would compile every loop again for read-only arrays, which have another type. The memory is shared, unless the
+    byte order is not this machine's.
     """
     if not array.dtype.isnative:
         return array.astype(array.dtype.newbyteorder("="))

@@ -1,6 +1,6 @@
-"""The whole of a call in one call of what Numba compiles, for arrays that one thread is done with soonest.
+"""Fused steps: a training or evaluation step, or a pullback, in one compiled call on one thread, for small arrays.
 
-Neither weights nor other dtypes than float32 come here, nor memory that is not in one piece.
+They support float32 alone, contiguous memory, and no sample weights.
 """
 
 import numpy as np
@@ -20,7 +20,7 @@ def train(
 ) -> tuple[np.ndarray, State, Stats] | None:
     """Return output, new state and statistics of a step of training.
 
-    Or None, and nothing is written, where a channel is beyond the range of float32.
+    If a channel is beyond the range of float32, return None and write nothing.
     """
     x, (_, _, eps, momentum, _, correction) = batch.x, settings
     running_mean, running_var, num_batches_tracked = state
@@ -39,7 +39,7 @@ def train(
         return None
     if is_tracked:
         new = new if running_mean.dtype.isnative else new.astype(running_mean.dtype)
-        running_mean, running_var = new[0], new[1]  # one by one, since to unpack an array takes longer
+        running_mean, running_var = new[0], new[1]  # faster than unpacking an array
     return y, State(running_mean, running_var, num_batches_tracked), Stats(Pair(found[0], found[1]), found[2], n)
 
 

@@ -5,12 +5,12 @@ of the tile's size that stay in its cache. Sums are made as a tree::
 
     tile, (a, f, c, l)   --add_rows over a--> (f, c, l) --add_rows over f--> (c, l) --add.reduce over l--> (c,)
     list of tiles        --each writes its channels---> partial[i], num x C
-    partial, lists x num x C --fold_rows: the second half to the first, until one is left--> num x C
+    partial, lists x num x C --fold_rows: the second half is added to the first, until one is left--> num x C
 
 ``add_rows`` is ``np.add.reduce``, which adds one row after another, or ``fold_rows``, which is a tree as well.
 
-Statistics are exact to float64, whatever x is, and the bits do not depend on the memory order or on the number of
-threads. Each pass reads x once, and needs no more memory than a few tiles beside its result.
+Statistics have the accuracy of float64 for every dtype of x, and their bits depend neither on the memory order nor on
+the number of threads. Each pass reads x once, and allocates its result and a few tiles.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -38,26 +38,26 @@ from mbn_cpu.kernels import numpy_tiles
 from mbn_cpu.kernels.numpy_tiles import Columns, Layout, Scratch, Tile
 
 _SHARE = 4
-"""Tiles that are worth a thread of their own: to wake one up takes some of the time of a tile."""
+"""The least number of tiles per thread: waking up a thread takes a good part of the time of one tile."""
 
 TileViews: TypeAlias = tuple[Tile, *tuple[np.ndarray | None, ...]]
-"""A tile, and views of several arrays there; None is no array."""
+"""A tile, and that tile of several arrays; None where an array is absent."""
 
 
 @np.errstate(all="ignore")
 def moments(x: np.ndarray, weights: np.ndarray | None = None) -> Moments:
     """Return count, mean (a Pair) and m2 (float64) of each channel of x, (N, C) or (N, C, L).
 
-    The sums are of d = x - shift and of d², with one value of each channel as the shift. However far it is from the
-    mean, they lose at most a factor N of float64's precision, since it is one of the values. That is plenty for
-    narrower input, unless the shift is an outlier. Such a batch is summed again around its mean, and so is float64
-    input, in parts, which also gives the rest of the mean.
+    The sums are of d = x - shift and of d², with one value of each channel as the shift. Since the shift is one of the
+    values, the sums lose at most a factor N of float64's precision. That is accurate enough for narrower input, unless
+    the shift is an outlier. Then the batch is summed again around its mean; so is float64 input, with sums in parts,
+    which also give the rest of the mean.
 
     Source: Chan, Golub and LeVeque, Algorithms for Computing the Sample Variance, 1983, section 3 (shifted data).
     """
     shift = heaviest(x, weights)
     count = x.size // x.shape[1] if weights is None else fold_rows(weights.flatten().astype(WIDE))
-    divisor = count or 1  # without any weight the sums are 0 as well
+    divisor = count or 1  # if all weights are 0, so are the sums
     total, squares = sums = _shifted_sums(x, shift, weights)
     if is_wide(x):
         shift += total / divisor
@@ -78,7 +78,7 @@ def normalize(
     y = memory.empty_like(x) if out is None else out
 
     def write(scratch: Scratch, tile: Tile, y: np.ndarray, x: np.ndarray, w: np.ndarray | None) -> None:
-        # In y itself where its dtype is the one to compute in, else in the scratch.
+        # Compute in y itself if it has the dtype to compute in, else in the scratch.
         center, scale, shift = columns.of(tile, x.shape)
         values = y if y.dtype == compute else scratch.empty(y.shape, compute)
         np.subtract(x, center, out=values, dtype=compute)
@@ -98,7 +98,7 @@ def grad_sums(dy: np.ndarray, batch: Batch, stats: Stats, eps: float) -> tuple[n
     hi, lo = as_pair(stats.mean)
     columns = Columns(hi)
 
-    # The terms of both sums, dy and dy * (x - hi). A product of NaN and a gradient is replaced as a whole.
+    # The terms of both sums, dy and dy * (x - hi). A weight of 0 clears the product, since x may be NaN.
     def terms(
         scratch: Scratch, tile: Tile, x: np.ndarray, dy: np.ndarray, w: np.ndarray | None
     ) -> Iterator[np.ndarray]:
@@ -125,7 +125,7 @@ def grad_input(
     """Return the gradient of x, in its dtype and memory order.
 
     It is scale * (dy - w * ((x - center) * slope + average)), or scale * dy without sums. It is computed in float64 and
-    rounded once: where the gradient is small its terms are not, and most of their digits cancel.
+    rounded once, since its terms may be much larger than the gradient and lose most of their digits in the difference.
     """
     x, weights, _ = batch
     scale, shared = projection(stats, weight, eps, sums)
@@ -159,13 +159,13 @@ def _shifted_sums(
 ) -> np.ndarray:
     """Return the weighted sums of x - shift and of its squares for each channel, (2, C) in float64.
 
-    With ``units`` of both they are (4, C), each sum in two parts: multiples of its unit's last digit, which add up
-    exactly, and the rests.
+    With ``units`` of both sums the result is (4, C), each sum in two parts: that of multiples of its unit's last digit,
+    which add up exactly, and that of the rests.
     """
     columns = Columns(shift, *units)
     is_mask = weights is None or bool(np.all((weights == 0) | (weights == 1)))
 
-    # The terms of both sums. The second is computed in the array of the first, which has been added up by then.
+    # The terms of both sums. The second term is computed in the array of the first, after the first has been summed.
     def terms(scratch: Scratch, tile: Tile, x: np.ndarray, w: np.ndarray | None) -> Iterator[np.ndarray]:
         d = scratch.copy(x, WIDE)
         d -= columns.of(tile, x.shape)[0]
@@ -180,8 +180,8 @@ def _shifted_sums(
             d *= w
             yield d
 
-    # The terms of four sums. Rows are added up in fours first, so that fewer have to be split: a value that dwarfs all
-    # others costs the three beside it their digits, and no more.
+    # The terms of four sums. Groups of four rows are added up first, so that fewer rows have to be split: an extreme
+    # value costs the digits of the three values that it is added to, and of no others.
     def parts(scratch: Scratch, tile: Tile, x: np.ndarray, w: np.ndarray | None) -> Iterator[np.ndarray]:
         few, part, (_, *units) = *(scratch.empty(x.shape, WIDE) for _ in range(2)), columns.of(tile, x.shape)
         for values, unit in zip(terms(scratch, tile, x, w), units, strict=True):
@@ -203,9 +203,9 @@ def _sums(
 ) -> np.ndarray:
     """Return the sums of ``num`` terms for each channel of arrays in the shape of the first, (num, C) in float64.
 
-    ``terms`` yields those of a tile; each may be overwritten by the next, and by ``add_rows``. To add up one row after
-    another, as ``np.add.reduce`` does, is fastest, and enough where sums have parts, or x has fewer digits than
-    float64.
+    ``terms`` yields the terms of a tile; each may be overwritten by the next, and by ``add_rows``. Adding one row after
+    another, as ``np.add.reduce`` does, is fastest, and accurate enough where sums have parts, or x has fewer digits
+    than float64.
     """
     rows = _rows(numpy_tiles.for_sums(x), x, *others)
     partial = np.empty((len(rows), num, x.shape[1]))
@@ -227,12 +227,12 @@ def _add_halves(rows: np.ndarray, out: np.ndarray) -> np.ndarray:
 
 
 def _each(task: Callable[..., None], layout: Layout, *arrays: np.ndarray | None) -> None:
-    """Call ``task(scratch, tile, *tiles of the arrays)`` for all tiles; the arrays have the shape of the first."""
+    """Call ``task(scratch, tile, *tiles of the arrays)`` for each tile; all arrays have the same shape."""
     _execute(task, [views for row in _rows(layout, *arrays) for views in row])
 
 
 def _execute(task: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> None:
-    """Call ``task(scratch, *arguments[i])`` for all i, on several threads where these are many."""
+    """Call ``task(scratch, *arguments[i])`` for each i, on several threads if these are many."""
 
     def execute(i: int) -> None:
         with Scratch.taken() as scratch:
@@ -242,7 +242,7 @@ def _execute(task: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) ->
 
 
 def _rows(layout: Layout, *arrays: np.ndarray | None) -> list[list[TileViews]]:
-    """Return all tiles of arrays in lists, each of which covers all channels of some cells; None is no array."""
+    """Return the tiles of arrays in lists; the tiles of a list differ only in their channels. An array may be None."""
     parts = zip(*(layout.parts(array) if array is not None else repeat(None) for array in arrays), strict=False)
     return [
         [(tile, *(None if array is None else numpy_tiles.of(array, tile) for array in part)) for tile in row]
@@ -260,6 +260,6 @@ def _clear(values: np.ndarray, w: np.ndarray | None) -> None:
     """Set values of weight 0 to 0, even NaN; ``w`` broadcasts against them."""
     if w is not None:
         integers = values.view(f"i{values.itemsize}")
-        # The mask has all bits, -1, or none. A product with 0 would keep NaN, and a masked copy takes several times as
-        # long.
+        # The mask has all bits, -1, or none. A product with 0 would keep NaN, and a masked copy is several times
+        # slower.
         integers &= -(w != 0).astype(integers.dtype)

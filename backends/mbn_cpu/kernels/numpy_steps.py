@@ -1,7 +1,7 @@
-"""Arrays so small that a call of NumPy costs more than its arithmetic.
+"""Fused steps for arrays so small that a call of NumPy takes longer than its arithmetic.
 
-As few calls as possible, and all of the arithmetic in float64, rounded once. Neither weights nor float64 input, whose
-statistics are summed twice, come here.
+They make as few calls as possible, compute in float64, and round once. They support neither sample weights nor float64
+input, whose statistics need two passes.
 """
 
 import numpy as np
@@ -9,8 +9,8 @@ import numpy as np
 from mbn.contract import Batch, Params, Settings, State, Stats
 from mbn_cpu.channel_stats import FAR_SQUARE, WIDE, Pair, counted, invstd, is_wide, lerp, step
 
-_ROOM = 2.0**800
-"""Numbers below it leave room for products with those of float32."""
+_BOUND = 2.0**800
+"""The bound of vectors whose products with float32 numbers stay in the range of float64."""
 
 
 @np.errstate(all="ignore")
@@ -21,14 +21,14 @@ def train(
     x, eps = batch.x, settings.eps
     running_mean, running_var, num_batches_tracked = state
     n, axes = x.size // x.shape[1], _axes(x)
-    d = x.astype(WIDE, order="C")  # the order of sums must not be that of the memory
+    d = x.astype(WIDE, order="C")  # so that the order of sums does not depend on the memory order
     first = d[0].copy() if x.ndim == 2 else d[0, :, 0].copy()
     d -= _column(first, x)
     rest, m2 = _sums(d, n, axes)
     var = m2 / n
     scale = invstd(var, eps)
     far = rest * scale
-    if far.dot(far) > FAR_SQUARE + 2 * far.size:  # as ``is_far``, in the least time
+    if far.dot(far) > FAR_SQUARE + 2 * far.size:  # ``is_far``, as one fast test of all channels
         first += rest
         np.subtract(x, _column(first, x), out=d)
         rest, m2 = _sums(d, n, axes)
@@ -54,13 +54,13 @@ def train(
 def evaluate(
     batch: Batch, params: Params, state: State, settings: Settings, out: np.ndarray | None
 ) -> np.ndarray | None:
-    """Return the output of evaluation; None for vectors that need all of float64's range."""
+    """Return the output of evaluation, or None where products may leave the range of float64."""
     x, (weight, bias) = batch.x, params
     scale = invstd(state.running_var, settings.eps)
     if weight is not None:
         scale *= weight
     if is_wide(state.running_var) and not all(
-        vector is None or abs(vector).max() < _ROOM for vector in (scale, state.running_mean, bias)
+        vector is None or abs(vector).max() < _BOUND for vector in (scale, state.running_mean, bias)
     ):
         return None
     d = x.astype(WIDE)
@@ -91,7 +91,7 @@ def pullback(
     scale = factor if weight is None else factor * weight
     gradient *= _column(scale, x)
     dx = _rounded(gradient, x)
-    if weight is not None:  # beyond its range they are infinite
+    if weight is not None:  # the gradients in the parameters' dtype, infinite beyond its range
         sum_dy_xhat, sum_dy = sum_dy_xhat.astype(weight.dtype), sum_dy.astype(weight.dtype)
     return dx, sum_dy_xhat, sum_dy
 
@@ -105,7 +105,7 @@ def _sums(d: np.ndarray, n: int, axes: int | tuple[int, int]) -> tuple[np.ndarra
 
 
 def _rounded(values: np.ndarray, x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """Return values in the dtype and memory order of x, or in ``out``: a cast of its own takes the least time."""
+    """Return values in the dtype and memory order of x, or in ``out``: a separate cast is fastest."""
     result = np.empty_like(x) if out is None else out
     result[...] = values
     return result

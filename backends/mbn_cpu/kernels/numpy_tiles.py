@@ -1,8 +1,8 @@
-"""The cutting of arrays into tiles: a tile is a task for one thread, and fits its cache.
+"""The division of arrays into tiles: a tile is a task for one thread, and fits its cache.
 
-All arrays are seen with four axes, (A, F, C, L). F samples are folded into one row where samples are too short for a
-loop of NumPy, and an (N, C) has an L of 1. What does not fill a row of F samples is an array of its own, and cut by
-itself. A tile is a block of that::
+All arrays are viewed with four axes, (A, F, C, L). F samples are folded into one row where samples are too short for a
+loop of NumPy, and an (N, C) has an L of 1. Samples that do not fill a row of F are a separate array, which is divided
+by itself. A tile is a block of such an array::
 
     x, (N, C, L) = (7, C, L), F = 3
 
@@ -12,10 +12,10 @@ itself. A tile is a block of that::
       +----------+----------+----------+  (2, 3, C, L)              `along` positions
     a1|    n3    |    n4    |    n5    |
       +----------+----------+----------+                    tiles that differ in their channels alone are one list:
-    a0|    n6    |  parts[1], (1, 1, C, L)                  together they have a sum of each channel
+    a0|    n6    |  parts[1], (1, 1, C, L)                  together they give a sum for each channel
       +----------+
 
-Nothing here copies an array. How sums are cut depends on the shape of x alone, so that neither the memory order nor the
+No array is copied here. The tiles of sums depend on the shape of x alone, so that neither the memory order nor the
 number of threads changes a bit.
 """
 
@@ -31,15 +31,15 @@ import numpy as np
 from mbn.threads import num_processors
 
 SIZE = 3 << 16
-"""Values of a tile at most: 1.5 MiB in float64. With fewer, threads wait for each other in the interpreter."""
+"""The most values of a tile: 1.5 MiB in float64. With fewer, threads wait for each other in the interpreter."""
 _FEW = 32
-"""Samples up to which they are not worth folding."""
+"""The most samples that are not folded."""
 _ROW = 1 << 13
-"""Values up to which samples are folded into a row, where there are more than a few: NumPy has a loop for each row."""
+"""The most values of a row of folded samples: NumPy has a loop for each row, so rows should be long."""
 _WIDTH = 1 << 13
-"""Values of a sample in a tile beyond which its channels are cut, so that a tile has many samples to sum up."""
+"""The most values of a sample in a tile. Larger samples are divided by channels, so that a tile has many samples."""
 _LONG = 256
-"""Positions for which a loop of NumPy pays; with fewer, a loop goes over channels and samples too."""
+"""The least number of positions for which NumPy loops over positions alone; else over channels and samples too."""
 
 Tile: TypeAlias = tuple[slice, slice, slice, slice]
 """The slices of a tile along A, F, C and L."""
@@ -47,15 +47,15 @@ View: TypeAlias = Callable[[np.ndarray], np.ndarray]
 
 
 class Layout(NamedTuple):
-    """The axes under which arrays of one shape are gone through."""
+    """The axes by which arrays of one shape are divided into tiles."""
 
     view: View
-    """A function from an array in x's shape, or one that broadcasts to it, to (N, C, L), or to (A, F, C, L) at once."""
+    """A function from an array in x's shape, or one that broadcasts to it, to a view (N, C, L) or (A, F, C, L)."""
     fold: int
-    """F: samples that are folded into one row, where the view has three axes."""
+    """F, the number of samples that are folded into one row, if the view has three axes."""
 
     def parts(self, array: np.ndarray) -> list[np.ndarray]:
-        """Return an array as (A, F, C, L), and the samples that fill no row as a second one, (1, rest, C, L)."""
+        """Return an array as (A, F, C, L), and the samples that do not fill a row as a second one, (1, rest, C, L)."""
         array = self.view(array)
         if array.ndim == 4:
             return [array]
@@ -67,20 +67,20 @@ class Layout(NamedTuple):
 
 
 def for_sums(x: np.ndarray) -> Layout:
-    """Return the layout to sum up x, (N, C) or (N, C, L), in: the same whatever its memory order is."""
+    """Return the layout for sums over x, (N, C) or (N, C, L); it does not depend on the memory order."""
     view = _as_sequences if x.ndim == 2 else _as_it_is
     return Layout(view, _fold(x.shape))
 
 
 def for_values(x: np.ndarray, *others: np.ndarray) -> Layout:
-    """Return the layout to go through the values of x, and of others in its shape, in: along the memory of x.
+    """Return the layout for operations on each value of x, and of other arrays in its shape: it follows x's memory.
 
-    Sums must not be made in it, since it depends on the memory order.
+    Sums must not use it, since it depends on the memory order.
     """
     if x.ndim == 2:
         return Layout(_transposed, 1) if x.strides[0] < x.strides[1] else for_sums(x)
-    # Channels before positions in memory: as for sums. Channels last: cells are rows, where they follow each other in
-    # one piece in all arrays; else positions and channels are swapped.
+    # Channels before positions in memory: as for sums. Channels last: each position of a sample is a row, if the rows
+    # are contiguous in all arrays; else positions and channels are swapped.
     _, c, length = x.shape
     if x.strides[1] >= x.strides[2] or c == 1 or length == 1:
         return for_sums(x)
@@ -94,7 +94,7 @@ def cut(shape: tuple[int, ...]) -> list[list[Tile]]:
 
     Each list covers all channels of the same rows, samples and positions.
     """
-    # The last axes come first: positions, channels up to a width, samples of a row, and rows.
+    # A tile extends along the last axes first: positions, channels up to a width, samples of a row, and rows.
     a, f, c, length = shape
     along = min(length, SIZE)
     across = min(c, max(1, _WIDTH // along))
@@ -111,10 +111,10 @@ def of(array: np.ndarray, tile: Tile) -> np.ndarray:
 
 
 class Scratch:
-    """Memory for arrays to compute in, kept for the next tile and the next call: new pages of memory would cost more.
+    """Memory for temporary arrays, kept for the next tile and the next call, since new pages of memory take longer.
 
-    ``taken`` hands out one that no other thread has. In it, each array that is asked for is a buffer of its own, and
-    for the next tile all buffers are free again.
+    ``taken`` returns one that no other thread uses. Each array that is requested from it is a buffer of its own; for
+    the next tile all buffers are free again.
     """
 
     _free: ClassVar[deque["Scratch"]] = deque(maxlen=num_processors())
@@ -126,7 +126,7 @@ class Scratch:
     @classmethod
     @contextmanager
     def taken(cls) -> Iterator["Scratch"]:
-        """Hand out a scratch for a ``with`` block, and take it back with all its arrays."""
+        """Return a scratch for a ``with`` block; afterwards its arrays are free for other tiles."""
         try:
             scratch = cls._free.pop()
         except IndexError:
@@ -136,13 +136,13 @@ class Scratch:
         cls._free.append(scratch)
 
     def copy(self, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """Return a copy in C order, in an array that is not in use."""
+        """Return a copy in C order, in an unused buffer."""
         copy = self.empty(values.shape, dtype)
         np.copyto(copy, values, casting="unsafe")
         return copy
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """Return an array that is not in use."""
+        """Return an uninitialised array in an unused buffer."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
         if self._taken == len(self._buffers):
             self._buffers.append(np.empty(0, np.uint8))
@@ -154,10 +154,10 @@ class Scratch:
 
 
 class Columns:
-    """Vectors of the channels, (C,), that are made to broadcast against tiles in long loops.
+    """Vectors of the channels, (C,), in shapes that broadcast against tiles in long loops.
 
-    Against (A, F, C, L) a vector of (C, 1) gives loops over L alone. Where L is short, the vector is spread to (F, C,
-    L) first: then NumPy can make one loop of all three axes.
+    Against (A, F, C, L) a vector of (C, 1) gives loops over L alone. Where L is short, the vector is repeated to (F, C,
+    L): then NumPy makes one loop of all three axes.
     """
 
     def __init__(self, *vectors: np.ndarray) -> None:
@@ -165,37 +165,37 @@ class Columns:
         self._spread: dict[tuple[int, ...], list[np.ndarray]] = {}
 
     def of(self, tile: Tile, shape: tuple[int, ...]) -> list[np.ndarray]:
-        """Return the vectors' numbers for a tile of ``shape``: (channels, 1), or (F, channels, L), of the tile."""
+        """Return the vectors for a tile of ``shape``, as (channels, 1) or (F, channels, L) of the tile."""
         _, f, c, length = shape
         if length >= _LONG or f == length == 1:
             return [vector[tile[2], None] for vector in self._vectors]
         if c < len(self._vectors[0]):
             return [_spread(vector[tile[2]], shape) for vector in self._vectors]
-        if shape[1:] not in self._spread:  # kept, since nearly all tiles have the same shape
+        if shape[1:] not in self._spread:  # nearly all tiles have the same shape
             self._spread[shape[1:]] = [_spread(vector, shape) for vector in self._vectors]
         return self._spread[shape[1:]]
 
 
 def _spread(vector: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Return a (C,) vector as an array of (F, C, L), for a tile of (A, F, C, L)."""
+    """Return a (C,) vector repeated to (F, C, L), for a tile of (A, F, C, L)."""
     full = np.empty(shape[1:], vector.dtype)
     full[...] = vector[:, None]
     return full
 
 
 def _fold(shape: tuple[int, ...]) -> int:
-    """Return how many samples of an array of a shape, (N, ...), are folded into one row."""
+    """Return the number of samples of an array of ``shape``, (N, ...), that are folded into one row."""
     n, *rest = shape
     width = math.prod(rest)
     return 1 if n <= _FEW else max(1, min(n, _ROW // width))
 
 
 def _slices(n: int, step: int) -> list[slice]:
-    """Return slices of ``step`` that cover an axis of n; the last may be shorter."""
+    """Return slices of length ``step`` that cover an axis of length n; the last may be shorter."""
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
-# Views: of (N, C) or (N, C, L), or weights, (N, 1) or (N, 1, L).
+# Views of arrays, (N, C) or (N, C, L), and of weights, (N, 1) or (N, 1, L).
 
 
 def _as_it_is(array: np.ndarray) -> np.ndarray:
@@ -214,7 +214,7 @@ def _transposed(array: np.ndarray) -> np.ndarray:
 
 
 def _as_rows(array: np.ndarray) -> np.ndarray:
-    """Return an (N, C, L) as (N * L, C, 1): each cell is a sample."""
+    """Return an (N, C, L) as (N * L, C, 1): each position of a sample is a sample."""
     n, c, length = array.shape
     return array.swapaxes(1, 2).reshape(n * length, c, 1)
 

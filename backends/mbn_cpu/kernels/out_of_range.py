@@ -1,9 +1,9 @@
-"""Channels whose numbers leave the range in which kernels compute, computed apart.
+"""Separate computations for channels whose numbers leave the range in which the passes compute.
 
-Batch normalisation does not care for units: x, its mean, its deviation and the root of eps may all be multiples of one
-power of two, and so may dy and dx of another. In units of their own the channels here have ordinary numbers; how far
-those reach is kept as exponents until the end. All of it is NumPy's, in float64, on copies of these channels alone.
-What a kernel made of them is replaced; every other channel keeps its bits.
+Batch normalisation does not depend on units: x, its mean, its deviation and the root of eps may all be divided by one
+power of two, and dy and dx by another. In a unit of its own each channel here has ordinary numbers; the exponents of
+the units are kept separately until the end. All computations are NumPy's, in float64, on copies of these channels. They
+replace the channels in the results of the passes; every other channel keeps its bits.
 """
 
 from collections.abc import Callable
@@ -29,9 +29,9 @@ from mbn_cpu.channel_stats import (
 Sums: TypeAlias = tuple[np.ndarray, np.ndarray]
 
 _LEAST, _MOST = 2.0**-900, 2.0**900
-"""Sums and factors of gradients between these have lost nothing."""
+"""Sums and factors of gradients between these have lost no digits."""
 _FAR = 960
-"""The exponent from which on a difference, or a sum with a bias, may leave the range."""
+"""The exponent beyond which a difference, or a sum with a bias, may leave the range."""
 
 
 class _Units(NamedTuple):
@@ -46,10 +46,10 @@ class _Units(NamedTuple):
 
 
 def of_line(line: Line, mean: Mean, var: Variance, weight: np.ndarray | None, eps: float) -> np.ndarray | None:
-    """Return the channels that a line does not normalise as it should, or None."""
+    """Return the channels that a line would normalise wrongly, or None."""
     center, scale, shift = line
     reciprocal = 1 / scale
-    # Half of the range either way is enough, and this takes the least time.
+    # A fast test, which passes if all exponents are within half of the range.
     bound = np.dot(scale, scale) + np.dot(reciprocal, reciprocal) + np.dot(center, center) + np.dot(shift, shift)
     if bound < np.inf and not isinstance(var, Scaled):
         return None
@@ -57,12 +57,12 @@ def of_line(line: Line, mean: Mean, var: Variance, weight: np.ndarray | None, ep
     size = abs(scale)
     is_ordinary = (size >= least) & (size < np.inf) & (abs(center) < far) & (abs(shift) < far)
     is_ordinary |= _is_zero(var, weight, eps) & (abs(center) < far) & (abs(shift) < far)
-    # Nothing can be made of what is not finite.
+    # Channels whose statistics are not finite stay as they are.
     return _channels(~is_ordinary & np.isfinite(sum(as_pair(mean))) & ~np.isnan(invstd(var, eps)), var)
 
 
 def of_sums(sums: Sums, var: Variance, eps: float) -> np.ndarray | None:
-    """Return the channels whose sums of gradients may have lost something, or None."""
+    """Return the channels whose sums of gradients may have lost digits, or None."""
     sum_dy, sum_dy_xhat = sums
     products = abs(sum_dy_xhat) / invstd(var, eps)
     is_ordinary = (products >= _LEAST) & (products < _MOST) & (abs(sum_dy_xhat) < _MOST) & (abs(sum_dy) < _MOST)
@@ -72,7 +72,7 @@ def of_sums(sums: Sums, var: Variance, eps: float) -> np.ndarray | None:
 def of_factors(
     sums: Sums | None, var: Variance, weight: np.ndarray | None, eps: float, count: float | None
 ) -> np.ndarray | None:
-    """Return the channels for which a factor of the gradient leaves the range, or None."""
+    """Return the channels in which a factor of the gradient leaves the range, or None."""
     factor = invstd(var, eps)
     factors = [factor if weight is None else factor * weight]
     is_beyond = (factors[0] == 0) & ~_is_zero(var, weight, eps)
@@ -86,7 +86,7 @@ def of_factors(
 
 
 def moments(kernel: Callable[..., Moments], x: np.ndarray, weights: np.ndarray | None, found: Moments) -> Moments:
-    """Return the statistics of x in float64, given those that a kernel has found."""
+    """Return the statistics of x in float64, given those of a kernel, ``found``; channels out of range are replaced."""
     count, mean, m2 = found
     is_ordinary = in_range(m2)
     if is_ordinary.all():
@@ -96,7 +96,7 @@ def moments(kernel: Callable[..., Moments], x: np.ndarray, weights: np.ndarray |
     exponent = _largest_exponent(part, weights)
     part = np.ldexp(part, -_along(exponent, x), out=part)
     _, pair, squares = kernel(part, weights)
-    changed = (squares > 0) & (squares < np.inf)  # a constant is what it was, and so is what is not finite
+    changed = (squares > 0) & (squares < np.inf)  # constant channels stay as they are, as do those that are not finite
     if not changed.any():
         return found
     channels = channels[changed]
@@ -125,7 +125,7 @@ def normalize(
         digits, more = np.frexp(weight[channels].astype(WIDE))
         scale, power = scale * digits, power + more
     shift = np.zeros(len(channels)) if bias is None else bias[channels].astype(WIDE)
-    # A bias at the end of the range may bring back what is beyond it.
+    # With a bias near the end of the range, an output may be in range although a term of it is not.
     lift = np.where(exponent_of(shift) > _FAR, 4, 0).astype(np.intc)
     shift = np.ldexp(units.rest * scale, power - lift) + np.ldexp(shift, -lift)
     d, exponent = np.frexp(_deviations(part, units, x))
@@ -156,7 +156,7 @@ def grad_input(
     weight: np.ndarray | None,
     eps: float,
 ) -> np.ndarray:
-    """Return the gradient of some channels of x, in float64; sums that are beyond the range are made again."""
+    """Return the gradient of some channels of x, in float64, with sums of its own, which are in units."""
     x, weights, _ = batch
     mean, var, count = stats
     units = _units(channels, mean, var, eps)
@@ -181,7 +181,7 @@ def grad_input(
 
 
 def _is_zero(var: Variance, weight: np.ndarray | None, eps: float) -> np.ndarray:
-    """Return for which channels 0 is the right scale."""
+    """Return a mask of the channels whose exact scale is 0."""
     var = np.ldexp(*var) if isinstance(var, Scaled) else var.astype(WIDE)
     is_zero: np.ndarray = (var + eps == 0) | np.isinf(var)
     return is_zero if weight is None else is_zero | (weight == 0)
@@ -214,7 +214,7 @@ def _units(channels: np.ndarray, mean: Mean, var: Variance, eps: float) -> _Unit
 def _sums(
     kernel: Callable[..., Sums], gradient: np.ndarray, part: np.ndarray, units: _Units, weights: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the sum of gradients, and digits and exponent of that of gradients times xhat; the arrays are used up."""
+    """Return the sum of gradients, and digits and exponent of that of gradients * xhat; the arrays are overwritten."""
     d = _deviations(part, units, part)
     exponent = _largest_exponent(d, weights)
     d = np.ldexp(d, -_along(exponent, part), out=d)
@@ -225,14 +225,14 @@ def _sums(
 
 
 def _deviations(part: np.ndarray, units: _Units, x: np.ndarray) -> np.ndarray:
-    """Return x - center in units of channels, in the place of x."""
+    """Return x - center in units of channels, computed in ``part``."""
     part = np.ldexp(part, -_along(units.exponent, x), out=part)
     part -= _along(units.center, x)
     return part
 
 
 def _gradient(dy: np.ndarray, channels: np.ndarray, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return some channels of a gradient in units in which it is no larger than 1, and these as exponents."""
+    """Return some channels of a gradient in units in which no value is larger than 1, and the units as exponents."""
     gradient = _where_counted(_part(dy, channels), weights)
     unit = _largest_exponent(gradient, weights)
     return np.ldexp(gradient, -_along(unit, dy), out=gradient), unit
@@ -244,7 +244,7 @@ def _part(x: np.ndarray, channels: np.ndarray) -> np.ndarray:
 
 
 def _largest_exponent(part: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
-    """Return the exponent of the largest value of each channel that counts."""
+    """Return the exponent of the largest value of each channel, without values of weight 0."""
     size = _where_counted(abs(part), weights)
     return exponent_of(size.max(axis=(0, 2)[: part.ndim - 1]))
 
@@ -262,4 +262,5 @@ _LIMITS = {
     "f": (float(np.finfo(np.float32).smallest_normal), 2.0**102),
     "d": (float(np.finfo(WIDE).smallest_normal), 2.0**970),
 }
-"""By the dtype that is computed in: the least number with all digits, and one that no difference of which overflows."""
+"""By the dtype of the computation: the least number with all digits, and a bound of numbers whose differences never
+overflow."""
