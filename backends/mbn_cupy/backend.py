@@ -1,4 +1,4 @@
-"""CuPy's border. CuPy computes on the current device, so each step makes the one of its arrays current."""
+"""CuPy's border. CuPy computes on the current device, so each step makes the device of its arrays current."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,12 +12,12 @@ from mbn.contract import Backend, Batch, Capabilities, Kernels, numpy_dtype, ove
 from mbn_cupy.kernels import CudaKernels
 
 _DTYPE_CHARACTERS = "?bhilqBHILQefdFD"
-"""Those that CuPy supports whatever its version."""
+"""The dtypes that every version of CuPy supports."""
 _KNOWS_BFLOAT16 = int(cupy.__version__.partition(".")[0]) >= 14 and find_spec("ml_dtypes") is not None
 
 
 class CupyBackend(Backend):
-    """The backend of CuPy arrays. Making it asks CUDA for its devices, and fails in CUDA's words."""
+    """The backend of CuPy arrays. The constructor asks CUDA for its devices, and raises CUDA's error if that fails."""
 
     name: ClassVar[str] = "cupy"
     version = cupy.__version__
@@ -59,7 +59,7 @@ class CupyBackend(Backend):
 
     @contextmanager
     def exported(self, x: cupy.ndarray) -> Iterator[cupy.ndarray]:
-        with x.device:  # whose current stream is the one to wait for
+        with x.device:  # the consumer waits for the current stream of this device
             yield x
 
     def device(self, x: cupy.ndarray) -> str:
@@ -72,7 +72,7 @@ class CupyBackend(Backend):
     def conflict(self, out: cupy.ndarray, x: cupy.ndarray) -> str | None:
         if overlaps_itself(out.shape, out.strides, out.itemsize):
             return "overlaps itself: some of its values share memory"
-        # Writing to x itself is safe: each value is read before the one in its place is written.
+        # Writing to x itself is safe: each value is read before its output is written.
         is_same = out.data.ptr == x.data.ptr and out.strides == x.strides
         is_apart = is_same or not cupy.may_share_memory(out, x) or not cupy.shares_memory(out, x)
         return None if is_apart else "overlaps x in memory without being x"

@@ -1,4 +1,4 @@
-"""The formulas on statistics of channels, of CuPy's arrays. Nothing waits for the GPU."""
+"""The formulas on the statistics of channels, for CuPy arrays. No formula waits for the GPU."""
 
 import cupy
 

@@ -1,7 +1,7 @@
 """The compilation of the kernels in ``cuda/`` at their first call; CuPy keeps the compiled code on disk.
 
-The files of ``cuda/`` are one source. Each combination of dtypes, items and weights is compiled as a module of its own,
-with all kernels in it, by macros::
+The files of ``cuda/`` are one source. For each combination of dtypes, items and weights it is compiled to a module with
+all kernels, with these macros::
 
     Variant(value="float32", statistic="float32", channels=4, positions=1, weighted=False)
         -> -DVALUE=float32 -DSTATISTIC=float32 -DCHANNELS=4 -DPOSITIONS=1 -DWEIGHTED=0
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import cupy
 
-# In the order in which they use each other.
+# In the order of their dependencies.
 _FILES = (
     *("values.cuh", "threads.cuh", "merging.cuh", "channels.cuh"),
     *("moments.cu", "normalization.cu", "gradients.cu"),
@@ -21,7 +21,7 @@ _FILES = (
 
 
 class Variant(NamedTuple):
-    """The macros that the compiler is given; see ``values.cuh`` and ``threads.cuh``."""
+    """The macros of a compilation; see ``values.cuh`` and ``threads.cuh``."""
 
     value: str
     """The dtype of x, y and their gradients."""
@@ -36,14 +36,14 @@ class Variant(NamedTuple):
     @property
     def options(self) -> tuple[str, ...]:
         """The compiler's options."""
-        told = self._asdict() | {"weighted": int(self.weighted)}
-        return "--std=c++17", *(f"-D{name.upper()}={value}" for name, value in told.items())
+        macros = self._asdict() | {"weighted": int(self.weighted)}
+        return "--std=c++17", *(f"-D{name.upper()}={value}" for name, value in macros.items())
 
 
 def source() -> str:
-    """Return the source of all kernels in one piece, so that no compiler has to find a file.
+    """Return the source of all kernels as one text, so that the compiler does not have to find files.
 
-    The lines keep their numbers and the names of their files in the compiler's messages.
+    The compiler's messages have the lines and names of the files.
     """
     folder = Path(__file__).with_name("cuda")
     return "".join(f'#line 1 "{name}"\n{(folder / name).read_text(encoding="utf-8")}' for name in _FILES)

@@ -1,8 +1,8 @@
 """CuPy's arithmetic on x: calls of the kernels in ``cuda/``.
 
-Statistics are exact to float64, whatever x is. Nothing waits for the GPU, and nothing is allocated but the results and,
-for sums, a small part of x's size that goes back to the pool at the end of the call: all of it can be captured in a
-CUDA graph. Everything happens on the current device, in the current stream.
+Statistics have the accuracy of float64 for every dtype of x. The host never waits for the GPU. A call allocates its
+results and, for sums, a small fraction of x's size, which returns to the pool at the end of the call: so all calls can
+be captured in a CUDA graph. All operations are on the current device, in the current stream.
 """
 
 from collections.abc import Sequence
@@ -20,16 +20,16 @@ from mbn_cupy.launches import THREADS, Cover, Layout, layout
 
 WIDE = np.float64
 _NULL = 0
-"""The pointer to an array that is not there."""
+"""The pointer for an absent array."""
 _COLUMNS = 8
-"""Channels in a block that merges the results of others: enough to read whole sectors of memory."""
+"""Channels of a block that merges results: enough to read complete sectors of memory."""
 
 
 class CudaKernels(Kernels):
     """Kernels in CUDA: a step of training and a pullback are three launches each, evaluation is one."""
 
     def moments(self, batch: Batch) -> Moments:
-        """Return count, mean (a Pair) and m2 of each channel of x, (N, C) or (N, C, L); of float64, scaled."""
+        """Return count, mean (a Pair) and m2 of each channel of x, (N, C) or (N, C, L); for float64 both are Scaled."""
         x, weights, dtype = batch
         with x.device:
             x = x.astype(WIDE) if dtype == "float64" else x
@@ -49,7 +49,7 @@ class CudaKernels(Kernels):
         weight, bias = params
         y = cupy.empty_like(x) if out is None else out
         call = _Call.of((x, y), weights, mean, var, weight, bias)
-        call.write("normalize", *call.known(mean, var), call.vector(weight), call.vector(bias), float(eps))
+        call.write("normalize", *call.statistics(mean, var), call.vector(weight), call.vector(bias), float(eps))
         return y
 
     def grad_sums(self, dy: cupy.ndarray, batch: Batch, stats: Stats, eps: float) -> tuple[cupy.ndarray, cupy.ndarray]:
@@ -57,10 +57,10 @@ class CudaKernels(Kernels):
         x, weights, _ = batch
         mean, var, _ = stats
         call = _Call.of((x, dy), weights, mean, var)
-        known = call.known(mean, var)
-        results = call.sums("grad_sums", 2, *known, float(eps))
+        statistics = call.statistics(mean, var)
+        results = call.sums("grad_sums", 2, *statistics, float(eps))
         sum_dy, sum_dy_xhat = cupy.empty((2, x.shape[1]))
-        call.merge("merge_sums", results, *known, float(eps), sum_dy, sum_dy_xhat)
+        call.merge("merge_sums", results, *statistics, float(eps), sum_dy, sum_dy_xhat)
         return sum_dy, sum_dy_xhat
 
     def grad_input(
@@ -79,7 +79,7 @@ class CudaKernels(Kernels):
         call = _Call.of((x, dy, dx), weights, mean, var, weight)
         given = (_NULL, _NULL) if sums is None else tuple(map(cupy.ascontiguousarray, sums))
         counts = (0.0, count) if isinstance(count, cupy.ndarray) else (float(count or 0), _NULL)
-        call.write("grad_input", *call.known(mean, var), call.vector(weight), float(eps), *given, *counts)
+        call.write("grad_input", *call.statistics(mean, var), call.vector(weight), float(eps), *given, *counts)
         return dx
 
     def train(
@@ -145,19 +145,19 @@ def _device_of(m2: Variance) -> cupy.cuda.Device:
 
 
 class _Call(NamedTuple):
-    """The arrays of a call, how to go through them, and what has to be compiled for that."""
+    """The arrays of a call, their layout, and the variant of the kernels for them."""
 
     layout: Layout
     variant: Variant
     arrays: tuple[Any, ...]
-    """The kernels' arguments that say where x, the others and the weights are."""
+    """The kernels' arguments for x, the other arrays and the weights: pointers and strides."""
     num_features: int
 
     @classmethod
     def of(
         cls, arrays: Sequence[cupy.ndarray], weights: cupy.ndarray | None, *vectors: Mean | Variance | None
     ) -> "_Call":
-        """Return a call with arrays of one shape and dtype, of which x is the first, and vectors."""
+        """Return a call with arrays of one shape and dtype, x first, and with vectors, which determine a dtype."""
         x = arrays[0]
         given = [vector.dtype for vector in (weights, *vectors) if isinstance(vector, cupy.ndarray)]
         statistic = "float64" if WIDE in given and np.float32 not in given else "float32"
@@ -172,30 +172,30 @@ class _Call(NamedTuple):
         return cls(plan, variant, tuple(placed), x.shape[1])
 
     def sums(self, name: str, fields: int, *arguments: Any) -> cupy.ndarray:
-        """Have a kernel go through the values, and return what each block has found, (blocks, C, fields) in float64."""
+        """Launch a kernel for sums, and return the results of its blocks, (blocks, C, fields) in float64."""
         cover = self.layout.summing
         results = cupy.empty((cover.blocks[1], self.num_features, fields))
         self._pass(name, cover, *arguments, results)
         return results
 
     def moments(self) -> cupy.ndarray:
-        """Have the kernel go through the values that finds their moments, and return those of each block."""
+        """Launch the kernel for moments, and return the results of its blocks."""
         fields = 6 if self.variant.value == "float64" else 5 if self.variant.statistic == "float64" else 4
         return self.sums("moments", fields)
 
     def write(self, name: str, *arguments: Any) -> None:
-        """Have a kernel go through the values that writes one for each."""
+        """Launch a kernel that writes a value for each of x."""
         self._pass(name, self.layout.writing, *arguments)
 
     def merge(self, name: str, results: cupy.ndarray, *arguments: Any) -> None:
-        """Have a kernel merge what blocks have found."""
+        """Launch a kernel that merges the results of blocks."""
         blocks, channels, _ = results.shape
-        lanes = 1 << min(blocks - 1, THREADS // _COLUMNS - 1).bit_length()
+        threads = 1 << min(blocks - 1, THREADS // _COLUMNS - 1).bit_length()
         arguments = _COLUMNS, blocks, channels, results, *arguments
-        kernel(name, self.variant)((-(-channels // _COLUMNS), 1, 1), (_COLUMNS * lanes, 1, 1), arguments)
+        kernel(name, self.variant)((-(-channels // _COLUMNS), 1, 1), (_COLUMNS * threads, 1, 1), arguments)
 
-    def known(self, mean: Any, var: Variance) -> tuple[Any, ...]:
-        """Return the arguments mean, rest, var and exponent of a batch, and the running statistics: those there are."""
+    def statistics(self, mean: Any, var: Variance) -> tuple[Any, ...]:
+        """Return the arguments mean, rest, var and exponent, and the running statistics; null pointers if absent."""
         if isinstance(var, Scaled):
             (hi, lo), exponent = mean
             return hi, lo, var.values, exponent, _NULL, _NULL
@@ -211,7 +211,7 @@ class _Call(NamedTuple):
         return batch_mean, rest, cupy.ascontiguousarray(var, WIDE), _NULL, running_mean, _NULL
 
     def vector(self, vector: cupy.ndarray | None) -> Any:
-        """Return a (C,) vector as an argument: in the dtype of all of them, without a gap."""
+        """Return a (C,) vector as an argument: contiguous, and in the dtype ``statistic`` of the variant."""
         return _NULL if vector is None else cupy.ascontiguousarray(vector, self.variant.statistic)
 
     def _pass(self, name: str, cover: Cover, *arguments: Any) -> None:
@@ -220,12 +220,12 @@ class _Call(NamedTuple):
 
 
 def _count(x: cupy.ndarray, weights: cupy.ndarray | None) -> int | cupy.ndarray:
-    """Return the number of values per channel, or where the sum of their weights is to be written."""
+    """Return the number of values per channel, or an array for the sum of their weights."""
     return x.size // x.shape[1] if weights is None else cupy.empty(())
 
 
 def _exponent(x: cupy.ndarray) -> cupy.ndarray | None:
-    """Return where the exponents of the units of statistics are to be written, which those of float64 have."""
+    """Return an array for the exponents of the statistics' units if x is in float64, else None."""
     return cupy.empty(x.shape[1], np.int32) if x.dtype == WIDE else None
 
 
@@ -234,5 +234,5 @@ def _in_units(mean: Pair, var: cupy.ndarray, exponent: cupy.ndarray | None) -> t
 
 
 def _pointer(value: Any) -> Any:
-    """Return an array as it is, and no pointer for what is none."""
+    """Return an array as it is, and a null pointer for anything else."""
     return value if isinstance(value, cupy.ndarray) else _NULL

@@ -86,7 +86,7 @@ class Bug(NamedTuple):
 _LOOP = "for (int i = 0; i < N; ++i) mine[i].merge(others"
 BUGS = {
     "no barrier before partial results are read": Bug(
-        "cuda/merging.cuh", "__syncthreads();\n        if (at.lane < half)", "if (at.lane < half)", "test_gradients"
+        "cuda/merging.cuh", "__syncthreads();\n        if (at.index < half)", "if (at.index < half)", "test_gradients"
     ),
     "no barrier before partial results are overwritten": Bug(
         "cuda/merging.cuh", "__syncthreads();\n    }\n}", "}\n}", "test_gradients"
@@ -101,13 +101,13 @@ BUGS = {
         "cuda/gradients.cu", "__syncthreads();", "", "test_gradients"
     ),
     "a barrier for some threads": Bug(
-        "cuda/normalization.cu", "__syncthreads();", "if (at.lane == 0) __syncthreads();", "with_a_large_mean"
+        "cuda/normalization.cu", "__syncthreads();", "if (at.index == 0) __syncthreads();", "with_a_large_mean"
     ),
     "the last items dropped": Bug(
-        "cuda/threads.cuh", "(end - first + at.lanes - 1)", "(end - first)", "with_a_large_mean"
+        "cuda/threads.cuh", "(end - first + at.threads - 1)", "(end - first)", "with_a_large_mean"
     ),
     "one item too many": Bug(
-        "cuda/threads.cuh", "(end - first + at.lanes - 1)", "(end - first + at.lanes)", "with_a_large_mean"
+        "cuda/threads.cuh", "(end - first + at.threads - 1)", "(end - first + at.threads)", "with_a_large_mean"
     ),
     "a block reads the first item of the next": Bug(
         "cuda/threads.cuh", "others = (blockIdx.y + 1) * share", "others = (blockIdx.y + 1) * share + 1", "test_long"
@@ -121,17 +121,17 @@ BUGS = {
     "the channels of a neighbour": Bug(
         "cuda/normalization.cu", "lines[at.column * CHANNELS + i]", "lines[at.column + i]", "with_a_large_mean"
     ),
-    "half of the lanes left out": Bug(
-        "cuda/merging.cuh", "at.lanes / 2; half > 0", "at.lanes / 4; half > 0", "with_a_large_mean"
+    "half of the threads left out": Bug(
+        "cuda/merging.cuh", "at.threads / 2; half > 0", "at.threads / 4; half > 0", "with_a_large_mean"
     ),
     "a partial result counted twice": Bug(
         "cuda/merging.cuh",
         f"{_LOOP}",
-        f"{_LOOP}[(at.lane * at.columns + at.column) * N + i]), mine[i].merge(others",
+        f"{_LOOP}[(at.index * at.columns + at.column) * N + i]), mine[i].merge(others",
         "test_gradients",
     ),
     "results of channels that are not there": Bug(
-        "cuda/merging.cuh", "at.lane > 0 || at.channel >= channels", "at.lane > 0", "test_accuracy"
+        "cuda/merging.cuh", "at.index > 0 || at.channel >= channels", "at.index > 0", "test_accuracy"
     ),
     "all blocks write to the first one's results": Bug(
         "cuda/merging.cuh", "results[blockIdx.y * channels + ", "results[", "test_long"
@@ -158,8 +158,8 @@ BUGS = {
     ),
     "scales out of range": Bug(
         "cuda/channels.cuh",
-        "clamped(size < room ? size : room, ",
-        "clamped(0 * room * size, ",
+        "clamped(size < most ? size : most, ",
+        "clamped(0 * most * size, ",
         "test_any_eps_and_weight",
     ),
     "gradients out of range": Bug(
@@ -178,7 +178,7 @@ BUGS = {
         "cuda/moments.cu", "origin.hi = at(channel, i)", "origin.hi = 0", "test_weights_beside_a_large_mean"
     ),
     "scales of gradients out of range": Bug(
-        "cuda/gradients.cu", "gradient *= back.after", "gradient *= 1", "test_gradients_of_the_size_of_the_values"
+        "cuda/gradients.cu", "gradient *= projection.after", "gradient *= 1", "test_gradients_of_the_size_of_the_values"
     ),
     "weights out of range": Bug(
         "channel_stats.py",

@@ -1,6 +1,6 @@
 // The dtypes of values, the conversions from them to numbers and back, and powers of two.
 //
-// The compiler is told two dtypes: VALUE, that of x, y and their gradients (float16, bfloat16, float32 or float64), and
+// Two macros are dtypes: VALUE, that of x, y and their gradients (float16, bfloat16, float32 or float64), and
 // STATISTIC, that of weights, parameters and running statistics (float32 or float64). No header is included, so a
 // machine needs the compiler alone.
 //
@@ -16,14 +16,13 @@ struct bfloat16 {
     unsigned short bits;
 };
 
-// Whether values are in float64: then no wider dtype has the range for their squares, and exponents go beside numbers.
+// Whether values are in float64: then no dtype has the range for their squares, and statistics have exponents.
 constexpr bool IS_WIDE = sizeof(VALUE) == sizeof(double);
-// Whether statistics have to be right to the last digits of float64: those of values in float64, and those of a layer
-// with running statistics in float64.
+// Whether statistics need all digits of float64: where values or running statistics are in float64.
 constexpr bool IS_EXACT = IS_WIDE || sizeof(STATISTIC) == sizeof(double);
 
-// The dtype in which y is computed before it is rounded to VALUE. Sums are always in float64, and so is dx: where dy is
-// proportional to y, for one, dx is the small difference of large terms.
+// The dtype in which y is computed before it is rounded to VALUE. Sums are always in float64, and so is dx, which may
+// be a small difference of large terms: if dy is proportional to y, for example.
 template <typename T>
 struct Precision {
     using Output = float;
@@ -34,10 +33,10 @@ struct Precision<float64> {
 };
 using Output = typename Precision<VALUE>::Output;
 
-// Powers of two. A number has one beside it where it might leave the range of its dtype.
+// Powers of two: a number that might leave the range of its dtype has a separate exponent.
 
-// Of a dtype: numbers are below 2**TOP, subnormal ones at least 2**BOTTOM, and the largest is MOST. Products of numbers
-// whose exponents are within FAR of 0 stay in the range.
+// The range of a dtype: numbers are below 2**TOP, subnormal ones at least 2**BOTTOM, and the largest is MOST. Products
+// of numbers whose exponents are between -FAR and FAR stay in the range.
 template <typename T>
 struct Range {
     static constexpr int TOP = 128, BOTTOM = -149, FAR = 100;
@@ -45,10 +44,10 @@ struct Range {
 };
 template <>
 struct Range<double> {
-    static constexpr int TOP = 1024, BOTTOM = -1074, FAR = 400;  // squares of what is not FAR are well within
+    static constexpr int TOP = 1024, BOTTOM = -1074, FAR = 400;  // sums of such squares stay in the range, too
     static constexpr double MOST = 1.7976931348623157e308;
 };
-constexpr int FARTHEST = 1000;  // of an exponent whose power of two has an inverse
+constexpr int FARTHEST = 1000;  // the largest exponent whose power of two has an inverse
 
 __device__ __forceinline__ int clamped(int number, int least, int most) {
     return number < least ? least : number > most ? most : number;
@@ -57,7 +56,7 @@ __device__ __forceinline__ double clamped(double number, double most) {  // NaN 
     return number < -most ? -most : number > most ? most : number;
 }
 __device__ __forceinline__ double power(int exponent) { return scalbn(1.0, exponent); }
-// Return the exponent of a number, 1.5 * 2**e having e; 0 for 0, infinite numbers and NaN.
+// Return the exponent of a number, e for 1.5 * 2**e; 0 for 0, infinite numbers and NaN.
 __device__ __forceinline__ int exponent_of(double number) {
     const double size = fabs(number);
     return size > 0 && size <= Range<double>::MOST ? ilogb(number) : 0;
@@ -78,7 +77,7 @@ __device__ __forceinline__ float widen(float16 value) {
     float wide;
     asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
     return wide;
-#else  // on the host, where tests run the kernels
+#else  // on the host, where tests execute the kernels
     return __builtin_bit_cast(_Float16, value.bits);
 #endif
 }
@@ -101,6 +100,6 @@ __device__ __forceinline__ void narrow(float wide, float16& value) {
 
 __device__ __forceinline__ void narrow(float wide, bfloat16& value) {
     const unsigned bits = reinterpret_cast<const unsigned&>(wide);
-    const unsigned half = 0x7fff + (bits >> 16 & 1);  // half of the last digit that stays; ties go to even
+    const unsigned half = 0x7fff + (bits >> 16 & 1);  // half of the last kept digit; ties go to even
     value.bits = wide == wide ? (bits + half) >> 16 : 0x7fc0;
 }
