@@ -315,7 +315,7 @@ class BatchNorm1d:
         if after is not before and backend.stores(before, after) and self._storage.state is before:
             held = backend.write(before, after) if storage.is_shared else after
             new = storage.with_state(held)
-            if self._storage is storage:  # as in ``_change``, in the least time
+            if self._storage is storage:  # as ``_change``, but faster
                 object.__setattr__(self, "_storage", new)
             else:
                 self._change(lambda storage: storage.with_state(held) if storage.state is before else storage)
@@ -408,7 +408,7 @@ class BatchNorm1d:
                 if storage is not before:
                     storage = self._trial(storage, entries)._storage
                 total.add(storage.backend, x, storage.settings)
-                del batch, x  # before the next one is made
+                del batch, x  # so that they are freed before the next batch is made
         if not is_open:
             storage = self._storage
         statistics = total.statistics(storage.backend, storage.settings, storage.device)

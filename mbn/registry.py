@@ -63,7 +63,7 @@ _HOST = "numpy"
 _STANDARD = "array_api."
 """The prefix of the names of backends for libraries that have none of their own; the library's module follows it."""
 _CLAIMED = frozenset({*(known.framework for known in _BUILT_IN.values()), "jaxlib"})
-"""Packages of built-in backends: an array of theirs that its backend refuses goes to no other backend."""
+"""Packages of built-in backends: an array of theirs that its backend refuses does not go to the array API backend."""
 _registered: dict[str, Known] = {}
 _loaded: dict[str, Backend] = {}
 _owners: dict[type, Backend] = {}

@@ -30,7 +30,7 @@ class Backend(Arrays, Integration):
     """``mbn.registry.get_backend``."""
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Refuse a class of the first contract, whose arithmetic was its own."""
+        """Refuse a class of version 1 of the contract, in which kernels were methods of the backend."""
         super().__init_subclass__(**options)
         own = [kind for kind in cls.__mro__ if not issubclass(Backend, kind)]
         if found := sorted(_OF_VERSION_1.intersection(*[{name for kind in own for name in vars(kind)}])):
@@ -57,7 +57,7 @@ class Backend(Arrays, Integration):
         return self.kernels, batch
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as a name: there is one backend of a name in a process."""
+        """Pickle the name alone, since a process has one backend of each name."""
         return _named, (self.name,)
 
     def __deepcopy__(self, memo: object) -> Self:

@@ -81,8 +81,8 @@ class Kernels(ABC):
 
             count = n1 + n2    mean = mean1 + d * n2 / count    m2 = m2_1 + m2_2 + d**2 * n1 * n2 / count
 
-        Callers pass the larger batch first, since rounding errors are smallest where n2 <= n1. The result of two
-        batches without values is that of a batch without values.
+        Rounding errors are smallest where n2 <= n1, so ``fit`` passes the larger batch first. The result of two batches
+        without values is that of a batch without values.
 
         Source: Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances,
         1979, equations 2.1.

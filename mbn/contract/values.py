@@ -13,8 +13,8 @@ from mbn.contract.dtypes import dtype_name
 Array: TypeAlias = Any
 """An array of some framework.
 
-The frontend asks of it ``shape``, ``ndim`` and ``dtype``; ``mT`` or ``swapaxes``; basic slices, ``x[start:stop]``,
-``x[0, :]``, ``x[:0, ...]``; and ``x + x``. Of an integer scalar it asks ``int(x)``, ``x - 1`` and ``x >> 1``.
+The frontend uses ``shape``, ``ndim`` and ``dtype``; ``mT`` or ``swapaxes``; basic slices, ``x[start:stop]``,
+``x[0, :]``, ``x[:0, ...]``; and ``x + x``. Of an integer scalar it uses ``int(x)``, ``x - 1`` and ``x >> 1``.
 """
 
 _LIMITS = {f"int{bits}": (2 ** (bits - 1) - 1, bits - 1) for bits in (8, 16, 32, 64)}
@@ -27,7 +27,7 @@ def transposed(x: Array) -> Array:
 
 
 def overlaps_itself(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
-    """Tell whether two values of an array share memory; ``strides`` are in bytes, as ``itemsize`` is."""
+    """Tell whether two values of an array share memory; ``strides`` and ``itemsize`` are in bytes."""
     axes = sorted((abs(stride), size) for stride, size in zip(strides, shape, strict=True) if size > 1)
     if 0 in shape or not axes:
         return False

@@ -92,7 +92,7 @@ def _check(layer: Any) -> None:
 
 
 def _axis(layer: keras.layers.BatchNormalization) -> int:
-    """Return the axis of the channels, 1 or -1, from one that Keras counts in either direction."""
+    """Return the axis of the channels as 1 or -1; Keras may count it from either end."""
     ndim = layer.input_spec.ndim
     axis: int = layer.axis if layer.axis == -1 else layer.axis % ndim
     if axis in (1, -1):

@@ -60,7 +60,7 @@ class Storage(NamedTuple):
 
     @classmethod
     def of_attributes(cls, attributes: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a layer's attributes, from a pickle older than this class, with a storage in place of its parts."""
+        """Return a layer's attributes from a pickle older than this class, with a storage instead of its parts."""
         names = {f"_{name}": name for name in cls._fields}
         own = {names[name]: value for name, value in attributes.items() if name in names}
         others = {name: value for name, value in attributes.items() if name not in names}

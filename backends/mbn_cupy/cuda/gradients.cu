@@ -68,7 +68,7 @@ __device__ __forceinline__ void add_items(Sums (&mine)[CHANNELS], const Origin (
 
 // Write the sums over each block's values of dy and of dy * (x * before - center).
 //
-//     position_threads to weights_position    see threads.cuh; dy is an array of x's shape
+//     position_threads to weights_position  see threads.cuh; dy is an array of x's shape
 //     mean to running_var                   see Stats
 //     eps                                   at least 0
 //     results                               blocks (blockIdx.y) x channels, written
@@ -101,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 
 // Merge the sums of all blocks into those of dy and of dy * xhat, with xhat = (x - mean) / sqrt(var + eps).
 //
-//     channel_threads               channels of a block: its columns
+//     channel_threads             channels of a block: its columns
 //     blocks, channels            the extents of results
 //     results                     blocks x channels, as `grad_sums` writes them
 //     mean to running_var, eps    as for `grad_sums`
@@ -208,7 +208,7 @@ __device__ __forceinline__ void grad_items(const Projection (&projections)[CHANN
 
 // Write the gradient of x, and 0 where the weight of a value is 0.
 //
-//     position_threads to weights_position    see threads.cuh; dy and dx are arrays of x's shape, and dx is written
+//     position_threads to weights_position  see threads.cuh; dy and dx are arrays of x's shape, and dx is written
 //     mean to running_var                   see Stats
 //     weight                                (channels,) parameters, or null for 1
 //     eps                                   at least 0

@@ -70,7 +70,7 @@ struct Unit<true> {
     __device__ void set(int next) { exponent = next; }
 };
 
-// The share more / (count + more) of one batch of values in two, as hi + lo: lo is the rounding error of hi.
+// The share of `more` values in a total of count + more, hi + lo: lo is the rounding error of hi.
 struct Share {
     double hi, lo;
 
@@ -258,7 +258,7 @@ __device__ __forceinline__ void absorb(Moments (&mine)[CHANNELS], Walk& walk, Va
 
 // Write the moments of each block's values.
 //
-//     position_threads to weights_position    see threads.cuh
+//     position_threads to weights_position  see threads.cuh
 //     results                               blocks (blockIdx.y) x channels, written
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     moments(Index position_threads, Index channel_threads, Index share, Index rows, Index channels, Index positions,
@@ -280,7 +280,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
 // Merge the moments of all blocks.
 //
-//     channel_threads            channels of a block: its columns
+//     channel_threads          channels of a block: its columns
 //     blocks, channels         the extents of results
 //     results                  blocks x channels, as `moments` writes them
 //     count                    one number, written: the sum of the weights; null where there are none
@@ -317,7 +317,7 @@ __device__ Index counted(Index batches) { return batches == 0x7fffffffffffffffLL
 
 // Merge the moments of all blocks, and take the step of the running statistics.
 //
-//     channel_threads to rest          as for `merge_moments`
+//     channel_threads to rest        as for `merge_moments`
 //     var                            (channels,), written: the biased variance, in the square of the unit
 //     exponent                       as for `merge_moments`
 //     correction                     subtracted from the count for the running variance

@@ -67,7 +67,7 @@ __device__ __forceinline__ void normalize_items(const Line (&lines)[CHANNELS], W
 
 // Write y = (x - mean) / sqrt(var + eps) * weight + bias in the dtype VALUE, and 0 where the weight of a value is 0.
 //
-//     position_threads to weights_position    see threads.cuh
+//     position_threads to weights_position  see threads.cuh
 //     y, y_row, y_channel, y_position       written; an array of x's shape, which may be x itself
 //     mean to running_var                   see Stats
 //     weight, bias                          (channels,) parameters; either may be null, for 1 and 0

@@ -25,14 +25,14 @@
 //
 // All kernels that pass over x begin with these arguments:
 //
-//     position_threads, channel_threads, share    as above
-//     rows, channels, positions               the extents of the batch
-//     x, x_row, x_channel, x_position         an array, never null, and its strides in values; y, dy and dx alike
-//     weights, weights_row, weights_position  the weights, rows x positions, the same for all channels, and their
-//                                             strides in values; null unless WEIGHTED
+//     position_threads, channel_threads, share  as above
+//     rows, channels, positions                 the extents of the batch
+//     x, x_row, x_channel, x_position           an array, never null, and its strides in values; y, dy and dx alike
+//     weights, weights_row, weights_position    the weights, rows x positions, the same for all channels, and their
+//                                               strides in values; null unless WEIGHTED
 
-constexpr int THREADS = 256;         // of a block, at most
-constexpr int CHANNEL_THREADS = 32;  // at most
+constexpr int THREADS = 256;                  // of a block, at most
+constexpr int CHANNEL_THREADS = 32;           // at most
 constexpr int WIDTH = CHANNELS * POSITIONS;   // values of an item
 constexpr int BYTES = WIDTH * sizeof(VALUE);  // 2, 4, 8 or 16
 // Items that a thread holds at a time, CHUNK for moments and UNROLLED elsewhere: enough loads to keep memory busy, and
@@ -56,7 +56,7 @@ struct Thread {
 };
 
 // The items of a thread, one after another. The next item of a thread is `threads` items further: some rows and some
-// positions. If that is beyond the last position, it wraps: one row more, and the positions of a row less.
+// positions. If that is beyond the last position of the row, it wraps to the next row.
 struct Walk {
     Index left;                   // the number of items that are left
     Index row, position,          // of the first item; later only the position is kept up to date
