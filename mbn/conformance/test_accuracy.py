@@ -11,7 +11,7 @@ from mbn.contract import layer_dtype
 
 
 @given(data=st.data())
-def test_training_step(target: Target, data: st.DataObject) -> None:
+def test_training_step_is_accurate(target: Target, data: st.DataObject) -> None:
     batch = data.draw(strategies.batches(target.capabilities.dtypes))
     eps = data.draw(st.sampled_from(strategies.EPS))
     momentum = data.draw(st.sampled_from(strategies.MOMENTA))
@@ -26,7 +26,7 @@ def test_training_step(target: Target, data: st.DataObject) -> None:
 
 
 @given(data=st.data())
-def test_evaluation(target: Target, data: st.DataObject) -> None:
+def test_evaluation_is_accurate(target: Target, data: st.DataObject) -> None:
     batch = data.draw(strategies.batches(target.capabilities.dtypes))
     eps = data.draw(st.sampled_from(strategies.EPS))
     affine = data.draw(st.booleans())
@@ -41,7 +41,7 @@ def test_evaluation(target: Target, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("offset", [0.0, 1e2, 1e4, 1e6])
 @pytest.mark.parametrize("shape", [(4096, 64), (64, 16, 257), (2, 8)])
-def test_float32_with_a_large_mean(target: Target, shape: tuple[int, ...], offset: float) -> None:
+def test_float32_is_accurate_with_a_large_mean(target: Target, shape: tuple[int, ...], offset: float) -> None:
     x = (offset + np.random.default_rng(11).standard_normal(shape)).astype(np.float32)
     bn = target.layer(shape[1], momentum=1.0)
     zeros, ones = np.zeros(shape[1]), np.ones(shape[1])
@@ -87,7 +87,7 @@ def test_halves_are_computed_in_float32(target: Target, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_long_channels(target: Target, dtype: str) -> None:
+def test_long_channels_are_accurate(target: Target, dtype: str) -> None:
     target.require_dtype(dtype)
     x = (1e3 + np.random.default_rng(5).standard_normal((300_000, 2))).astype(dtype)
     bn = target.layer(2, momentum=1.0, dtype=dtype)
@@ -98,7 +98,7 @@ def test_long_channels(target: Target, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_first_value_far_from_the_rest(target: Target, dtype: str) -> None:
+def test_statistics_are_accurate_where_the_first_value_is_an_outlier(target: Target, dtype: str) -> None:
     target.require_dtype(dtype)
     x = np.random.default_rng(6).standard_normal((4096, 3)).astype(dtype)
     x[0] = [1e6, -1e6, 1e3]
@@ -117,7 +117,7 @@ def test_first_value_far_from_the_rest(target: Target, dtype: str) -> None:
     ids=["64", "145x18", "40x600", "40x600 in rows"],
 )
 @pytest.mark.parametrize("kind", [None, "real weights"], ids=["alone", "real weights"])
-def test_one_value_that_dwarfs_the_rest(
+def test_statistics_are_accurate_where_one_value_dwarfs_the_others(
     target: Target, kind: str | None, shape: tuple[int, ...], axis: int, dtype: str
 ) -> None:
     target.require_dtype("float64")
@@ -153,7 +153,7 @@ SIZES_OF_SHAPES = [
     ids=[f"{'x'.join(map(str, shape))}-{dtype}-{size:g}" for shape, dtype, size in SIZES_OF_SHAPES],
 )
 @pytest.mark.parametrize("masked", [False, True])
-def test_training_on_values_of_any_size(
+def test_training_is_accurate_on_values_of_any_size(
     target: Target, shape: tuple[int, ...], dtype: str, size: float, *, masked: bool
 ) -> None:
     target.require_dtype(dtype)
@@ -176,7 +176,7 @@ def test_training_on_values_of_any_size(
 
 @pytest.mark.parametrize("eps", [1e-300, 1e-40, 1e-5, 1e30])
 @pytest.mark.parametrize(("dtype", "size"), SIZES)
-def test_any_eps_and_weight(target: Target, dtype: str, size: float, eps: float) -> None:
+def test_output_is_accurate_for_any_eps_and_weight(target: Target, dtype: str, size: float, eps: float) -> None:
     target.require_dtype(dtype)
     target.require("any_size")
     target.require_numbers_of(size, dtype)
@@ -199,7 +199,9 @@ STATISTICS = {
 @pytest.mark.parametrize(
     ("dtype", "wide"), [*((dtype, layer_dtype(dtype)) for dtype in strategies.EXTREMES), ("float32", "float64")]
 )
-def test_evaluation_with_statistics_of_any_size(target: Target, shape: tuple[int, ...], dtype: str, wide: str) -> None:
+def test_evaluation_is_accurate_with_statistics_of_any_size(
+    target: Target, shape: tuple[int, ...], dtype: str, wide: str
+) -> None:
     target.require("any_size")
     target.require_dtype(dtype)
     target.require_dtype(wide)
@@ -219,7 +221,7 @@ def test_evaluation_with_statistics_of_any_size(target: Target, shape: tuple[int
 
 
 @pytest.mark.parametrize("sizes", [[1.2e38] * 3, [1e-38] * 3, [1e38, 1e-38, 1.0], [1e-40, 1e-39, 2e-40]])
-def test_sample_weights_of_any_size(target: Target, sizes: list[float]) -> None:
+def test_training_is_accurate_with_sample_weights_of_any_size(target: Target, sizes: list[float]) -> None:
     target.require("masks")
     x, weights = np.array([[0.5, 1e3], [1.7, 1e-3], [-3, 2e3]], np.float32), np.array(sizes, np.float32)
     bn = target.layer(2, momentum=0.5)
@@ -230,7 +232,7 @@ def test_sample_weights_of_any_size(target: Target, sizes: list[float]) -> None:
 
 
 @pytest.mark.parametrize("sizes", [[1e308] * 3, [1e-308] * 3, [1e308, 1e-308, 1.0], [5e-324, 1e-320, 2e-323]])
-def test_sample_weights_of_any_size_in_float64(target: Target, sizes: list[float]) -> None:
+def test_training_is_accurate_with_sample_weights_of_any_size_in_float64(target: Target, sizes: list[float]) -> None:
     target.require("any_size")
     target.require("masks")
     target.require_dtype("float64")
@@ -242,7 +244,7 @@ def test_sample_weights_of_any_size_in_float64(target: Target, sizes: list[float
     target.assert_statistic(bn.running_var, exact.running_var, "float64")
 
 
-def test_same_bits_on_every_run(target: Target) -> None:
+def test_training_gives_the_same_bits_on_every_call(target: Target) -> None:
     x = np.random.default_rng(8).normal(10, 3, (1000, 33)).astype(np.float32)
     first = target.layer(33)
     expected = target.numpy(first(target.array(x)))

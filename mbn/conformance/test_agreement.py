@@ -20,7 +20,7 @@ _MASKING = strategies.maskings((12, 8))["mask and weights"]
 
 
 @given(data=st.data())
-def test_with_numpy(target: Target, data: st.DataObject) -> None:
+def test_results_agree_with_numpy(target: Target, data: st.DataObject) -> None:
     batch = data.draw(strategies.batches(target.capabilities.dtypes))
     c = batch.x.shape[1]
     bn = configured(target.layer(c, dtype=batch.layer_dtype), seed=c)
@@ -35,7 +35,7 @@ def test_with_numpy(target: Target, data: st.DataObject) -> None:
         assert distance <= 2 * ulp.STATISTICS_BOUNDS[batch.layer_dtype], name
 
 
-def test_a_layer_moves_to_numpy_and_back(target: Target) -> None:
+def test_move_to_numpy_and_back_keeps_the_layer(target: Target) -> None:
     bn = configured(target.layer(5), seed=1)
     before = target.snapshot(bn)
     bn.to(backend="numpy")
@@ -46,7 +46,7 @@ def test_a_layer_moves_to_numpy_and_back(target: Target) -> None:
     bn(target.array(X))
 
 
-def test_a_layer_moves_to_float64_and_back(target: Target) -> None:
+def test_move_to_float64_and_back_keeps_the_layer(target: Target) -> None:
     target.require_dtype("float64")
     bn = configured(target.layer(5), seed=2)
     before = target.snapshot(bn)
@@ -57,14 +57,14 @@ def test_a_layer_moves_to_float64_and_back(target: Target) -> None:
     assert_same(before, target.snapshot(bn.to(dtype="float32")))
 
 
-def test_arrays_cross_the_border_unchanged(target: Target) -> None:
+def test_asarray_and_to_numpy_keep_values_and_dtype(target: Target) -> None:
     for dtype in sorted(target.capabilities.dtypes):
         host = X.astype(dtype)
         array = mbn.asarray(host, backend=target.backend, device=target.device)
         np.testing.assert_array_equal(mbn.to_numpy(array) if target.backend.owns(array) else array, host, strict=True)
 
 
-def test_arrays_are_handed_over_unchanged(target: Target) -> None:
+def test_dlpack_exchange_keeps_values_and_device(target: Target) -> None:
     taken = []
     for dtype in sorted(target.capabilities.dtypes):
         host = X.astype(dtype)
@@ -86,7 +86,7 @@ def test_arrays_are_handed_over_unchanged(target: Target) -> None:
 
 @pytest.mark.parametrize("layout", strategies.LAYOUTS)
 @pytest.mark.parametrize("training", [True, False])
-def test_memory_layouts_of_host_data(target: Target, layout: str, *, training: bool) -> None:
+def test_memory_layout_of_host_data_changes_no_bit(target: Target, layout: str, *, training: bool) -> None:
     x = strategies.laid_out(X.copy(), layout)
     bn, contiguous = target.layer(5).train(training), target.layer(5).train(training)
     expected = target.numpy(contiguous(target.array(np.ascontiguousarray(x))))
@@ -95,7 +95,7 @@ def test_memory_layouts_of_host_data(target: Target, layout: str, *, training: b
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_memory_layouts_of_own_arrays(target: Target, *, training: bool) -> None:
+def test_memory_layout_of_backend_arrays_changes_no_bit(target: Target, *, training: bool) -> None:
     contiguous = target.layer(5).train(training)
     expected = target.numpy(contiguous(target.array(X)))
     padded = target.array(np.repeat(X, 2, axis=0))
@@ -116,7 +116,7 @@ def _kernels(target: Target, operation: Operation, batch: Batch, *given: Any) ->
 
 
 @pytest.mark.parametrize(("momentum", "weighted"), [(0.1, False), (None, False), (0.1, True)])
-def test_the_fused_step_is_the_passes_composed(target: Target, momentum: float | None, *, weighted: bool) -> None:
+def test_fused_step_and_separate_passes_are_accurate(target: Target, momentum: float | None, *, weighted: bool) -> None:
     bn = configured(target.layer(5), seed=3)
     held = target.snapshot(bn)
     count = int(held["num_batches_tracked"]) + 1
@@ -135,7 +135,7 @@ def test_the_fused_step_is_the_passes_composed(target: Target, momentum: float |
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("training", [True, False])
-def test_the_fused_pullback_is_the_passes_composed(target: Target, *, training: bool, weighted: bool) -> None:
+def test_fused_pullback_and_separate_passes_are_accurate(target: Target, *, training: bool, weighted: bool) -> None:
     bn = configured(target.layer(5), seed=4)
     held = target.snapshot(bn)
     weights, host_weights = _weights(target) if weighted else (None, None)

@@ -47,7 +47,7 @@ def test_statistics_keep_the_dtype_of_the_layer(target: Target, dtype: str) -> N
     "shape", [(200, 3), (20_000, 3), (50, 3, 9), (40, 3, 600)], ids=["200", "20000", "50x9", "40x600"]
 )
 @pytest.mark.parametrize("masked", [False, True])
-def test_narrow_input_goes_into_a_wide_layer(
+def test_narrow_input_in_a_float64_layer_is_accurate(
     target: Target, shape: tuple[int, ...], dtype: str, *, masked: bool
 ) -> None:
     target.require("any_size")
@@ -75,7 +75,7 @@ def other_order(values: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("shape", [(200, 3), (9000, 3), (6, 3, 40)])
-def test_either_order_of_bytes(target: Target, shape: tuple[int, ...], dtype: str) -> None:
+def test_byte_order_of_x_changes_no_bit(target: Target, shape: tuple[int, ...], dtype: str) -> None:
     target.require_dtype(dtype)
     x, dy = np.random.default_rng(13).standard_normal((2, *shape)).astype(dtype)
     x[0] = 6e4
@@ -95,7 +95,7 @@ def test_either_order_of_bytes(target: Target, shape: tuple[int, ...], dtype: st
 ORDERS: list[Callable[[np.ndarray], np.ndarray]] = [np.array, other_order]
 
 
-def test_either_order_of_bytes_of_all_that_is_given(target: Target) -> None:
+def test_byte_order_of_any_argument_changes_no_bit(target: Target) -> None:
     x = X.astype(np.float32)
     vectors = [np.array([a, b, c], np.float32) for a, b, c in [(1, 2, 3), (2, 3, 4), (0.5, 2, 3), (0, 1, 2)]]
     for training in (True, False):
@@ -123,7 +123,7 @@ def test_either_order_of_bytes_of_all_that_is_given(target: Target) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["int32", "int64", "uint8", "bool", "complex64"])
-def test_input_that_is_not_floating_is_refused(target: Target, dtype: str) -> None:
+def test_input_that_is_not_floating_is_rejected(target: Target, dtype: str) -> None:
     bn = target.layer(3)
     before = target.snapshot(bn)
     with pytest.raises(TypeError, match=dtype):
@@ -133,7 +133,7 @@ def test_input_that_is_not_floating_is_refused(target: Target, dtype: str) -> No
     }
 
 
-def test_float64_input_into_a_float32_layer_is_refused(target: Target) -> None:
+def test_float64_input_into_a_float32_layer_is_rejected(target: Target) -> None:
     bn = target.layer(3)
     with pytest.raises(TypeError, match="float64"):
         bn(X)
@@ -142,7 +142,7 @@ def test_float64_input_into_a_float32_layer_is_refused(target: Target) -> None:
             bn(target.array(X))
 
 
-def test_undeclared_dtypes_are_refused(target: Target) -> None:
+def test_undeclared_dtypes_are_rejected(target: Target) -> None:
     undeclared = sorted(set(DTYPES) - target.capabilities.dtypes)
     if not undeclared:
         pytest.skip(f"{target.backend.name} declares every dtype")
@@ -159,14 +159,14 @@ def test_host_data_comes_out_as_an_array_of_the_backend(target: Target) -> None:
     np.testing.assert_array_equal(listed, target.numpy(bn(target.array(host[:, :, 0]))), strict=True)
 
 
-def test_output_lies_where_the_input_does(target: Target) -> None:
+def test_output_is_on_the_device_of_the_input(target: Target) -> None:
     x = target.array(X.astype(np.float32))
     bn = target.layer(3)
     assert target.backend.device(bn(x)) == target.backend.device(x)
     assert target.backend.device(bn.running_mean) == target.backend.device(x)
 
 
-def test_every_declared_device_works(target: Target) -> None:
+def test_results_agree_on_every_declared_device(target: Target) -> None:
     x = X.astype(np.float32)
     expected = target.numpy(target.layer(3)(target.array(x)))
     for device in target.capabilities.devices:
@@ -175,7 +175,7 @@ def test_every_declared_device_works(target: Target) -> None:
         np.testing.assert_allclose(y, expected, rtol=0, atol=1e-6)
 
 
-def test_unknown_device_is_refused(target: Target) -> None:
+def test_unknown_device_is_rejected(target: Target) -> None:
     bn = target.layer(3)
     before = target.snapshot(bn)
     with pytest.raises(ValueError, match="device"):

@@ -87,7 +87,7 @@ def assert_refused(error: type[Exception], words: str, call: Callable[[], Any]) 
 
 
 @pytest.mark.parametrize("name", INPUTS)
-def test_input(target: Target, name: str) -> None:
+def test_call_rejects_bad_input(target: Target, name: str) -> None:
     make, error, words = INPUTS[name]
     bn = configured(target.layer(4), seed=5)
     before = target.snapshot(bn)
@@ -97,7 +97,7 @@ def test_input(target: Target, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["one axis", "wrong C", "one value per channel"])
-def test_own_array(target: Target, name: str) -> None:
+def test_call_rejects_bad_array_of_the_backend(target: Target, name: str) -> None:
     make, error, words = INPUTS[name]
     bn = configured(target.layer(4), seed=5)
     before = target.snapshot(bn)
@@ -105,7 +105,7 @@ def test_own_array(target: Target, name: str) -> None:
     assert_same(before, target.snapshot(bn))
 
 
-def test_refused_first_input_leaves_the_layer_open(target: Target) -> None:
+def test_rejected_first_input_leaves_num_features_unknown(target: Target) -> None:
     bn = target.layer(None)
     for refused in (X[0, :, 0], X.astype(int), X[:1, :, 0]):
         with pytest.raises((TypeError, ValueError)):
@@ -155,17 +155,19 @@ def test_refused_first_input_leaves_the_layer_open(target: Target) -> None:
         ({"dtype": "int32"}, TypeError, "float32 or float64, not int32"),
     ],
 )
-def test_argument(target: Target, arguments: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_constructor_rejects_bad_argument(
+    target: Target, arguments: dict[str, Any], error: type[Exception], words: str
+) -> None:
     assert_refused(error, words, lambda: target.layer(**{"num_features": 4, **arguments}))
 
 
-def test_more_channels_than_there_is_memory_for(target: Target) -> None:
+def test_constructor_names_num_features_when_memory_is_short(target: Target) -> None:
     with pytest.raises(MemoryError, match="num_features is 1000000000000000, the number of channels C"):
         target.layer(10**15)
 
 
 @pytest.mark.parametrize("device", [2**31, -(10**30), 10**5000], ids=["2**31", "-10**30", "10**5000"])
-def test_device_that_is_no_index(target: Target, device: int) -> None:
+def test_device_given_as_a_number_is_rejected(target: Target, device: int) -> None:
     bn = target.layer(4)
     for call in (
         lambda: mbn.BatchNorm1d(4, backend=target.backend, device=device),
@@ -179,7 +181,7 @@ def test_device_that_is_no_index(target: Target, device: int) -> None:
     ("name", "meant"),
     [("use_bias", "bias"), ("epsilon", "eps"), ("track_stats", "track_running_stats"), ("Momentum", "momentum")],
 )
-def test_attribute_that_no_layer_has(target: Target, name: str, meant: str) -> None:
+def test_setting_an_unknown_attribute_suggests_the_nearest_name(target: Target, name: str, meant: str) -> None:
     bn = target.layer(4)
     for layer in (bn, copy.deepcopy(bn), pickle.loads(pickle.dumps(bn))):  # noqa: S301 - our own
         assert_refused(AttributeError, f"{name!r} to set. Did you mean {meant!r}?", lambda: setattr(layer, name, 1.0))  # noqa: B023
@@ -194,7 +196,7 @@ class Named(mbn.BatchNorm1d):
         super().__init__(*arguments, **options)
 
 
-def test_a_subclass_has_attributes_of_its_own(target: Target) -> None:
+def test_subclass_may_have_attributes_of_its_own(target: Target) -> None:
     bn = Named(4, backend=target.backend, device=target.device)
     bn.label += ", trained"
     bn(target.array(X))
@@ -203,7 +205,7 @@ def test_a_subclass_has_attributes_of_its_own(target: Target) -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("eps", -1.0), ("eps", math.nan), ("momentum", math.inf)])
-def test_changed_argument(target: Target, name: str, value: float) -> None:
+def test_setter_rejects_bad_eps_and_momentum(target: Target, name: str, value: float) -> None:
     bn = target.layer(4)
     before = getattr(bn, name)
     assert_refused(ValueError, name, lambda: setattr(bn, name, value))
@@ -233,7 +235,9 @@ def test_changed_argument(target: Target, name: str, value: float) -> None:
         ("num_batches_tracked", np.zeros(4, int), ValueError, r"\(4,\).*\(\)"),
     ],
 )
-def test_assignment(target: Target, name: str, value: Any, error: type[Exception], words: str) -> None:
+def test_assignment_rejects_bad_value(
+    target: Target, name: str, value: Any, error: type[Exception], words: str
+) -> None:
     bn = configured(target.layer(4), seed=6)
     before = target.snapshot(bn)
     assert_refused(error, words, lambda: setattr(bn, name, value))
@@ -241,7 +245,7 @@ def test_assignment(target: Target, name: str, value: Any, error: type[Exception
 
 
 @pytest.mark.parametrize("value", [1e300, np.full(4, -1e300), [2**1000] * 4])
-def test_values_beyond_the_dtype_are_infinite(target: Target, value: Any) -> None:
+def test_values_beyond_the_dtype_become_infinite(target: Target, value: Any) -> None:
     bn = target.layer(4)
     with warnings.catch_warnings(action="error"):
         bn.running_mean = value
@@ -250,20 +254,20 @@ def test_values_beyond_the_dtype_are_infinite(target: Target, value: Any) -> Non
         np.testing.assert_array_equal(target.numpy(array), np.full(4, np.sign(np.asarray(value, float)) * np.inf))
 
 
-def test_sample_weight_beyond_the_dtype(target: Target) -> None:
+def test_sample_weight_beyond_the_dtype_is_rejected(target: Target) -> None:
     target.require("masks")
     with warnings.catch_warnings(action="error"):
         call = partial(target.layer(4), target.array(X), sample_weight=[1e300] * 5)
         assert_refused(ValueError, r"sample_weight.* 1e\+300.*finite in float32", call)
 
 
-def test_entries_are_not_deleted(target: Target) -> None:
+def test_attributes_cannot_be_deleted(target: Target) -> None:
     bn = target.layer(4)
     for name in ("weight", "running_var", "num_features"):
         assert_refused(AttributeError, f"{name} of a layer can't be deleted", partial(delattr, bn, name))
 
 
-def test_assignment_to_what_a_layer_does_not_have(target: Target) -> None:
+def test_assignment_to_an_absent_entry_is_rejected(target: Target) -> None:
     bn = target.layer(4, affine=False, track_running_stats=False)
     for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
         assert_refused(ValueError, f"no {name}", partial(setattr, bn, name, 1))
@@ -287,7 +291,7 @@ def test_assignment_to_what_a_layer_does_not_have(target: Target) -> None:
         (lambda entries: entries.update(num_batches_tracked=np.array(0.5)), TypeError, "integers"),
     ],
 )
-def test_state_dict(
+def test_load_state_dict_rejects_bad_entries(
     target: Target, change: Callable[[dict[str, Any]], object], error: type[Exception], words: str
 ) -> None:
     bn = configured(target.layer(4), seed=7)
@@ -298,7 +302,7 @@ def test_state_dict(
     assert_same(before, target.snapshot(bn))
 
 
-def test_state_dict_of_version_2_without_a_count(target: Target) -> None:
+def test_load_state_dict_rejects_version_2_without_num_batches_tracked(target: Target) -> None:
     bn = configured(target.layer(4), seed=7)
     before = target.snapshot(bn)
     entries = configured(target.layer(4), seed=8).state_dict()
@@ -307,7 +311,7 @@ def test_state_dict_of_version_2_without_a_count(target: Target) -> None:
     assert_same(before, target.snapshot(bn))
 
 
-def test_variances_that_are_not_negative_are_taken(target: Target) -> None:
+def test_running_var_accepts_every_value_that_is_not_negative(target: Target) -> None:
     bn = target.layer(4)
     given = np.array([-0.0, np.nan, np.inf, 1e-45], np.float32)
     bn.running_var = given
@@ -316,7 +320,7 @@ def test_variances_that_are_not_negative_are_taken(target: Target) -> None:
 
 
 @pytest.mark.parametrize("value", ["no", None, 1])
-def test_flags_of_calls(target: Target, value: Any) -> None:
+def test_boolean_arguments_reject_other_types(target: Target, value: Any) -> None:
     bn, x = configured(target.layer(4), seed=7), target.array(X)
     before = target.snapshot(bn)
     vectors = bn.running_mean, bn.running_var
@@ -331,7 +335,7 @@ def test_flags_of_calls(target: Target, value: Any) -> None:
     bn.apply(bn.params, bn.state, x, training=np.True_)  # type: ignore[arg-type]
 
 
-def test_one_value_per_channel_without_running_statistics(target: Target) -> None:
+def test_error_on_one_value_per_channel_suggests_eval_only_with_running_statistics(target: Target) -> None:
     bn = target.layer(4, track_running_stats=False).eval()
     x = target.array(X[:1, :, 0])
     assert_refused(ValueError, "one value per channel.*none of here", lambda: bn(x))
@@ -341,17 +345,17 @@ def test_one_value_per_channel_without_running_statistics(target: Target) -> Non
     assert_refused(ValueError, r"one value per channel.*eval\(\)", lambda: target.layer(4)(x))
 
 
-def test_state_dict_that_is_none(target: Target) -> None:
+def test_load_state_dict_rejects_anything_but_a_mapping(target: Target) -> None:
     assert_refused(TypeError, "mapping", lambda: target.layer(4).load_state_dict([("weight", np.ones(4))]))  # type: ignore[arg-type]
 
 
-def test_apply_needs_a_count_to_average_over_batches(target: Target) -> None:
+def test_apply_without_momentum_rejects_state_without_num_batches_tracked(target: Target) -> None:
     bn = target.layer(4, momentum=None)
     uncounted = bn.state._replace(num_batches_tracked=None)
     assert_refused(ValueError, "needs num_batches_tracked", lambda: bn.apply(bn.params, uncounted, X, training=True))
 
 
-def test_unknown_number_of_features(target: Target) -> None:
+def test_unknown_num_features_is_named_in_the_error(target: Target) -> None:
     bn = target.layer(None)
     without: list[dict[str, Any]] = [{}, {"weight": 1.0}, {"bias": np.zeros(4)}]
     for entries in without:
@@ -360,7 +364,7 @@ def test_unknown_number_of_features(target: Target) -> None:
     assert_refused(AttributeError, "num_features is not known", bn.state_dict)
 
 
-def test_mode_that_is_no_mode(target: Target) -> None:
+def test_train_rejects_anything_but_a_bool(target: Target) -> None:
     bn = target.layer(4)
     assert_refused(ValueError, "True or False", lambda: bn.train("yes"))  # type: ignore[arg-type]
     assert bn.training is True
@@ -386,14 +390,14 @@ FUNCTIONAL: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", FUNCTIONAL)
-def test_functional(target: Target, name: str) -> None:
+def test_batch_norm_rejects_bad_arguments(target: Target, name: str) -> None:
     arguments, error, words = FUNCTIONAL[name]
     assert_refused(
         error, words, lambda: mbn.functional.batch_norm(target.array(X), **arguments, backend=target.backend)
     )
 
 
-def test_apply_checks_what_it_is_given(target: Target) -> None:
+def test_apply_rejects_bad_params_and_state(target: Target) -> None:
     bn = target.layer(4)
     x = target.array(X)
     short = bn.state._replace(running_mean=target.array(np.zeros(3, np.float32)))
@@ -412,7 +416,7 @@ def test_apply_checks_what_it_is_given(target: Target) -> None:
     assert_refused(TypeError, words, lambda: bn.apply(bn.params, None, x, training=True))  # type: ignore[arg-type]
 
 
-def test_apply_takes_plain_tuples(target: Target) -> None:
+def test_apply_accepts_plain_tuples(target: Target) -> None:
     bn, x = configured(target.layer(4), seed=6), target.array(X)
     y, state = bn.apply(bn.params, bn.state, x, training=True)
     same, after = bn.apply(tuple(bn.params), list(bn.state), x, training=True)  # type: ignore[arg-type]
@@ -476,7 +480,7 @@ def _functional(function: Callable[..., Any], vectors: tuple[Any, Any], x: Any, 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", PLACES)
-def test_masks(target: Target, name: str, *, training: bool) -> None:
+def test_calls_reject_bad_mask_arguments(target: Target, name: str, *, training: bool) -> None:
     target.require("masks")
     arguments, error, words = PLACES[name]
     bn = configured(target.layer(4), seed=9).train(training)
@@ -510,7 +514,7 @@ def test_masks(target: Target, name: str, *, training: bool) -> None:
         "boolean weights",
     ],
 )
-def test_masks_of_own_arrays(target: Target, name: str) -> None:
+def test_call_rejects_bad_mask_arguments_of_the_backend(target: Target, name: str) -> None:
     target.require("masks")
     arguments, error, words = PLACES[name]
     bn = configured(target.layer(4), seed=9)
@@ -520,13 +524,13 @@ def test_masks_of_own_arrays(target: Target, name: str) -> None:
     assert_same(before, target.snapshot(bn))
 
 
-def test_lengths_of_rows(target: Target) -> None:
+def test_call_rejects_lengths_for_rows(target: Target) -> None:
     target.require("masks")
     bn = target.layer(4)
     assert_refused(ValueError, r"lengths.*\(N, C\).*mask", lambda: bn(X[:, :, 0], lengths=np.ones(5, int)))
 
 
-def test_masks_and_gradients_on_another_device(target: Target) -> None:
+def test_masks_and_gradients_on_another_device_are_rejected(target: Target) -> None:
     target.require("masks")
     here, *others = (Target(target.backend, device) for device in target.capabilities.devices)
     if not others:
@@ -541,7 +545,7 @@ def test_masks_and_gradients_on_another_device(target: Target) -> None:
     assert_same(before, target.snapshot(bn))
 
 
-def test_masks_with_a_bad_input(target: Target) -> None:
+def test_call_with_a_mask_rejects_bad_input(target: Target) -> None:
     target.require("masks")
     bn = configured(target.layer(4), seed=9)
     before = target.snapshot(bn)
@@ -556,7 +560,7 @@ def test_masks_with_a_bad_input(target: Target) -> None:
     [{"mask": np.ones(5, bool)}, {"lengths": np.full(5, 3)}, {"sample_weight": np.ones(5, np.float32)}],
     ids=["mask", "lengths", "sample_weight"],
 )
-def test_masks_are_refused_where_none_are_declared(target: Target, arguments: dict[str, np.ndarray]) -> None:
+def test_masks_are_rejected_unless_declared(target: Target, arguments: dict[str, np.ndarray]) -> None:
     if target.capabilities.masks:
         pytest.skip(f"{target.backend.name} declares masks")
     bn = configured(target.layer(4), seed=9)
@@ -582,7 +586,7 @@ GRADIENTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", GRADIENTS)
-def test_pullback(target: Target, name: str) -> None:
+def test_pullback_rejects_bad_dy(target: Target, name: str) -> None:
     make, error, words = GRADIENTS[name]
     bn = configured(target.layer(4), seed=10)
     _, pullback = bn.vjp(target.array(X))
@@ -594,13 +598,13 @@ def test_pullback(target: Target, name: str) -> None:
         np.testing.assert_array_equal(target.numpy(gradient), value)
 
 
-def test_pullback_of_an_empty_batch(target: Target) -> None:
+def test_pullback_of_an_empty_batch_rejects_other_shapes(target: Target) -> None:
     _, pullback = target.layer(4).vjp(target.array(X[:0]))
     assert_refused(ValueError, r"dy has shape \(5, 4, 3\).*\(0, 4, 3\)", lambda: pullback(X))
 
 
 @pytest.mark.parametrize("name", INPUTS)
-def test_vjp(target: Target, name: str) -> None:
+def test_vjp_rejects_bad_input(target: Target, name: str) -> None:
     make, error, words = INPUTS[name]
     bn = configured(target.layer(4), seed=11)
     before = target.snapshot(bn)
@@ -609,7 +613,7 @@ def test_vjp(target: Target, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FUNCTIONAL)
-def test_functional_vjp(target: Target, name: str) -> None:
+def test_batch_norm_vjp_rejects_bad_arguments(target: Target, name: str) -> None:
     arguments, error, words = FUNCTIONAL[name]
     assert_refused(
         error, words, lambda: mbn.functional.batch_norm_vjp(target.array(X), **arguments, backend=target.backend)

@@ -23,7 +23,7 @@ LAYERS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("arguments", LAYERS, ids=str)
-def test_layer_goes_round(target: Target, arguments: dict[str, Any], tmp_path: Path) -> None:
+def test_saved_layer_loads_unchanged_on_any_backend(target: Target, arguments: dict[str, Any], tmp_path: Path) -> None:
     bn = configured(target.layer(4, **arguments), seed=1)
     bn(target.array(X))
     bn.save(tmp_path / "bn")
@@ -38,7 +38,7 @@ def test_layer_goes_round(target: Target, arguments: dict[str, Any], tmp_path: P
     assert_same(target.snapshot(bn), target.snapshot(loaded))  # both have gone on learning in the same way
 
 
-def test_float64_goes_round(target: Target, tmp_path: Path) -> None:
+def test_saved_float64_layer_loads_unchanged_on_any_backend(target: Target, tmp_path: Path) -> None:
     target.require_dtype("float64")
     bn = configured(target.layer(4, dtype="float64"), seed=2)
     bn(target.array(X / 3.0))
@@ -49,7 +49,7 @@ def test_float64_goes_round(target: Target, tmp_path: Path) -> None:
         np.testing.assert_array_equal(value, target.numpy(bn.state_dict()[key]), err_msg=key)
 
 
-def test_file_is_the_same_from_every_backend(target: Target, tmp_path: Path) -> None:
+def test_saved_file_has_the_same_bytes_on_every_backend(target: Target, tmp_path: Path) -> None:
     bn = configured(target.layer(4), seed=3)
     twin = mbn.BatchNorm1d(4, backend="numpy")
     twin.load_state_dict(target.snapshot(bn))
@@ -60,7 +60,7 @@ def test_file_is_the_same_from_every_backend(target: Target, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("frozen", [True, False])
-def test_modes_go_round(target: Target, tmp_path: Path, *, training: bool, frozen: bool) -> None:
+def test_saved_layer_keeps_its_modes(target: Target, tmp_path: Path, *, training: bool, frozen: bool) -> None:
     bn = configured(target.layer(4), seed=4).train(training)
     if frozen:
         bn.freeze()
@@ -73,7 +73,7 @@ def test_modes_go_round(target: Target, tmp_path: Path, *, training: bool, froze
     assert int(loaded.num_batches_tracked) == int(before["num_batches_tracked"]) + learns
 
 
-def test_file_is_loaded_to_the_device(target: Target, tmp_path: Path) -> None:
+def test_load_puts_the_arrays_on_the_given_device(target: Target, tmp_path: Path) -> None:
     configured(target.layer(4), seed=5).save(tmp_path / "bn")
     for device in target.capabilities.devices:
         loaded = mbn.BatchNorm1d.load(tmp_path / "bn", backend=target.backend, device=device)
@@ -83,7 +83,7 @@ def test_file_is_loaded_to_the_device(target: Target, tmp_path: Path) -> None:
         mbn.BatchNorm1d.load(tmp_path / "bn", backend=target.backend, device="nowhere")
 
 
-def test_large_counts_are_kept_or_refused(target: Target, tmp_path: Path) -> None:
+def test_load_keeps_or_rejects_a_large_num_batches_tracked(target: Target, tmp_path: Path) -> None:
     bn = mbn.BatchNorm1d(4, backend="numpy")
     bn.num_batches_tracked = 2**40
     bn.save(tmp_path / "bn")
@@ -95,7 +95,7 @@ def test_large_counts_are_kept_or_refused(target: Target, tmp_path: Path) -> Non
         mbn.BatchNorm1d.load(tmp_path / "bn", backend=target.backend, device=target.device)
 
 
-def test_open_layer_has_nothing_to_save(target: Target, tmp_path: Path) -> None:
+def test_save_rejects_a_layer_with_unknown_num_features(target: Target, tmp_path: Path) -> None:
     with pytest.raises(AttributeError, match="num_features is not known yet"):
         target.layer(None).save(tmp_path / "bn")
     assert list(tmp_path.iterdir()) == []

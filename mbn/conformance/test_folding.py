@@ -32,7 +32,7 @@ def truth(
 
 
 @given(data=st.data())
-def test_scale_and_shift(target: Target, data: st.DataObject) -> None:
+def test_fold_gives_accurate_scale_and_shift(target: Target, data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(sorted({"float32", "float64"} & target.capabilities.dtypes)))
     eps = data.draw(st.sampled_from(strategies.EPS))
     bn = target.layer(4, eps=eps, dtype=dtype, **data.draw(st.sampled_from([{}, {"affine": False}, {"bias": False}])))
@@ -48,7 +48,7 @@ def test_scale_and_shift(target: Target, data: st.DataObject) -> None:
 @pytest.mark.parametrize("arguments", LAYERS, ids=str)
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-def test_dense_layer(target: Target, dtype: str, arguments: dict[str, Any], *, has_bias: bool) -> None:
+def test_fold_linear_is_accurate(target: Target, dtype: str, arguments: dict[str, Any], *, has_bias: bool) -> None:
     target.require_dtype(dtype)
     bn = configured(target.layer(4, dtype=layer_dtype(dtype), **arguments), seed=1)
     weight, bias = WEIGHT.astype(dtype), BIAS.astype(dtype) if has_bias else None
@@ -58,7 +58,7 @@ def test_dense_layer(target: Target, dtype: str, arguments: dict[str, Any], *, h
     target.assert_output(found[1], shifted, dtype)
 
 
-def test_half_weight_and_full_bias(target: Target) -> None:
+def test_fold_linear_keeps_the_dtypes_of_weight_and_bias(target: Target) -> None:
     target.require_dtype("float16")
     bn = configured(target.layer(4), seed=1)
     weight = WEIGHT.astype(np.float16)
@@ -68,7 +68,7 @@ def test_half_weight_and_full_bias(target: Target) -> None:
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
-def test_folded_is_what_the_two_were(target: Target, offset: float) -> None:
+def test_folded_layer_computes_the_same_as_both_layers(target: Target, offset: float) -> None:
     bn = configured(target.layer(4), seed=2).eval()
     bn.running_mean = target.numpy(bn.running_mean) + offset
     x = np.random.default_rng(19).standard_normal((32, 7))
@@ -80,7 +80,7 @@ def test_folded_is_what_the_two_were(target: Target, offset: float) -> None:
     assert np.abs(x @ weight.T + shift - target.numpy(bn(target.array(between)))).max() <= bound
 
 
-def test_no_variance_leaves_the_bias(target: Target) -> None:
+def test_fold_of_zero_variance_leaves_the_bias(target: Target) -> None:
     bn = configured(target.layer(4, eps=0.0), seed=3)
     bn.running_var = 0
     expected = target.numpy(bn.bias)
@@ -90,7 +90,7 @@ def test_no_variance_leaves_the_bias(target: Target) -> None:
 
 
 @pytest.mark.parametrize("mode", ["train", "eval", "freeze"])
-def test_modes_are_neither_asked_nor_changed(target: Target, mode: str) -> None:
+def test_fold_neither_depends_on_modes_nor_changes_them(target: Target, mode: str) -> None:
     bn = configured(target.layer(4), seed=4)
     before, expected = target.snapshot(bn), [target.numpy(vector) for vector in bn.fold()]
     getattr(bn, mode)()
@@ -102,7 +102,7 @@ def test_modes_are_neither_asked_nor_changed(target: Target, mode: str) -> None:
     assert_same(before, target.snapshot(bn))
 
 
-def test_nothing_given_is_written_to(target: Target) -> None:
+def test_fold_linear_does_not_write_to_its_arguments(target: Target) -> None:
     weight, bias = target.array(WEIGHT), target.array(BIAS)
     mbn.fold_linear(weight, bias, configured(target.layer(4), seed=5))
     np.testing.assert_array_equal(target.numpy(weight), WEIGHT)
@@ -110,7 +110,7 @@ def test_nothing_given_is_written_to(target: Target) -> None:
 
 
 @pytest.mark.parametrize("convert", [np.asarray, np.ndarray.tolist], ids=["NumPy", "lists"])
-def test_host_data_is_brought_over(target: Target, convert: Callable[[np.ndarray], Any]) -> None:
+def test_fold_linear_accepts_host_data(target: Target, convert: Callable[[np.ndarray], Any]) -> None:
     bn = configured(target.layer(4), seed=6)
     expected = mbn.fold_linear(target.array(WEIGHT), target.array(BIAS), bn)
     found = mbn.fold_linear(convert(WEIGHT), convert(BIAS), bn)
@@ -118,7 +118,7 @@ def test_host_data_is_brought_over(target: Target, convert: Callable[[np.ndarray
         np.testing.assert_array_equal(target.numpy(array), target.numpy(own))
 
 
-def test_dense_layer_of_no_inputs(target: Target) -> None:
+def test_fold_linear_accepts_a_weight_without_inputs(target: Target) -> None:
     weight, bias = mbn.fold_linear(target.array(WEIGHT[:, :0]), target.array(BIAS), target.layer(4))
     assert tuple(weight.shape) == (4, 0)
     assert tuple(bias.shape) == (4,)
@@ -140,13 +140,13 @@ REFUSED: dict[str, tuple[Any, Any, type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused(target: Target, name: str) -> None:
+def test_fold_linear_rejects_bad_arguments(target: Target, name: str) -> None:
     weight, bias, error, words = REFUSED[name]
     with pytest.raises(error, match=words):
         mbn.fold_linear(weight, bias, target.layer(4))
 
 
-def test_layer_without_statistics_is_refused(target: Target) -> None:
+def test_fold_rejects_a_layer_without_running_statistics(target: Target) -> None:
     bn = target.layer(4, track_running_stats=False)
     with pytest.raises(ValueError, match=r"no running statistics for fold\(\)"):
         bn.fold()
@@ -154,14 +154,14 @@ def test_layer_without_statistics_is_refused(target: Target) -> None:
         mbn.fold_linear(WEIGHT, BIAS, bn)
 
 
-def test_layer_without_features_is_refused(target: Target) -> None:
+def test_fold_rejects_a_layer_with_unknown_num_features(target: Target) -> None:
     bn = target.layer(None)
     for fold in (bn.fold, lambda: mbn.fold_linear(WEIGHT, BIAS, bn)):
         with pytest.raises(AttributeError, match="num_features is not known yet"):
             fold()
 
 
-def test_jit(target: Target) -> None:
+def test_jit_of_fold_linear_is_accurate(target: Target) -> None:
     target.require("jit")
     bn = configured(target.layer(4), seed=7)
     scaled, shifted = truth(target, bn, WEIGHT, BIAS)
@@ -171,7 +171,7 @@ def test_jit(target: Target) -> None:
     target.assert_output(found[1], shifted, "float32")
 
 
-def test_gradient(target: Target) -> None:
+def test_gradient_of_fold_linear_is_accurate(target: Target) -> None:
     target.require("autograd")
     bn = configured(target.layer(4), seed=8)
     scale = target.numpy(bn.fold()[0])

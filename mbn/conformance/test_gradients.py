@@ -35,7 +35,7 @@ def truth(
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_pullback_is_the_gradient(target: Target, dtype: str, *, training: bool) -> None:
+def test_pullback_is_accurate(target: Target, dtype: str, *, training: bool) -> None:
     target.require_dtype(dtype)
     x, dy = X.astype(dtype), DY.astype(dtype)
     bn = configured(target.layer(3, dtype=layer_dtype(dtype)), seed=1).train(training)
@@ -50,7 +50,7 @@ def test_pullback_is_the_gradient(target: Target, dtype: str, *, training: bool)
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_pullback_with_masks(target: Target, kind: str, *, training: bool) -> None:
+def test_pullback_with_masks_is_accurate(target: Target, kind: str, *, training: bool) -> None:
     target.require("masks")
     masking, x, dy = KINDS[kind], X.astype(np.float32), DY.astype(np.float32)
     bn = configured(target.layer(3), seed=2).train(training)
@@ -65,7 +65,7 @@ def test_pullback_with_masks(target: Target, kind: str, *, training: bool) -> No
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
-def test_pullback_with_masks_in_other_dtypes(target: Target, dtype: str) -> None:
+def test_pullback_with_masks_is_accurate_in_other_dtypes(target: Target, dtype: str) -> None:
     target.require("masks")
     target.require_dtype(dtype)
     x, dy = X.astype(dtype), DY.astype(dtype)
@@ -76,7 +76,7 @@ def test_pullback_with_masks_in_other_dtypes(target: Target, dtype: str) -> None
     target.assert_gradients(pullback(target.array(dy)), exact, dtype)
 
 
-def test_rows(target: Target) -> None:
+def test_pullback_is_accurate_for_rows(target: Target) -> None:
     x, dy = X[..., 0].astype(np.float32), DY[..., 0].astype(np.float32)
     bn = configured(target.layer(3), seed=4)
     before = target.snapshot(bn)
@@ -84,7 +84,7 @@ def test_rows(target: Target) -> None:
     target.assert_gradients(pullback(target.array(dy)), truth(before, x, dy), "float32")
 
 
-def test_two_values_example(target: Target) -> None:
+def test_pullback_matches_the_two_values_example(target: Target) -> None:
     bn = target.layer(1, eps=3.0)
     _, pullback = bn.vjp(target.array(np.array([[0], [2]], np.float32)))
     dx, dweight, dbias = pullback(target.array(np.array([[0], [1]], np.float32)))
@@ -94,7 +94,7 @@ def test_two_values_example(target: Target) -> None:
     np.testing.assert_allclose(target.numpy(dbias), [1], rtol=1e-6)
 
 
-def test_gradients_add_up_to_nothing(target: Target) -> None:
+def test_dx_is_orthogonal_to_constants_and_to_x(target: Target) -> None:
     # The output stays the same where x is shifted or, without eps, scaled: of dx nothing is left along either.
     x, dy = X.astype(np.float32), DY.astype(np.float32)
     _, pullback = target.layer(3, eps=0.0).vjp(target.array(x))
@@ -106,7 +106,9 @@ def test_gradients_add_up_to_nothing(target: Target) -> None:
 @pytest.mark.parametrize("slope", [0.0, 1e4])
 @pytest.mark.parametrize("offset", [0.0, 1e2, 1e4])
 @pytest.mark.parametrize("masked", [False, True])
-def test_float32_with_large_means(target: Target, offset: float, slope: float, *, masked: bool) -> None:
+def test_float32_pullback_is_accurate_with_large_means(
+    target: Target, offset: float, slope: float, *, masked: bool
+) -> None:
     masking = KINDS["mask"]
     x, dy = (offset + X).astype(np.float32), (slope + DY).astype(np.float32)
     arguments: dict[str, Any] = {}
@@ -123,7 +125,9 @@ def test_float32_with_large_means(target: Target, offset: float, slope: float, *
 @pytest.mark.parametrize("eps", [1e-3, 1e-5, 1e-7])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_few_values_and_little_left_of_dy(target: Target, dtype: str, eps: float, *, masked: bool) -> None:
+def test_pullback_of_few_values_is_accurate_where_dy_nearly_cancels(
+    target: Target, dtype: str, eps: float, *, masked: bool
+) -> None:
     target.require_dtype(dtype)
     # A constant and xhat explain all of two values but for what eps leaves.
     x, dy = X.astype(dtype), DY.astype(dtype)
@@ -144,7 +148,9 @@ def test_few_values_and_little_left_of_dy(target: Target, dtype: str, eps: float
 @pytest.mark.parametrize("mean", [1, 1e5], ids=["near", "away"])
 @pytest.mark.parametrize("first", [2, 4096], ids=["ordinary", "outlier"])
 @pytest.mark.parametrize("shape", [(6, 3, 4), (300, 3), (9000, 3)], ids=["few", "hundreds", "thousands"])
-def test_constant_dy(target: Target, shape: tuple[int, ...], first: float, mean: float) -> None:
+def test_constant_dy_gives_zero_dx_and_dweight(
+    target: Target, shape: tuple[int, ...], first: float, mean: float
+) -> None:
     x = np.random.default_rng(18).normal(0, 2, shape)
     x[0] = first
     x += mean
@@ -159,7 +165,7 @@ def test_constant_dy(target: Target, shape: tuple[int, ...], first: float, mean:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_sums_that_cancel_in_evaluation(target: Target, *, masked: bool) -> None:
+def test_pullback_of_evaluation_is_accurate_where_sums_cancel(target: Target, *, masked: bool) -> None:
     x, dy = np.array([[[0.3], [9], [1.7]], [[0.1], [5], [0.1]]], np.float32)
     arguments: dict[str, Any] = {"mask": np.array([True, False, True])}
     if masked:
@@ -176,7 +182,7 @@ def test_sums_that_cancel_in_evaluation(target: Target, *, masked: bool) -> None
         target.assert_derivative(array, getattr(exact, name), "float32", ulp.GRADIENT_BOUNDS["float32"], name)
 
 
-def test_long_channels(target: Target) -> None:
+def test_long_channels_have_accurate_gradients(target: Target) -> None:
     x, dy = np.random.default_rng(17).normal([[[1e3]], [[1e2]]], 1, (2, 100_000, 1)).astype(np.float32)
     bn = target.layer(1)
     before = target.snapshot(bn)
@@ -185,7 +191,7 @@ def test_long_channels(target: Target) -> None:
 
 
 @given(data=st.data())
-def test_accuracy(target: Target, data: st.DataObject) -> None:
+def test_pullback_is_accurate_on_drawn_batches(target: Target, data: st.DataObject) -> None:
     shape = data.draw(st.sampled_from([X.shape[:2], X.shape]))
     batch = data.draw(strategies.batches(target.capabilities.dtypes, shape))
     dy = data.draw(strategies.batches(frozenset({batch.dtype}), shape)).x
@@ -213,7 +219,9 @@ def test_accuracy(target: Target, data: st.DataObject) -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("dtype", "size"), [(d, s) for d, sizes in strategies.EXTREMES.items() for s in sizes])
-def test_values_of_any_size(target: Target, dtype: str, size: float, *, training: bool, masked: bool) -> None:
+def test_pullback_is_accurate_for_values_of_any_size(
+    target: Target, dtype: str, size: float, *, training: bool, masked: bool
+) -> None:
     target.require_dtype(dtype)
     target.require("any_size")
     target.require_numbers_of(size, dtype)
@@ -243,7 +251,7 @@ def test_values_of_any_size(target: Target, dtype: str, size: float, *, training
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(d, s) for d, sizes in strategies.EXTREMES.items() for s in sizes])
-def test_gradients_of_the_size_of_the_values(target: Target, dtype: str, size: float) -> None:
+def test_dx_is_accurate_where_dy_is_as_large_as_x(target: Target, dtype: str, size: float) -> None:
     target.require_dtype(dtype)
     target.require("any_size")
     target.require_numbers_of(size, dtype)
@@ -259,7 +267,7 @@ def test_gradients_of_the_size_of_the_values(target: Target, dtype: str, size: f
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(d, s) for d, sizes in strategies.EXTREMES.items() for s in sizes])
-def test_gradients_of_constant_channels_of_any_size(target: Target, dtype: str, size: float) -> None:
+def test_pullback_is_accurate_for_constant_channels_of_any_size(target: Target, dtype: str, size: float) -> None:
     target.require_dtype(dtype)
     target.require("any_size")
     target.require_numbers_of(size, dtype)
@@ -272,7 +280,7 @@ def test_gradients_of_constant_channels_of_any_size(target: Target, dtype: str, 
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 1e-30), ("float64", 1e-250)])
-def test_weight_of_0_on_small_values(target: Target, dtype: str, size: float) -> None:
+def test_pullback_is_accurate_for_weight_0_and_small_values(target: Target, dtype: str, size: float) -> None:
     target.require_dtype(dtype)
     target.require("any_size")
     x, dy = (X * size).astype(dtype), (DY / size).astype(dtype)
@@ -284,7 +292,7 @@ def test_weight_of_0_on_small_values(target: Target, dtype: str, size: float) ->
 
 
 @pytest.mark.parametrize("size", [1e-300, 1e-160, 1e160, 1e300])
-def test_gradients_of_any_size(target: Target, size: float) -> None:
+def test_pullback_is_accurate_for_dy_of_any_size(target: Target, size: float) -> None:
     target.require("any_size")
     target.require_dtype("float64")
     bn = target.layer(3, dtype="float64")
@@ -302,7 +310,7 @@ def test_gradients_of_any_size(target: Target, size: float) -> None:
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30, 1e-280, 1e280])
-def test_sums_of_dy_beside_sample_weights_of_any_size(target: Target, size: float) -> None:
+def test_pullback_is_accurate_for_sample_weights_of_any_size(target: Target, size: float) -> None:
     dtype = "float32" if 1e-38 < size < 1e38 else "float64"
     target.require("masks")
     target.require("any_size")
@@ -315,7 +323,7 @@ def test_sums_of_dy_beside_sample_weights_of_any_size(target: Target, size: floa
     target.assert_gradients(pullback(target.array(dy)), exact, dtype)
 
 
-def test_small_dy_of_a_layer_with_a_large_variance(target: Target) -> None:
+def test_dx_is_accurate_for_small_dy_and_large_variance(target: Target) -> None:
     target.require("any_size")
     x, dy = X.astype(np.float32), np.where(DY > 0, 2e-38, -5e-38).astype(np.float32)
     bn = target.layer(3).eval()
@@ -327,7 +335,7 @@ def test_small_dy_of_a_layer_with_a_large_variance(target: Target) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_narrow_input_in_a_wide_layer(target: Target, dtype: str, *, masked: bool) -> None:
+def test_pullback_of_narrow_input_in_a_float64_layer_is_accurate(target: Target, dtype: str, *, masked: bool) -> None:
     target.require_dtype("float64")
     target.require_dtype(dtype)
     x, dy = np.random.default_rng(19).normal(3, 1, (2, 200, 3)).astype(dtype)
@@ -348,7 +356,7 @@ def test_narrow_input_in_a_wide_layer(target: Target, dtype: str, *, masked: boo
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_vjp_is_a_call(target: Target, *, training: bool) -> None:
+def test_vjp_gives_the_output_and_state_of_a_call(target: Target, *, training: bool) -> None:
     x = target.array(X.astype(np.float32))
     bn, called = (configured(target.layer(3, momentum=0.3), seed=6).train(training) for _ in range(2))
     y, pullback = bn.vjp(x)
@@ -361,7 +369,7 @@ def test_vjp_is_a_call(target: Target, *, training: bool) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("masked", [False, True])
-def test_functional_is_the_layer(target: Target, *, training: bool, masked: bool) -> None:
+def test_batch_norm_vjp_equals_the_layer(target: Target, *, training: bool, masked: bool) -> None:
     if masked:
         target.require("masks")
     arguments = target.arrays(MASKING.arguments) if masked else {}
@@ -386,7 +394,7 @@ def test_functional_is_the_layer(target: Target, *, training: bool, masked: bool
         np.testing.assert_array_equal(target.numpy(given_array), target.numpy(own), strict=True)
 
 
-def test_functional_needs_no_statistics_in_training(target: Target) -> None:
+def test_batch_norm_vjp_needs_no_statistics_in_training(target: Target) -> None:
     x, dy = X.astype(np.float32), DY.astype(np.float32)
     result, pullback = mbn.functional.batch_norm_vjp(target.array(x), training=True, backend=target.backend)
     assert result.running_mean is None
@@ -412,7 +420,7 @@ def _edit(target: Target, bn: mbn.BatchNorm1d) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("change", [lambda *_: None, _train, _set, _edit], ids=["nothing", "train", "set", "edit"])
-def test_pullback_gives_the_same_again_whatever_happens(
+def test_pullback_gives_the_same_after_changes_of_the_layer(
     target: Target, change: Callable[[Target, mbn.BatchNorm1d], None], *, training: bool
 ) -> None:
     x, dy = target.array(X.astype(np.float32)), target.array(DY.astype(np.float32))
@@ -424,7 +432,7 @@ def test_pullback_gives_the_same_again_whatever_happens(
         np.testing.assert_array_equal(target.numpy(gradient), before, strict=True)
 
 
-def test_pullback_of_an_edited_mask(target: Target) -> None:
+def test_pullback_ignores_later_edits_of_sample_weight(target: Target) -> None:
     target.require("masks")
     x, dy = target.array(X.astype(np.float32)), target.array(DY.astype(np.float32))
     host = np.array(KINDS["real weights"].arguments["sample_weight"])
@@ -441,7 +449,9 @@ def test_pullback_of_an_edited_mask(target: Target) -> None:
 
 @pytest.mark.parametrize("arguments", [{"bias": False}, {"affine": False}])
 @pytest.mark.parametrize("training", [True, False])
-def test_none_where_there_is_no_parameter(target: Target, arguments: dict[str, bool], *, training: bool) -> None:
+def test_pullback_gives_none_for_absent_parameters(
+    target: Target, arguments: dict[str, bool], *, training: bool
+) -> None:
     x, dy = X.astype(np.float32), DY.astype(np.float32)
     bn = configured(target.layer(3, **arguments), seed=9).train(training)
     before = target.snapshot(bn)
@@ -452,7 +462,7 @@ def test_none_where_there_is_no_parameter(target: Target, arguments: dict[str, b
     target.assert_gradients(there, truth(before, x, dy, training=training), "float32")
 
 
-def test_zero_variance_and_eps_0_give_zeros(target: Target) -> None:
+def test_zero_variance_and_eps_0_give_zero_gradients(target: Target) -> None:
     x, dy = np.full((6, 3, 4), 0.1, np.float32), DY.astype(np.float32)
     bn = target.layer(3, eps=0.0)
     _, pullback = bn.vjp(target.array(x))
@@ -464,7 +474,7 @@ def test_zero_variance_and_eps_0_give_zeros(target: Target) -> None:
 
 @pytest.mark.parametrize("left", [0, 1])
 @pytest.mark.parametrize("eps", [0.0, 1e-5])
-def test_hardly_anything_left(target: Target, left: int, eps: float) -> None:
+def test_dx_and_dweight_are_zero_for_at_most_one_unmasked_value(target: Target, left: int, eps: float) -> None:
     target.require("masks")
     mask = np.arange(24).reshape(6, 4) < left
     masking = strategies.Masking({"mask": mask}, mask.astype(float))
@@ -475,7 +485,7 @@ def test_hardly_anything_left(target: Target, left: int, eps: float) -> None:
     np.testing.assert_array_equal(dbias, left * DY[0, :, 0].astype(np.float32))
 
 
-def test_empty_batch(target: Target) -> None:
+def test_pullback_of_an_empty_batch_gives_zeros(target: Target) -> None:
     bn = configured(target.layer(3), seed=10)
     y, pullback = bn.vjp(target.array(X[:0].astype(np.float32)))
     assert int(bn.num_batches_tracked) == 4
@@ -485,7 +495,7 @@ def test_empty_batch(target: Target) -> None:
     assert target.numpy(dbias).dtype == np.float32
 
 
-def test_channels_last(target: Target) -> None:
+def test_pullback_is_the_same_for_channels_last(target: Target) -> None:
     x, dy = X.astype(np.float32), DY.astype(np.float32)
     first, last = target.layer(3), target.layer(3, axis=-1)
     expected = [target.numpy(gradient) for gradient in first.vjp(target.array(x))[1](target.array(dy))]
@@ -495,7 +505,7 @@ def test_channels_last(target: Target) -> None:
         np.testing.assert_array_equal(gradient, other, strict=True)
 
 
-def test_frozen_layer(target: Target) -> None:
+def test_pullback_of_a_frozen_layer_is_that_of_evaluation(target: Target) -> None:
     x, dy = X.astype(np.float32), DY.astype(np.float32)
     bn = configured(target.layer(3), seed=11).freeze()
     before = target.snapshot(bn)
@@ -518,7 +528,7 @@ def test_number_of_features_comes_from_the_first_input(target: Target) -> None:
     target.assert_gradients(pullback(target.array(dy)), derivatives.gradients(x, dy, eps=1e-5), "float32")
 
 
-def test_host_data(target: Target) -> None:
+def test_vjp_and_pullback_accept_host_data(target: Target) -> None:
     x, dy = X.astype(np.float32), DY.astype(np.float32)
     _, pullback = target.layer(3).vjp(target.array(x))
     expected = [target.numpy(gradient) for gradient in pullback(target.array(dy))]
@@ -529,7 +539,7 @@ def test_host_data(target: Target) -> None:
 
 
 @pytest.mark.parametrize("layout", strategies.LAYOUTS)
-def test_memory_layouts(target: Target, layout: str) -> None:
+def test_memory_layout_changes_no_bit_of_the_gradients(target: Target, layout: str) -> None:
     x, dy = (strategies.laid_out(values.astype(np.float32), layout) for values in (X, DY))
     plain = [target.array(np.ascontiguousarray(values)) for values in (x, dy)]
     expected = target.layer(3).vjp(plain[0])[1](plain[1])
@@ -550,7 +560,7 @@ def test_dx_has_the_memory_order_of_x(target: Target, *, training: bool) -> None
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("masked", [False, True])
-def test_nothing_given_is_written_to(target: Target, *, training: bool, masked: bool) -> None:
+def test_pullback_does_not_write_to_its_arguments(target: Target, *, training: bool, masked: bool) -> None:
     if masked:
         target.require("masks")
     host = [X.astype(np.float32), DY.astype(np.float32), *(MASKING.arguments.values() if masked else ())]
@@ -564,7 +574,7 @@ def test_nothing_given_is_written_to(target: Target, *, training: bool, masked: 
     assert_same(before, target.snapshot(bn))
 
 
-def test_same_bits_on_every_run(target: Target) -> None:
+def test_pullback_gives_the_same_bits_on_every_call(target: Target) -> None:
     x, dy = np.random.default_rng(18).normal(3, 2, (2, 1000, 33)).astype(np.float32)
     first, *others = (
         [target.numpy(gradient) for gradient in target.layer(33).vjp(target.array(x))[1](target.array(dy))]

@@ -43,7 +43,7 @@ def assert_step(
 
 @pytest.mark.parametrize("correction", [1, 0])
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_step(target: Target, kind: str, correction: int) -> None:
+def test_masked_training_step_is_accurate(target: Target, kind: str, correction: int) -> None:
     masking = KINDS[kind]
     bn = configured(target.layer(3, correction=correction), seed=1)
     before = target.snapshot(bn)
@@ -52,7 +52,7 @@ def test_training_step(target: Target, kind: str, correction: int) -> None:
 
 
 @pytest.mark.parametrize("kind", strategies.maskings((6,)))
-def test_rows(target: Target, kind: str) -> None:
+def test_masked_training_step_of_rows_is_accurate(target: Target, kind: str) -> None:
     masking, x = strategies.maskings((6,))[kind], X[:, :, 0].copy()
     bn = configured(target.layer(3), seed=2)
     before = target.snapshot(bn)
@@ -61,7 +61,7 @@ def test_rows(target: Target, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_evaluation(target: Target, kind: str) -> None:
+def test_masked_evaluation_is_accurate(target: Target, kind: str) -> None:
     masking = KINDS[kind]
     bn = configured(target.layer(3), seed=3).eval()
     before = target.snapshot(bn)
@@ -73,7 +73,7 @@ def test_evaluation(target: Target, kind: str) -> None:
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf, 3e38])
 @pytest.mark.parametrize("training", [True, False])
-def test_masked_values_leak_nowhere(target: Target, poison: float, *, training: bool) -> None:
+def test_masked_values_reach_no_output_or_statistic(target: Target, poison: float, *, training: bool) -> None:
     masking = KINDS["mask"]
     x = masking.poisoned(X, poison)
     bn, clean = (configured(target.layer(3), seed=4).train(training) for _ in range(2))
@@ -92,7 +92,7 @@ def test_masked_outputs_are_zero(target: Target, *, training: bool) -> None:
     assert y[masking.counted(X)].all()
 
 
-def test_first_values_masked(target: Target) -> None:
+def test_training_is_accurate_where_the_first_values_are_masked(target: Target) -> None:
     # They are what an algorithm subtracts from the others.
     x = (1e4 + X).astype(np.float32)
     mask = np.ones((6, 4), bool)
@@ -105,7 +105,7 @@ def test_first_values_masked(target: Target) -> None:
         assert_step(target, bn, before, y, x, masking.weights)
 
 
-def test_rows_left_out_are_as_if_they_were_not_there(target: Target) -> None:
+def test_masked_rows_equal_absent_rows(target: Target) -> None:
     kept = np.array([True, False, True, True, False, True])
     bn, compacted = (configured(target.layer(3), seed=7) for _ in range(2))
     before = target.snapshot(bn)
@@ -115,7 +115,7 @@ def test_rows_left_out_are_as_if_they_were_not_there(target: Target) -> None:
     assert_step(target, compacted, before, compacted(target.array(X[kept])), X[kept], np.ones((4, 4)))
 
 
-def test_whole_weights_are_repetitions(target: Target) -> None:
+def test_integer_weights_equal_repeated_rows(target: Target) -> None:
     counts = np.array([2, 0, 1, 3, 1, 0])
     bn = configured(target.layer(3), seed=8)
     before = target.snapshot(bn)
@@ -124,20 +124,20 @@ def test_whole_weights_are_repetitions(target: Target) -> None:
     assert_step(target, bn, before, target.array(np.repeat(y, counts, axis=0)), repeated, np.ones((7, 4)))
 
 
-def test_bessel_counts_valid_values(target: Target) -> None:
+def test_bessel_correction_counts_unmasked_values(target: Target) -> None:
     bn = target.layer(1, momentum=1.0)
     bn(target.array(np.array([[0], [2], [np.nan]], np.float32)), mask=target.array(np.array([True, True, False])))
     np.testing.assert_allclose(target.numpy(bn.running_var), [2], rtol=2.4e-7)  # 2 / (2 - 1), not 2 / (3 - 1)
 
 
-def test_bessel_counts_weights(target: Target) -> None:
+def test_bessel_correction_counts_sample_weights(target: Target) -> None:
     bn = target.layer(1, momentum=1.0)
     bn(target.array(np.array([[0], [3]], np.float32)), sample_weight=target.array(np.array([2, 1])))
     np.testing.assert_allclose(target.numpy(bn.running_mean), [1], rtol=2.4e-7)
     np.testing.assert_allclose(target.numpy(bn.running_var), [3], rtol=2.4e-7)  # 6 / (3 - 1), as for 0, 0, 3
 
 
-def test_lengths_count_from_the_start(target: Target) -> None:
+def test_lengths_count_positions_from_the_start(target: Target) -> None:
     x = np.array([[[1, 2, 3]], [[4, 5, 6]]], np.float32)
     bn = target.layer(1, momentum=1.0, correction=0, eps=0.0)
     y = target.numpy(bn(target.array(x), lengths=target.array(np.array([1, 3]))))
@@ -148,7 +148,9 @@ def test_lengths_count_from_the_start(target: Target) -> None:
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("arguments", [{"mask": np.zeros((6, 4), bool)}, {"lengths": np.zeros(6, int)}])
-def test_nothing_left(target: Target, arguments: dict[str, np.ndarray], momentum: float | None) -> None:
+def test_fully_masked_batch_gives_zeros_and_keeps_the_statistics(
+    target: Target, arguments: dict[str, np.ndarray], momentum: float | None
+) -> None:
     bn = configured(target.layer(3, momentum=momentum), seed=9)
     before = target.snapshot(bn)
     for training in (True, False):
@@ -161,7 +163,7 @@ def test_nothing_left(target: Target, arguments: dict[str, np.ndarray], momentum
 
 
 @pytest.mark.parametrize("correction", [1, 0])
-def test_one_value_left(target: Target, correction: int) -> None:
+def test_one_unmasked_value_gives_the_bias(target: Target, correction: int) -> None:
     mask = np.zeros((6, 4), bool)
     mask[4, 1] = True
     bn = configured(target.layer(3, correction=correction), seed=10)
@@ -172,7 +174,7 @@ def test_one_value_left(target: Target, correction: int) -> None:
     assert np.array_equal(target.numpy(bn.running_mean), before["running_mean"]) == (correction == 1)
 
 
-def test_one_infinite_value_left(target: Target) -> None:
+def test_one_unmasked_infinite_value_keeps_the_statistics(target: Target) -> None:
     mask = np.zeros((6, 4), bool)
     mask[4, 1] = True
     x = X.copy()
@@ -184,7 +186,7 @@ def test_one_infinite_value_left(target: Target) -> None:
     assert_same(before, target.snapshot(bn))
 
 
-def test_constant_left_gives_exactly_the_bias(target: Target) -> None:
+def test_weighted_constant_channel_gives_exactly_the_bias(target: Target) -> None:
     weights = KINDS["real weights"].weights
     bn = target.layer(3, eps=0.0, momentum=1.0)
     bn.bias = np.array([0.0, 0.5, -2.0])
@@ -208,7 +210,7 @@ def test_momentum_none_averages_batches_of_any_weight(target: Target) -> None:
     np.testing.assert_allclose(target.numpy(bn.running_mean), np.mean(means, axis=0), rtol=6e-7)
 
 
-def test_every_way_in_is_the_same(target: Target) -> None:
+def test_call_apply_and_batch_norm_agree_on_masks(target: Target) -> None:
     arguments = target.arrays(MASKING.arguments)
     x = target.array(MASKING.poisoned(X))
     bn = configured(target.layer(3, momentum=0.3), seed=11)
@@ -226,7 +228,7 @@ def test_every_way_in_is_the_same(target: Target) -> None:
 
 
 @pytest.mark.parametrize("kind", ["all three", "whole weights"])
-def test_host_data_and_lists(target: Target, kind: str) -> None:
+def test_mask_arguments_may_be_host_data_or_lists(target: Target, kind: str) -> None:
     masking = KINDS[kind]
     bn, from_host, from_lists = (configured(target.layer(3), seed=12) for _ in range(3))
     expected = target.numpy(bn(target.array(X), **target.arrays(masking.arguments)))
@@ -237,14 +239,14 @@ def test_host_data_and_lists(target: Target, kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int32", "int64"])
-def test_integers_of_any_width(target: Target, dtype: str) -> None:
+def test_integer_dtype_of_a_mask_argument_changes_no_bit(target: Target, dtype: str) -> None:
     lengths = KINDS["lengths"].arguments["lengths"]
     bn, other = target.layer(3), target.layer(3)
     expected = target.numpy(bn(target.array(X), lengths=lengths))
     np.testing.assert_array_equal(target.numpy(other(target.array(X), lengths=lengths.astype(dtype))), expected)
 
 
-def test_channels_last(target: Target) -> None:
+def test_masked_step_is_the_same_for_channels_last(target: Target) -> None:
     last, first = target.layer(3, axis=-1), target.layer(3)
     for kind in ("mask", "all three"):
         arguments = target.arrays(KINDS[kind].arguments)
@@ -253,7 +255,7 @@ def test_channels_last(target: Target) -> None:
         assert_same(target.snapshot(first), target.snapshot(last))
 
 
-def test_frozen_layer(target: Target) -> None:
+def test_frozen_layer_with_a_mask_computes_as_in_evaluation(target: Target) -> None:
     arguments = target.arrays(MASKING.arguments)
     bn = configured(target.layer(3), seed=13)
     before = target.snapshot(bn)
@@ -277,7 +279,7 @@ def test_without_running_statistics_evaluation_uses_the_batch(target: Target) ->
         target.assert_output(y, exact.y, "float32")
 
 
-def test_empty_batch(target: Target) -> None:
+def test_empty_batch_with_a_mask_keeps_the_statistics_and_counts(target: Target) -> None:
     bn = configured(target.layer(3), seed=14)
     before = target.snapshot(bn)
     y = bn(target.array(X[:0]), mask=target.array(np.zeros((0, 4), bool)))
@@ -288,7 +290,7 @@ def test_empty_batch(target: Target) -> None:
 
 
 @pytest.mark.parametrize("layout", strategies.LAYOUTS)
-def test_memory_layouts(target: Target, layout: str) -> None:
+def test_memory_layout_changes_no_bit_of_a_masked_step(target: Target, layout: str) -> None:
     laid_out = {
         name: strategies.laid_out(np.array(values), layout) for name, values in KINDS["all three"].arguments.items()
     }
@@ -310,7 +312,7 @@ def test_output_has_the_memory_order_of_the_input(target: Target, *, training: b
         assert strides(y) == strides(x)
 
 
-def test_every_declared_device_works(target: Target) -> None:
+def test_masked_results_agree_on_every_declared_device(target: Target) -> None:
     expected = target.numpy(target.layer(3)(target.array(X), **target.arrays(MASKING.arguments)))
     for device in target.capabilities.devices:
         there = Target(target.backend, device)
@@ -320,7 +322,7 @@ def test_every_declared_device_works(target: Target) -> None:
         assert target.backend.device(pullback(y)[0]) == target.backend.device(y)
 
 
-def test_nothing_given_is_written_to(target: Target) -> None:
+def test_masked_call_does_not_write_to_its_arguments(target: Target) -> None:
     for make in (target.array, np.array):
         x = make(MASKING.poisoned(X))
         arguments = {name: make(values) for name, values in MASKING.arguments.items()}
@@ -334,7 +336,7 @@ def test_nothing_given_is_written_to(target: Target) -> None:
             np.testing.assert_array_equal(host, values, strict=True)
 
 
-def test_same_bits_on_every_run(target: Target) -> None:
+def test_masked_training_gives_the_same_bits_on_every_call(target: Target) -> None:
     first = target.layer(3)
     expected = target.numpy(first(target.array(X), **target.arrays(MASKING.arguments)))
     for _ in range(3):
@@ -344,7 +346,7 @@ def test_same_bits_on_every_run(target: Target) -> None:
 
 
 @given(data=st.data())
-def test_accuracy(target: Target, data: st.DataObject) -> None:
+def test_masked_training_is_accurate_on_drawn_batches(target: Target, data: st.DataObject) -> None:
     shape = data.draw(st.sampled_from([X.shape[:2], X.shape]))
     batch = data.draw(strategies.batches(target.capabilities.dtypes, shape))
     places = (shape[0], *shape[2:])
@@ -362,7 +364,7 @@ def test_accuracy(target: Target, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_long_channels_with_a_large_mean(target: Target, dtype: str) -> None:
+def test_long_channels_with_weights_are_accurate_with_a_large_mean(target: Target, dtype: str) -> None:
     target.require_dtype(dtype)
     generator = np.random.default_rng(15)
     x = (1e4 + generator.standard_normal((100_000, 2))).astype(dtype)
@@ -373,7 +375,7 @@ def test_long_channels_with_a_large_mean(target: Target, dtype: str) -> None:
     assert_step(target, bn, before, y, x, weights)
 
 
-def test_weights_beside_a_large_mean(target: Target) -> None:
+def test_sample_weights_are_accurate_beside_a_large_mean(target: Target) -> None:
     target.require_dtype("float64")
     x, weights = 1e6 + 1e-6 * X.astype(np.float64), np.random.default_rng(18).uniform(1, 2, (6, 4))
     bn = target.layer(3, dtype="float64")

@@ -35,7 +35,7 @@ def pair(target: Target, **arguments: Any) -> tuple[mbn.BatchNorm1d, Any]:
 
 
 @pytest.mark.parametrize("arguments", LAYERS, ids=str)
-def test_module_does_what_the_layer_does(target: Target, arguments: dict[str, Any]) -> None:
+def test_module_computes_and_learns_as_the_layer_does(target: Target, arguments: dict[str, Any]) -> None:
     bn, module = pair(target, **arguments)
     assert_same(target.snapshot(bn), snapshot(target, module))
     for mode, scale in [("train", 1), ("eval", 2), ("train", 3)]:
@@ -47,7 +47,7 @@ def test_module_does_what_the_layer_does(target: Target, arguments: dict[str, An
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_module_begins_in_the_mode_of_the_layer(target: Target, mode: str) -> None:
+def test_module_starts_in_the_mode_of_the_layer(target: Target, mode: str) -> None:
     target.require("modules")
     bn = getattr(configured(target.layer(4), seed=2), mode)()
     module = bn.as_module()
@@ -66,7 +66,7 @@ def test_frozen_layer_makes_a_frozen_module(target: Target) -> None:
     assert_same(before, snapshot(target, module))
 
 
-def test_masks_go_through_the_module(target: Target) -> None:
+def test_module_passes_masks_to_the_layer(target: Target) -> None:
     target.require("masks")
     bn, module = pair(target)
     mask = np.arange(9) % 3 > 0
@@ -81,7 +81,7 @@ def test_masks_go_through_the_module(target: Target) -> None:
     [(X[:, :3], ValueError), (X[0], ValueError), (X[:1], ValueError), (X.astype(int), TypeError)],
     ids=["channels", "axes", "one value", "integers"],
 )
-def test_refused_call_changes_nothing(target: Target, x: np.ndarray, error: type[Exception]) -> None:
+def test_rejected_call_leaves_the_module_unchanged(target: Target, x: np.ndarray, error: type[Exception]) -> None:
     _, module = pair(target)
     module.train()
     before = snapshot(target, module)
@@ -112,7 +112,7 @@ def test_module_and_layer_share_their_arrays(target: Target) -> None:
     step(bn.reset_parameters)
 
 
-def test_layer_of_immutable_arrays_is_left_alone(target: Target) -> None:
+def test_module_leaves_a_layer_of_immutable_arrays_unchanged(target: Target) -> None:
     target.require("modules")
     if target.capabilities.mutable:
         pytest.skip(f"{target.backend.name} declares mutable arrays")
@@ -122,7 +122,7 @@ def test_layer_of_immutable_arrays_is_left_alone(target: Target) -> None:
     assert_same(before, target.snapshot(bn))
 
 
-def test_backend_without_modules_says_so(target: Target) -> None:
+def test_as_module_is_rejected_unless_modules_are_declared(target: Target) -> None:
     if target.capabilities.modules:
         pytest.skip(f"{target.backend.name} declares modules")
     with pytest.raises((TypeError, ImportError), match="modules"):

@@ -22,7 +22,7 @@ def run(target: Target, x: Array, out: Array | None = None, **arguments: Any) ->
     return mbn.functional.batch_norm(x, *vectors, out=out, backend=target.backend, **arguments)
 
 
-def test_what_is_declared_is_true(target: Target) -> None:
+def test_out_is_written_to_if_declared_and_rejected_otherwise(target: Target) -> None:
     x = target.array(X)
     if target.capabilities.out:
         out = target.array(np.zeros_like(X))
@@ -67,7 +67,7 @@ def test_out_may_be_x(target: Target, shape: tuple[int, ...], *, training: bool)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
-def test_out_has_any_dtype_of_x(target: Target, dtype: str) -> None:
+def test_out_may_have_any_dtype_of_x(target: Target, dtype: str) -> None:
     target.require("out")
     target.require_dtype(dtype)
     x, out = (target.array(values.astype(dtype)) for values in (X, np.zeros_like(X)))
@@ -77,14 +77,14 @@ def test_out_has_any_dtype_of_x(target: Target, dtype: str) -> None:
     np.testing.assert_array_equal(target.numpy(out), target.numpy(expected), strict=True)
 
 
-def test_out_of_an_empty_batch(target: Target) -> None:
+def test_out_is_returned_for_an_empty_batch(target: Target) -> None:
     target.require("out")
     out = target.array(X[:0])
     assert run(target, target.array(X[:0]), out, training=True).output is out
 
 
 @pytest.mark.parametrize("overlap", ["rows", "order"])
-def test_out_that_overlaps_x_is_refused(target: Target, overlap: str) -> None:
+def test_out_that_overlaps_x_is_rejected(target: Target, overlap: str) -> None:
     target.require("out")
     held = target.array(np.concatenate([X[..., :5], X[:1, :, :5]]))
     x, out = (held[:-1, ...], held[1:, ...]) if overlap == "rows" else (held, transposed(held))
@@ -105,7 +105,7 @@ def strided(target: Target, shape: tuple[int, ...], steps: tuple[int, ...]) -> A
 @pytest.mark.parametrize(
     ("shape", "steps"), [((4, 3), (0, 1)), ((4, 3), (1, 0)), ((4, 3), (1, 1)), ((4, 3), (2, 3)), ((2, 3, 2), (7, 2, 3))]
 )
-def test_out_that_overlaps_itself_is_refused(target: Target, shape: tuple[int, ...], steps: tuple[int, ...]) -> None:
+def test_out_that_overlaps_itself_is_rejected(target: Target, shape: tuple[int, ...], steps: tuple[int, ...]) -> None:
     target.require("out")
     out, x = strided(target, shape, steps), target.array(np.arange(np.prod(shape), dtype=np.float32).reshape(shape))
     assert_refused(
@@ -117,7 +117,7 @@ def test_out_that_overlaps_itself_is_refused(target: Target, shape: tuple[int, .
 
 
 @pytest.mark.parametrize(("shape", "steps"), [((2, 3), (3, 2)), ((2, 2, 3), (12, 3, 2)), ((2, 3, 1), (3, 1, 0))])
-def test_out_with_rows_between_its_rows(target: Target, shape: tuple[int, ...], steps: tuple[int, ...]) -> None:
+def test_out_may_have_interleaved_rows(target: Target, shape: tuple[int, ...], steps: tuple[int, ...]) -> None:
     target.require("out")
     out, x = strided(target, shape, steps), target.array(X[: shape[0], : shape[1], : ((*shape, 1))[2]].reshape(shape))
     expected = mbn.functional.batch_norm(x, training=True, backend=target.backend).output
@@ -132,13 +132,15 @@ def test_out_with_rows_between_its_rows(target: Target, shape: tuple[int, ...], 
         (X.astype(np.float16), TypeError, "out is float16.*float32"),
     ],
 )
-def test_out_of_the_wrong_kind_is_refused(target: Target, out: np.ndarray, error: type[Exception], words: str) -> None:
+def test_out_of_another_shape_dtype_or_type_is_rejected(
+    target: Target, out: np.ndarray, error: type[Exception], words: str
+) -> None:
     target.require("out")
     assert_refused(error, words, lambda: run(target, target.array(X), target.array(out), training=True))
     assert_refused(TypeError, "out is list", lambda: run(target, target.array(X), [[0.0]], training=True))
 
 
-def test_a_refused_call_writes_nothing(target: Target) -> None:
+def test_rejected_call_does_not_write_to_out(target: Target) -> None:
     target.require("out")
     out = target.array(np.zeros((1, 5), np.float32))
     refused = target.array(X[:1, :, 0])

@@ -34,7 +34,7 @@ def exact(x: np.ndarray, correction: int = 1) -> oracle.Step:
 
 @pytest.mark.parametrize("host", [True, False])
 @pytest.mark.parametrize(("shape", "axis"), [((100, 8), 1), ((100, 8, 8), 1), ((100, 8, 8), -1), ((0, 8), 1)])
-def test_an_array_is_one_data_set(target: Target, shape: tuple[int, ...], axis: int, *, host: bool) -> None:
+def test_fit_takes_an_array_as_one_data_set(target: Target, shape: tuple[int, ...], axis: int, *, host: bool) -> None:
     means = np.arange(8, dtype=np.float32)
     x = np.random.default_rng(16).standard_normal(shape).astype(np.float32)
     x += means[:, None] if len(shape) == 3 and axis == 1 else means
@@ -54,7 +54,7 @@ def test_an_array_is_one_data_set(target: Target, shape: tuple[int, ...], axis: 
 
 
 @pytest.mark.parametrize("shape", [(), (8,), (2, 3, 8, 8)])
-def test_an_array_of_another_rank_is_no_data_set(target: Target, shape: tuple[int, ...]) -> None:
+def test_fit_rejects_an_array_of_another_rank(target: Target, shape: tuple[int, ...]) -> None:
     bn = configured(target.layer(8), seed=1)
     before = target.snapshot(bn)
     for x in (np.ones(shape, np.float32), target.array(np.ones(shape, np.float32))):
@@ -63,7 +63,7 @@ def test_an_array_of_another_rank_is_no_data_set(target: Target, shape: tuple[in
     assert_same(before, target.snapshot(bn))
 
 
-def test_three_values_example(target: Target) -> None:
+def test_fit_matches_the_three_values_example(target: Target) -> None:
     batches = [np.zeros((2, 1), np.float32), np.full((1, 1), 6, np.float32)]
     bn = target.layer(1).fit(map(target.array, batches), progress=False)
     assert target.numpy(bn.running_mean).tolist() == [2]
@@ -72,7 +72,7 @@ def test_three_values_example(target: Target) -> None:
 
 
 @given(data=st.data())
-def test_batches_do_not_matter(target: Target, data: st.DataObject) -> None:
+def test_fit_does_not_depend_on_the_cut_into_batches(target: Target, data: st.DataObject) -> None:
     sizes = data.draw(st.lists(st.sampled_from(SIZES), max_size=20).map(lambda sizes: [*sizes, 2]))
     batch = data.draw(strategies.batches(target.capabilities.dtypes, (sum(sizes), *data.draw(st.sampled_from(ROWS)))))
     correction, axis = data.draw(st.sampled_from([0, 1])), data.draw(st.sampled_from([1, -1]))
@@ -89,7 +89,7 @@ def test_batches_do_not_matter(target: Target, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e6])
-def test_a_thousand_unequal_batches(target: Target, offset: float) -> None:
+def test_fit_is_accurate_over_a_thousand_unequal_batches(target: Target, offset: float) -> None:
     generator = np.random.default_rng(16)
     sizes = generator.choice([1, 2, 3, 50], 1000).tolist()
     x = (offset + generator.standard_normal((sum(sizes), 3))).astype(np.float32)
@@ -102,7 +102,7 @@ def test_a_thousand_unequal_batches(target: Target, offset: float) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("sizes", [[1] * 300, [1, 299], [100, 0, 100, 100]], ids=["ones", "one first", "hundreds"])
 @pytest.mark.parametrize("kind", ["large mean", "first value far from the rest"])
-def test_hard_values(target: Target, kind: str, sizes: list[int], dtype: str) -> None:
+def test_fit_is_accurate_on_hard_values(target: Target, kind: str, sizes: list[int], dtype: str) -> None:
     target.require_dtype(dtype)
     x = np.random.default_rng(17).standard_normal((300, 3))
     x[... if kind == "large mean" else 0] += [1e6, -1e6, 1e3]
@@ -118,7 +118,7 @@ def test_hard_values(target: Target, kind: str, sizes: list[int], dtype: str) ->
     ("dtype", "size"),
     [*((d, s) for d, sizes in strategies.EXTREMES.items() for s in sizes), ("float64", 1.5e154)],  # only m2 overflows
 )
-def test_values_of_any_size(target: Target, dtype: str, size: float, sizes: list[int]) -> None:
+def test_fit_is_accurate_for_values_of_any_size(target: Target, dtype: str, size: float, sizes: list[int]) -> None:
     target.require_dtype(dtype)
     target.require("any_size")
     target.require_numbers_of(size, dtype)
@@ -131,7 +131,7 @@ def test_values_of_any_size(target: Target, dtype: str, size: float, sizes: list
 
 @pytest.mark.parametrize("outliers", [np.s_[:1], np.s_[::7]], ids=["first", "several"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_narrow_batches_in_a_wide_layer(target: Target, dtype: str, outliers: slice) -> None:
+def test_fit_of_narrow_batches_in_a_float64_layer_is_accurate(target: Target, dtype: str, outliers: slice) -> None:
     target.require_dtype("float64")
     target.require_dtype(dtype)
     x = np.random.default_rng(18).standard_normal((200, 3)).astype(dtype)
@@ -144,7 +144,7 @@ def test_narrow_batches_in_a_wide_layer(target: Target, dtype: str, outliers: sl
 
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("sizes", [[1] * 300, [1, 299], [9000, 1, 500]], ids=["ones", "one first", "thousands"])
-def test_a_value_that_dwarfs_all_batches(target: Target, sizes: list[int], *, first: bool) -> None:
+def test_fit_is_accurate_where_one_value_dwarfs_all_others(target: Target, sizes: list[int], *, first: bool) -> None:
     target.require_dtype("float64")
     target.require("any_size")
     x = np.ones((sum(sizes), 3))
@@ -155,14 +155,14 @@ def test_a_value_that_dwarfs_all_batches(target: Target, sizes: list[int], *, fi
     target.assert_statistic(bn.running_var, truth.running_var, "float64")
 
 
-def test_constant_channels_are_exact(target: Target) -> None:
+def test_fit_is_exact_for_constant_channels(target: Target) -> None:
     x = np.broadcast_to(np.array([0.1, -1e10, 0], np.float32), (10, 3))
     bn = target.layer(3).fit(map(target.array, cut(x, [1, 2, 7])), progress=False)
     np.testing.assert_array_equal(target.numpy(bn.running_mean), x[0])
     np.testing.assert_array_equal(target.numpy(bn.running_var), np.zeros(3))
 
 
-def test_nothing_is_left_of_what_was(target: Target) -> None:
+def test_fit_discards_the_former_statistics(target: Target) -> None:
     bn, other = target.layer(4), target.layer(4)
     other.running_mean, other.running_var, other.num_batches_tracked = np.nan, np.inf, 99
     for layer in (bn, other):
@@ -170,7 +170,7 @@ def test_nothing_is_left_of_what_was(target: Target) -> None:
     assert_same(target.snapshot(bn), target.snapshot(other))
 
 
-def test_not_a_number_stays_in_its_channel(target: Target) -> None:
+def test_fit_keeps_nan_and_infinity_in_their_channel(target: Target) -> None:
     x = X.copy()
     x[5, 1], x[0, 2] = np.nan, np.inf
     bn = target.layer(4).fit(map(target.array, cut(x, [2, 7])), progress=False)
@@ -182,7 +182,7 @@ def test_not_a_number_stays_in_its_channel(target: Target) -> None:
 
 
 @pytest.mark.parametrize("mode", ["train", "eval", "freeze"])
-def test_modes_are_neither_asked_nor_changed(target: Target, mode: str) -> None:
+def test_fit_neither_depends_on_modes_nor_changes_them(target: Target, mode: str) -> None:
     bn, trained = target.layer(4), target.layer(4)
     getattr(bn, mode)()
     before = repr(bn), bn.training
@@ -194,20 +194,20 @@ def test_modes_are_neither_asked_nor_changed(target: Target, mode: str) -> None:
     assert int(bn.num_batches_tracked) == 1 + (mode == "train")
 
 
-def test_host_data_and_tuples_are_batches(target: Target) -> None:
+def test_fit_accepts_host_data_and_tuples(target: Target) -> None:
     expected = target.snapshot(target.layer(4).fit([target.array(X[:2]), target.array(X[2:])], progress=False))
     labels = np.arange(9)
     for batches in ([X[:2], X[2:]], [X[:2].tolist(), X[2:].tolist()], [(X[:2], labels[:2]), [X[2:], labels[2:]]]):
         assert_same(expected, target.snapshot(target.layer(4).fit(batches, progress=False)))
 
 
-def test_first_batch_tells_the_number_of_features(target: Target) -> None:
+def test_fit_takes_num_features_from_the_first_batch(target: Target) -> None:
     bn = target.layer(None).fit([target.array(X[:2]), target.array(X[2:])], progress=False)
     assert bn.num_features == 4
     assert_same(target.snapshot(target.layer(4).fit([X[:2], X[2:]], progress=False)), target.snapshot(bn))
 
 
-def test_batches_are_not_written_to(target: Target) -> None:
+def test_fit_does_not_write_to_its_batches(target: Target) -> None:
     batches = [target.array(X[:2]), target.array(X[2:])]
     target.layer(4).fit(batches, progress=False)
     np.testing.assert_array_equal(np.concatenate([target.numpy(batch) for batch in batches]), X)
@@ -235,7 +235,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[BaseException], str]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("num_features", [4, None])
-def test_failure_changes_nothing(target: Target, name: str, num_features: int | None) -> None:
+def test_failed_fit_leaves_the_layer_unchanged(target: Target, name: str, num_features: int | None) -> None:
     make, error, words = REFUSED[name]
     bn = target.layer(num_features)
     before = None if num_features is None else target.snapshot(configured(bn, seed=3))
@@ -246,19 +246,19 @@ def test_failure_changes_nothing(target: Target, name: str, num_features: int | 
         assert_same(before, target.snapshot(bn))
 
 
-def test_layer_without_statistics_is_refused(target: Target) -> None:
+def test_fit_rejects_a_layer_without_running_statistics(target: Target) -> None:
     bn = target.layer(4, track_running_stats=False)
     with pytest.raises(ValueError, match=r"no running statistics for fit\(\)"):
         bn.fit([X], progress=False)
 
 
-def test_biased_variance_of_one_value_is_zero(target: Target) -> None:
+def test_fit_of_one_value_gives_biased_variance_0(target: Target) -> None:
     bn = target.layer(4, correction=0).fit([X[:1]], progress=False)
     np.testing.assert_array_equal(target.numpy(bn.running_mean), X[0])
     np.testing.assert_array_equal(target.numpy(bn.running_var), np.zeros(4))
 
 
-def test_weighted_batches_are_merged(target: Target) -> None:
+def test_merge_of_weighted_batches_is_accurate(target: Target) -> None:
     target.require("masks")
     weights = np.array([0, 0, 0, 2, 1, 3, 0, 1, 1], np.float32)
     chosen = (
@@ -278,7 +278,7 @@ def test_weighted_batches_are_merged(target: Target) -> None:
     assert target.numpy(rounded(kernels.variance(merged, 1))).tolist() == [0] * 4
 
 
-def test_same_bits_on_every_run(target: Target) -> None:
+def test_fit_gives_the_same_bits_on_every_call(target: Target) -> None:
     def fitted() -> mbn.BatchNorm1d:
         return target.layer(4).fit(map(target.array, cut(X, [2, 7])), progress=False)
 

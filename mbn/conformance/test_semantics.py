@@ -11,7 +11,7 @@ SEQUENCES = np.arange(60, dtype=np.float32).reshape(3, 4, 5)
 NOISE = np.random.default_rng(7).normal(3, 2, (8, 4, 5)).astype(np.float32)
 
 
-def test_rows_example(target: Target) -> None:
+def test_training_matches_the_rows_example(target: Target) -> None:
     bn = target.layer(4, momentum=1)
     np.testing.assert_array_equal(target.numpy(bn.running_mean), np.zeros(4))
     np.testing.assert_array_equal(target.numpy(bn.running_var), np.ones(4))
@@ -21,7 +21,7 @@ def test_rows_example(target: Target) -> None:
     np.testing.assert_allclose(target.numpy(bn.running_var), [16, 16, 16, 16], rtol=2.4e-7)
 
 
-def test_sequences_example(target: Target) -> None:
+def test_training_matches_the_sequences_example(target: Target) -> None:
     bn = target.layer(4, eps=0.0, momentum=1.0)
     y = target.numpy(bn(target.array(SEQUENCES)))
     np.testing.assert_allclose(y[0, 0], [-1.3422, -1.2812, -1.2202, -1.1592, -1.0982], atol=5e-5)
@@ -29,7 +29,7 @@ def test_sequences_example(target: Target) -> None:
     np.testing.assert_allclose(target.numpy(bn.running_var), np.full(4, 287.857142857), rtol=2.4e-7)
 
 
-def test_set_statistics_example(target: Target) -> None:
+def test_evaluation_matches_the_set_statistics_example(target: Target) -> None:
     bn = target.layer(4, eps=0.0, momentum=1.0)
     bn(target.array(SEQUENCES))
     bn.running_mean = 10
@@ -68,7 +68,7 @@ def test_momentum_weighs_the_new_value(target: Target) -> None:
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_a_weight_of_0_keeps_the_statistics(target: Target, poison: float) -> None:
+def test_momentum_0_keeps_the_statistics(target: Target, poison: float) -> None:
     bn = configured(target.layer(4, momentum=0.0), seed=5)
     before = target.snapshot(bn)
     x = NOISE.copy()
@@ -118,7 +118,9 @@ def test_weight_scales_and_bias_shifts(target: Target) -> None:
         ({"track_running_stats": False}, ["weight", "bias"]),
     ],
 )
-def test_what_a_layer_has(target: Target, arguments: dict[str, bool], keys: list[str]) -> None:
+def test_arguments_decide_which_entries_a_layer_has(
+    target: Target, arguments: dict[str, bool], keys: list[str]
+) -> None:
     bn = target.layer(4, **arguments)
     plain = target.layer(4)
     np.testing.assert_array_equal(
@@ -136,7 +138,7 @@ def test_without_running_statistics_evaluation_uses_the_batch(target: Target) ->
     assert bn.num_batches_tracked is None
 
 
-def test_channels_last_is_channels_first_seen_otherwise(target: Target) -> None:
+def test_channels_last_computes_the_same_as_channels_first(target: Target) -> None:
     last, first = target.layer(4, axis=-1), target.layer(4)
     y = target.numpy(last(target.array(NOISE.swapaxes(1, 2))))
     np.testing.assert_array_equal(y.swapaxes(1, 2), target.numpy(first(target.array(NOISE))))
@@ -213,7 +215,7 @@ def test_number_of_features_comes_from_the_first_input(target: Target) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_apply_is_the_call_as_a_pure_function(target: Target, *, training: bool) -> None:
+def test_apply_equals_a_call_and_leaves_the_layer_unchanged(target: Target, *, training: bool) -> None:
     bn = configured(target.layer(4), seed=3).train(training)
     before = target.snapshot(bn)
     y, state = bn.apply(bn.params, bn.state, target.array(NOISE), training=training)
@@ -224,7 +226,7 @@ def test_apply_is_the_call_as_a_pure_function(target: Target, *, training: bool)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_functional_is_the_layer(target: Target, *, training: bool) -> None:
+def test_batch_norm_equals_the_layer(target: Target, *, training: bool) -> None:
     bn = configured(target.layer(4, momentum=0.3, eps=1e-3), seed=4).train(training)
     arguments = (bn.running_mean, bn.running_var, bn.weight, bn.bias)
     result = mbn.functional.batch_norm(target.array(NOISE), *arguments, training, 0.3, 1e-3, backend=target.backend)
@@ -233,7 +235,7 @@ def test_functional_is_the_layer(target: Target, *, training: bool) -> None:
     np.testing.assert_array_equal(target.numpy(result.running_var), target.numpy(bn.running_var), strict=True)
 
 
-def test_apply_takes_host_data(target: Target) -> None:
+def test_apply_accepts_host_data(target: Target) -> None:
     bn = configured(target.layer(4, momentum=None), seed=3)
     host = bn.state._replace(**{key: target.numpy(value) for key, value in bn.state._asdict().items()})
     y, state = bn.apply(bn.params, host._replace(num_batches_tracked=3), NOISE, training=True)
@@ -242,7 +244,7 @@ def test_apply_takes_host_data(target: Target) -> None:
         np.testing.assert_array_equal(target.numpy(given), target.numpy(own), strict=True)
 
 
-def test_functional_needs_no_statistics_in_training(target: Target) -> None:
+def test_batch_norm_needs_no_statistics_in_training(target: Target) -> None:
     result = mbn.functional.batch_norm(target.array(NOISE), training=True, backend=target.backend)
     plain = target.layer(4, affine=False)
     np.testing.assert_array_equal(target.numpy(result.output), target.numpy(plain(target.array(NOISE))), strict=True)

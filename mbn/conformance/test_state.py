@@ -27,7 +27,7 @@ STEPS = ["train", "train", "evaluate", "load", "reset", "freeze", "unfreeze"]
 
 
 @given(data=st.data())
-def test_sequence_of_steps(target: Target, data: st.DataObject) -> None:
+def test_any_sequence_of_steps_gives_the_exact_state(target: Target, data: st.DataObject) -> None:
     shape = data.draw(st.sampled_from([(5, 3), (4, 3, 2)]))
     momentum = data.draw(st.sampled_from([None, 0.1, 1.0]))
     bn = target.layer(3, momentum=momentum)
@@ -85,7 +85,7 @@ def test_state_dict_has_the_keys_shapes_and_order_of_torch(target: Target) -> No
     assert [value.tolist() for value in entries.values()] == [[1] * 4, [0] * 4, [0] * 4, [1] * 4, 0]
 
 
-def test_state_dict_goes_round(target: Target) -> None:
+def test_load_state_dict_copies_all_entries(target: Target) -> None:
     source, copied = configured(target.layer(4), seed=1), target.layer(4)
     assert copied.load_state_dict(source.state_dict()) == ([], [])
     assert_same(target.snapshot(source), target.snapshot(copied))
@@ -110,7 +110,7 @@ def test_state_dict_is_a_copy(target: Target) -> None:
     assert_same(before, target.snapshot(bn))
 
 
-def test_lenient_load_takes_what_fits(target: Target) -> None:
+def test_load_state_dict_that_is_not_strict_loads_the_known_entries(target: Target) -> None:
     bn = target.layer(4)
     result = bn.load_state_dict({"weight": np.full(4, 2.0), "gamma": np.ones(4)}, strict=False)
     assert result.missing_keys == ["bias", "running_mean", "running_var"]
@@ -125,13 +125,13 @@ def versioned(entries: dict[str, np.ndarray], version: int | None) -> OrderedDic
     return result
 
 
-def test_state_dict_is_of_version_2(target: Target) -> None:
+def test_state_dict_has_version_2(target: Target) -> None:
     assert vars(target.layer(4).state_dict())["_metadata"] == {"": {"version": 2}}
 
 
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("version", ["none", None, 1])
-def test_count_may_be_missing_from_old_entries(target: Target, version: Any, *, strict: bool) -> None:
+def test_num_batches_tracked_may_be_missing_before_version_2(target: Target, version: Any, *, strict: bool) -> None:
     bn = configured(target.layer(4), seed=1)
     bn.num_batches_tracked = 7
     entries = target.snapshot(configured(target.layer(4), seed=2))
@@ -142,7 +142,7 @@ def test_count_may_be_missing_from_old_entries(target: Target, version: Any, *, 
     assert int(bn.num_batches_tracked) == 7
 
 
-def test_count_is_missing_from_entries_of_version_2(target: Target) -> None:
+def test_num_batches_tracked_missing_in_version_2_is_reported(target: Target) -> None:
     bn = configured(target.layer(4), seed=1)
     entries = target.snapshot(configured(target.layer(4), seed=2))
     del entries["num_batches_tracked"]
@@ -151,7 +151,7 @@ def test_count_is_missing_from_entries_of_version_2(target: Target) -> None:
 
 
 @pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
-def test_entries_can_be_set(target: Target, name: str) -> None:
+def test_assigned_entries_keep_the_dtype_and_shape_of_the_layer(target: Target, name: str) -> None:
     bn = target.layer(4)
     values = np.array([1, 2, 3, 4])
     for given_value in (values, target.array(values.astype(np.float32)), values.astype(float)):
@@ -205,7 +205,7 @@ def test_a_layer_moves_to_the_device_and_dtype_of_another(target: Target) -> Non
     np.testing.assert_array_equal(target.numpy(other(target.array(X))), target.numpy(bn(target.array(X))))
 
 
-def test_set_values_are_copied(target: Target) -> None:
+def test_assigned_arrays_are_copied(target: Target) -> None:
     bn = target.layer(4).eval()
     values = np.full(4, 5, np.float32)
     bn.running_mean = values
@@ -213,14 +213,14 @@ def test_set_values_are_copied(target: Target) -> None:
     assert target.numpy(bn.running_mean).tolist() == [5] * 4
 
 
-def test_set_statistics_take_effect(target: Target) -> None:
+def test_assigned_statistics_are_used_in_evaluation(target: Target) -> None:
     bn = target.layer(4, eps=0.0).eval()
     bn(target.array(X))
     bn.running_mean = 10
     np.testing.assert_array_equal(target.numpy(bn(target.array(X))), X - 10)
 
 
-def test_edits_in_place_are_seen(target: Target) -> None:
+def test_edits_in_place_are_used_in_evaluation(target: Target) -> None:
     if not target.capabilities.mutable:
         pytest.skip(f"{target.backend.name} declares immutable arrays")
     bn = target.layer(4, eps=0.0).eval()
@@ -229,7 +229,7 @@ def test_edits_in_place_are_seen(target: Target) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_nothing_given_is_written_to(target: Target, *, training: bool) -> None:
+def test_call_does_not_write_to_its_arguments(target: Target, *, training: bool) -> None:
     bn = configured(target.layer(4), seed=2).train(training)
     x = target.array(X)
     held = bn.params, bn.state
@@ -241,7 +241,7 @@ def test_nothing_given_is_written_to(target: Target, *, training: bool) -> None:
         np.testing.assert_array_equal(target.numpy(value), old)
 
 
-def test_host_input_is_not_written_to(target: Target) -> None:
+def test_host_input_is_neither_written_to_nor_kept(target: Target) -> None:
     x = X.copy()
     bn = target.layer(4)
     for _ in range(2):
@@ -253,7 +253,7 @@ def test_host_input_is_not_written_to(target: Target) -> None:
     assert not np.array_equal(y, target.numpy(bn(x)))
 
 
-def test_evaluation_changes_nothing(target: Target) -> None:
+def test_evaluation_keeps_the_state(target: Target) -> None:
     bn = configured(target.layer(4), seed=3).eval()
     before = target.snapshot(bn)
     bn(target.array(X))
@@ -265,7 +265,9 @@ def test_evaluation_changes_nothing(target: Target) -> None:
     [copy.copy, copy.deepcopy, lambda bn: pickle.loads(pickle.dumps(bn))],  # noqa: S301 - its own pickle
     ids=["copy", "deepcopy", "pickle"],
 )
-def test_layers_are_copied(target: Target, duplicate: Callable[[mbn.BatchNorm1d], mbn.BatchNorm1d]) -> None:
+def test_copies_are_equal_and_independent(
+    target: Target, duplicate: Callable[[mbn.BatchNorm1d], mbn.BatchNorm1d]
+) -> None:
     bn = configured(target.layer(4, momentum=0.5), seed=4)
     twin = duplicate(bn)
     assert repr(twin) == repr(bn)
@@ -276,7 +278,7 @@ def test_layers_are_copied(target: Target, duplicate: Callable[[mbn.BatchNorm1d]
     np.testing.assert_array_equal(target.numpy(bn(target.array(X))), y)
 
 
-def test_reset_parameters(target: Target) -> None:
+def test_reset_parameters_restores_the_initial_state(target: Target) -> None:
     bn = configured(target.layer(4), seed=5)
     bn.reset_parameters()
     assert_same(target.snapshot(target.layer(4)), target.snapshot(bn))
@@ -284,7 +286,7 @@ def test_reset_parameters(target: Target) -> None:
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("kind", ["plain", "masked", "empty", "traced", "vjp"])
-def test_count_stays_at_its_limit(target: Target, kind: str, momentum: float | None) -> None:
+def test_num_batches_tracked_stays_at_its_limit(target: Target, kind: str, momentum: float | None) -> None:
     bn = target.layer(4, momentum=momentum)
     limit = np.iinfo(target.numpy(bn.num_batches_tracked).dtype).max
     bn.num_batches_tracked = limit - 1
@@ -348,7 +350,7 @@ def interrupted(target: Target, at: int, change: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("name", CHANGES)
-def test_an_interrupted_change_is_made_or_not(target: Target, name: str, *, shared: bool) -> None:
+def test_interrupted_change_is_complete_or_absent(target: Target, name: str, *, shared: bool) -> None:
     if shared:
         target.require("modules")
 
@@ -366,7 +368,7 @@ def test_an_interrupted_change_is_made_or_not(target: Target, name: str, *, shar
         assert_same(after if np.array_equal(found[key], after[key]) else before, found)
 
 
-def test_a_reader_sees_no_mixture(target: Target) -> None:
+def test_concurrent_reader_sees_no_mixed_state(target: Target) -> None:
     bn = target.layer(4)
     entries = [{key: np.full_like(value, k) for key, value in target.snapshot(bn).items()} for k in (1, 2)]
     bn.load_state_dict(entries[0])
@@ -393,7 +395,7 @@ def test_a_reader_sees_no_mixture(target: Target) -> None:
         sys.setswitchinterval(interval)
 
 
-def test_a_load_during_a_step_stays(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_during_a_step_is_not_lost(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     bn, other = target.layer(4), configured(target.layer(4), seed=10)
     stores = type(target.backend).stores
 
@@ -407,7 +409,7 @@ def test_a_load_during_a_step_stays(target: Target, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("num_features", [None, 4])
-def test_settings_that_change_during_a_load_stay(target: Target, num_features: int | None) -> None:
+def test_settings_changed_during_a_load_are_not_lost(target: Target, num_features: int | None) -> None:
     bn = target.layer(num_features)
 
     class Entries(dict[str, np.ndarray]):
@@ -421,7 +423,7 @@ def test_settings_that_change_during_a_load_stay(target: Target, num_features: i
     assert (bn.training, bn.momentum) == (False, 0.5)
 
 
-def test_modes_and_settings_that_change_during_the_first_call_stay(
+def test_modes_and_settings_changed_during_the_first_call_are_not_lost(
     target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bn = target.layer(None)
@@ -439,7 +441,7 @@ def test_modes_and_settings_that_change_during_the_first_call_stay(
     assert_same(before, target.snapshot(bn))
 
 
-def test_evaluation_from_many_threads(target: Target) -> None:
+def test_concurrent_evaluations_agree(target: Target) -> None:
     bn = configured(target.layer(4), seed=6).eval()
     expected = target.numpy(bn(target.array(X)))
     before = target.snapshot(bn)
@@ -450,7 +452,7 @@ def test_evaluation_from_many_threads(target: Target) -> None:
     assert_same(before, target.snapshot(bn))
 
 
-def test_training_from_many_threads_never_mixes_updates(target: Target) -> None:
+def test_concurrent_training_never_mixes_updates(target: Target) -> None:
     bn = target.layer(1, momentum=1.0)
     inputs = [target.array(np.array([[0], [2 * k]], np.float32)) for k in range(1, 33)]  # mean k, variance 2k²
     bn(inputs[0])

@@ -86,7 +86,7 @@ def jitted(target: Target, function: Callable[[Array], Array]) -> Callable[[Arra
 
 
 @pytest.mark.parametrize(("training", "masked"), [(True, False), (True, True), (False, True)])
-def test_gradient_is_that_of_the_pullback(target: Target, *, training: bool, masked: bool) -> None:
+def test_grad_and_pullback_are_accurate(target: Target, *, training: bool, masked: bool) -> None:
     target.require("autograd")
     case = Case.make(target, masked=masked)
     dy = target.array(DY.astype(np.float32))
@@ -114,7 +114,7 @@ def test_gradient_is_that_of_the_pullback(target: Target, *, training: bool, mas
 
 
 @pytest.mark.parametrize(("dtype", "masked"), [("float32", False), ("float32", True), ("float64", True)])
-def test_third_derivatives_in_reverse(target: Target, dtype: str, *, masked: bool) -> None:
+def test_third_derivatives_in_reverse_mode_are_accurate(target: Target, dtype: str, *, masked: bool) -> None:
     target.require("autograd")
     case = Case.make(target, dtype, masked=masked)
     grad, v, dy = target.transforms.grad, target.array(V.astype(dtype)), target.array(DY.astype(dtype))
@@ -135,7 +135,7 @@ def test_third_derivatives_in_reverse(target: Target, dtype: str, *, masked: boo
 
 
 @pytest.mark.parametrize(("dtype", "masked"), [("float32", False), ("float32", True), ("float64", True)])
-def test_third_derivatives_forwards(target: Target, dtype: str, *, masked: bool) -> None:
+def test_third_derivatives_in_forward_mode_are_accurate(target: Target, dtype: str, *, masked: bool) -> None:
     target.require("autograd")
     case = Case.make(target, dtype, masked=masked)
     jvp, v = target.transforms.jvp, target.array(V.astype(dtype))
@@ -152,7 +152,7 @@ def test_third_derivatives_forwards(target: Target, dtype: str, *, masked: bool)
 
 
 @pytest.mark.parametrize(("training", "masked"), [(True, False), (True, True), (False, True)])
-def test_both_modes_at_once(target: Target, *, masked: bool, training: bool) -> None:
+def test_mixed_mode_derivatives_are_accurate(target: Target, *, masked: bool, training: bool) -> None:
     target.require("autograd")
     case = Case.make(target, masked=masked)
     transforms, v, dy = target.transforms, target.array(V.astype(np.float32)), target.array(DY.astype(np.float32))
@@ -185,7 +185,7 @@ def test_both_modes_at_once(target: Target, *, masked: bool, training: bool) -> 
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_pullback_can_be_differentiated(target: Target, *, masked: bool) -> None:
+def test_derivative_of_the_pullback_is_accurate(target: Target, *, masked: bool) -> None:
     target.require("autograd")
     case = Case.make(target, masked=masked)
     v, dy = target.array(V.astype(np.float32)), target.array(DY.astype(np.float32))
@@ -203,7 +203,7 @@ def test_pullback_can_be_differentiated(target: Target, *, masked: bool) -> None
 
 
 @pytest.mark.parametrize("settings", [{"momentum": None}, {"correction": 0}, {"affine": False}, {"axis": -1}, {}])
-def test_running_statistics_are_constants(target: Target, settings: dict[str, Any]) -> None:
+def test_running_statistics_have_no_derivative(target: Target, settings: dict[str, Any]) -> None:
     target.require("autograd")
     case = Case.make(target, **settings)
     dy = target.array(DY.astype(np.float32))
@@ -239,7 +239,7 @@ def test_constant_channels_have_finite_derivatives(target: Target) -> None:
 
 
 @pytest.mark.parametrize("left", [0, 1])
-def test_derivatives_with_hardly_anything_left(target: Target, left: int) -> None:
+def test_derivatives_are_zero_for_at_most_one_unmasked_value(target: Target, left: int) -> None:
     target.require("autograd")
     target.require("masks")
     mask = np.arange(24).reshape(6, 4) < left
@@ -289,21 +289,21 @@ def assert_steps(
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_jit(target: Target, *, masked: bool) -> None:
+def test_jit_of_a_training_step_is_accurate(target: Target, *, masked: bool) -> None:
     target.require("jit")
     case = Case.make(target, masked=masked)
     names = tuple(MASKS) if masked else ()
     assert_steps(target, target.transforms.jit(step_of(case.bn, names)), case, names, momentum=0.1)
 
 
-def test_jit_of_an_average_over_all_batches(target: Target) -> None:
+def test_jit_without_momentum_averages_all_batches(target: Target) -> None:
     target.require("jit")
     case = Case.make(target, momentum=None, correction=0)
     assert_steps(target, target.transforms.jit(step_of(case.bn, ())), case, (), momentum=None)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_jit_of_the_pullback(target: Target, *, masked: bool) -> None:
+def test_jit_of_the_pullback_is_accurate(target: Target, *, masked: bool) -> None:
     target.require("jit")
     case = Case.make(target, masked=masked)
     names = tuple(case.arguments)
@@ -322,7 +322,7 @@ def test_jit_of_the_pullback(target: Target, *, masked: bool) -> None:
 
 @pytest.mark.parametrize("name", ["lengths", "sample_weight"])
 @pytest.mark.parametrize("training", [True, False])
-def test_nonsense_that_is_traced_gives_nan(target: Target, name: str, *, training: bool) -> None:
+def test_invalid_traced_mask_arguments_give_nan(target: Target, name: str, *, training: bool) -> None:
     target.require("jit")
     target.require("masks")
     bn = target.layer(3)
@@ -345,7 +345,7 @@ def test_nonsense_that_is_traced_gives_nan(target: Target, name: str, *, trainin
             assert np.isnan(var).all()
 
 
-def test_jit_of_derivatives_with_traced_masks(target: Target) -> None:
+def test_jit_of_derivatives_with_traced_masks_is_accurate(target: Target) -> None:
     target.require("jit")
     target.require("autograd")
     case = Case.make(target, masked=True)
@@ -366,7 +366,7 @@ def test_jit_of_derivatives_with_traced_masks(target: Target) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_vmap_is_a_loop(target: Target, *, masked: bool) -> None:
+def test_vmap_of_a_training_step_is_accurate(target: Target, *, masked: bool) -> None:
     target.require("vmap")
     case = Case.make(target, masked=masked)
     names = tuple(MASKS) if masked else ()
@@ -383,7 +383,7 @@ def test_vmap_is_a_loop(target: Target, *, masked: bool) -> None:
     assert target.numpy(results[3]).tolist() == [4, 9]
 
 
-def test_vmap_of_an_average_over_all_batches(target: Target) -> None:
+def test_vmap_without_momentum_averages_all_batches(target: Target) -> None:
     target.require("vmap")
     case = Case.make(target, momentum=None, correction=0, axis=-1)
     step = step_of(case.bn, ())
@@ -397,7 +397,7 @@ def test_vmap_of_an_average_over_all_batches(target: Target) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_vmap_of_the_pullback(target: Target, *, masked: bool) -> None:
+def test_vmap_of_the_pullback_is_accurate(target: Target, *, masked: bool) -> None:
     target.require("vmap")
     case = Case.make(target, masked=masked)
     names = tuple(MASKS) if masked else ()
@@ -417,7 +417,7 @@ def test_vmap_of_the_pullback(target: Target, *, masked: bool) -> None:
         target.assert_gradients([array[i] for array in results], exact, "float32")
 
 
-def test_vmap_of_gradients(target: Target) -> None:
+def test_vmap_of_gradients_is_accurate(target: Target) -> None:
     target.require("vmap")
     target.require("autograd")
     case = Case.make(target, masked=True)
@@ -436,7 +436,7 @@ def test_vmap_of_gradients(target: Target) -> None:
 
 
 @pytest.mark.parametrize("transform", ["jit", "vmap"])
-def test_evaluation(target: Target, transform: str) -> None:
+def test_transformed_evaluation_is_accurate(target: Target, transform: str) -> None:
     target.require(transform)
     case = Case.make(target, masked=target.capabilities.masks)
     names = tuple(case.arguments)
@@ -473,13 +473,13 @@ def test_compiled_layer_learns(target: Target, *, masked: bool) -> None:
     assert int(case.bn.num_batches_tracked) == 5
 
 
-def test_compiled_apply(target: Target) -> None:
+def test_compiled_apply_is_accurate(target: Target) -> None:
     target.require("compile")
     case = Case.make(target, correction=0)
     assert_steps(target, target.transforms.compile(step_of(case.bn, ())), case, (), momentum=0.1)
 
 
-def test_compiled_gradient(target: Target) -> None:
+def test_compiled_gradient_is_accurate(target: Target) -> None:
     target.require("compile")
     target.require("autograd")
     case = Case.make(target, masked=True)

@@ -145,46 +145,55 @@ BUGS = {
         "cuda/moments.cu",
         "lo += (hi - (sum - part))",
         "lo *= (hi - (sum - part))",
-        "test_one_value_that_dwarfs_the_rest",
+        "test_statistics_are_accurate_where_one_value_dwarfs_the_others",
     ),
     "units of values that are not far from 1": Bug(
-        "cuda/moments.cu", "!is_far(largest)", "largest >= 0", "test_training_on_values_of_any_size"
+        "cuda/moments.cu", "!is_far(largest)", "largest >= 0", "test_training_is_accurate_on_values_of_any_size"
     ),
     "statistics merged in units of their own": Bug(
-        "cuda/moments.cu", "exponent != other.exponent", "false", "test_training_on_values_of_any_size"
+        "cuda/moments.cu", "exponent != other.exponent", "false", "test_training_is_accurate_on_values_of_any_size"
     ),
     "variances in units of means": Bug(
-        "cuda/moments.cu", "2 * all.exponent, step", "all.exponent, step", "test_training_on_values_of_any_size"
+        "cuda/moments.cu",
+        "2 * all.exponent, step",
+        "all.exponent, step",
+        "test_training_is_accurate_on_values_of_any_size",
     ),
     "scales out of range": Bug(
         "cuda/channels.cuh",
         "clamped(size < most ? size : most, ",
         "clamped(0 * most * size, ",
-        "test_any_eps_and_weight",
+        "test_output_is_accurate_for_any_eps_and_weight",
     ),
     "gradients out of range": Bug(
-        "cuda/gradients.cu", "value *= origins[channel].before", "value *= 1", "test_values_of_any_size and float64"
+        "cuda/gradients.cu",
+        "value *= origins[channel].before",
+        "value *= 1",
+        "test_pullback_is_accurate_for_values_of_any_size and float64",
     ),
     "products of gradients out of range": Bug(
-        "cuda/channels.cuh", "!IS_WIDE && unit", "unit", "test_gradients_of_any_size"
+        "cuda/channels.cuh", "!IS_WIDE && unit", "unit", "test_pullback_is_accurate_for_dy_of_any_size"
     ),
     "the variance of constants beside eps out of range": Bug(
-        "cuda/channels.cuh", "own == 0 || ", "", "test_gradients_of_constant_channels_of_any_size"
+        "cuda/channels.cuh", "own == 0 || ", "", "test_pullback_is_accurate_for_constant_channels_of_any_size"
     ),
     "the rest of means dropped": Bug(
         "cuda/moments.cu", "lo += (hi - (sum - part))", "lo *= (hi - (sum - part))", "test_constant_dy"
     ),
     "means of all there is in a value": Bug(
-        "cuda/moments.cu", "origin.hi = at(channel, i)", "origin.hi = 0", "test_weights_beside_a_large_mean"
+        "cuda/moments.cu",
+        "origin.hi = at(channel, i)",
+        "origin.hi = 0",
+        "test_sample_weights_are_accurate_beside_a_large_mean",
     ),
     "scales of gradients out of range": Bug(
-        "cuda/gradients.cu", "gradient *= projection.after", "gradient *= 1", "test_gradients_of_the_size_of_the_values"
+        "cuda/gradients.cu", "gradient *= projection.after", "gradient *= 1", "test_dx_is_accurate_where_dy_is_as_large_as_x"
     ),
     "weights out of range": Bug(
         "channel_stats.py",
         "FORMULAS = Formulas(cupy, cupy.ndarray)",
         "FORMULAS = Formulas(cupy, cupy.ndarray)\nFORMULAS.summable = lambda weights: weights",
-        "test_sample_weights_of_any_size_in_float64",
+        "test_training_is_accurate_with_sample_weights_of_any_size_in_float64",
     ),
     "values without weight counted": Bug(
         "cuda/threads.cuh", "values[position] > 0", "values[position] >= 0", "test_masks"

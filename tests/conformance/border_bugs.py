@@ -41,11 +41,11 @@ class ExportedByAMethodThatIsNotThere(Toy):
 
 
 BUGS = [
-    (NothingHandedOver, "test_arrays_are_handed_over_unchanged"),
-    (HandedOverByAMethodThatIsNotThere, "test_arrays_are_handed_over_unchanged", "AttributeError"),
-    (ExportedByAMethodThatIsNotThere, "test_arrays_are_handed_over_unchanged", "AttributeError"),
-    (HandedOverWithoutStrides, "test_arrays_are_handed_over_unchanged"),
-    (HandedOverInWords, "test_arrays_are_handed_over_unchanged"),
-    (ExportedInReverse, "test_arrays_are_handed_over_unchanged"),
+    (NothingHandedOver, "test_dlpack_exchange_keeps_values_and_device"),
+    (HandedOverByAMethodThatIsNotThere, "test_dlpack_exchange_keeps_values_and_device", "AttributeError"),
+    (ExportedByAMethodThatIsNotThere, "test_dlpack_exchange_keeps_values_and_device", "AttributeError"),
+    (HandedOverWithoutStrides, "test_dlpack_exchange_keeps_values_and_device"),
+    (HandedOverInWords, "test_dlpack_exchange_keeps_values_and_device"),
+    (ExportedInReverse, "test_dlpack_exchange_keeps_values_and_device"),
 ]
 """Backends, and the tests that have to name what is wrong with them."""

@@ -49,12 +49,12 @@ def statistics_differentiated(batch: Batch, y: torch.Tensor, state: State, stats
 
 
 BUGS = {
-    "first": Bug(added(1), "test_gradient_is_that_of_the_pullback"),
-    "second": Bug(added(2), "test_both_modes_at_once"),
-    "third in reverse": Bug(added(3), "test_third_derivatives_in_reverse"),
-    "third forwards": Bug(added(3), "test_third_derivatives_forwards"),
-    "masked": Bug(partial(change, masked_values_differentiated), "test_gradient_is_that_of_the_pullback"),
-    "statistics": Bug(partial(change, statistics_differentiated), "test_running_statistics_are_constants"),
+    "first": Bug(added(1), "test_grad_and_pullback_are_accurate"),
+    "second": Bug(added(2), "test_mixed_mode_derivatives_are_accurate"),
+    "third in reverse": Bug(added(3), "test_third_derivatives_in_reverse_mode_are_accurate"),
+    "third forwards": Bug(added(3), "test_third_derivatives_in_forward_mode_are_accurate"),
+    "masked": Bug(partial(change, masked_values_differentiated), "test_grad_and_pullback_are_accurate"),
+    "statistics": Bug(partial(change, statistics_differentiated), "test_running_statistics_have_no_derivative"),
 }
 
 

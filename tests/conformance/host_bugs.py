@@ -62,19 +62,25 @@ def summed_around_outliers() -> None:
 
 
 BUGS = {
-    "scale out of range": Bug(nowhere("of_line"), "test_training_on_values_of_any_size"),
-    "weight out of range": Bug(nowhere("of_line"), "test_any_eps_and_weight"),
-    "running statistics out of range": Bug(nowhere("of_line"), "test_evaluation_with_statistics_of_any_size"),
-    "squares out of range": Bug(statistics_as_found, "test_training_on_values_of_any_size"),
-    "sums of gradients out of range": Bug(nowhere("of_sums"), "test_values_of_any_size"),
-    "factors of gradients out of range": Bug(nowhere("of_factors"), "test_values_of_any_size"),
-    "merge out of range": Bug(merged_as_they_come, "test_values_of_any_size"),
-    "weights out of range": Bug(weights_as_they_are, "test_sample_weights_of_any_size_in_float64"),
-    "summed once": Bug(narrow_in_a_wide_layer, "test_narrow_input_goes_into_a_wide_layer"),
-    "fitted narrowly": Bug(narrow_batches_fitted, "test_narrow_batches_in_a_wide_layer"),
-    "summed one after another": Bug(summed_as_they_come, "test_one_value_that_dwarfs_the_rest"),
+    "scale out of range": Bug(nowhere("of_line"), "test_training_is_accurate_on_values_of_any_size"),
+    "weight out of range": Bug(nowhere("of_line"), "test_output_is_accurate_for_any_eps_and_weight"),
+    "running statistics out of range": Bug(
+        nowhere("of_line"), "test_evaluation_is_accurate_with_statistics_of_any_size"
+    ),
+    "squares out of range": Bug(statistics_as_found, "test_training_is_accurate_on_values_of_any_size"),
+    "sums of gradients out of range": Bug(nowhere("of_sums"), "test_pullback_is_accurate_for_values_of_any_size"),
+    "factors of gradients out of range": Bug(nowhere("of_factors"), "test_pullback_is_accurate_for_values_of_any_size"),
+    "merge out of range": Bug(merged_as_they_come, "test_fit_is_accurate_for_values_of_any_size"),
+    "weights out of range": Bug(
+        weights_as_they_are, "test_training_is_accurate_with_sample_weights_of_any_size_in_float64"
+    ),
+    "summed once": Bug(narrow_in_a_wide_layer, "test_narrow_input_in_a_float64_layer_is_accurate"),
+    "fitted narrowly": Bug(narrow_batches_fitted, "test_fit_of_narrow_batches_in_a_float64_layer_is_accurate"),
+    "summed one after another": Bug(
+        summed_as_they_come, "test_statistics_are_accurate_where_one_value_dwarfs_the_others"
+    ),
     "summed around an outlier": Bug(summed_around_outliers, "test_constant_dy"),
-    "one order of bytes": Bug(one_order_of_bytes, "test_either_order_of_bytes"),
+    "one order of bytes": Bug(one_order_of_bytes, "test_byte_order_of"),
 }
 
 

@@ -139,17 +139,23 @@ def factors_in_any_order() -> None:
 
 
 BUGS = {
-    "units of means": Bug(means_in_one_unit, "test_any_eps_and_weight[jax-float32-1e-33"),
-    "units of variances": Bug(variances_in_one_unit, "test_any_eps_and_weight[jax-float32-1e-20"),
-    "one factor": Bug(one_factor, "test_any_eps_and_weight[jax-float32-1e-20"),
-    "infinity times 0": Bug(in_64_bits(factors_for_a_weight_of_1), "test_weight_of_0_on_small_values[jax-float64"),
-    "factors in any order": Bug(factors_in_any_order, "test_small_dy_of_a_layer_with_a_large_variance"),
-    "squares out of range": Bug(in_64_bits(squares_as_found), "test_any_eps_and_weight[jax-float64-1e+200"),
-    "weights out of range": Bug(weights_as_they_are, "test_sample_weights_of_any_size"),
-    "sums in evaluation": Bug(narrow_sums_in_evaluation, "test_sums_that_cancel_in_evaluation"),
+    "units of means": Bug(means_in_one_unit, "test_output_is_accurate_for_any_eps_and_weight[jax-float32-1e-33"),
+    "units of variances": Bug(
+        variances_in_one_unit, "test_output_is_accurate_for_any_eps_and_weight[jax-float32-1e-20"
+    ),
+    "one factor": Bug(one_factor, "test_output_is_accurate_for_any_eps_and_weight[jax-float32-1e-20"),
+    "infinity times 0": Bug(
+        in_64_bits(factors_for_a_weight_of_1), "test_pullback_is_accurate_for_weight_0_and_small_values[jax-float64"
+    ),
+    "factors in any order": Bug(factors_in_any_order, "test_dx_is_accurate_for_small_dy_and_large_variance"),
+    "squares out of range": Bug(
+        in_64_bits(squares_as_found), "test_output_is_accurate_for_any_eps_and_weight[jax-float64-1e+200"
+    ),
+    "weights out of range": Bug(weights_as_they_are, "test_training_is_accurate_with_sample_weights_of_any_size"),
+    "sums in evaluation": Bug(narrow_sums_in_evaluation, "test_pullback_of_evaluation_is_accurate_where_sums_cancel"),
     "dropped": Bug(on_gpu(last_chunk_dropped), "test_long_channels"),
-    "cancelled": Bug(on_gpu(deviations_from_nothing), "test_float32_with_a_large_mean"),
-    "mixed up": Bug(on_gpu(channels_mixed_up), "test_first_values_masked"),
+    "cancelled": Bug(on_gpu(deviations_from_nothing), "test_float32_is_accurate_with_a_large_mean"),
+    "mixed up": Bug(on_gpu(channels_mixed_up), "test_training_is_accurate_where_the_first_values_are_masked"),
 }
 
 

@@ -97,17 +97,17 @@ class WeightsOfTheCallerKept(ToyKernels):
 
 
 BUGS = [
-    (DeclaresMasksButIgnoresThem, "test_masked_values_leak_nowhere"),
-    (MaskLeaksIntoStatistics, "test_masked_values_leak_nowhere"),
+    (DeclaresMasksButIgnoresThem, "test_masked_values_reach_no_output_or_statistic"),
+    (MaskLeaksIntoStatistics, "test_masked_values_reach_no_output_or_statistic"),
     (MaskLeaksIntoGradients, "test_pullback_with_masks"),
     (MaskedOutputIsTheBias, "test_masked_outputs_are_zero"),
     (MaskedGradientIsThatOfTheOutput, "test_pullback_with_masks"),
-    (BesselCountsMaskedValues, "test_bessel_counts_valid_values"),
-    (BesselCountsEachWeightOnce, "test_bessel_counts_weights"),
-    (WeightsIgnoredInTheVariance, "test_whole_weights_are_repetitions"),
+    (BesselCountsMaskedValues, "test_bessel_correction_counts_unmasked_values"),
+    (BesselCountsEachWeightOnce, "test_bessel_correction_counts_sample_weights"),
+    (WeightsIgnoredInTheVariance, "test_integer_weights_equal_repeated_rows"),
     (WeightsInSumsOfDy, "test_pullback_with_masks"),
-    (StatisticsOfNothingLearnt, "test_nothing_left"),
-    (LengthsOffByOne, "test_lengths_count_from_the_start"),
-    (WeightsOfTheCallerKept, "test_pullback_of_an_edited_mask"),
+    (StatisticsOfNothingLearnt, "test_fully_masked_batch_gives_zeros_and_keeps_the_statistics"),
+    (LengthsOffByOne, "test_lengths_count_positions_from_the_start"),
+    (WeightsOfTheCallerKept, "test_pullback_ignores_later_edits_of_sample_weight"),
 ]
 """Backends, and the tests that have to name what is wrong with them."""

@@ -54,13 +54,13 @@ class BiasForgottenOfOneRow(ToyKernels):
 
 
 BUGS = [
-    (MeansMergedAlone, "test_batches_do_not_matter"),
-    (MeansMergedWithoutCounts, "test_three_values_example"),
-    (CountOfTheFirstBatch, "test_batches_do_not_matter"),
-    (NarrowMerge, "test_a_thousand_unequal_batches"),
-    (MergedInPlace, "test_weighted_batches_are_merged"),
-    (NothingMergedIsNan, "test_weighted_batches_are_merged"),
-    (WeightForgottenAroundZero, "test_scale_and_shift"),
-    (BiasForgottenOfOneRow, "test_dense_layer"),
+    (MeansMergedAlone, "test_fit_does_not_depend_on_the_cut_into_batches"),
+    (MeansMergedWithoutCounts, "test_fit_matches_the_three_values_example"),
+    (CountOfTheFirstBatch, "test_fit_does_not_depend_on_the_cut_into_batches"),
+    (NarrowMerge, "test_fit_is_accurate_over_a_thousand_unequal_batches"),
+    (MergedInPlace, "test_merge_of_weighted_batches_is_accurate"),
+    (NothingMergedIsNan, "test_merge_of_weighted_batches_is_accurate"),
+    (WeightForgottenAroundZero, "test_fold_gives_accurate_scale_and_shift"),
+    (BiasForgottenOfOneRow, "test_fold_linear_is_accurate"),
 ]
 """Backends, and the tests that have to name what is wrong with them."""

@@ -71,12 +71,12 @@ class Unmasked(ToyModule):
 
 BUGS = [
     (StatisticsNotShared, "test_module_and_layer_share_their_arrays"),
-    (ParametersWrittenBeforeStatistics, "test_an_interrupted_change_is_made_or_not"),
+    (ParametersWrittenBeforeStatistics, "test_interrupted_change_is_complete_or_absent"),
     (FirstOfSeveralWritten, "test_params_and_state_are_set_together"),
-    (WrittenInSteps, "test_a_reader_sees_no_mixture"),
-    (DeclaresModulesAndHasNone, "test_module_does_what_the_layer_does", "TypeError: toy has no modules"),
-    (ModuleInTrainingForEver, "test_module_does_what_the_layer_does"),
-    (ModuleBeginsInTraining, "test_module_begins_in_the_mode_of_the_layer"),
-    (ModuleIgnoresMasks, "test_masks_go_through_the_module"),
+    (WrittenInSteps, "test_concurrent_reader_sees_no_mixed_state"),
+    (DeclaresModulesAndHasNone, "test_module_computes_and_learns_as_the_layer_does", "TypeError: toy has no modules"),
+    (ModuleInTrainingForEver, "test_module_computes_and_learns_as_the_layer_does"),
+    (ModuleBeginsInTraining, "test_module_starts_in_the_mode_of_the_layer"),
+    (ModuleIgnoresMasks, "test_module_passes_masks_to_the_layer"),
 ]
 """Backends, and the tests that have to name what is wrong with them."""

@@ -77,15 +77,15 @@ class InputWrittenBesideOut(ToyKernels):
 
 
 BUGS = [
-    (OutForgotten, "test_what_is_declared_is_true"),
+    (OutForgotten, "test_out_is_written_to_if_declared_and_rejected_otherwise"),
     (OutClearedFirst, "test_out_may_be_x"),
     (OutInTheOrderOfX, "test_output_is_written_to_out"),
     (MaskForgottenInOut, "test_output_is_written_to_out"),
-    (OverlapNotSeen, "test_out_that_overlaps_x_is_refused"),
-    (OverlapWithItselfNotSeen, "test_out_that_overlaps_itself_is_refused"),
-    (OverlapByStepsNotSeen, "test_out_that_overlaps_itself_is_refused"),
-    (RowsBetweenRowsRefused, "test_out_with_rows_between_its_rows", "ValueError: out overlaps itself"),
-    (OutOfHalvesWidened, "test_out_has_any_dtype_of_x"),
+    (OverlapNotSeen, "test_out_that_overlaps_x_is_rejected"),
+    (OverlapWithItselfNotSeen, "test_out_that_overlaps_itself_is_rejected"),
+    (OverlapByStepsNotSeen, "test_out_that_overlaps_itself_is_rejected"),
+    (RowsBetweenRowsRefused, "test_out_may_have_interleaved_rows", "ValueError: out overlaps itself"),
+    (OutOfHalvesWidened, "test_out_may_have_any_dtype_of_x"),
     (InputWrittenBesideOut, "test_output_is_written_to_out"),
 ]
 """Backends, and the tests that have to name what is wrong with them."""

@@ -34,9 +34,9 @@ class DeclaresCompileAndHasNone(Toy):
 _NONE = "TypeError: 'NoneType' object is not callable"
 
 BUGS = [
-    (DeclaresAutogradAndHasNone, "test_gradient_is_that_of_the_pullback", "NotImplementedError"),
-    (DeclaresVmapAndHasNone, "test_vmap_is_a_loop", _NONE),
-    (VmapOfTheFirst, "test_vmap_is_a_loop"),
+    (DeclaresAutogradAndHasNone, "test_grad_and_pullback_are_accurate", "NotImplementedError"),
+    (DeclaresVmapAndHasNone, "test_vmap_of_a_training_step_is_accurate", _NONE),
+    (VmapOfTheFirst, "test_vmap_of_a_training_step_is_accurate"),
     (DeclaresJitAndHasNone, "test_jit", _NONE),
     (DeclaresCompileAndHasNone, "test_compiled", _NONE),
 ]
