@@ -73,7 +73,7 @@ def test_traced_and_scattered_values_do_not_cross() -> None:
         jax.jit(lambda x: mbn.asarray(x, backend="torch"))(1.0)
     with pytest.raises(TypeError):
         mbn.asarray(torch.eye(3).to_sparse(), backend="jax")
-    with pytest.raises(ValueError, match="no values to bring elsewhere"):
+    with pytest.raises(ValueError, match="no values to copy"):
         mbn.asarray(torch.ones(3, device="meta"), backend="jax")
 
 

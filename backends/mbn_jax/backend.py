@@ -1,4 +1,4 @@
-"""JAX's border, kernels and hooks. Everything can be traced."""
+"""The backend of JAX: the border, the kernels and the hooks. Every kernel can be traced."""
 
 import copy
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from mbn_jax.kernels.channel_sums import is_known
 from mbn_jax.kernels.pairs import Mean, Pair, Square, Variance, widest_dtype
 
 _ALIGNMENT = 16
-"""What compiled code asks of its arguments on a GPU, in bytes. On the CPU JAX copies what does not comply."""
+"""The alignment of arguments that compiled code needs on a GPU, in bytes. On the CPU, JAX copies unaligned arrays."""
 
 
 class JaxBackend(Backend):
@@ -44,8 +44,8 @@ class JaxBackend(Backend):
         if isinstance(x, jax.Array):
             array = x if dtype is None else x.astype(_dtype(dtype))
             return array if target is None else jax.device_put(array, target)
-        with jax.ensure_compile_time_eval():  # a layer that is made under a trace is not to be part of it
-            # A copy of our own: on the CPU JAX takes host memory for its own and may read it later.
+        with jax.ensure_compile_time_eval():  # the arrays of a layer made under a trace must not be tracers
+            # Copy, since JAX on the CPU may share host memory, and read it after the caller has changed it.
             array = jnp.asarray(np.array(x, _host_dtype(x) if dtype is None else _dtype(dtype)))
             return array if target is None else jax.device_put(array, target)
 
@@ -53,7 +53,7 @@ class JaxBackend(Backend):
         return np.asarray(x)
 
     def from_dlpack(self, x: Any) -> jax.Array:
-        _dtype(dtype_name(x.dtype))  # JAX itself would make float32 of float64
+        _dtype(dtype_name(x.dtype))  # without 64-bit numbers JAX would silently convert float64 to float32
         with jax.ensure_compile_time_eval():  # as in asarray
             array = jax.dlpack.from_dlpack(x)
         if array.unsafe_buffer_pointer() % _ALIGNMENT:
@@ -69,7 +69,7 @@ class JaxBackend(Backend):
         return () if isinstance(x, jax.core.Tracer) else tuple(sorted(map(str, x.devices())))
 
     def copy(self, x: jax.Array) -> jax.Array:
-        # What is traced stays so: there is no tape to cut it off from, and a pullback may be differentiated again.
+        # A tracer stays a tracer: JAX has no tape to detach it from, and a pullback may be differentiated again.
         return jnp.array(x, copy=True)
 
     def within(self, values: jax.Array, low: float, high: float) -> bool | None:
@@ -85,7 +85,7 @@ class JaxBackend(Backend):
 
     def register(self, layer_type: type, flatten: Callable[[Any], Any], unflatten: Callable[[Any, Any], Any]) -> None:
         def flatten_here(layer: Any) -> tuple[Any, Any]:
-            # A layer that waits for its first input to choose would be another tree after it.
+            # A layer whose backend the first input would choose would have another tree structure after that input.
             is_open = layer.backend is None and layer.num_features is not None
             return flatten(copy.copy(layer).to(backend=self.name) if is_open else layer)
 
@@ -96,7 +96,7 @@ class JaxBackend(Backend):
         jax.tree_util.register_pytree_with_keys(layer_type, flatten_with_keys, unflatten, flatten_here)
 
     def finish(self, *values: Any) -> None:
-        jax.block_until_ready(values)  # of traced ones there is nothing to wait for
+        jax.block_until_ready(values)  # returns at once for tracers
 
     def stores(self, before: State, after: State) -> bool:
         traced = [leaf for leaf in after if isinstance(leaf, jax.core.Tracer)]
@@ -120,17 +120,17 @@ class JaxKernels(Kernels):
     """Kernels that can be traced, each of them one compiled call."""
 
     def __init__(self, group: AxisGroup | None = None) -> None:
-        """Make kernels of the replicas that share their statistics, by which they are differentiated too."""
+        """Make kernels of a group of replicas, over which derivatives are summed, or of one replica if it is None."""
         self.group = group
 
     @classmethod
     @cache
     def of(cls, group: AxisGroup) -> "JaxKernels":
-        """Return the kernels of a group, the same each time: JAX compiles for each."""
+        """Return the kernels of a group, always the same instance, since JAX compiles anew for each."""
         return cls(group)
 
     def moments(self, batch: Batch) -> Moments:
-        # The statistics that normalise a batch are differentiated together with the normalisation, by ``batch.py``.
+        # No derivative here: ``own_statistics.py`` differentiates the statistics together with the normalisation.
         x = jax.lax.stop_gradient(widened(batch.x, batch.dtype))
         moments = Moments(*passes.moments(x, passes.against(batch.sample_weight, x)))
         n = x.size // x.shape[1]
@@ -164,7 +164,7 @@ class JaxKernels(Kernels):
     def pullback(
         self, dy: jax.Array, batch: Batch, weight: jax.Array | None, stats: Stats, eps: Square
     ) -> tuple[jax.Array, jax.Array, jax.Array] | None:
-        """Return the gradients of x, weight and bias by its own statistics; None by others."""
+        """Return the gradients of x, weight and bias if the statistics are those of x; None if they are constants."""
         x, (mean, var, count) = batch.x, stats
         if count is None:
             return None
@@ -205,11 +205,11 @@ JaxBackend.kernels = JaxKernels()
 
 _WOULD_LEAK = """\
 a training layer that is closed over by a JAX transformation cannot keep its new statistics: they end with the trace. \
-The layer is unchanged. Either pass parameters and state through, as a pure function:
+The layer is unchanged. Either pass parameters and state through a pure function:
 
     y, state = bn.apply(bn.params, bn.state, x, training=True)
 
-or pass the layer through, which is a pytree:
+or pass the layer itself, a pytree, through the function:
 
     @jax.jit
     def step(bn, x):
@@ -218,12 +218,12 @@ or pass the layer through, which is a pytree:
 
     bn, y = step(bn, x)
 
-A layer that is made without num_features or without a backend has no arrays of JAX to pass before its first call: \
+A layer that is made without num_features or without a backend has no arrays of JAX before its first call: \
 give it both, BatchNorm1d(C, backend="jax"), or call it once outside of the transformation."""
 
 
 def _traces(leaf: Any) -> list[Any]:
-    """Return the traces that an array is part of, the innermost first; none for one that has a value."""
+    """Return the traces that an array is part of, the innermost first; an empty list for a concrete array."""
     traces, trace = [], getattr(leaf, "_trace", None)
     while trace is not None:
         traces.append(trace)
@@ -233,7 +233,7 @@ def _traces(leaf: Any) -> list[Any]:
 
 @cache
 def _capabilities(widest: np.dtype) -> Capabilities:
-    """Return what JAX can do with ``widest`` for its widest dtype; asked for at every call of a layer."""
+    """Return JAX's capabilities, given its widest dtype; cached, since every call of a layer reads them."""
     return Capabilities(
         dtypes=frozenset({"float16", "bfloat16", "float32", widest.name}),
         devices=_device_names(),
@@ -249,10 +249,10 @@ def _capabilities(widest: np.dtype) -> Capabilities:
 
 
 def _device_names() -> tuple[str, ...]:
-    """Return the names of the devices here, the default platform first: "cpu", or "gpu:0" where there are more."""
+    """Return the names of the local devices, the default platform first: "cpu", or "gpu:0" if it has several."""
     names = []
     for platform in dict.fromkeys((jax.default_backend(), "cpu")):
-        with suppress(RuntimeError):  # JAX_PLATFORMS can leave the CPU out
+        with suppress(RuntimeError):  # JAX_PLATFORMS may exclude the CPU
             devices = jax.local_devices(backend=platform)
             names += [platform] if len(devices) == 1 else [f"{platform}:{index}" for index in range(len(devices))]
     return tuple(names)
@@ -260,23 +260,27 @@ def _device_names() -> tuple[str, ...]:
 
 @cache
 def _name(device: jax.Device) -> str:
-    """Return the name of a device, which unlike the device can be pickled with a layer."""
+    """Return the name of a device, which a layer can pickle, unlike the device."""
     return f"{device.platform}:{jax.local_devices(backend=device.platform).index(device)}"
 
 
 def _device(given: jax.Device | str) -> jax.Device:
-    """Return a device from itself, from a platform ("gpu", "cuda": its first device) or from "platform:index"."""
+    """Return the device that is given: a device, a platform ("gpu", "cuda": its first device) or "platform:index"."""
     if isinstance(given, jax.Device):
         return given
     platform, _, index = str(given).partition(":")
-    with suppress(RuntimeError, KeyError):  # no such platform, no such index
+    with suppress(RuntimeError, KeyError):  # an unknown platform, or an unknown index
         devices = jax.local_devices(backend=platform)
         return {str(number): device for number, device in enumerate(devices)}[index or "0"]
     raise ValueError(f"JAX has no device {given!r} here; it has {', '.join(_device_names())}.")
 
 
 def _dtype(name: str) -> np.dtype:
-    """Return the dtype of a name; integers may lose their upper half, floating dtypes must be what was asked for."""
+    """Return the dtype of a name, for integers 32 bits wide if JAX has no 64-bit numbers.
+
+    Raises:
+        TypeError: JAX has no such floating dtype, for lack of 64-bit numbers.
+    """
     dtype = np.dtype(name)
     usable = jax.dtypes.canonicalize_dtype(dtype)
     if usable != dtype and dtype.kind not in "iu":
@@ -288,7 +292,7 @@ def _dtype(name: str) -> np.dtype:
 
 
 def _host_dtype(x: Any) -> np.dtype:
-    """Return the dtype for host data as it is: lists and scalars of Python have none, and take JAX's."""
+    """Return the dtype for host data: its own, or JAX's default for Python's lists and scalars, which have none."""
     if hasattr(x, "dtype"):
         return _dtype(x.dtype.newbyteorder("="))
     return jax.dtypes.canonicalize_dtype(np.asarray(x).dtype)

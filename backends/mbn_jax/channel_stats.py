@@ -1,6 +1,7 @@
 """Formulas on the statistics of channels, (C,) vectors in pairs with units, and on sample weights.
 
-Everything can be traced, and differentiates as the real numbers that it stands for, forwards and backwards and again.
+Every function can be traced. Its derivatives, in both modes and of any order, are those of the real numbers that the
+pairs represent.
 """
 
 from functools import partial
@@ -38,8 +39,10 @@ from mbn_jax.kernels.pairs import (
 from mbn_jax.kernels.primitives import WidePrimitive
 
 MODERATE = 2.0**64
-"""The largest weight is made no larger, and no smaller than the inverse: a correction is next to nothing, or all,
-beside a sum of such weights.
+"""The largest weight is scaled to lie between the inverse of this number and this number.
+
+Beyond these bounds a correction of 1 is negligible beside the sum of the weights, or far exceeds it, so that scaling
+changes no result.
 """
 
 
@@ -47,7 +50,7 @@ beside a sum of such weights.
 def combine_weights(
     shape: Shape, dtype: str, mask: jax.Array | None, lengths: jax.Array | None, sample_weight: jax.Array | None
 ) -> jax.Array:
-    """Return the sample weight (1 if None) where mask and lengths allow, else 0; and NaN for what makes no sense."""
+    """Return the sample weight (1 if None) of each unmasked cell, 0 for masked ones, and NaN for invalid arguments."""
 
     def full(values: jax.Array) -> jax.Array:
         return values[:, None] if values.ndim < len(shape) else values
@@ -67,10 +70,11 @@ def combine_weights(
 
 
 def _in_range(weights: jax.Array) -> jax.Array:
-    """Return weights times a power of two, 1 for ordinary ones, so that sums of them are in range and all are normal.
+    """Return weights times a power of two, 1 for ordinary weights, so that their sums are in range and all are normal.
 
-    What comes of weights goes by their ratios, and by their sum only where it is near a correction. XLA may take
-    subnormal numbers for 0, so they are read as integers; what is left of them beside the largest weight is a weight.
+    Results depend on the ratios of weights, and on their sum only where that is near a correction. XLA may flush
+    subnormal numbers to 0, so they are read as integers. A weight that would become subnormal becomes the least normal
+    number, so that no positive weight turns into 0.
     """
     tiny = float(jnp.finfo(weights.dtype).tiny)
     is_subnormal, part = subnormal(weights)
@@ -81,7 +85,7 @@ def _in_range(weights: jax.Array) -> jax.Array:
 
 
 def square_in_own_units(square: Pair, unit: jax.Array, dtype: np.dtype) -> list[jax.Array]:
-    """Return the parts of a square, given in units, in units of a dtype of about its own size."""
+    """Return a square, given in a unit, as the parts of a ``Square`` of ``dtype`` whose unit is about its own size."""
     own = power_of_two(jnp.maximum(jnp.sqrt(square.hi), NOTHING) * unit, dtype)
     ratio = unit / own
     return [*as_pair(times(times(square, ratio), ratio), dtype), own.astype(dtype)]
@@ -91,7 +95,7 @@ def square_in_own_units(square: Pair, unit: jax.Array, dtype: np.dtype) -> list[
 def merge(
     count: Pair, mean: Scaled, m2: Square, other_count: Pair, other_mean: Scaled, other_m2: Square
 ) -> tuple[Pair, Scaled, Square]:
-    """Return count, mean and m2 of two batches together, constants to differentiation.
+    """Return count, mean and m2 of two batches together, as constants to differentiation.
 
     Source: Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances, 1979,
     equations 2.1.
@@ -129,7 +133,7 @@ _MERGE = WidePrimitive("merge", _merge)
 
 @partial(jax.jit, static_argnames=("correction",))
 def variance(m2: Square, count: Pair, correction: int) -> Square:
-    """Return m2 / (count - correction), and 0 where count is no more than correction."""
+    """Return m2 / (count - correction), and 0 if count is at most the correction; the argument is m2 / count."""
     if correction == 0:
         return m2
     n = lax.stop_gradient(as_pair(count, m2.unit.dtype))
@@ -141,7 +145,7 @@ def variance(m2: Square, count: Pair, correction: int) -> Square:
 @jax.jit
 def lerp(start: jax.Array, end: Mean | Variance, weight: Pair | jax.Array) -> jax.Array:
     """Return (1 - weight) * start + weight * end, rounded to the dtype of start."""
-    # Constants before anything is computed: then even a gradient that is taken step by step leaves no tracer behind.
+    # Stop gradients of the arguments, not of the result: then no tracer of a gradient outside of jit reaches the state.
     return _LERP(*lax.stop_gradient((start, end, weight)))[0]
 
 
@@ -153,7 +157,7 @@ def _lerp(start: jax.Array, end: Mean | Variance, weight: Pair | jax.Array) -> l
     if isinstance(end, Square):
         new *= wide(end.unit)
     moved = (1 - step) * old + new
-    return [jnp.where(step == 0, old, moved).astype(start.dtype)]  # whatever the end is, NaN included
+    return [jnp.where(step == 0, old, moved).astype(start.dtype)]  # a step of 0 keeps old, even if the end is NaN
 
 
 _LERP = WidePrimitive("lerp", _lerp)
@@ -161,28 +165,28 @@ _LERP = WidePrimitive("lerp", _lerp)
 
 @jax.jit
 def reciprocal(count: jax.Array) -> jax.Array:
-    """Return 1 / count in the widest dtype there is."""
+    """Return 1 / count in the widest enabled floating dtype."""
     return 1 / count.astype(widest_dtype())
 
 
 @partial(jax.jit, static_argnames=("correction",))
 def step(weight: Pair | jax.Array, count: Pair, correction: int) -> Pair:
-    """Return the weight of a batch in the running statistics, and 0 where count is no more than correction."""
+    """Return the weight of a batch in the running statistics, and 0 if the count is at most the correction."""
     return where(_left(count, correction).hi <= 0, 0, as_pair(weight, widest_dtype()))
 
 
 def divisor(count: Pair) -> Pair:
-    """Return count as a divisor of sums, which are 0 where it is."""
+    """Return the count as a divisor of sums: 1 in place of 0, where the sums are 0 too."""
     return where(count.hi == 0, 1, count)
 
 
 def plain(value: Scaled) -> jax.Array:
-    """Return a value in one number, as far as its dtype goes."""
+    """Return a scaled pair rounded to one number of its dtype."""
     return value.pair.hi * value.unit
 
 
 def invstd(var: Variance, eps: Square, dtype: jnp.dtype) -> Scaled:
-    """Return 1 / sqrt(var + eps), and 0 where that is 0, in numbers of ``dtype``."""
+    """Return 1 / sqrt(var + eps) in numbers of ``dtype``, and 0 where var + eps is 0."""
     return _invstd(as_square(var, dtype), as_square(eps, dtype))
 
 
@@ -198,9 +202,9 @@ def _inverse_root(var: Square, eps: Square) -> list[jax.Array]:
     unit = jnp.where(unit == 0, 1, unit)
     square = sum(value * (own / unit) * (own / unit) for value, own in terms)
     root = 1 / jnp.sqrt(jnp.where(square == 0, 1, square))
-    # A variance that came without a unit of its own gets one here.
+    # A variance without units (a plain vector) may give a root far from 1, which gets a unit of its own here.
     own = jnp.where((root > 2.0**-8) & (root < 2.0**8), 1, power_of_two(root, np.dtype(np.float64)))
-    own = jnp.minimum(own, unit * 2.0 ** (jnp.finfo(var.unit.dtype).maxexp - 1))  # the unit below is finite
+    own = jnp.minimum(own, unit * 2.0 ** (jnp.finfo(var.unit.dtype).maxexp - 1))  # keeps the unit below finite
     return [*as_pair(jnp.where(square == 0, 0, root) / own, var.unit.dtype), (own / unit).astype(var.unit.dtype)]
 
 
@@ -220,10 +224,10 @@ def _invstd_jvp(primals: tuple[Square, Square], tangents: tuple[Square, Square])
 
 @jax.custom_jvp
 def factors(invstd: Scaled, weight: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Return invstd * weight as two factors, of which the first is 1 for ordinary numbers.
+    """Return invstd * weight as a product of two factors; for ordinary numbers the first is 1.
 
-    Otherwise it is a power of two such that neither a standard deviation times the first nor the second is near the
-    ends of the range.
+    Otherwise the first factor is a power of two such that neither a standard deviation times that factor, nor the
+    second factor, is near the ends of the range.
     """
     first, second = _FACTORS(invstd, weight)
     return first, second
@@ -235,9 +239,9 @@ def _factors(invstd: Scaled, weight: jax.Array | None) -> list[jax.Array]:
     factor = jnp.ones_like(root) if weight is None else wide(weight)
     exponent = jnp.log2(root) + jnp.log2(unit)
     whole = exponent + jnp.where(factor == 0, 0, jnp.log2(jnp.abs(factor)))
-    # There is always a first for both: no exponent of a weight is larger than the sum of these two.
+    # Some first factor satisfies both bounds, since no exponent of a weight is larger than their sum.
     near, far = (share * float(jnp.finfo(dtype).maxexp) for share in (0.45, 0.8))
-    # The first is no larger than the whole, so that it takes no value beyond the range that the whole would not.
+    # The first factor is at most the product (or 1), so that it makes no value overflow that the product would not.
     least = jnp.minimum(jnp.maximum(exponent - near, whole - far), jnp.maximum(whole, 0))
     own = jnp.clip(0, least, jnp.minimum(exponent + near, whole + far))
     own = jnp.where(factor == 0, jnp.minimum(own, 0), own)  # infinity times 0 would be NaN
@@ -262,5 +266,5 @@ def _factors_jvp(
 
 
 def _left(count: Pair, correction: int) -> Pair:
-    """Return what is left of a count without the correction."""
+    """Return count - correction."""
     return add(count, as_pair(float(-correction), count.hi.dtype))

@@ -1,4 +1,4 @@
-"""Groups of replicas as JAX has them: along an axis that ``vmap``, ``pmap`` or ``shard_map`` has a name for."""
+"""A group of replicas along a named axis of ``vmap``, ``pmap`` or ``shard_map``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,20 +17,20 @@ class AxisGroup:
     """The replicas along a named axis."""
 
     name: Any
-    """That of the axis, or a tuple of names."""
+    """The name of the axis, or a tuple of names of axes."""
 
     @property
     def names(self) -> tuple[Any, ...]:
-        """The names of all axes that replicas are along."""
+        """The names of all axes of the group."""
         return self.name if isinstance(self.name, tuple) else (self.name,)
 
     @property
     def rank(self) -> jax.Array:
-        """Which of them this one is."""
+        """The index of this replica."""
         return lax.axis_index(self.name)
 
     def gather(self, values: T) -> Sequence[T]:
-        """Return the values of all replicas. A number is the same for all, since their arrays have one shape."""
+        """Return the values of all replicas. Python numbers are equal on all, since the arrays have the same shapes."""
         stacks = jax.tree.map(partial(_stacked, name=self.name), values)
         return [
             jax.tree.map(lambda stack, i=i: stack[i] if isinstance(stack, jax.Array) else stack, stacks)

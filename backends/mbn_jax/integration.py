@@ -1,4 +1,4 @@
-"""A step and its pullback as JAX compiles them: each one program, whose numbers are arguments."""
+"""A step and its pullback, each compiled by JAX as one program, which takes eps and momentum as arguments."""
 
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +24,7 @@ def step(
     keep: bool = True,
     group: AxisGroup | None = None,
 ) -> tuple[jax.Array, State, Stats | None]:
-    """Do what ``mbn.step.compose.forward`` does."""
+    """Compute ``mbn.step.compose.forward`` as one compiled program."""
     x, sample_weight, dtype = batch
     y, after, stats = compiled_step(
         *(x, sample_weight, params, state, eps_argument(settings.eps), argument(settings.momentum)),
@@ -49,7 +49,7 @@ def differentiate(
     needs: object = None,
     group: AxisGroup | None = None,
 ) -> tuple[jax.Array, ...]:
-    """Do what ``mbn.step.compose.pullback`` does."""
+    """Compute ``mbn.step.compose.pullback`` as one compiled program."""
     x, sample_weight, dtype = batch
     stats = stats._replace(count=argument(stats.count))
     arrays = dy, x, sample_weight, weight, stats, eps_argument(eps)
@@ -57,7 +57,7 @@ def differentiate(
 
 
 def _of_group(kernels: Any, group: AxisGroup | None) -> Kernels:
-    """Return kernels whose derivatives pass the seam between replicas, where there are others."""
+    """Return kernels whose derivatives are summed over the replicas of the group, if there is one."""
     return kernels if group is None else kernels.of(group)
 
 
@@ -77,7 +77,7 @@ def compiled_step(
     training: bool,
     keep: bool,
 ) -> tuple[jax.Array, State, Stats | None]:
-    """Run a step of which nothing is static but the way that it takes: no momentum has it compiled anew."""
+    """Compute a step. Only options that change the program are static: a new eps or momentum compiles nothing anew."""
     batch = Batch(widened(x, dtype), sample_weight, dtype)
     settings = Settings(None, dtype, eps, momentum, 1, correction)  # type: ignore[arg-type]  # traced
     y, state, stats = forward(kernels, batch, params, state, settings, training, None, keep, kernels.group)
@@ -103,15 +103,15 @@ def _compiled_pullback(
 
 
 def widened(x: jax.Array, dtype: str) -> jax.Array:
-    """Return x in float64 if a layer is: the results have to be as exact as its vectors are."""
+    """Return x, or x in float64 if the layer is: results must be as exact as its statistics."""
     return x.astype(np.float64) if dtype == "float64" else x
 
 
 def argument(value: Any) -> Any:
-    """Return a Python number as an argument of compiled code, and anything else as it is."""
+    """Return a Python number as a pair of arrays, an argument of compiled code; return any other value as it is."""
     return number(value) if isinstance(value, int | float) else value
 
 
 def eps_argument(eps: Any) -> Square:
-    """Return an eps as an argument of compiled code, in the same way."""
+    """Return an eps that is a Python number as a ``Square``, an argument of compiled code; else as it is."""
     return squared(eps) if isinstance(eps, int | float) else eps

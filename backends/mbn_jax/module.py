@@ -1,8 +1,9 @@
 """The layer as a module of flax.
 
-It has to be to flax what ``flax.nnx.BatchNorm`` is, under every transformation and to all that looks for modes and
-variables, and to compute what the layer computes. Steps are compiled once for equal modules, so all of it that is no
-variable has to be hashable and comparable. Nothing else of mbn needs flax, so only the backend's hook imports this.
+The module must behave like ``flax.nnx.BatchNorm`` under every transformation and for every tool that reads modes and
+variables, and compute the same as the layer. flax compiles a step once for equal modules, so all attributes that are no
+variables must be hashable and comparable. Only the backend's hook imports this file, since the rest of mbn needs no
+flax.
 """
 
 import copy
@@ -20,7 +21,7 @@ class BatchNorm1d(nnx.Module):
     """Batch normalisation of (N, C) or (N, C, L) inputs, as :class:`mbn.BatchNorm1d` does it.
 
     In training (:meth:`train`) the input is normalised by its own statistics, and the running ones move towards them;
-    in evaluation (:meth:`eval`) it is normalised by the running statistics, which stay.
+    in evaluation (:meth:`eval`) it is normalised by the running statistics, which do not change.
 
     Example usage::
 
@@ -43,8 +44,8 @@ class BatchNorm1d(nnx.Module):
         use_running_average: the mode: False in training, True in evaluation.
 
     Args:
-        layer: the layer. The module begins with copies of its arrays and with its mode, and is frozen if it is.
-        adopt: makes the layer hold other arrays.
+        layer: the layer. The module starts with copies of its arrays and with its mode, and is frozen if the layer is.
+        adopt: a function that makes the layer hold other arrays.
     """
 
     def __init__(self, layer: Any, adopt: Callable[[Params, State], None]) -> None:
@@ -86,7 +87,7 @@ class BatchNorm1d(nnx.Module):
             params, before, x, training=not evaluates, mask=mask, lengths=lengths, sample_weight=sample_weight
         )
         for variable, old, new in zip(tracked, before, after, strict=True):
-            if new is not old:  # a module that is closed over may be read, but not written to
+            if new is not old:  # flax allows reads of a module that is closed over, but no writes
                 variable[...] = new
         return y
 
@@ -94,17 +95,17 @@ class BatchNorm1d(nnx.Module):
         """Set the mode of a view; called by ``nnx.view``.
 
         Args:
-          use_running_average: if True, the running statistics are used and left alone, instead of those of the input.
+          use_running_average: if True, the running statistics are used and not updated, as in evaluation.
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average
 
 
 class _Definition:
-    """A layer but for its arrays, its mode and its place, equal to every other that does the same."""
+    """A layer without its arrays, mode and device, which compares equal to any other layer with the same settings."""
 
     def __init__(self, layer: Any, adopt: Callable[[Params, State], None]) -> None:
-        layer, adopt = copy.deepcopy((layer, adopt))  # together, so that the one is still about the other
+        layer, adopt = copy.deepcopy((layer, adopt))  # in one call, so that the copy of adopt acts on that of layer
         layer.train()
         with jax.ensure_compile_time_eval():
             adopt(*jax.tree.map(lambda array: jnp.zeros(0, array.dtype), (layer.params, layer.state)))
@@ -121,7 +122,7 @@ class _Definition:
 
 
 def _variable(kind: type[nnx.Variable[Any]], array: jax.Array | None) -> Any:
-    """Return a variable with an array of its own, which may be donated."""
+    """Return a variable with its own copy of an array, since flax may donate it."""
     return nnx.data(None) if array is None else kind(jnp.array(array, copy=True))
 
 

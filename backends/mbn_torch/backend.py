@@ -1,4 +1,7 @@
-"""Torch's border with NumPy, and its hooks: neither a warning nor a refusal where the data can be brought over."""
+"""The backend of Torch: the border with NumPy, the choice of kernels, and the hooks for autograd, tracing and modules.
+
+The border copies data that Torch cannot share (read-only, reversed or byte-swapped), without a warning or an error.
+"""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -46,13 +49,12 @@ from mbn_torch.private import (
 )
 
 _NO_VALUES = (
-    "a tensor on the meta device, or of FakeTensorMode, has no values to bring elsewhere. A layer gets some by its "
+    "a tensor on the meta device, or of FakeTensorMode, has no values to copy. Give the layer values through its "
     "module, bn.as_module(): to_empty(device=...) and reset_parameters(), or load_state_dict(..., assign=True)."
 )
-_NOT_SEEN = (
-    "torch.fx sees modules, and looks into no layer or function of mbn. Put a module in the layer's place, "
-    "bn.as_module(), which becomes one node of the graph; or have torch's own traced: "
-    "mbn.replace_batchnorm(model, back=True)."
+_NOT_TRACEABLE = (
+    "torch.fx cannot trace a layer or a function of mbn. Replace the layer by its module, bn.as_module(), which "
+    "becomes one node of the graph; or trace Torch's own modules: mbn.replace_batchnorm(model, back=True)."
 )
 
 
@@ -66,9 +68,9 @@ class TorchBackend(Backend):
     def __init__(self) -> None:
         for dtype in (*vars(torch).values(), *map(np.dtype, ("float32", "float64", "int64"))):
             if isinstance(dtype, torch.dtype | np.dtype):
-                # Dynamo can look up names, but not find them; and it compiles anew where there are more.
+                # Dynamo can read the cache of dtype names, but not fill it, and it recompiles when the cache grows.
                 dtype_name(dtype)
-        _ = self.capabilities  # nor can it find those, behind the lock of a cached property
+        _ = self.capabilities  # Dynamo cannot fill this cache either: a cached property takes a lock
 
     @cached_property
     def capabilities(self) -> Capabilities:
@@ -89,16 +91,16 @@ class TorchBackend(Backend):
 
     def owns(self, x: object) -> bool:
         if isinstance(x, torch.fx.Proxy):
-            raise TypeError(_NOT_SEEN)
+            raise TypeError(_NOT_TRACEABLE)
         return isinstance(x, torch.Tensor)
 
     def asarray(self, x: Any, dtype: str | None = None, device: Any = None) -> torch.Tensor:
         if device is not None:
             device = _device(device, self.capabilities.devices)
-        if isinstance(x, list | int | float) and dtype is not None:  # which Dynamo follows, unlike arrays of NumPy
+        if isinstance(x, list | int | float) and dtype is not None:  # Dynamo traces this, but not NumPy's arrays
             x = torch.as_tensor(x, dtype=_dtype(dtype), device=device or torch.get_default_device())
         elif not isinstance(x, torch.Tensor):
-            # Unlike Tensor.to, as_tensor knows of torch.set_default_device.
+            # Host data goes to the default device (torch.set_default_device), which Tensor.to below would ignore.
             x = torch.as_tensor(_from_numpy(np.asarray(x)), device=device or torch.get_default_device())
         if x.is_meta and device is not None and device.type != "meta":
             raise ValueError(_NO_VALUES)
@@ -118,7 +120,7 @@ class TorchBackend(Backend):
     @contextmanager
     def exported(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
         with torch.cuda.device_of(x):  # Torch exports from the current device alone
-            yield x.resolve_neg()  # it would export a negative view as what it is a view of
+            yield x.resolve_neg()  # Torch would export a negated view with the values of its base
 
     def device(self, x: torch.Tensor) -> torch.device:
         return x.device
@@ -151,23 +153,23 @@ class TorchBackend(Backend):
     def kernels_for(
         self, operation: Operation, batch: Batch, other: torch.Tensor | None = None, vectors: tuple[Any, ...] = ()
     ) -> tuple[Kernels, Any]:
-        """Return the kernels for a call, and its batch as they read it.
+        """Return the kernels for a call, and the batch in the type that they read.
 
-        | kernels | why they are there |
+        | kernels | when and why |
         |---|---|
-        | TRACEABLE | every transformation of Torch sees through them; the others are opaque to it |
-        | CpuKernels, steps | Numba's: 4.8 times as fast as its passes for (32, 64), 1.8 times for (1024, 256) |
-        | CpuKernels, passes | for all sizes; without Numba they are NumPy's |
-        | Triton | one launch for each pass; no GPU has been there to measure it |
-        | EAGER | tensors that nothing else takes, to the bounds: TRACEABLE fail 21 tests of the suite, up to 11 ulp |
+        | TRACEABLE | under a transformation of Torch, to which all other kernels are opaque |
+        | CpuKernels, fused steps | Numba: 4.8 times as fast as its passes for (32, 64), 1.8 times for (1024, 256) |
+        | CpuKernels, passes | host memory, any size; NumPy's where Numba is missing |
+        | Triton | one GPU: one launch per pass; its gain is not measured, for lack of a GPU |
+        | EAGER | all other tensors; TRACEABLE would fail 21 tests of the suite there, by up to 11 ulp |
         """
-        if is_transformed() or _is_followed(operation, batch, other, vectors):
+        if is_transformed() or _needs_traceable(operation, batch, other, vectors):
             kernels: Kernels = TRACEABLE
         else:
             where = common_device(batch.x, batch.sample_weight, *_read(operation, other, vectors))
             if where == CPU:
                 return _on_cpu(operation, batch, other, vectors)
-            # A graph is to be that of any batch, and made of operations that exporters know.
+            # A recorded graph must hold for every batch, and contain only operations that exporters know.
             elsewhere = TRACEABLE if is_scripted() else EAGER
             kernels = elsewhere if where is None else _on_gpu(where) or EAGER
         if kernels is TRACEABLE or kernels is EAGER:
@@ -190,20 +192,20 @@ class TorchBackend(Backend):
                 raise TypeError(flaw)
 
     def parameter(self, value: torch.Tensor, current: torch.Tensor | None) -> torch.Tensor:
-        if torch.compiler.is_compiling():  # ``write`` keeps the parameter that there is
+        if torch.compiler.is_compiling():  # ``write`` copies into the existing parameter
             return value
-        with torch.inference_mode(mode=False):  # what is made within could never be trained
+        with torch.inference_mode(mode=False):  # autograd could never record a parameter made in inference mode
             return torch.nn.Parameter(value.detach().clone(), requires_grad=getattr(current, "requires_grad", True))
 
     def stores(self, before: State, after: State) -> bool:
         if torch.compiler.is_compiling():
-            # Dynamo keeps what is stored, and hands over real arrays. Nobody does for what it does not follow.
+            # Dynamo replays stores with real tensors. Without Dynamo, a fake tensor would stay in the layer.
             if not (torch.compiler.is_dynamo_compiling() or any(map(is_fake, before))) and any(map(is_fake, after)):
                 raise RuntimeError(NOT_REGISTERED)
             return True
         if is_transformed() and any(map(is_traced, after)) and not any(map(is_traced, before)):
             raise RuntimeError(
-                "a layer in training would keep running statistics that end with this transformation of torch.func. "
+                "a layer in training would store running statistics that end with this transformation of torch.func. "
                 "Use bn.apply(params, state, x, training=True), which returns the new state, or eval() or freeze()."
             )
         if is_scripted() and any(map(is_constant, before)):
@@ -214,7 +216,7 @@ class TorchBackend(Backend):
         pairs: list[tuple[Any, Any]] = [(old, new) for old, new in zip(before, after, strict=True) if old is not new]
         if not all(isinstance(old, torch.Tensor) and _is_alike(new, old) for old, new in pairs):
             return after
-        if torch.compiler.is_compiling():  # a program with a switch of autograd in it can be saved, and not loaded
+        if torch.compiler.is_compiling():  # an exported program that contains no_grad can be saved, but not loaded
             for old, new in pairs:
                 old.detach().copy_(new)
             return before
@@ -222,7 +224,7 @@ class TorchBackend(Backend):
             if is_transformed() or is_scripted():
                 for old, new in pairs:
                     old.copy_(new)
-            elif pairs:  # in one call, which no interrupt splits
+            elif pairs:  # one call, so that an interrupt leaves all tensors old or all new
                 olds, news = zip(*pairs, strict=True)
                 with self.writing():
                     copy_all(news, olds)
@@ -262,15 +264,18 @@ def _device(device: Any, usable: tuple[str, ...]) -> torch.device:
         found = torch.device(device)
     except (RuntimeError, TypeError):
         found = None
-    # Of a text, Torch keeps the last digits of an index alone.
+    # Torch keeps only the last digits of an index in a string, so str(found) may name another device.
     if found is None or str(found) not in names or (isinstance(device, str) and str(found) != device):
         raise ValueError(f"Torch's devices here are {', '.join(usable)}, not {device!r}.")
     return found
 
 
-def _is_followed(operation: Operation, batch: Batch, other: torch.Tensor | None, vectors: tuple[Any, ...]) -> bool:
-    """Tell whether something has to see how a result is computed, other than autograd the function of a step."""
-    if operation == "pullback":  # with is_grads_batched
+def _needs_traceable(operation: Operation, batch: Batch, other: torch.Tensor | None, vectors: tuple[Any, ...]) -> bool:
+    """Tell whether a transformation or autograd must trace the kernels themselves.
+
+    Autograd of a step does not count, since its ``autograd.Function`` differentiates all kernels.
+    """
+    if operation == "pullback":  # dy is batched by torch.autograd.grad(..., is_grads_batched=True)
         return is_traced(other)
     if operation == "evaluate":
         _, state = vectors
@@ -298,9 +303,9 @@ def _on_cpu(
 
 @cache
 def _on_gpu(index: int) -> Kernels | None:
-    """Return the kernels in Triton if it works with this GPU.
+    """Return the kernels in Triton, or None if Triton does not work with this GPU.
 
-    Not all builds of Torch bring it; it needs a C compiler, and a card that is not too old for it.
+    Triton is missing from some builds of Torch; it needs a C compiler and a recent enough GPU.
     """
     try:
         from mbn_torch.kernels import gpu
@@ -309,7 +314,7 @@ def _on_gpu(index: int) -> Kernels | None:
         gpu.TRITON.normalize(Batch(one), Stats(one[0], one[0], None), Params(None, None), 0.0)
     except ModuleNotFoundError:
         return None
-    except Exception as error:  # noqa: BLE001 - whatever it is, there are kernels that work
+    except Exception as error:  # noqa: BLE001 - the eager kernels work whatever the error is
         message = f"Triton does not work with this GPU, which makes mbn slower: {type(error).__name__}: {error}"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
         return None

@@ -1,7 +1,7 @@
 """Arithmetic on the statistics of channels, (C,) vectors in float64.
 
-It serves the kernels and the formulas alike, so everything here can be traced, vectorised and differentiated to any
-order: nothing is written to, and no branch that is not taken turns a derivative into NaN.
+All kernels use it, the traceable ones too. So every function can be traced, vectorised and differentiated to any order:
+no tensor is written to, and the branch of a selection that is not taken gives no NaN in a derivative.
 """
 
 import math
@@ -15,23 +15,26 @@ from mbn_common.channel_stats import FAR, FARTHEST, Formulas, Mean, Pair, Scaled
 WIDE = torch.float64
 
 _NARROW_FAR = 100
-"""Exponents from which on products may leave the range of float32; beyond ``FAR`` squares leave that of float64."""
+"""The exponent above which a product may leave the range of float32; above ``FAR`` a square may leave float64's."""
 
 
 def as_pair(mean: Pair | torch.Tensor) -> Pair:
-    """Return a mean as a pair, whatever form it has."""
+    """Return a mean as a pair: the mean itself, or a vector with a low part of 0."""
     return mean if isinstance(mean, Pair) else Pair(mean.to(WIDE), torch.zeros_like(mean, dtype=WIDE))
 
 
 def parts(statistic: Mean | Variance | None) -> tuple[torch.Tensor | None, ...]:
-    """Return the tensors that a mean or variance consists of."""
+    """Return the tensors of a mean or variance, its exponents last."""
     if isinstance(statistic, Scaled):
         return *parts(statistic.values), statistic.exponent
     return statistic if isinstance(statistic, Pair) else (statistic,)
 
 
 def separate(mean: Any, var: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
-    """Return a mean in two parts, a variance and the exponents of their units; None is none."""
+    """Return the mean's high and low part, the variance, and the exponents of their units.
+
+    The low part is None for a plain vector, the exponents are None where all units are 1.
+    """
     exponent = None
     if isinstance(var, Scaled):
         (mean, exponent), (var, _) = mean, var
@@ -41,19 +44,20 @@ def separate(mean: Any, var: Any) -> tuple[torch.Tensor, torch.Tensor | None, to
 def in_units(
     hi: torch.Tensor, lo: torch.Tensor, var: torch.Tensor, exponent: torch.Tensor | None
 ) -> tuple[Mean, Variance]:
-    """Return what ``separate`` makes these of; m2 is a variance here."""
+    """Return a mean and a variance (or m2) from their parts: the inverse of ``separate``."""
     mean = Pair(hi, lo)
     if exponent is None:
         return mean, var
-    exponent = exponent.to(torch.int32)  # which NumPy takes for an exponent everywhere
+    exponent = exponent.to(torch.int32)  # np.ldexp takes int32 on every platform
     return Scaled(mean, exponent), Scaled(var, 2 * exponent)
 
 
 class Line(NamedTuple):
-    """Normalisation as ``(x * before - center) * scale + shift`` in the dtype that it is computed in; each (C,).
+    """Normalisation as ``(x * before - center) * scale + shift``; all are (C,) in the dtype of the arithmetic.
 
-    The difference is exact where x is near the mean, of which the center is all that its dtype holds; the rest of the
-    mean is in the shift. There may be no shift. ``before`` is a power of two, nearly always 1.
+    The center is the mean rounded to that dtype, so the difference is exact where x is near the mean. The shift
+    contains the rounding error of the center; it is None where there is neither such an error nor a bias. ``before`` is
+    a power of two, nearly always 1.
     """
 
     before: torch.Tensor
@@ -65,14 +69,14 @@ class Line(NamedTuple):
 def line(
     mean: Mean, var: Variance, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, dtype: torch.dtype
 ) -> Line:
-    """Return how to normalise in ``dtype``."""
+    """Return the factors of normalisation in ``dtype``."""
     hi, lo, var, given = separate(mean, var)
     unit = 0 if given is None else given
     number, exponent = weighed(*spread(var, unit, eps), weight)
     center = limited(hi if lo is None else hi + lo, dtype)
     before = exponent_before(number, exponent, center, unit, dtype)
     shift = None
-    if lo is not None or hi.dtype != dtype:  # something of it is lost
+    if lo is not None or hi.dtype != dtype:  # the center is rounded
         wide = center.to(WIDE)
         shift = scaled((wide - hi - (0 if lo is None else lo)) * number, exponent + unit)
         shift = shift.masked_fill(number == 0, 0)
@@ -87,10 +91,10 @@ def line(
 
 
 def spread(var: torch.Tensor, unit: torch.Tensor | int, eps: float) -> tuple[torch.Tensor, torch.Tensor | int]:
-    """Return 1 / sqrt(var + eps) as a number and an exponent; var is in the square of a unit, whose own is given."""
+    """Return 1 / sqrt(var + eps) as a number and an exponent; the variance is ``var * 2**(2 * unit)``."""
     if isinstance(unit, int):
         return invstd(var, eps), 0
-    # In units in which neither is beyond float64.
+    # Take the larger of the two units, in which neither var nor eps overflows.
     common = unit.clamp(min=max(math.frexp(eps)[1] // 2, -FARTHEST)).where(unit != 0, 0) if eps > 0 else unit
     little = scaled(scaled(torch.full_like(var, eps), -common), -common)
     return invstd(scaled(var, 2 * (unit - common)), little), -common
@@ -99,7 +103,7 @@ def spread(var: torch.Tensor, unit: torch.Tensor | int, eps: float) -> tuple[tor
 def weighed(
     number: torch.Tensor, exponent: torch.Tensor | int, weight: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a number with its exponent times a weight, which neither of them can take out of range."""
+    """Return ``number * 2**exponent * weight`` as a number and an exponent, without overflow or underflow."""
     own = exponent_of(number)
     number, exponent = scaled(number, -own), own + exponent
     if weight is not None:
@@ -116,10 +120,10 @@ def exponent_before(
     unit: torch.Tensor | int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Return the exponent of the power of two by which values, and a center in units, are multiplied at first.
+    """Return the exponent of the power of two by which values and their center are multiplied before the subtraction.
 
-    It is 0 unless the difference of the two, or its product with the scale, ``number * 2**exponent``, might leave the
-    range of the dtype.
+    It is 0 unless the difference, or its product with the scale, ``number * 2**exponent``, might leave the range of the
+    dtype. The center is ``center * 2**unit``.
     """
     far, top, least = (FAR, 1024, -1022) if dtype == WIDE else (_NARROW_FAR, 128, -149)
     size, other = exponent_of(number) + exponent, exponent_of(center.to(WIDE)) + unit
@@ -128,13 +132,13 @@ def exponent_before(
 
 
 def exponent_of(values: torch.Tensor) -> torch.Tensor:
-    """Return the exponents of numbers in float64, or the least that has an inverse; 0 of 0."""
+    """Return the exponents of float64 numbers, at least -FARTHEST so that 2**exponent has an inverse; 0 for 0."""
     values = values.detach()
     return (((values.view(torch.int64) >> 52) & 0x7FF) - 1023).clamp(-FARTHEST, 1023).masked_fill(values == 0, 0)
 
 
 def units_of(largest: torch.Tensor) -> torch.Tensor:
-    """Return the exponents of units in which values up to these are not out of range: nearly always 0."""
+    """Return the exponents of units in which squares of values up to these stay in range: nearly always 0."""
     exponent = exponent_of(largest).clamp(max=FARTHEST)
     return exponent.masked_fill(exponent.abs() <= FAR, 0)
 
@@ -146,7 +150,7 @@ def power(exponent: torch.Tensor) -> torch.Tensor:
 
 
 def scaled(values: torch.Tensor, exponent: torch.Tensor | int) -> torch.Tensor:
-    """Return numbers in float64 times powers of two, which may be out of range."""
+    """Return float64 numbers times 2**exponent; the power itself may be out of range."""
     if isinstance(exponent, int):
         return values * 2.0**exponent
     half = exponent >> 1
@@ -158,7 +162,7 @@ def _ordinary_power(exponent: torch.Tensor) -> torch.Tensor:
 
 
 def limited(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return values in a dtype; those that are beyond it are its largest, so that 0 times them is 0."""
+    """Return values in a dtype; larger ones become its largest number, since 0 times infinity would be NaN."""
     most = torch.finfo(dtype).max
     return values.clamp(-most, most).to(dtype)
 
@@ -171,18 +175,18 @@ def invstd(var: torch.Tensor, eps: float | torch.Tensor) -> torch.Tensor:
 
 
 def heaviest(x: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    """Return the first of the values of x, (N, C, L), that weigh most, one for each channel; 0 where none weighs.
+    """Return the values of x, (N, C, L), in the first cell of the largest weight, one per channel; 0 if all weigh 0.
 
-    Around it, no sum of squares is much larger than m2. It is taken at the same place in all channels, and no host
-    waits for it.
+    They are the shift of the sums: a sum of squares around them is not much larger than m2. The cell is the same for
+    all channels, and the host does not wait for the device.
     """
     x = x.detach()
     if weights is None:
         return x[0, :, 0].to(WIDE)
     flat = weights.flatten()
-    place = flat.argmax(keepdim=True)
-    values = x[place // x.shape[2], :, place % x.shape[2]][0]
-    return torch.where(flat[place] > 0, values, 0).to(WIDE)
+    cell = flat.argmax(keepdim=True)
+    values = x[cell // x.shape[2], :, cell % x.shape[2]][0]
+    return torch.where(flat[cell] > 0, values, 0).to(WIDE)
 
 
 def lifted(x: torch.Tensor) -> torch.Tensor:
@@ -196,12 +200,12 @@ def lifted_weights(weights: torch.Tensor) -> torch.Tensor:
 
 
 def widened(values: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Return a tensor in the shape of x with as many digits as statistics are to have."""
+    """Return values as they are, or in float64 if the layer is: results must be as exact as its statistics."""
     return values.to(WIDE) if batch.dtype == "float64" else values
 
 
 class TorchFormulas(Formulas):
-    """The formulas on tensors, traced ones too: powers of two are made of bits, and statistics are detached."""
+    """The formulas on tensors, traced ones too: powers of two are made from bits, and statistics are detached."""
 
     def wide(self, x: torch.Tensor) -> torch.Tensor:
         return x.to(WIDE)
@@ -232,7 +236,10 @@ class TorchFormulas(Formulas):
         lengths: torch.Tensor | None,
         sample_weight: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Return the sample weight where mask and lengths allow, else 0; a traced weight below 0 gives NaN."""
+        """Return the sample weight of each unmasked cell, and 0 for masked ones.
+
+        A traced weight below 0, or a length out of range, gives NaN: an error cannot depend on a traced value.
+        """
         given = next(array for array in (mask, lengths, sample_weight) if array is not None)
         result = torch.ones((), dtype=getattr(torch, dtype), device=given.device)
         if sample_weight is not None:
@@ -267,10 +274,10 @@ class TorchKernels(Kernels):
 
 
 class ConcreteKernels(TorchKernels):
-    """The base of kernels whose tensors have values, so that a branch may depend on them; no host waits for a GPU."""
+    """The base of kernels of untraced tensors. Branches may depend on values on the CPU; the host waits for no GPU."""
 
     def merge(self, first: Moments, second: Moments) -> Moments:
-        """Return the statistics of two batches together, in units if m2 alone is beyond float64."""
+        """Return the moments of two batches together; scaled only if the merged m2 overflows float64."""
         merged = FORMULAS.merge(first, second)
         is_finite = isinstance(merged.m2, Scaled) or merged.m2.device.type != "cpu" or merged.m2.isfinite().all()
         return merged if is_finite else FORMULAS.merge_scaled(first, second)

@@ -1,4 +1,4 @@
-"""Groups of replicas as autograd sees them."""
+"""A group of replicas through which autograd differentiates."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -14,10 +14,13 @@ T = TypeVar("T")
 
 
 class Differentiable:
-    """A group through which a gradient goes back to the replica that a value comes from: that of the sum of losses."""
+    """A group whose gather is differentiable.
+
+    The gradient of a value goes back to the replica that sent it, and is that of the sum of all replicas' losses.
+    """
 
     def __init__(self, group: Group) -> None:
-        """Take a group that gathers values alone."""
+        """Wrap a group whose ``gather`` autograd cannot see."""
         self._group, self.rank = group, group.rank
 
     def gather(self, values: T) -> Sequence[T]:
@@ -31,13 +34,13 @@ class Differentiable:
 
 
 class _Gather(Function):
-    """The parts of all replicas, one after another; tensors and numbers."""
+    """Gather the leaves, tensors and numbers, of all replicas, in the order of ranks."""
 
     @staticmethod
     def forward(ctx: Any, group: Group, *part: Any) -> tuple[Any, ...]:
         ctx.group = group
         values = tuple(value.detach() if isinstance(value, torch.Tensor) else value for value in part)
-        # Each replica has tensors of its own, of which autograd may take others for outputs of its function.
+        # Clone, since autograd marks the tensors returned here as outputs, and the group may have given them to others.
         return tuple(
             value.clone() if isinstance(value, torch.Tensor) else value for value in chain(*group.gather(values))
         )
@@ -51,7 +54,7 @@ class _Gather(Function):
         rank = ctx.group.rank
         parts = Differentiable(ctx.group).gather(tuple(own))
         count = len(is_needed)
-        found = [sum(part[rank * count + place] for part in parts) for place in range(count)]
+        found = [sum(part[rank * count + i] for part in parts) for i in range(count)]
         result: list[torch.Tensor | None] = [None] * size
         for index, gradient in zip(is_needed, found, strict=True):
             result[index] = gradient

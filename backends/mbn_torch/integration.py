@@ -1,8 +1,8 @@
-"""How autograd sees batch normalisation.
+"""Batch normalisation as functions of autograd.
 
-Differentiated once, it costs what the kernels cost and keeps x and a few vectors, but nothing else of x's size. From
-the second time on it goes through the formulas, which are right at every order. What Torch traces, vectorises or
-differentiates forwards never gets to the functions here: that takes the formulas from the start.
+The first derivative uses the fast kernels; autograd keeps x and a few (C,) vectors for it, and nothing else of x's
+size. Higher derivatives use the traceable kernels, which are right at every order. Calls that Torch traces, vectorises
+or differentiates in forward mode use the traceable kernels from the start, without these functions.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,15 +24,15 @@ Gradients: TypeAlias = tuple[torch.Tensor | None, ...]
 
 _ALL = (True, True, True)
 NOT_REGISTERED = (
-    "torch.export, torch.jit.trace and torch.onnx.export keep what is registered in a model, and this layer is not: "
-    "what it learns would be no part of the graph. Put a module in its place: bn.as_module()."
+    "torch.export, torch.jit.trace and torch.onnx.export find only tensors that are registered in a module, and this "
+    "layer registers none: the graph would not contain its parameters. Replace the layer by its module: bn.as_module()."
 )
 
 
 def bind(
     kernels_for: Callable[..., tuple[Kernels, Batch]], forward: Callable[..., Any], pullback: Callable[..., Any]
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Return the two parts of a step as autograd is to see them: one function, whose gradient is the other."""
+    """Return forward and pullback bound to autograd: a step that is one ``autograd.Function``, and its gradient."""
 
     def step(
         kernels: Kernels,
@@ -51,7 +51,7 @@ def bind(
                 value is not None and value.requires_grad and is_constant(value) for value in params
             ):
                 raise RuntimeError(NOT_REGISTERED)
-            # x is widened once, since what it gets of a gradient from each place is summed up in its dtype.
+            # Widen x once for all of its uses: autograd adds up the gradients of the uses in the dtype of their input.
             wide = batch._replace(x=x.to(WIDE))
             sharing = None if group is None else Differentiable(group)
             y, state, stats = forward(kernels, wide, params, state, settings, training, group=sharing)
@@ -60,7 +60,7 @@ def bind(
         if not is_recorded(x, *params):
             return forward(kernels, batch, params, state, settings, training, out, group=group)
         if out is not None:
-            raise RuntimeError("out is written to, which autograd cannot record: call it under torch.no_grad().")
+            raise RuntimeError("autograd cannot record writes to out: call it under torch.no_grad().")
         return BatchNorm.apply(x, *params, kernels, batch, state, settings, training, group, forward, gradients)
 
     def gradients(dy: torch.Tensor, batch: Batch, weight: Any, stats: Stats, *rest: Any) -> Gradients:
@@ -87,7 +87,7 @@ def bind(
 
 
 class BatchNorm(Function):
-    """The forward pass on the kernels; it returns y, state and statistics."""
+    """A step by the fast kernels; it returns y, the new state and the statistics, and y is differentiable."""
 
     @staticmethod
     def forward(
@@ -107,7 +107,7 @@ class BatchNorm(Function):
         y, state, stats = forward(kernels, batch, Params(weight, bias), state, settings, training, group=group)
         ctx.save_for_backward(x, weight, batch.sample_weight)
         mean, var, count = stats
-        if count is None:  # running statistics, which may be written to before the backward pass
+        if count is None:  # running statistics: a later step may write to them before the backward pass
             mean, var = mean.clone(), var.clone()
         ctx.rest = Stats(mean, var, count), batch.dtype, settings.eps, group, gradients
         return y, state, stats
@@ -123,7 +123,7 @@ class BatchNorm(Function):
 
 
 class Pullback(Function):
-    """The backward pass on the kernels, where it will be differentiated in its turn."""
+    """The pullback by the fast kernels, recorded so that it can be differentiated again."""
 
     @staticmethod
     def forward(
@@ -149,7 +149,7 @@ class Pullback(Function):
         *inputs, sample_weight = ctx.saved_tensors
         dtype, stats, eps, needs, group, pullback = ctx.rest
         with torch.enable_grad():
-            # Of views, since dy is often a function of x, and that is not what the derivative is of.
+            # Differentiate by views: dy is often a function of x, and only direct uses of x count here.
             views: list[Any] = [tensor if tensor is None else tensor.view_as(tensor) for tensor in inputs]
             dy, x, weight = views
             outputs = _by_formulas(pullback, dy, Batch(x, sample_weight, dtype), weight, stats, eps, needs, group)
@@ -161,7 +161,7 @@ class Pullback(Function):
 def _vjp(
     outputs: Sequence[Any], inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]
 ) -> Iterator[torch.Tensor | None]:
-    """Iterate over the gradients of inputs, given those of outputs; None is none."""
+    """Iterate over the gradients of the inputs, given those of the outputs; None stands for a gradient of 0."""
     pairs = [
         (output, gradient)
         for output, gradient in zip(outputs, gradients, strict=True)
@@ -184,8 +184,8 @@ def _by_formulas(
     needs: Needs,
     group: Group | None,
 ) -> Gradients:
-    """Return the gradients as functions of x, which mean and variance of its batch are, too."""
-    # All at once, since a derivative is summed up in the dtype of what it is taken by.
+    """Return gradients that autograd differentiates; mean and variance of the batch count as functions of x."""
+    # Widen x once for all of its uses: autograd adds up the gradients of the uses in the dtype of their input.
     x = batch.x
     wide = batch._replace(x=x.to(WIDE))
     if stats.count is not None:
@@ -207,6 +207,6 @@ def _of_values(
     needs: Needs,
     group: Group | None,
 ) -> Gradients:
-    """Return the gradients where nothing follows how they are computed."""
+    """Return the gradients, computed by the fast kernels and not recorded."""
     stats = stats if isinstance(kernels, CpuKernels) else tensors(stats)
     return pullback(kernels, dy, batch, weight, stats, eps, needs, group)

@@ -1,7 +1,7 @@
-"""A layer as a module, which everything in Torch that knows ``torch.nn.BatchNorm1d`` has to take for one.
+"""A layer as a module of Torch, an instance of ``torch.nn.BatchNorm1d`` for all of Torch's tools.
 
-So its tensors are the layer's and are registered: optimizers, ``state_dict``, replication and export find them. Whoever
-puts others in their places for a call, as ``torch.func.functional_call`` does, must see those used, and leave none.
+The module registers the layer's tensors, so optimizers, ``state_dict``, replication and export find them. A tool that
+replaces them for one call, as ``torch.func.functional_call`` does, has its own tensors used and gets none back.
 """
 
 import copy
@@ -19,19 +19,19 @@ _HALVES = torch.float16, torch.bfloat16
 class BatchNorm1d(torch.nn.BatchNorm1d):
     """A layer of mbn as a module of Torch, made by :meth:`mbn.BatchNorm1d.as_module`.
 
-    Its parameters and buffers are the layer's tensors. In training, the running statistics are written to in place, all
-    of them at once; a step that activation checkpointing repeats writes nothing. They follow what moves the module or
-    loads into it. What is assigned to an attribute (``module.weight = ...``) stays the module's alone.
+    Its parameters and buffers are the layer's tensors. In training, the running statistics are updated in place, all of
+    them in one operation; a step that activation checkpointing repeats updates none. Moves of the module and loads into
+    it change the layer too. An assignment to an attribute (``module.weight = ...``) changes the module alone.
 
-    ``to``, ``half`` and their kind move the module, but statistics and arithmetic need float32 even where inputs are
-    halves: parameters and statistics never become halves, nor does the count of batches anything but an integer.
+    ``to``, ``half`` and similar methods move the module, but parameters and statistics stay at least float32, which the
+    arithmetic needs even where inputs are float16 or bfloat16, and the count of batches stays an integer.
 
     Attributes:
         layer: the module's own layer, with its arguments and whether it is frozen.
     """
 
     def __init__(self, backend: Backend, layer: Any, adopt: Callable[[Params, State], None]) -> None:
-        """Make the module of a layer; ``adopt`` has it, and whoever shares its tensors, hold other ones."""
+        """Make the module of a layer; ``adopt`` makes the layer, and all that share its tensors, hold other tensors."""
         torch.nn.Module.__init__(self)
         self.layer = layer
         self.training = layer.training
@@ -50,7 +50,7 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
 
     @property
     def eps(self) -> float:
-        """What is added to the variance."""
+        """The number added to the variance."""
         return self.layer.eps
 
     @eps.setter
@@ -100,14 +100,14 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
         return y
 
     def extra_repr(self) -> str:
-        """Return what the text of the layer says of it."""
+        """Return the layer's arguments as text, with the module's own ``affine`` and ``track_running_stats``."""
         text = repr(self.layer).partition("(")[2][:-1]
-        for name in ("affine", "track_running_stats"):  # which are the module's own
+        for name in ("affine", "track_running_stats"):
             text = text.replace(f"{name}={getattr(self.layer, name)}", f"{name}={getattr(self, name)}")
         return text
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over what was pickled or copied, with tensors that may have been brought to another device."""
+        """Restore a pickled or copied module, whose tensors may be on another device, and share them with its layer."""
         super().__setstate__(state)
         self._share()
 
@@ -117,7 +117,7 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load what has this prefix; entries may take the places of tensors (``assign=True``)."""
+        """Load the entries with this prefix, which replace the tensors if ``assign=True``."""
         for name in (*Params._fields, *State._fields):
             value = state_dict.get(prefix + name)
             if isinstance(value, torch.Tensor) and value.dtype in _HALVES:
@@ -126,41 +126,42 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
         self._share()
 
     def __prepare_scriptable__(self) -> Self:
-        """Refuse ``torch.jit.script``, which would have to compile all of mbn."""
+        """Reject ``torch.jit.script``, which would have to compile all of mbn."""
         raise RuntimeError(
-            "torch.jit.script compiles no module of mbn. Have torch's own compiled, "
+            "torch.jit.script cannot compile a module of mbn. Compile Torch's own modules, "
             "mbn.replace_batchnorm(model, back=True); or use torch.jit.trace or torch.export."
         )
 
-    def _node(self, x: torch.fx.Proxy, **places: Any) -> Any:
-        """Return the output in a graph of ``torch.fx``, of which this module is a leaf, as all of Torch's own are."""
+    def _node(self, x: torch.fx.Proxy, **masks: Any) -> Any:
+        """Return the output as a node of a graph of ``torch.fx``: the module is a leaf, as Torch's own modules are."""
         tracer: Any = x.tracer
         name = tracer.path_of_module(self)
         if not name:
             raise TypeError(
-                "torch.fx traces what calls modules, and this one is a leaf of its graphs: put it into a model, "
+                "torch.fx cannot trace this module by itself, since it is a leaf of graphs: put it into a model, "
                 "torch.nn.Sequential(module) say."
             )
-        given = {key: value for key, value in places.items() if value is not None}
+        given = {key: value for key, value in masks.items() if value is not None}
         return tracer.create_proxy("call_module", name, (x,), given)
 
     def _trains(self) -> bool:
         return self.training and not self.layer._frozen  # noqa: SLF001 - the module is a part of the layer
 
     def _used(self, state: State) -> State:
-        """Return the statistics that a call uses and moves, as torch's modules choose them.
+        """Return the running statistics that a call uses and updates, by the rules of Torch's modules.
 
-        They can be taken away: ``track_running_stats = False`` leaves them alone in training, and where they are None,
-        evaluation normalises by those of the batch.
+        With ``track_running_stats = False`` training does not update them; where both are None, evaluation normalises
+        by the statistics of the batch.
         """
         if self._trains():
             return state if self.track_running_stats else State(None, None, None)
         return State(None, None, None) if state.running_mean is None and state.running_var is None else state
 
     def _without_count(self, state: State) -> tuple[Any, State]:
-        """Return a layer and statistics for a call whose count of batches is none of a layer's: a floating one, say.
+        """Return a layer and statistics without ``num_batches_tracked``, for a call with a count that no layer takes.
 
-        Averaged models have such. The call counts on as torch's module does.
+        Averaged models (``torch.optim.swa_utils``) have a floating-point count, which the module increments as Torch's
+        does.
         """
         layer = self.layer
         if layer.momentum is None:
@@ -172,12 +173,12 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
         return Params(self.weight, self.bias), State(self.running_mean, self.running_var, self.num_batches_tracked)
 
     def _share(self) -> None:
-        """Have the layer hold the module's tensors."""
+        """Make the layer hold the module's tensors."""
         self._adopt(*self._tensors())
 
 
 def _writable(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """Return a tensor that training can write to: a copy of one that ``torch.inference_mode`` has made."""
+    """Return a tensor that training can write to: a copy if ``tensor`` was made in ``torch.inference_mode``."""
     if tensor is None or not tensor.is_inference():
         return tensor
     with torch.inference_mode(mode=False):
@@ -185,7 +186,7 @@ def _writable(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _kept(tensor: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
-    """Return ``moved``, which a module makes of ``tensor``, in a dtype that the layer can use."""
+    """Return ``moved``, the result of a conversion of ``tensor`` by a module, in a dtype that the layer can use."""
     if tensor.is_floating_point() and moved.dtype in _HALVES:
         return tensor.to(moved.device, torch.float32)
     return moved if tensor.is_floating_point() else moved.to(tensor.dtype)

@@ -1,7 +1,7 @@
-"""The private parts of Torch, and questions about what it does with operations at the moment, many of which need them.
+"""The private parts of Torch that mbn uses, most of them in predicates of how Torch executes operations at the moment.
 
-A version of Torch that moves one of them breaks this file and no other. Under ``torch.compile`` nothing here may be
-traced but ``is_compiling``, which Dynamo takes for a constant.
+A version of Torch that moves a private part breaks this file and no other. Under ``torch.compile`` no function here may
+be traced except ``torch.compiler.is_compiling``, which Dynamo takes for a constant.
 """
 
 from collections.abc import Sequence
@@ -15,26 +15,26 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten  # noqa: F401 - for other files
 
 _OWN = torch.Tensor, torch.nn.Parameter
-"""Classes whose operations nobody overrides."""
+"""Classes without ``__torch_function__`` or ``__torch_dispatch__`` of their own."""
 CPU = -1
-"""The number of the device that has the host's memory, beside the indices of GPUs."""
+"""The number of the CPU among the indices of GPUs."""
 _HAS_VERSIONS = hasattr(torch._C, "_to_dlpack_versioned")  # Torch 2.9 and later
 
 
 def is_transformed() -> bool:
-    """Tell whether operations are compiled, vectorised or differentiated forwards, or by ``torch.func``."""
+    """Tell whether operations are compiled, transformed by ``torch.func``, or differentiated in forward mode."""
     if torch.compiler.is_compiling() or peek_interpreter_stack() is not None:
         return True
     return forward_ad._current_level >= 0
 
 
 def is_recorded(*values: Any) -> bool:
-    """Tell whether autograd records, for a backward pass, what is done with one of these; None is nothing."""
+    """Tell whether autograd records operations on one of these values; None is ignored."""
     return torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in values)
 
 
 def is_traced(value: torch.Tensor | None) -> bool:
-    """Tell whether this stands for values that are not known now, or not after the transformation."""
+    """Tell whether this tensor is traced: its values are unknown now, or invalid after the transformation."""
     return value is not None and (
         torch.compiler.is_compiling()
         or _is_tracing()
@@ -45,34 +45,35 @@ def is_traced(value: torch.Tensor | None) -> bool:
 
 
 def is_fake(value: torch.Tensor | None) -> bool:
-    """Tell whether this is a tensor without values."""
+    """Tell whether this is a tensor without values: fake, or on the meta device."""
     return value is not None and (isinstance(value, FakeTensor) or value.is_meta)
 
 
 def is_scripted() -> bool:
-    """Tell whether ``torch.jit.trace`` follows the operations, or ``torch.onnx.export`` by way of it."""
+    """Tell whether ``torch.jit.trace`` traces the operations, or ``torch.onnx.export`` by means of it."""
     return not torch.compiler.is_compiling() and _is_tracing()
 
 
 def is_constant(value: torch.Tensor | None) -> bool:
-    """Tell whether this would be a constant of the graph that ``is_scripted`` is about: nothing that a model holds."""
+    """Tell whether the traced graph would contain this tensor as a constant, since no module registers it."""
     if value is None:
         return False
     try:
         return bool(_get_value_trace(value).node().kind() == "prim::Constant")
-    except RuntimeError:  # it would be one if it did not require a gradient
+    except RuntimeError:  # Torch raises this for a constant that requires a gradient
         return True
 
 
 def common_device(*values: torch.Tensor | None) -> int | None:
-    """Return where these are, ``CPU`` or the index of a GPU, if they are nothing but values in memory there.
+    """Return the one device of plain tensors: ``CPU`` or the index of a GPU.
 
-    None where they are more, are elsewhere or apart, or somebody sees the operations. A value of None is nothing.
+    The result is None if the tensors are not on one such device, if one of them is not plain (another class or layout,
+    a lazy or transformed tensor), or if a mode intercepts operations. A value of None is ignored.
     """
     if _is_tracing() or _len_torch_dispatch_stack():
         return None
     found = None
-    for value in values:  # in every call, where a generator costs
+    for value in values:  # a loop, since every call runs it and a generator is slower
         if value is None:
             continue
         if type(value) not in _OWN or value.layout is not torch.strided:
@@ -89,20 +90,20 @@ def common_device(*values: torch.Tensor | None) -> int | None:
 
 
 def is_backward() -> bool:
-    """Tell whether this runs within a backward pass, as a forward pass does that activation checkpointing repeats."""
+    """Tell whether a backward pass executes this code: activation checkpointing repeats forward passes within it."""
     return _current_graph_task_id() != -1
 
 
 def is_zero_tensor(value: torch.Tensor) -> bool:
-    """Tell whether this is a tensor of zeros without memory, as derivatives in forward mode can be."""
+    """Tell whether this is a tensor of zeros without memory: forward mode makes such derivatives."""
     return value._is_zerotensor()
 
 
 def copy_all(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
-    """Copy tensors to others in one call, which no interrupt splits."""
+    """Copy tensors to others in one call of Torch, so that an interrupt comes before or after all copies."""
     torch._foreach_copy_(list(targets), list(sources))
 
 
 def to_dlpack(tensor: torch.Tensor, *, is_versioned: bool) -> object:
-    """Return what ``Tensor.__dlpack__`` does, without its checks."""
+    """Return a DLPack capsule, as ``Tensor.__dlpack__`` does but without its checks."""
     return (torch._C._to_dlpack_versioned if is_versioned and _HAS_VERSIONS else torch._C._to_dlpack)(tensor)

@@ -1,1 +1,1 @@
-"""The arithmetic of JAX arrays: passes over x, the sums that they need, and the primitives that carry them."""
+"""The kernels of JAX arrays: passes over x, their sums, and the primitives that compute them in float64."""

@@ -1,7 +1,7 @@
-"""Sums of the values of each channel in the layout for CPUs, and helpers of both layouts.
+"""Sums over the values of each channel in the layout for CPUs, and helpers of both layouts.
 
-The values are rows by channels, (n, C): ``rows`` moves all cells of an x to one axis. A tree adds up the rows, CHUNK of
-them one after the other at each level::
+The values are rows by channels, (n, C): ``rows`` moves all cells of x to one axis. A tree adds up the rows, at each
+level CHUNK of them one after another::
 
     rows, n = 70     r0 ... r15 | r16 ... r31 | r32 ... r47 | r48 ... r63 | r64 ... r69   whole = 64, then a rest of 6
                          |             |             |             |            |
@@ -11,14 +11,14 @@ them one after the other at each level::
                                        v                                        v
     the end                           sum      +      rests[0], and those of further levels
 
-A row is C numbers, and each number of a sum is that of one channel.
+A row and a sum are C numbers each, one per channel.
 
-Sums are made in float64, so their caller has to be traced with 64-bit numbers, as a ``WidePrimitive`` is. The order of
-the additions is written down here and not left to XLA: the bits must not depend on the number of threads, or on the
+Sums are computed in float64, so the caller must be traced with 64-bit numbers, as a ``WidePrimitive`` is. This file
+fixes the order of the additions, since with XLA's own order the bits could depend on the number of threads or on the
 memory order of x.
 
-A *careful* sum is in pairs: beside each sum there is a rest, the sum of its rounding errors. In lists of terms all
-sums come first, and then as many rests.
+A *careful* sum is a pair: the sum, and its rest, the sum of the rounding errors. A list of pairs has all sums first,
+and then as many rests.
 """
 
 from collections.abc import Sequence
@@ -32,11 +32,11 @@ from jax import lax
 from mbn_jax.kernels.pairs import two_sum
 
 CHUNK = 16
-"""Rows that are added one after the other: few enough for XLA to unroll, and so to vectorise over the channels."""
+"""Rows that are added one after another: few enough that XLA unrolls the loop, and vectorises over the channels."""
 
 
 def column(vector: jax.Array, ndim: int) -> jax.Array:
-    """Return a (C,) vector in the shape that broadcasts against an x of ndim axes."""
+    """Return a (C,) vector in the shape that broadcasts against an x of ``ndim`` axes."""
     return vector if ndim == 2 else vector[:, None]
 
 
@@ -46,24 +46,25 @@ def rows(x: jax.Array | None) -> jax.Array | None:
 
 
 def once(vector: jax.Array) -> jax.Array:
-    """Return a (C,) vector that is computed once, and not again for each value that is combined with it.
+    """Return a (C,) vector unchanged, so that XLA computes it once and not again for each value that it meets.
 
-    XLA repeats cheap arithmetic, and that is arithmetic in pairs too, in every loop that reads its result. A division
-    is not cheap, so it is not repeated; and that this one is by 1 XLA cannot see behind a barrier until it has decided.
+    XLA fuses cheap arithmetic, arithmetic in pairs included, into every loop that reads its result, and thus repeats
+    it. XLA does not duplicate divisions; the barrier hides the constant 1, so that the division is not simplified away
+    before fusion.
     """
     return vector / lax.optimization_barrier(jnp.ones_like(vector))
 
 
 def channel_sums(*terms: jax.Array, chunk: int = CHUNK, careful: bool = False) -> list[jax.Array]:
-    """Return the sums of terms, (n, C) in float64 each, over the first axis, as a tree of chunks of ``chunk`` rows.
+    """Return the sums of terms, (n, C) in float64 each, over the first axis, by a tree of chunks of ``chunk`` rows.
 
-    A ``careful`` tree carries the rounding errors of its additions along, so that a term that dwarfs all others costs
-    them no digits.
+    A ``careful`` tree also sums the rounding errors of its additions, so that a term that dwarfs the others costs them
+    no digits.
     """
     if not is_known(terms[0].shape[0]):
         return careful_sums(terms, (0,))
     add, parts = (_add_pairs, in_pairs(terms)) if careful else (_add, list(terms))
-    # Each level makes one row of each full chunk; the rows beyond the last full chunk are added up for the end.
+    # Each level reduces each full chunk to a row; the rows beyond the last full chunk are summed and added at the end.
     rests = []
     while (n := parts[0].shape[0]) > 2 * CHUNK:
         whole = n - n % chunk
@@ -75,42 +76,42 @@ def channel_sums(*terms: jax.Array, chunk: int = CHUNK, careful: bool = False) -
 
 
 def is_known(size: int) -> bool:
-    """Tell whether a size is a number; in a function that is exported for any size of some axes it is a symbol."""
+    """Tell whether a size is a number, not a symbol: functions can be exported for any size of an axis."""
     return isinstance(size, int)
 
 
 def careful_sums(terms: Sequence[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:
-    """Return the sums of float64 arrays of one shape over axes of any size, in any order.
+    """Return the sums of float64 arrays of one shape over axes of any size, known or not, in XLA's order.
 
-    They are in pairs, since there is no tree of an unknown size: with the rounding errors, the order hardly matters.
+    They are computed in pairs: with the rounding errors included, the order of the additions hardly matters.
     """
     return of_pairs(sums(in_pairs(terms), *axes, careful=True))
 
 
 def sums(terms: Sequence[jax.Array], *axes: int, careful: bool = False) -> list[jax.Array]:
-    """Return the sums of float64 arrays of one shape over axes in one pass; ``careful`` ones are of terms and rests."""
+    """Return the sums of float64 arrays of one shape over axes, in one pass; if ``careful``, of a list of pairs."""
     return lax.reduce(list(terms), [np.zeros((), term.dtype) for term in terms], _add_pairs if careful else _add, axes)
 
 
 def in_pairs(terms: Sequence[jax.Array]) -> list[jax.Array]:
-    """Return terms, and after them as many rests, which are 0."""
+    """Return terms as a list of pairs: the terms, and after them as many rests of 0."""
     return [*terms, *map(jnp.zeros_like, terms)]
 
 
 def of_pairs(parts: Sequence[jax.Array]) -> list[jax.Array]:
-    """Return terms plus their rests, from a list of terms and then as many rests."""
+    """Return terms plus their rests, from a list of pairs."""
     count = len(parts) // 2
     # The rest of an infinite sum is NaN, which would turn the sum into NaN too.
     return [jnp.where(jnp.isfinite(hi), hi + rest, hi) for hi, rest in zip(parts[:count], parts[count:], strict=True)]
 
 
 def _add(totals: Sequence[jax.Array], values: Sequence[jax.Array]) -> list[jax.Array]:
-    """Return the sums of two lists, one by one."""
+    """Return the sums of two lists, element by element."""
     return [total + value for total, value in zip(totals, values, strict=True)]
 
 
 def _add_pairs(totals: Sequence[jax.Array], values: Sequence[jax.Array]) -> list[jax.Array]:
-    """Return the sums of two lists of terms and rests; a rest takes up both rests and the new rounding error."""
+    """Return the sums of two lists of pairs; the new rest is the sum of both rests and of the new rounding error."""
     count = len(totals) // 2
     pairs = [two_sum(*both) for both in zip(totals[:count], values[:count], strict=True)]
     rests = [pair.lo + (rest + other) for pair, rest, other in zip(pairs, totals[count:], values[count:], strict=True)]

@@ -1,22 +1,22 @@
-"""The two layouts of a pass over x that sums up; the platform that it is compiled for has one of them.
+"""The two layouts of a sum over x, of which a pass uses the one of the platform that it is compiled for.
 
 ::
 
-             view of an x                 a vector of channels    sums
+             view of x                    a vector of channels    sums
     CPU      (N, C), or (N * L, C)        (C,)                    ``channel_sums``: a tree over the first axis
     GPU      (N, C), or (N, C, L)         (C,), or (C, 1)         ``gpu_sums``: a tree over N, and one over L
 
-On more devices than one, x is cut into blocks along N and along L, as many along each as divide both its extent and the
-number of devices::
+On several devices, x is cut into blocks along N and along L; the number of blocks along each axis is the greatest
+common divisor of its extent and the number of devices::
 
     x, (N, C, L), on 4 devices            +------+------+------+------+
     N = 6: gcd(6, 4) = 2 blocks     n0-n2 |  0,0 |  0,1 |  0,2 |  0,3 |   each of n = 3 samples by l = 2 positions,
     L = 8: gcd(8, 4) = 4 blocks     n3-n5 |  1,0 |  1,1 |  1,2 |  1,3 |   (2, 4, n, C, l) in all, each viewed by itself
                                           +------+------+------+------+
 
-However the devices share out x along N and L, a block lies on one of them. Each block is summed up there, and its sums,
-one number per channel, are all that leaves the device: XLA would fetch all of x, or the sums of its chunks, for a
-reshape that mixes what several devices hold. The sums of the blocks are added up in pairs, whose order hardly matters.
+In every sharding of x along N and L, each block lies on one device. That device sums up the block and sends only the
+sums, one number per channel: a reshape across devices would make XLA fetch all of x, or the sums of its chunks. The
+sums of the blocks are added in pairs, whose order hardly matters.
 """
 
 import math
@@ -34,7 +34,7 @@ _DEVICES = ContextVar("devices", default=1)
 
 @contextmanager
 def over(devices: int) -> Iterator[None]:
-    """Trace for so many devices, over which XLA spreads the computation."""
+    """Trace the body for a number of devices, over which XLA distributes the computation."""
     token = _DEVICES.set(devices)
     try:
         yield
@@ -43,25 +43,25 @@ def over(devices: int) -> Iterator[None]:
 
 
 def is_sharded() -> bool:
-    """Tell whether this is traced for more devices than one."""
+    """Tell whether the current trace is for several devices."""
     return _DEVICES.get() > 1
 
 
 class Layout(NamedTuple):
-    """The axes under which the values of channels are summed up."""
+    """The view of x under which the values of channels are summed, and its functions."""
 
     view: Callable[[Any], Any]
-    """A function from an (N, C) or (N, C, L) to its view, with two axes of blocks in front, if any; None stays None."""
+    """A function from an (N, C) or (N, C, L) array, or None, to its view, whose first two axes are blocks, if any."""
     broadcast: Callable[[jax.Array, int], jax.Array]
     """A function from a (C,) vector and the number of axes of x to an array that broadcasts against the view of x."""
     sums: Callable[..., list[jax.Array]]
-    """A function from views in float64, of one shape, to their sums, (C,) each; it takes ``careful``."""
+    """A function from views in float64, of one shape, to their sums, (C,) each; its option is ``careful``."""
 
 
 def _layout(
     view: Callable[[Any], Any], broadcast: Callable[[jax.Array, int], jax.Array], sums: Callable[..., Any]
 ) -> Layout:
-    """Return a layout, for blocks too, from the functions for one block."""
+    """Return a layout from the functions for one block; its own functions also work on several blocks."""
 
     def view_of_blocks(x: jax.Array | None) -> jax.Array | None:
         return jax.vmap(jax.vmap(view))(_blocks(x)) if is_sharded() and x is not None else view(x)
@@ -76,7 +76,7 @@ def _layout(
 
 
 def _blocks(x: jax.Array) -> jax.Array:
-    """Return x, (N, C[, L]), with two more axes in front, of its blocks along N and along L: (A, B, n, C[, l]).
+    """Return x, (N, C[, L]), as A blocks along N by B blocks along L: (A, B, n, C[, l]).
 
     An axis of unknown size is one block.
     """

@@ -1,8 +1,8 @@
-"""Linear maps with transposes of their own.
+"""Linear maps as primitives with transposes of their own.
 
-JAX transposes a broadcast to a plain sum, and cannot transpose a sum in float64 at all. So what derivatives are made of
-has to be primitives, of which JAX takes the transpose as given. They have to compose with every transformation, in any
-order and as often as it likes: each of a primitive's rules is written with primitives again.
+JAX would transpose a broadcast to a plain sum, and cannot transpose a sum in float64 at all. So the linear maps of
+derivatives are primitives, whose transposes are given. They compose with all transformations, in any order and number,
+because the rules of each primitive are written with such primitives again.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,17 +24,17 @@ Shape: TypeAlias = tuple[int, ...]
 
 
 class LinearPrimitive(WidePrimitive):
-    """A map from arrays to arrays of the same dtype, linear in them; what else it depends on are its residuals.
+    """A map from arrays to arrays of the same dtype, linear in the arrays; its other inputs are its residuals.
 
     Args:
-        name: how it is called in a jaxpr.
-        function: ``function(arrays, residuals, shape)``, which returns a list of arrays. Nobody differentiates it.
-        shapes: the shapes of the results, given those of the arrays and ``shape``.
-        derivative: ``derivative(arrays, residuals, tangents)``, by the residuals, in operations that JAX can
-            differentiate and transpose again; None where there are no residuals.
-        on_gpu: the function in the layout for GPUs, where that is another one.
+        name: the name of the primitive in a jaxpr.
+        function: ``function(arrays, residuals, shape)``, which returns a list of arrays; JAX never differentiates it.
+        shapes: ``shapes(shapes of the arrays, shape)``, which returns the shapes of the results.
+        derivative: ``derivative(arrays, residuals, tangents)``, the derivative by the residuals, made of operations
+            that JAX can differentiate and transpose again; None if there are no residuals.
+        on_gpu: the function in the layout for GPUs, if that differs.
 
-    A map has a transpose once :func:`are_transposes` says so.
+    :func:`are_transposes` sets the transpose of a map.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class LinearPrimitive(WidePrimitive):
         ad.primitive_transposes[self.primitive] = self._transpose
 
     def __call__(self, arrays: Arrays, residuals: Any = (), shape: Shape = ()) -> list[jax.Array]:
-        """Apply the map. ``shape`` is what the arrays don't tell of the results."""
+        """Apply the map. ``shape`` is the shape of the results, for maps whose arrays do not determine it."""
         return super().__call__(list(arrays), residuals, shape=shape)
 
     def _abstract_eval(self, *operands: Any, tree: Any, levels: Levels, shape: Shape) -> list[Any]:  # type: ignore[override]  # its own settings
@@ -95,7 +95,7 @@ class LinearPrimitive(WidePrimitive):
         leaves, tree = jax.tree.flatten((cotangents, residuals))
         levels = tuple(level._replace(has_axis=(True,) * len(cotangents) + level.has_axis[count:]) for level in levels)
         results = self.transpose.bind(*leaves, tree=tree, levels=levels, **parameters)
-        # An array that is not asked for is a zero that JAX has written out.
+        # JAX asks for the cotangents of undefined primals only; the other arrays are zeros that it instantiated.
         asked_for = [
             _lying_as(array.aval, result) if ad.is_undefined_primal(array) else None
             for array, result in zip(arrays, results, strict=True)
@@ -107,7 +107,7 @@ class LinearPrimitive(WidePrimitive):
     ) -> tuple[list[jax.Array], list[int | None]]:
         operands, axes = list(operands), list(axes)
         arrays, residuals = tree.unflatten(operands)
-        # A result of operands without the axis has none either, unless replicas along it add up.
+        # Results have the batch axis if an array has it, or if the map sums over a group of replicas along the axis.
         has_axis = any(axis is not None for axis in axes) or _is_shared(residuals, axis_data.name)
         for i in range(len(arrays) if has_axis else 0):
             if axes[i] is None:
@@ -116,13 +116,13 @@ class LinearPrimitive(WidePrimitive):
 
 
 def _is_shared(residuals: Any, axis: Any) -> bool:
-    """Tell whether residuals are of a group of replicas along an axis."""
+    """Tell whether residuals contain a group of replicas along an axis."""
     leaves = jax.tree.leaves(residuals, is_leaf=lambda value: isinstance(value, AxisGroup))
     return any(isinstance(leaf, AxisGroup) and axis in leaf.names for leaf in leaves)
 
 
 def _lying_as(kind: Any, x: jax.Array) -> jax.Array:
-    """Return x sharded as its type says, along explicit axes of devices."""
+    """Return x with the sharding of a type, along explicit mesh axes."""
     own, spec = jax.typeof(x).sharding, kind.sharding.spec
     return (
         x if own.spec == spec else reshard(x, NamedSharding(kind.sharding.mesh if own.mesh.empty else own.mesh, spec))
@@ -152,10 +152,10 @@ are_transposes(_CHANNEL_SUM, _SPREAD)
 
 
 def channel_sum(x: jax.Array) -> jax.Array:
-    """Return the sum of each channel of x, (N, C) or (N, C, L), made in float64 and rounded once."""
+    """Return the sum of each channel of x, (N, C) or (N, C, L), computed in float64 and rounded once."""
     return _CHANNEL_SUM([x], shape=x.shape)[0]
 
 
 def spread(vector: jax.Array, shape: Shape) -> jax.Array:
-    """Return a (C,) vector in the shape of an x, so that its gradient is a ``channel_sum``."""
+    """Return a (C,) vector broadcast to the shape of x; the gradient of the vector is a ``channel_sum``."""
     return _SPREAD([vector], shape=shape)[0]

@@ -1,13 +1,13 @@
-"""Normalisation by the statistics of the batch itself, and its derivatives; and sums of gradients by any statistics.
+"""Normalisation by the batch's own statistics, with its derivatives, and the sums of gradients for any statistics.
 
-The former must give the gradients that the formulas of batch normalisation give, with sums in float64, so that a large
-mean of x or dy costs nothing. So it is differentiated as a whole, mean and variance being what they are of x, and not
-part by part; and its derivatives in the same way again.
+The derivatives of the normalisation follow the closed formulas of batch normalisation, in which mean and variance are
+functions of x, with sums in float64: so a large mean of x or dy costs no digits. JAX does not differentiate mean,
+variance and normalisation one by one. The derivatives are differentiated by such formulas again.
 
-In the following xhat = (x - mean) * s with s = 1 / sqrt(var + eps), and M(v) = sum(w * v) / n with w the weights and n
-their sum. In the direction v
+Notation: xhat = (x - mean) * s with s = 1 / sqrt(var + eps), and M(v) = sum(w * v) / n with w the weights and n their
+sum. The derivatives in the direction v are
 
-    xhat changes by P(v) = s * (v - M(v) - xhat * M(xhat * v)),  s by -s**2 * M(xhat * v).
+    of xhat: P(v) = s * (v - M(v) - xhat * M(xhat * v)),  of s: -s**2 * M(xhat * v).
 """
 
 from functools import partial
@@ -30,16 +30,16 @@ from mbn_jax.kernels.primitives import Arrays, WidePrimitive
 
 
 class Batch(NamedTuple):
-    """Values and their statistics: to differentiation, functions of x; with no count, statistics of other values."""
+    """Values with their statistics, which derivatives take as functions of x; without a count, as constants."""
 
     x: jax.Array
     weights: jax.Array | None
     mean: Scaled
     invstd: Scaled
     count: Any
-    """A pair, or None; a field of tuples has this name too."""
+    """A ``Pair`` or None; typed as Any, since tuples have a method of this name."""
     group: AxisGroup | None = None
-    """The replicas whose values they are the statistics of, if there are others."""
+    """The replicas that share the statistics, if there are several."""
 
 
 def batch(
@@ -51,7 +51,7 @@ def batch(
     weights: jax.Array | None,
     group: AxisGroup | None,
 ) -> Batch:
-    """Return values with their own statistics, or those of all replicas."""
+    """Return values with their own statistics, or with those of all replicas."""
     mean, var, count = lax.stop_gradient((mean, var, count))
     dtype = mean.unit.dtype
     return Batch(
@@ -85,7 +85,7 @@ def pullback(dy: jax.Array, batch: Batch, weight: jax.Array | None) -> tuple[jax
 def grad_sums(
     dy: jax.Array, x: jax.Array, mean: Mean, var: Variance, eps: Square, weights: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the sums of dy and dy * xhat for each channel, xhat by any statistics."""
+    """Return the sums of dy and dy * xhat for each channel, with xhat by any given statistics."""
     compute = passes.compute_dtype(x, mean)
     given = Batch(x, weights, as_scaled(mean, compute), channel_stats.invstd(var, eps, compute), None)
     return _grad_sums(dy.astype(compute), given)
@@ -117,7 +117,7 @@ def _grad_sums_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple
 
 @jax.custom_jvp
 def _standardize(batch: Batch) -> jax.Array:
-    """Return xhat, and 0 where the weight of x is."""
+    """Return xhat, with 0 where the weight is 0."""
     return passes.affine(batch.x, batch.mean, batch.invstd, None, None, batch.weights)
 
 
@@ -161,7 +161,7 @@ def _weigh(v: jax.Array, batch: Batch) -> jax.Array:
 
 
 def _direction(v: jax.Array, batch: Batch) -> jax.Array:
-    """Return a direction in the dtype computed in, without what it has where the weight of x is 0."""
+    """Return a direction in the dtype of the arithmetic, with 0 where the weight is 0."""
     return passes.unmasked(v.astype(batch.mean.unit.dtype), batch.weights)
 
 
@@ -170,7 +170,7 @@ def _vector(batch: Batch, value: jax.Array | None, default: float) -> jax.Array:
     return jnp.full(batch.x.shape[1], default, dtype) if value is None else value.astype(dtype)
 
 
-# Forwards: weight * P(v) + dweight * xhat + dbias.
+# Forward mode: weight * P(v) + dweight * xhat + dbias.
 
 
 def _push(layout: Layout, arrays: Arrays, residuals: tuple[Batch, jax.Array], shape: Shape) -> list[jax.Array]:
@@ -188,17 +188,17 @@ def _push_derivative(
 ) -> list[jax.Array]:
     (v, p, _), (batch, weight), (dbatch, dweight) = arrays, residuals, tangents
     u, v = _direction(dbatch.x, batch), _direction(v, batch)
-    # A constant in v changes nothing but the last bits of the products that follow.
+    # Subtract the mean of v: P ignores constants, and the products below lose no digits to a large mean.
     v -= spread(lax.stop_gradient(_mean(v, batch)), v.shape)
     xhat, change, moved = _standardize(batch), _project(u, batch), _project(v, batch)
-    # P(v) changes by -s * (M(xhat * u) * P(v) + M(xhat * v) * P(u) + M(P(u) * v) * xhat).
+    # The derivative of P(v) in the direction u is -s * (M(xhat * u) * P(v) + M(xhat * v) * P(u) + M(P(u) * v) * xhat).
     terms = ((_mean(xhat * u, batch), moved), (_mean(xhat * v, batch), change), (_mean(change * v, batch), xhat))
     scale = -weight * _scale(batch)
     bent = sum(spread(scale * factor, v.shape) * term for factor, term in terms)
     return [bent + spread(p, v.shape) * change + spread(dweight, v.shape) * moved]
 
 
-# Backwards: the gradients of x, weight and bias. That of x, with g = weight * dy, is the transpose of P,
+# Reverse mode: the gradients of x, weight and bias. The gradient of x, with g = weight * dy, is the transpose of P:
 # s * (g - w * sum(g) / n - w * xhat * sum(xhat * g) / n).
 
 
@@ -221,10 +221,10 @@ def _pull_derivative(
     xhat, change = _standardize(batch), _project(u, batch)
     moved, product, _ = _pullback([dy], (batch, _vector(batch, None, 1)))
     if batch.group is None:
-        # M(change) is 0, so that w times a constant in dy changes nothing but the last bits.
+        # M(change) is 0, so subtracting w times a constant from dy changes the sum in its last bits only.
         constant = spread(lax.stop_gradient(channel_sum(dy) / batch.count.hi), dy.shape)
         bend = channel_sum(change * (dy - _weigh(constant, batch)))
-    else:  # it is 0 over all replicas alone
+    else:  # M(change) is 0 over all replicas together, not over one
         bend = channel_sum(change * dy)
     every_product, every_bend = summed((product, bend), batch.group)
     terms = (
@@ -240,10 +240,11 @@ def _pull_derivative(
 def _sums(
     layout: Layout, v: jax.Array, batch: Batch, factor: jax.Array | None
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    """Return the sums of v and of xhat * v for each channel, in float64; of each value times a factor, if any.
+    """Return the mean minus its center, and the sums of v and of xhat * v for each channel, in float64.
 
-    They are these values' own, and those of all replicas. Before them comes what is left of the mean beside its first
-    part, as exact as sums are: where v is nearly constant it counts for more than it weighs.
+    The sums are those of this replica, and those of all replicas. With a ``factor``, v is multiplied by it. The first
+    result is as exact as a sum in float64: where v is nearly constant, small errors of the mean change the sum of
+    xhat * v much.
     """
     view, weights = layout.view, layout.view(batch.weights)
     unit, invstd = _units(batch)
@@ -265,14 +266,14 @@ def _sums(
 
 
 def _center(batch: Batch) -> jax.Array:
-    """Return the first part of the mean, in float64."""
+    """Return the center, the high part of the mean, in float64."""
     return wide(batch.mean.pair.hi) * wide(batch.mean.unit)
 
 
 def _units(batch: Batch) -> tuple[jax.Array | None, jax.Array]:
-    """Return what to multiply deviations by before they meet another number, if anything, and then for xhat.
+    """Return two factors from deviations to xhat: the first (or None) applies before any product, the second last.
 
-    Products of float64 may leave its range, those of float32 in float64 do not.
+    Products of float64 numbers may leave float64's range, products of float32 numbers in float64 cannot.
     """
     invstd, unit = wide(batch.invstd.pair), wide(batch.invstd.unit)
     return (unit, invstd) if batch.mean.unit.dtype == np.float64 else (None, invstd * unit)
@@ -284,7 +285,7 @@ def _share(total: jax.Array, batch: Batch) -> jax.Array:
 
 
 def _line(constant: jax.Array, slope: jax.Array, rest: jax.Array, batch: Batch) -> jax.Array:
-    """Return constant + slope * xhat in float64: where it is nearly all of a v, their difference has digits left."""
+    """Return constant + slope * xhat in float64: v minus it has digits left even where v is nearly equal to it."""
     unit, invstd = _units(batch)
     x, center = wide(batch.x), _broadcast(_center(batch), batch)
     deviation = x - center if unit is None else passes.difference(x, center, _broadcast(unit, batch))
@@ -293,7 +294,7 @@ def _line(constant: jax.Array, slope: jax.Array, rest: jax.Array, batch: Batch) 
 
 
 def _steepened(change: jax.Array, batch: Batch, weight: jax.Array) -> jax.Array:
-    """Return a change of xhat, in float64, times s * weight."""
+    """Return a float64 array times s * weight."""
     first, second = (wide(factor) for factor in channel_stats.factors(batch.invstd, weight))
     if batch.mean.unit.dtype == np.float64:
         return change * _broadcast(first, batch) * _broadcast(second, batch)

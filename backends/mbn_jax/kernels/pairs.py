@@ -1,11 +1,11 @@
-"""Arithmetic in pairs.
+"""Arithmetic in pairs: unevaluated sums of two numbers, made by transforms that also return the rounding error.
 
-It must be as exact where JAX has no 64-bit numbers, which is its default, as where it has. So what counts is carried in
-pairs, unevaluated sums of two numbers of the dtype computed in, made by transforms that return their rounding error
-too. XLA contracts products and sums into FMAs as it likes, which changes nothing here: every product whose last bit
-counts is exact.
+Results must be equally exact whether or not 64-bit numbers are enabled in JAX; by default they are not. So statistics
+are pairs of numbers of the dtype of the arithmetic. XLA may contract products and sums into FMAs, which changes no
+result here: every product whose last bit matters is exact.
 
-Everything can be traced, and differentiates as the real numbers that it stands for: a rounding error is a constant.
+Every function can be traced. Its derivatives are those of the real numbers that the pairs represent: a rounding error
+is a constant.
 """
 
 import math
@@ -18,51 +18,51 @@ from jax import lax
 
 
 class Pair(NamedTuple):
-    """The unevaluated sum of two arrays, hi being the sum rounded: twice the precision of one."""
+    """The unevaluated sum of two arrays, of which hi is the sum rounded: twice the precision of one array."""
 
     hi: jax.Array
     lo: jax.Array
 
 
 class Scaled(NamedTuple):
-    """A pair in units of a power of two, so that the low part stays within the range of the dtype: ``pair * unit``."""
+    """``pair * unit``, with a power of two as unit, so that the low part stays within the range of the dtype."""
 
     pair: Pair
     unit: jax.Array
 
 
 class Square(NamedTuple):
-    """The same for a variance: ``pair * unit**2``."""
+    """``pair * unit**2``: a variance in the square of a unit."""
 
     pair: Pair
     unit: jax.Array
 
 
 NOTHING = 2.0**-500
-"""The size, in the unit that a number was computed in, below which the number is 0.
+"""Below this size, in the unit of its computation, a number counts as 0 where it gets a unit of its own size.
 
-The quotient of that unit and one of the number's own size then stays within float64, and so does its square.
+The quotient of the two units, and its square, then stay within float64's range.
 """
 
 Mean: TypeAlias = Scaled | jax.Array
 Variance: TypeAlias = Square | jax.Array
-"""Either may be a plain vector."""
+"""A mean and a variance may also be plain vectors."""
 
 
 def widest_dtype() -> np.dtype:
-    """Return the widest floating dtype there is: float64 where 64-bit numbers are enabled."""
+    """Return the widest enabled floating dtype: float64 if 64-bit numbers are enabled, else float32."""
     return jax.dtypes.canonicalize_dtype(np.float64)
 
 
 def wider(dtype: np.dtype, other: np.dtype) -> np.dtype:
-    """Return the wider of two floating dtypes; no promotion, which may be switched off."""
+    """Return the wider of two floating dtypes, without JAX's promotion, which users may switch off."""
     return max(np.dtype(dtype), np.dtype(other), key=lambda either: either.itemsize)
 
 
 def number(value: float) -> Pair:
-    """Return a Python number as a pair on the host, to be an argument of compiled code: a new one compiles nothing new.
+    """Return a Python number as a pair on the host, an argument of compiled code: another number compiles nothing anew.
 
-    As a plain number it would be rounded to float32 on its way.
+    As a plain number it might be rounded to float32.
     """
     hi: Any = np.asarray(value, widest_dtype())
     lo: Any = np.asarray(value - float(hi), hi.dtype)
@@ -70,7 +70,7 @@ def number(value: float) -> Pair:
 
 
 def squared(value: float) -> Square:
-    """Return a Python number, at least 0, in the same way as a square."""
+    """Return a Python number, at least 0, as a ``Square`` on the host, an argument of compiled code."""
     lowest, highest = limits(widest_dtype())
     power = min(max(math.ldexp(1.0, math.frexp(value)[1] // 2), lowest), highest)
     unit: Any = np.asarray(power, widest_dtype())
@@ -78,26 +78,26 @@ def squared(value: float) -> Square:
 
 
 def limits(dtype: np.dtype) -> tuple[float, float]:
-    """Return the least and the largest unit of a dtype, whose inverses it has as well."""
+    """Return the least and the largest unit of a dtype; their inverses are in its range too."""
     largest = float(2 ** (jnp.finfo(dtype).maxexp - 2))
     return 1 / largest, largest
 
 
 def as_scaled(value: Mean, dtype: np.dtype) -> Scaled:
-    """Return a mean in units of ``dtype``."""
+    """Return a mean as a ``Scaled`` of ``dtype``."""
     if not isinstance(value, Scaled):
         return Scaled(as_pair(value, dtype), jnp.ones_like(value, dtype))
     return Scaled(as_pair(value.pair, dtype), value.unit.astype(dtype))
 
 
 def in_own_units(value: Scaled, dtype: np.dtype) -> Scaled:
-    """Return a number of float64 in units of ``dtype`` of about its own size."""
+    """Return a float64 number as a ``Scaled`` of ``dtype``, in a unit of about its own size."""
     own = power_of_two(jnp.maximum(jnp.abs(value.pair.hi), NOTHING) * value.unit, dtype)
     return Scaled(as_pair(times(value.pair, value.unit / own), dtype), own.astype(dtype))
 
 
 def as_square(value: Variance, dtype: np.dtype) -> Square:
-    """Return a variance as a square of ``dtype``."""
+    """Return a variance as a ``Square`` of ``dtype``."""
     if not isinstance(value, Square):
         is_subnormal, part = subnormal(value)
         unit = jnp.where(is_subnormal, float(jnp.finfo(value.dtype).tiny) ** 0.5, jnp.ones_like(value))
@@ -115,44 +115,44 @@ def times(a: Pair, power: jax.Array | float) -> Pair:
 
 
 def subnormal(value: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return where a value of at least 0 is subnormal, and it in units of the least normal number there.
+    """Return where values, at least 0, are subnormal, and their fractions, in units of the least normal number.
 
-    As integers tell it: XLA may take such numbers for 0.
+    Both are read from the bits as integers, since XLA may flush subnormal numbers to 0.
     """
     info = jnp.finfo(value.dtype)
     bits = lax.bitcast_convert_type(value, f"uint{info.bits}") & ((1 << (info.bits - 1)) - 1)
-    # Behind a barrier, or XLA would multiply this factor by the next first.
+    # The barrier keeps XLA from multiplying this factor by the next one first.
     part = lax.optimization_barrier(bits.astype(value.dtype) * 2.0**-info.nmant)
     return (bits > 0) & (bits < 1 << info.nmant), part
 
 
 def power_of_two(value: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Return a power of two next to a positive value that has such an inverse in ``dtype``; the least one for 0."""
+    """Return a power of two next to a positive value, with an inverse in ``dtype`` too; the least such power for 0."""
     rounded = lax.reduce_precision(value, jnp.finfo(value.dtype).nexp, 0)
     return lax.stop_gradient(jnp.clip(rounded, *limits(dtype)))
 
 
 def as_pair(value: Pair | jax.Array | float, dtype: np.dtype) -> Pair:
-    """Return a value as a pair of ``dtype``, keeping of a wider one what two numbers can hold."""
+    """Return a value as a pair of ``dtype``; a wider value is rounded to two numbers of ``dtype``."""
     if isinstance(value, Pair):
         hi, rest = as_pair(value.hi, dtype)
         return two_sum(hi, rest + value.lo.astype(dtype))
     if isinstance(value, float):
-        # Behind a barrier it is no constant to XLA, which takes (x + 1) - 1 for x.
+        # The barrier hides the constant from XLA, which would simplify (x + 1) - 1 to x.
         return as_pair(Pair(*lax.optimization_barrier(number(value))), dtype)
-    if jnp.issubdtype(value.dtype, jnp.integer):  # a count that a compiled function returned
+    if jnp.issubdtype(value.dtype, jnp.integer):  # a count returned by a compiled function
         hi = value.astype(dtype)
         return Pair(hi, (value - hi.astype(value.dtype)).astype(dtype))
     value = value.astype(wider(value.dtype, dtype))
     if value.dtype == dtype:
         return Pair(value, jnp.zeros_like(value))
-    # XLA takes a conversion there and back for nothing, so the rounding has to be asked for.
+    # XLA removes a conversion to a narrower dtype and back, so the rounding must be explicit.
     hi = lax.reduce_precision(value, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)
     return Pair(hi.astype(dtype), (value - hi).astype(dtype))
 
 
 def wide(value: Pair | jax.Array) -> jax.Array:
-    """Return a value in float64, where that is there; more than it holds of a pair of float32 it never was."""
+    """Return a value in float64 (where 64-bit numbers are enabled), in which a pair of float32 loses no digits."""
     if isinstance(value, Pair):
         return wide(value.hi) + wide(value.lo)
     return value.astype(np.float64)
@@ -166,7 +166,7 @@ def two_sum(a: jax.Array, b: jax.Array) -> Pair:
 
 
 def two_prod(a: jax.Array, b: jax.Array) -> Pair:
-    """Return a * b, rounded or next to it, and the exact rest (Dekker, A floating-point technique, 1971: mul12)."""
+    """Return a * b to within a last digit, and its exact error (Dekker, A floating-point technique, 1971: mul12)."""
     (a_hi, a_lo), (b_hi, b_lo) = _halves(a), _halves(b)
     product, middle = a_hi * b_hi, a_hi * b_lo + a_lo * b_hi
     total = product + middle
@@ -185,24 +185,24 @@ def negative(a: Pair) -> Pair:
 
 
 def multiply(a: Pair, b: Pair) -> Pair:
-    """Return a * b (the same, algorithm 11)."""
+    """Return a * b (Joldes, Muller and Popescu, 2017, algorithm 11)."""
     hi, lo = two_prod(a.hi, b.hi)
     return two_sum(hi, lo + (a.hi * b.lo + a.lo * b.hi))
 
 
 def divide(a: Pair, b: Pair) -> Pair:
-    """Return a / b (the same, algorithm 17)."""
+    """Return a / b (Joldes, Muller and Popescu, 2017, algorithm 17)."""
     quotient = a.hi / b.hi
     rest = add(a, multiply(Pair(-quotient, jnp.zeros_like(quotient)), b))
     return two_sum(quotient, rest.hi / b.hi)
 
 
 def where(condition: jax.Array, a: float, b: Pair) -> Pair:
-    """Return a small whole number where the condition holds, and b elsewhere."""
+    """Return a small integer where the condition holds, and b elsewhere."""
     return Pair(jnp.where(condition, a, b.hi), jnp.where(condition, 0, b.lo))
 
 
 def _halves(a: jax.Array) -> Pair:
-    """Return a as a sum of two numbers of half as many digits, so that products of them are exact."""
+    """Return a as the sum of two numbers with half as many digits, so that their products are exact."""
     hi = lax.reduce_precision(a, jnp.finfo(a.dtype).nexp, jnp.finfo(a.dtype).nmant // 2)
     return Pair(hi, a - hi)

@@ -1,10 +1,10 @@
-"""The passes over x, each a function that can be traced.
+"""The passes over x. Every function can be traced.
 
-Statistics are pairs, so that they are exact where there are no 64-bit numbers too. Everything can be traced, and
-differentiates as the real numbers that it stands for, forwards and backwards and again.
+Statistics are pairs, so that they are equally exact without 64-bit numbers. Derivatives, in both modes and of any
+order, are those of the real numbers that the pairs represent.
 
-Weights come as (N, 1) or (N, 1, L), to broadcast against x. Where they are 0 nothing may depend on x or on a
-derivative: not even as NaN * 0.
+Weights are (N, 1) or (N, 1, L), to broadcast against x. Where a weight is 0, no result depends on x or on a derivative,
+not even by a product NaN * 0.
 """
 
 from functools import partial
@@ -40,24 +40,24 @@ from mbn_jax.kernels.pairs import (
 from mbn_jax.kernels.primitives import WidePrimitive
 
 FAR = 1 << 20
-"""How many times its variance a channel's mean square may be, around what deviations are taken from.
+"""The largest ratio of a channel's mean square around its center to its variance, for values narrower than float64.
 
-So much precision is lost, and float64 has it to spare for values that are narrower.
+The variance loses so much precision to cancellation, which float64 can spare for narrower values.
 """
 
 SMALL = 2.0**-900
-"""Sums of squares that are smaller, or larger than its inverse, may have lost digits to the range of float64."""
+"""A sum of squares below this number, or above its inverse, may have lost digits by leaving the range of float64."""
 
 
 LARGE = 1 << 24
-"""Values from which on chunks are longer: the memory for sums of short ones comes fresh from the system each time.
+"""For more values than this, chunks are longer: the system allocates memory for the sums of short ones anew each time.
 
-It does not pay where two arrays are read.
+In passes that read two arrays, longer chunks are not faster.
 """
 
 
 def against(weights: jax.Array | None, x: jax.Array) -> jax.Array | None:
-    """Return weights of (N,) or (N, L) as (N, 1) or (N, 1, L), constants to differentiation."""
+    """Return weights of (N,) or (N, L) as (N, 1) or (N, 1, L), as constants to differentiation."""
     return None if weights is None else lax.stop_gradient(weights).reshape(x.shape[0], 1, *x.shape[2:])
 
 
@@ -68,7 +68,7 @@ def _moments(x: jax.Array, weights: jax.Array | None) -> list[jax.Array]:
     first = wide(_first(x, weights, layout))
     mean, m2, squares = _around(first, x, weights, n, layout)
     unit = jnp.ones_like(m2)
-    # The first of n values is far from the mean by no more than the square root of n - 1 standard deviations.
+    # The first of n values differs from the mean by at most sqrt(n - 1) standard deviations.
     n_known = x.size // x.shape[1]
     if compute == np.float64 or weights is not None or not is_known(n_known) or n_known > FAR:
         is_far = jnp.any(squares > (1 if compute == np.float64 else FAR) * m2)
@@ -83,7 +83,10 @@ def _moments(x: jax.Array, weights: jax.Array | None) -> list[jax.Array]:
 
 
 def _moments_on_gpu(x: jax.Array, weights: jax.Array | None) -> list[jax.Array]:
-    """Do the same without a question, which the host would have to answer: take twice what one time may not do for."""
+    """Return the same as ``_moments``, without branches on values, for which the host would have to wait.
+
+    If one pass may not suffice, two are always made.
+    """
     compute = compute_dtype(x)
     n = _divisor(x, weights, GPU)
     may_be_far = weights is not None or not is_known(x.size)
@@ -99,7 +102,7 @@ def _moments_on_gpu(x: jax.Array, weights: jax.Array | None) -> list[jax.Array]:
 
 
 def _as_moments(mean: Pair, var: jax.Array, unit: jax.Array, dtype: np.dtype) -> list[jax.Array]:
-    """Return a mean and a variance as pairs of a dtype, each followed by the unit of its own size that it is in."""
+    """Return a mean and a variance as pairs of ``dtype``, each followed by its unit, which is about its own size."""
     mean, scale = in_own_units(Scaled(mean, jnp.ones_like(mean.hi)), dtype)
     return [*mean, scale, *square_in_own_units(Pair(var, jnp.zeros_like(var)), unit, dtype)]
 
@@ -107,7 +110,7 @@ def _as_moments(mean: Pair, var: jax.Array, unit: jax.Array, dtype: np.dtype) ->
 def _leaves_range(
     squares: jax.Array, first: jax.Array, x: jax.Array, weights: jax.Array | None, n: int | jax.Array, layout: Layout
 ) -> jax.Array:
-    """Tell whether squares of float64 have left its range; where they are 0 a look at the values tells."""
+    """Tell whether squares of float64 have left its range; sums of squares near 0 are compared with the deviations."""
     are_small = squares < SMALL
     is_small = lax.cond(
         jnp.any(are_small),
@@ -120,7 +123,7 @@ def _leaves_range(
 def _scaled(
     center: jax.Array, x: jax.Array, weights: jax.Array | None, n: int | jax.Array, layout: Layout
 ) -> tuple[Pair, jax.Array, jax.Array]:
-    """Return the mean, and m2 in units of about the mean deviation, with the unit."""
+    """Return the mean, m2 in the square of a unit of about the mean absolute deviation, and the unit."""
     mean, size = _located(center, x, weights, n, layout)
     unit = power_of_two(size, np.dtype(np.float64))
     mean, m2, _ = _around(once(mean.hi), x, weights, n, layout, once(unit), careful=True)
@@ -130,7 +133,7 @@ def _scaled(
 def _located(
     center: jax.Array, x: jax.Array, weights: jax.Array | None, n: int | jax.Array, layout: Layout
 ) -> tuple[Pair, jax.Array]:
-    """Return the mean and about the mean size of the deviations from a center, without a sum beyond float64."""
+    """Return the mean, and the approximate mean absolute deviation from a center, by sums that cannot overflow."""
     weights = layout.view(weights)
     number = x.size // x.shape[1]
     share = 0.25 * 0.5 ** (number.bit_length() if is_known(number) else 64)
@@ -142,9 +145,9 @@ def _located(
 
 
 def _first_few(x: jax.Array) -> jax.Array:
-    """Return the mean of the first values of each channel, in float64: of one for each ``FAR`` that there are, begun.
+    """Return the mean of the first ceil(n / FAR) of each channel's n values, in float64.
 
-    The mean of m of n values is far from that of all by no more than the square root of n / m standard deviations.
+    The mean of m of n values differs from the mean of all by at most sqrt(n / m) standard deviations.
     """
     first = wide(_first(x, None, GPU))
     few = -(-x.size // (x.shape[1] * FAR))
@@ -166,9 +169,9 @@ def _around(
     *,
     careful: bool = False,
 ) -> tuple[Pair, jax.Array, jax.Array]:
-    """Return the mean, m2 and the sum of squares that m2 is left of, from the deviations from a center.
+    """Return the mean, m2, and the sum of squared deviations from a center.
 
-    Both of the latter are in units of ``unit**2``, a power of two each. What is ``careful`` is right to float64's last
+    The last two are in units of ``unit**2``, a power of two per channel. A ``careful`` m2 is right to float64's last
     digits, if the center is the mean.
     """
     weights, center_of_each = layout.view(weights), layout.broadcast(center, x.ndim)
@@ -184,7 +187,7 @@ def _around(
 
 
 def _divisor(x: jax.Array, weights: jax.Array | None, layout: Layout) -> int | jax.Array:
-    """Return the sum of the weights of a channel as a divisor of sums, which are 0 where it is."""
+    """Return the sum of the weights of a channel as a divisor of sums: 1 in place of 0, where the sums are 0 too."""
     if weights is None:
         return x.size // x.shape[1]
     (n,) = layout.sums(wide(layout.view(weights)), careful=weights.dtype == np.float64)
@@ -197,12 +200,12 @@ _MOMENTS = WidePrimitive("batch_norm_moments", _moments, _moments_on_gpu)
 @jax.custom_jvp
 @jax.jit
 def moments(x: jax.Array, weights: jax.Array | None) -> tuple[Pair, Scaled, Square]:
-    """Return the sum of the weights, and mean and m2 of each channel of x, (N, C) or (N, C, L).
+    """Return the sum of the weights, and the mean and m2 of each channel of x, (N, C) or (N, C, L).
 
-    m2 comes divided by the sum of the weights.
+    m2 is divided by the sum of the weights.
 
-    They come from the differences to the first value, so that they are exact for a constant channel; and from those to
-    the mean where a first value is far from it.
+    The deviations are from the first value, so that the results are exact for a constant channel. If a first value is
+    far from the mean, they are computed again, from the mean.
     """
     mean, rest, unit, m2, m2_rest, m2_unit = _MOMENTS(x, weights)
     return count(x, weights), Scaled(Pair(mean, rest), unit), Square(Pair(m2, m2_rest), m2_unit)
@@ -212,7 +215,7 @@ def moments(x: jax.Array, weights: jax.Array | None) -> tuple[Pair, Scaled, Squa
 def _moments_jvp(
     primals: tuple[jax.Array, jax.Array | None], tangents: tuple[jax.Array, jax.Array | None]
 ) -> tuple[Any, Any]:
-    """Differentiate the definitions, not the sums."""
+    """Differentiate the definitions of mean and m2, not the arithmetic in pairs."""
     (x, weights), (dx, _) = primals, tangents
     total_weight, mean, m2 = moments(x, weights)
     deviation = _deviation(x, mean, weights)
@@ -251,15 +254,15 @@ def affine(
     bias: jax.Array | None,
     weights: jax.Array | None,
 ) -> jax.Array:
-    """Return (x - mean) * invstd * weight + bias in the dtype computed in, and 0 where the weight of a value is.
+    """Return (x - mean) * invstd * weight + bias in the dtype of the arithmetic, with 0 where the weight is 0.
 
-    Computed as (x - K) * scale + shift with K the mean rounded to the precision computed in: x - K is exact where x is
-    near the mean, and the rest of the mean goes into the shift.
+    Computed as (x - K) * scale + shift with K the mean rounded to that dtype: x - K is exact where x is near the mean,
+    and the shift contains the rest of the mean, its rounding error.
     """
     first, second = factors(invstd, weight)
     center, rest = _center(mean)
-    # The rest is a last digit of the mean: it may be in range where mean and result are at its two ends. Without one
-    # there is nothing to be infinite, however large mean and weight are.
+    # The rest is as small as a last digit of the mean, so multiply it by the factors in an order in which no product
+    # overflows. A rest of 0 gives a shift of 0, however large mean and weight are.
     digit = float(jnp.finfo(center.dtype).eps)
     large = jnp.where(rest == 0, 0, mean.unit) * first
     early = jnp.where(large > 1, digit, 1)
@@ -270,14 +273,14 @@ def affine(
 
 
 def _center(mean: Scaled) -> tuple[jax.Array, jax.Array]:
-    """Return the number next to a mean, 0 where XLA takes it for that, and the rest of the mean in its units."""
+    """Return the center (the mean as one number, or 0 if XLA flushes it to 0) and the rest of the mean in its units."""
     center = mean.pair.hi * mean.unit
     return center, (mean.pair.hi - center / mean.unit) + mean.pair.lo
 
 
 @jax.custom_jvp
 def _affine(*operands: Any) -> jax.Array:
-    """Return (x - center) * first * second + shift, and 0 where the weight of a value is."""
+    """Return (x - center) * first * second + shift, with 0 where the weight is 0."""
     return _AFFINE(*operands)[0]
 
 
@@ -330,16 +333,15 @@ def grad_input(
 
 
 def _multiplied(values: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
-    """Return values * first * second, a small one times the larger factor at first, lest it be taken for 0."""
+    """Return values * first * second; a small value is multiplied by the larger factor first, lest it underflow."""
     is_small = (jnp.abs(values) < 1) == (jnp.abs(first) < jnp.abs(second))
     return values * jnp.where(is_small, second, first) * jnp.where(is_small, first, second)
 
 
 def residual(v: jax.Array, xhat: jax.Array, mean: Pair, slope: Pair, weights: jax.Array | None) -> jax.Array:
-    """Return v - w * mean - w * xhat * slope: what a constant and xhat do not explain, if those are their shares of v.
+    """Return v - w * mean - w * xhat * slope: v without its projections on a constant and on xhat.
 
-    Like x - K in ``affine``, v - mean is exact where v is near the mean, and the rest of the mean is taken off with the
-    small terms.
+    Like x - K in ``affine``, v - mean.hi is exact where v is near the mean; mean.lo is subtracted with the small terms.
     """
     center = Pair(*(spread(once(part), v.shape) for part in mean))
     xhat *= spread(once(slope.hi), v.shape)
@@ -351,24 +353,24 @@ def residual(v: jax.Array, xhat: jax.Array, mean: Pair, slope: Pair, weights: ja
 
 
 def unmasked(values: jax.Array, weights: jax.Array | None) -> jax.Array:
-    """Return values with 0 in place of those of weight 0, and NaN where the weight is."""
+    """Return values, with 0 where the weight is 0 and NaN where it is NaN."""
     return values if weights is None else jnp.where(weights > 0, values, weights.astype(values.dtype))
 
 
 def difference(x: jax.Array, center: jax.Array, factor: jax.Array) -> jax.Array:
-    """Return (x - center) * factor, a power of two, with nothing on the way too large, or so small that it may be 0."""
+    """Return (x - center) * factor, for powers of two as factors, without overflow or underflow of a partial result."""
     before, after = _before_and_after(center, factor)
     return (x * before - center * before) * after
 
 
 def _before_and_after(center: jax.Array, factor: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return what to multiply by before and after a center is taken off, to have multiplied by a factor in all."""
+    """Return a factor as a product of two: one to apply before the subtraction of a center, and one after it."""
     is_small = jnp.abs(center) < 1
     return jnp.where(is_small, factor, jnp.minimum(factor, 1)), jnp.where(is_small, 1, jnp.maximum(factor, 1))
 
 
 def compute_dtype(x: jax.Array, mean: Mean | None = None) -> jnp.dtype:
-    """Return the dtype to compute in: that of a mean if it is wider, and float32 for float16 and bfloat16."""
+    """Return the dtype of the arithmetic: the wider of x's and the mean's, at least float32."""
     compute = wider(x.dtype, jnp.float32)
     if mean is None:
         return compute
@@ -399,12 +401,12 @@ _TOTAL_WEIGHT = WidePrimitive("total_weight", partial(_total_weight, CPU), parti
 
 
 def _first(x: jax.Array, weights: jax.Array | None, layout: Layout) -> jax.Array:
-    """Return the first value of each channel that has a weight, or 0 where none has."""
+    """Return the first value of each channel whose weight is not 0, or 0 if all weights are 0."""
     if weights is None:
         return x[(0, slice(None), *(0,) * (x.ndim - 2))]
     indices = jnp.arange(weights.size).reshape(weights.shape)
-    counted = jnp.min(jnp.where(weights == 0, weights.size, indices))  # the first that is
-    if is_sharded() or not is_known(x.size):  # each device looks among its own
+    counted = jnp.min(jnp.where(weights == 0, weights.size, indices))  # the index of the first counted cell
+    if is_sharded() or not is_known(x.size):  # a sum, for which each device reads its own values only
         return jnp.sum(jnp.where(indices == counted, x, 0), axis=(0, *range(2, x.ndim)))
     x = layout.view(x)
     index = jnp.unravel_index(jnp.minimum(counted, weights.size - 1), layout.view(weights).shape)
@@ -413,13 +415,13 @@ def _first(x: jax.Array, weights: jax.Array | None, layout: Layout) -> jax.Array
 
 
 def _filled(x: jax.Array, filler: jax.Array, weights: jax.Array | None) -> jax.Array:
-    """Return x in the dtype of a filler that takes the place of values of weight 0."""
+    """Return x in the dtype of ``filler``, which replaces the values of weight 0."""
     x = x.astype(filler.dtype)
     return x if weights is None else jnp.where(weights == 0, lax.stop_gradient(filler), x)
 
 
 def _deviation(x: jax.Array, mean: Scaled, weights: jax.Array | None) -> jax.Array:
-    """Return x - mean, rounded once, and 0 where the weight of x is."""
+    """Return x - mean, rounded once, with 0 where the weight is 0."""
     center, rest = _center(mean)
     rounded, rest = (spread(part, x.shape) for part in (center, rest * mean.unit))
     return unmasked((_filled(x, rounded, weights) - rounded) - rest, weights)

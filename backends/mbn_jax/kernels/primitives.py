@@ -1,7 +1,7 @@
-"""Functions as primitives.
+"""Primitives that compute in float64.
 
-They must compute in float64 where they have to, though JAX has no 64-bit numbers by default and the switch is the
-user's: a primitive is lowered with them, whatever else is. And they must compose with vmap, as often as it is applied.
+By default JAX has no 64-bit numbers, and only the user may enable them; but a primitive can be lowered with 64-bit
+numbers enabled for itself alone. The primitives compose with any number of vmaps.
 """
 
 import math
@@ -32,7 +32,7 @@ class Level(NamedTuple):
     """One vmap over a primitive."""
 
     name: Any
-    """That of its axis, by which replicas along it find each other, or JAX's own for an axis without one."""
+    """The name of its axis, by which a group of replicas finds it, or JAX's placeholder for an axis without a name."""
     has_axis: tuple[bool, ...]
     """For each operand, whether it has this axis."""
 
@@ -42,20 +42,20 @@ Levels: TypeAlias = tuple[Level, ...]
 
 @contextmanager
 def usual_rules() -> Iterator[None]:
-    """Trace as functions of maps are written: with 64-bit numbers, and promoting as JAX does unless it is told."""
+    """Trace with 64-bit numbers and JAX's default promotion of ranks and dtypes, regardless of the user's settings."""
     rank, dtype = jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard")
     with enable_x64(True), rank, dtype:
         yield
 
 
 class WidePrimitive:
-    """A function of trees of arrays that returns a list of arrays. Nobody differentiates it. To call it is to apply it.
+    """A primitive from trees of arrays to a list of arrays, which is called like a function. It has no derivative.
 
     Args:
-        name: how it is called in a jaxpr.
-        function: ``function(*arguments, **settings)``. It is traced with 64-bit numbers; its results have a dtype that
-            there is without them too.
-        on_gpu: the same in the layout for GPUs, where that is another one.
+        name: the name of the primitive in a jaxpr.
+        function: ``function(*arguments, **settings)``. It is traced with 64-bit numbers, but the dtypes of its results
+            must exist without them.
+        on_gpu: the same in the layout for GPUs, if that differs.
     """
 
     def __init__(
@@ -73,17 +73,16 @@ class WidePrimitive:
                 mlir.register_lowering(primitive, partial(self._lower, on_gpu), platform)
 
     def __call__(self, *arguments: Any, **settings: Any) -> list[jax.Array]:
-        """Apply the map."""
+        """Apply the function."""
         leaves, tree = jax.tree.flatten(arguments)
         return self.bind(*leaves, tree=tree, levels=(), **settings)
 
     def bind(self, *operands: Any, **parameters: Any) -> list[jax.Array]:
-        """Bind the primitive, as JAX binds its own."""
+        """Bind the primitive, with operands that vary alike over the devices of a ``shard_map``."""
         return self.primitive.bind(*varying_alike(operands), **parameters)
 
-    # The parameters of the primitive: the tree that its operands are the leaves of; the levels of vmap, the outermost
-    # first; and the settings. At each level the results have one more axis in front; so do those operands that the
-    # level says have it.
+    # The parameters of the primitive are the tree of its operands, the levels of vmap, the outermost first, and the
+    # settings. Each level adds an axis in front of the results, and in front of the operands that the level marks.
 
     def _apply(
         self, function: Callable[..., list[jax.Array]], *operands: Any, tree: Any, levels: Levels, **settings: Any
@@ -106,7 +105,7 @@ class WidePrimitive:
         sizes = [jax.core.ShapedArray((), jax.dtypes.canonicalize_dtype(np.int64)) for _ in context.dim_var_values]
         with usual_rules(), over(_devices(context.module_context.axis_context)):
             apply = partial(self._apply, function)
-            # Where its operands lie is for XLA to see, though axes of devices are explicit to whoever calls it.
+            # Drop the operands' shardings: here XLA chooses shardings, even if the caller has explicit mesh axes.
             context = context.replace(
                 avals_in=[jax.core.ShapedArray(kind.shape, kind.dtype) for kind in context.avals_in]
             )
@@ -135,7 +134,7 @@ def _compiled(primitive: Primitive, *operands: Any, **parameters: Any) -> list[j
 
 
 def _devices(context: Any) -> int:
-    """Return over how many devices XLA spreads what is lowered in a context: not those of a ``shard_map``."""
+    """Return the number of devices over which XLA partitions a computation, without the axes of a ``shard_map``."""
     if hasattr(context, "num_devices"):
         return context.num_devices or 1
     if hasattr(context, "manual_axes"):
@@ -144,9 +143,9 @@ def _devices(context: Any) -> int:
 
 
 def _with_wide_sizes(context: Any, kinds: list[Any]) -> Any:
-    """Return a context whose sizes of axes, symbols in an export, are 64-bit numbers as everything is there.
+    """Return a context whose symbolic sizes of axes, which an export has, are 64-bit numbers like all others here.
 
-    What JAX has lowered for others has 32-bit ones among its arguments, and is not to be taken for the same.
+    The caches of lowerings are new, since JAX's other lowerings have 32-bit sizes among their arguments.
     """
     convert = mlir.lower_fun(lambda *sizes: [size.astype(np.int64) for size in sizes], multiple_results=True)
     sizes = convert(context.replace(avals_in=kinds), *context.dim_var_values)
@@ -158,10 +157,10 @@ def _with_wide_sizes(context: Any, kinds: list[Any]) -> Any:
 
 
 def varying_alike(operands: Sequence[Any]) -> list[Any]:
-    """Return operands that all vary over the devices of a ``shard_map`` that one of them varies over.
+    """Return operands that all vary over each axis of a ``shard_map`` over which one of them varies.
 
-    What JAX's own operations do with theirs: then so do results; and what varies less is given a sum over devices for
-    its gradient.
+    JAX's own operations do the same. The results then vary over these axes too, and the gradient of an operand that did
+    not vary over an axis is a sum over it.
     """
     own = [_manual_axes(jax.typeof(operand)) for operand in operands]
     every = frozenset[Any]().union(*own)
@@ -172,8 +171,8 @@ def varying_alike(operands: Sequence[Any]) -> list[Any]:
 
 
 def _manual_axes(kind: Any) -> frozenset[Any]:
-    """Return the axes of devices that an array of a type varies over."""
-    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying  # until JAX 0.9, and from then on
+    """Return the mesh axes over which an array of a type varies."""
+    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying  # until JAX 0.9; since JAX 0.9
 
 
 def _vary(operand: Any, axes: tuple[Any, ...]) -> jax.Array:
@@ -183,9 +182,10 @@ def _vary(operand: Any, axes: tuple[Any, ...]) -> jax.Array:
 
 
 def result_type(operands: Sequence[Any], levels: Levels, shape: tuple[int, ...], dtype: Any) -> Any:
-    """Return the type of a result, which lies and varies over devices as the operands do, given their types.
+    """Return the type of a result, given the types of the operands: it is sharded and varies over devices as they do.
 
-    Along explicit axes of devices it is sharded as an operand of its rank is, and its channels as those of any.
+    Along explicit mesh axes, a result is sharded like an operand of its rank, and its channels like those of any
+    operand.
     """
     kind = max(operands, key=lambda operand: not operand.sharding.mesh.empty)
     spec: list[Any] = [None] * len(shape)
@@ -204,7 +204,7 @@ def result_type(operands: Sequence[Any], levels: Levels, shape: tuple[int, ...],
 
 
 def vectorized(function: Callable[..., Any], levels: Sequence[Level]) -> Callable[..., Any]:
-    """Return ``function`` under a vmap for each level, which says what arguments have its axis in front."""
+    """Return ``function`` under one vmap per level, which maps the first axes of the arguments that the level marks."""
     for level in reversed(levels):
         axes = tuple(0 if has_axis else None for has_axis in level.has_axis)
         function = jax.vmap(function, axes, axis_name=level.name)

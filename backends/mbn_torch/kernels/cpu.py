@@ -1,9 +1,9 @@
-"""Torch's tensors in host memory, for the kernels that work on NumPy arrays.
+"""The kernels of NumPy or Numba on Torch's tensors in host memory.
 
-Nothing is copied but halves, which Torch brings to float32 and back much faster than NumPy. Nothing is left behind on a
-tensor: ``Tensor.numpy`` would forbid for good to resize its storage. New tensors of x's size are Torch's own wherever a
-kernel can write to them, so that they can do whatever tensors of Torch can. The statistics of a step of training stay
-arrays, until kernels other than these read them.
+Arrays share the memory of the tensors. Only halves are copied: Torch converts them to float32 and back much faster than
+NumPy. The arrays are made by DLPack, since ``Tensor.numpy`` would forbid for good to resize the tensor's storage. New
+tensors of x's size are allocated by Torch wherever a kernel can write to them, so that they support all of Torch's
+operations. The statistics of a training step stay arrays until other kernels read them.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -21,12 +21,12 @@ from mbn_torch.channel_stats import ConcreteKernels
 from mbn_torch.private import to_dlpack
 
 _HALVES = torch.float16, torch.bfloat16
-_FORMS = Pair, Scaled
+_STATISTICS = Pair, Scaled
 _KEPT = int, torch.Tensor
 
 
 class _Shared:
-    """A tensor whose memory NumPy may share: ``Tensor.__dlpack__`` without its checks, which have been made."""
+    """A tensor for ``np.from_dlpack``. ``common_device`` has made the checks of ``Tensor.__dlpack__`` already."""
 
     __slots__ = ("tensor",)
 
@@ -41,19 +41,19 @@ class _Shared:
 
 
 class ArrayBatch(NamedTuple):
-    """A batch whose values NumPy shares."""
+    """A batch of tensors, with the same values as arrays."""
 
     x: torch.Tensor
     sample_weight: torch.Tensor | None
     dtype: str
     arrays: Batch
-    """The same as arrays; of halves, x is a copy in float32."""
+    """The batch as arrays that share its memory; halves are copied to float32."""
 
     @classmethod
     def of(cls, batch: Batch) -> "ArrayBatch":
-        """Return a batch whose values NumPy shares."""
+        """Return a batch of tensors with its arrays."""
         x, sample_weight, dtype = batch
-        # Nothing of this is to be recorded.
+        # Detach, so that autograd does not record the conversion.
         values = as_array(_wide(x.detach() if x.requires_grad else x))
         return cls(x, sample_weight, dtype, Batch(values, as_array(sample_weight), dtype))
 
@@ -62,14 +62,14 @@ class CpuKernels(ConcreteKernels):
     """Kernels of NumPy arrays."""
 
     def __init__(self, own: HostBackend, kernels: Kernels) -> None:
-        """Take a backend of arrays and the kernels to use of it."""
+        """Wrap the kernels of a backend of NumPy arrays."""
         self._own, self._kernels = own, kernels
-        self._is_at_once = kernels.train is not None  # which one thread does
+        self._is_at_once = kernels.train is not None  # fused steps use one thread
 
     @classmethod
     @cache
     def of(cls, own: HostBackend, kernels: Kernels) -> "CpuKernels":
-        """Return the one for these."""
+        """Return the instance for a backend and its kernels, the same each time."""
         return cls(own, kernels)
 
     def moments(self, batch: ArrayBatch) -> Moments:
@@ -109,7 +109,7 @@ class CpuKernels(ConcreteKernels):
     def train(
         self, batch: ArrayBatch, params: Params, state: State, settings: Settings, out: torch.Tensor | None
     ) -> tuple[torch.Tensor, State, Stats]:
-        """Return output, new state and statistics, which are arrays, of a step of training."""
+        """Return the output and new state of a training step as tensors, and its statistics as arrays."""
         y, after, stats = self._step(batch, params, state, settings, True, out)
         return y, State(*map(_tensor, after)), stats
 
@@ -148,7 +148,7 @@ class CpuKernels(ConcreteKernels):
 
 
 def tensors(stats: Stats) -> Stats:
-    """Return statistics as tensors, whatever they are."""
+    """Return statistics, of arrays or tensors, as tensors."""
     return Stats(*map(_tensor, stats))
 
 
@@ -157,10 +157,10 @@ def _limited() -> AbstractContextManager[None]:
 
 
 def as_array(value: Any) -> Any:
-    """Return a tensor, or all that a statistic consists of, as arrays; anything else is one, or no array at all."""
+    """Return a tensor, or the tensors of a statistic or of parameters, as arrays; return any other value as it is."""
     if isinstance(value, torch.Tensor):
         return np.from_dlpack(_Shared(value))
-    if isinstance(value, _FORMS):
+    if isinstance(value, _STATISTICS):
         return type(value)(*map(as_array, value))
     if isinstance(value, Params | Stats):
         return type(value)(*map(as_array, value))
@@ -169,21 +169,21 @@ def as_array(value: Any) -> Any:
 
 def _writable(tensor: torch.Tensor) -> np.ndarray:
     array = as_array(tensor)
-    # Before Torch 2.9 and NumPy 2.1 neither could say who may write.
+    # Before Torch 2.9 and NumPy 2.1, DLPack did not tell whether an array is writable, and NumPy took it as read-only.
     return array if array.flags.writeable else tensor.numpy()
 
 
 def _tensor(value: Any) -> Any:
-    """Return an array, or all that a statistic consists of, as tensors; anything else is one, a count, or None."""
+    """Return an array, or the arrays of a statistic, as tensors; return a tensor, a count or None as it is."""
     if value is None or isinstance(value, _KEPT):
         return value
-    if isinstance(value, _FORMS):
+    if isinstance(value, _STATISTICS):
         return type(value)(*map(_tensor, value))
     return torch.from_numpy(np.asarray(value))
 
 
 def _arranged(values: np.ndarray, x: torch.Tensor) -> torch.Tensor:
-    """Return an array in the shape of x as a tensor in its dtype and memory order, as Torch has it."""
+    """Return an array in the shape of x as a tensor with x's dtype, and the memory order of ``torch.empty_like(x)``."""
     tensor: torch.Tensor = _tensor(values)
     if tensor.dtype == x.dtype:
         if tensor.stride() == x.stride():
@@ -194,22 +194,22 @@ def _arranged(values: np.ndarray, x: torch.Tensor) -> torch.Tensor:
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
-    """Return x, or a copy in float32 of halves."""
+    """Return x, or a copy in float32 if x is in a 16-bit dtype."""
     return _like(x, torch.float32).copy_(x) if x.dtype in _HALVES else x
 
 
 def computed_output(y: torch.Tensor) -> torch.Tensor:
-    """Return y to write to, or a tensor like it in float32 for one of halves."""
+    """Return the tensor that kernels write to: y, or one like it in float32 if y is in a 16-bit dtype."""
     return _like(y, torch.float32) if y.dtype in _HALVES else y
 
 
 def _narrow(wide: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Return y with what was written to its room."""
+    """Return y, after copying to it the values of ``wide`` if that is another tensor."""
     return y if wide is y else y.copy_(wide)
 
 
 def _like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Return a new tensor like x, to be written to."""
+    """Return a new tensor with x's shape and memory order and undefined values, in huge pages if it is large."""
     y = torch.empty_like(x, dtype=dtype)
     memory.advise(y.data_ptr(), y.nbytes)
     return y

@@ -1,8 +1,8 @@
-"""Torch's arithmetic where nothing is recorded or traced.
+"""Kernels of Torch's own operations, for tensors that no other kernels support; autograd must not record them.
 
-Statistics are exact to float64, whatever x is, and the bits do not depend on the run, the memory order or the number
-of threads: ``torch.sum`` promises none of this, so sums are elementwise additions in a fixed order. Work is done on
-blocks that stay in the caches. What autograd has to see through is in the formulas.
+Statistics are exact to float64 for every dtype of x, and their bits do not vary between calls, memory orders or numbers
+of threads. ``torch.sum`` guarantees none of this, so sums are elementwise additions in a fixed order. The kernels work
+on blocks that fit the caches. ``traceable.py`` has the kernels that autograd can record.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,27 +39,28 @@ from mbn_torch.channel_stats import (
 )
 
 CPU_BLOCK = 1 << 17
-"""Values converted to float64 at a time: 1 MiB, small enough for the caches and large enough for a few threads."""
+"""Values of a block, 1 MiB in float64: small enough for the caches, large enough for a few threads."""
 
 GPU_BLOCK = 1 << 24
-"""The same on a GPU, 128 MiB: there, fewer launches count for more than less memory."""
+"""Values of a block on a GPU, 128 MiB in float64: few launches matter more there than little memory."""
 
 CHUNK = 64
-"""Blocks added one after another, which costs less memory traffic than a tree but lets rounding errors add up too."""
+"""Blocks added one after another: less memory traffic than a tree, but rounding errors accumulate within a chunk."""
 
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 class EagerKernels(ConcreteKernels):
-    """Kernels made of Torch's operations."""
+    """Kernels made of Torch's operations, computed in blocks of rows."""
 
     def moments(self, batch: Batch) -> Moments:
         """Return count, mean (a Pair) and m2 (float64) of each channel of x, (N, C) or (N, C, L).
 
-        Sums of d = x - shift and of d², with one of the values of each channel for a shift, lose at most a factor N of
-        float64's precision however far the shift is from the mean. That is plenty for narrower input. float64 input is
-        summed again around its mean, which also gives the rest of the mean, in units in which no channel is out of
-        range and in parts, so that one value that dwarfs the rest costs no digits.
+        The kernel sums d = x - shift and d², with one value of each channel as its shift. However far the shift is from
+        the mean, this loses at most a factor N of float64's precision, which suffices for narrower input. float64 input
+        is summed a second time around its mean, which also gives the low part of the mean. The second sums use units in
+        which no channel leaves the range, and split each term in two, so that one value that dwarfs the others costs no
+        digits.
 
         Source: Chan, Golub and LeVeque, Algorithms for Computing the Sample Variance, 1983, section 3 (shifted data).
         """
@@ -84,13 +85,13 @@ class EagerKernels(ConcreteKernels):
         """Return (x - mean) / sqrt(var + eps) * weight + bias in x's dtype and memory order.
 
         Computed as (x - K) * scale + shift with K the mean rounded to x's precision: x - K is exact where x is near the
-        mean, and the rest of the mean goes into the shift. A scale out of range has a power of two taken off it, by
-        which x and K are multiplied first.
+        mean, and the shift contains the remainder of the mean. If the scale is out of range, a power of two is moved
+        from it to x and K, which are multiplied by that power first.
         """
         x, weights, _ = batch
         mean, var, _ = stats
         weight, bias = params
-        compute = torch.promote_types(x.dtype, torch.float32)  # float16 and bfloat16 are computed in float32
+        compute = torch.promote_types(x.dtype, torch.float32)  # float32 for float16 and bfloat16
         columns: Iterator[Any] = (
             None if vector is None else vector[:, None] for vector in line(mean, var, weight, bias, eps, compute)
         )
@@ -140,12 +141,12 @@ class EagerKernels(ConcreteKernels):
         origin = _origin(mean, var, eps, x.dtype)
         number, exponent = weighed(*origin.scale, weight)
         size = exponent + exponent_of(number)
-        half = size - size.clamp(-FAR, FAR)  # of two factors, since one may be out of range
+        half = size - size.clamp(-FAR, FAR)  # split the scale into two factors, since one may be out of range
         scale, after = (vector[:, None] for vector in (limited(scaled(number, exponent - half), WIDE), power(half)))
         before = column = None
         if sums is not None:
             n = divisor(count)
-            if weights is not None:  # a sum of dy divided by that of all weights may leave the range
+            if weights is not None:  # scale count and weights alike: sum(dy) / count may leave the range
                 common = -exponent_of(n)
                 n, column = scaled(n, common), lifted_weights(weights).to(WIDE) * power(common)
             mean_dy, slope = (total / n for total in sums)
@@ -164,7 +165,7 @@ class EagerKernels(ConcreteKernels):
                 projection.sub_(center).mul_(slope).add_(rest)
                 if weights_block is not None:
                     projection.mul_(weights_block)
-                # Before anything else, so that little is lost of a gradient with a large mean.
+                # Subtract the mean first, so that a dy with a large mean loses few digits.
                 values.sub_(mean_dy if weights_block is None else mean_dy * weights_block).sub_(projection)
             values.mul_(scale)
             if x.dtype == WIDE:
@@ -175,22 +176,22 @@ class EagerKernels(ConcreteKernels):
 
 
 def _one_of_three(x: torch.Tensor) -> torch.Tensor:
-    """Return the one in the middle of three values of each channel, so that an outlier is not what sums are around."""
+    """Return the median of three values of each channel, the shift of its sums: it is unlikely to be an outlier."""
     return torch.stack((x[0, :, 0], x[len(x) // 2, :, 0], x[-1, :, 0])).to(WIDE).median(0).values
 
 
 class _Origin(NamedTuple):
-    """The center that deviations of channels are taken from, and their factors, all in float64."""
+    """The center of the deviations of each channel, and the factors of the deviations, all in float64."""
 
     center: torch.Tensor
     rest: torch.Tensor
-    """Of the mean, what is not in the center."""
+    """The mean minus the center."""
     before: torch.Tensor | None
-    """Of float64, powers of two that values are multiplied by first; center and rest have been."""
+    """Powers of two by which values of float64 are multiplied first; they are included in center and rest."""
     invstd: torch.Tensor
-    """The factor that normalises deviations from the center."""
+    """The factor that normalises the deviations; ``before`` is divided out."""
     scale: tuple[torch.Tensor, torch.Tensor | int]
-    """The same of those of values themselves, as a number and an exponent."""
+    """1 / sqrt(var + eps), as a number and an exponent."""
 
 
 def _origin(mean: Mean, var: Variance, eps: float, dtype: torch.dtype) -> _Origin:
@@ -208,13 +209,13 @@ def _origin(mean: Mean, var: Variance, eps: float, dtype: torch.dtype) -> _Origi
 
 
 def _largest(x: torch.Tensor, shift: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    """Return the largest deviation from a shift of each channel."""
+    """Return the largest absolute deviation of each channel from its shift."""
     largest = torch.zeros_like(shift)
     for block, mask in _blocks(x, _mask(weights, WIDE)):
         d = _wide(block).sub_(shift[:, None])
         _clear(d, mask)
         largest = torch.maximum(largest, d.abs_().amax((0, 2)))
-    return largest.clamp(max=torch.finfo(WIDE).max)  # a difference may be beyond it
+    return largest.clamp(max=torch.finfo(WIDE).max)  # a difference may overflow
 
 
 def _shifted_sums(
@@ -226,9 +227,10 @@ def _shifted_sums(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the sums of x - shift and of its squares for each channel of x, (N, C, L), in float64.
 
-    If there is an exponent, both x and the shift are in units of a power of two. ``apart`` are powers of two that take
-    the terms of both sums apart. What is left of a term after one has been added to it and taken off is a multiple of
-    its last digit, and no sum of such multiples is as large as it is, so they add up without a rounding.
+    With an exponent, x is divided by 2**exponent, and the shift is given in the same unit. ``apart`` are two powers of
+    two, one for the terms of each sum, larger than any sum of the terms. Adding such a power to a term and subtracting
+    it again rounds the term to a multiple of the power's last digit. The multiples add up without a rounding error; the
+    remainders of the terms are summed separately.
 
     Source: Rump, Ogita and Oishi, Accurate Floating-Point Summation Part I, 2008, section 3.
     """
@@ -265,9 +267,9 @@ def _shifted_sums(
 
 
 def _sums(terms: Callable[..., tuple[torch.Tensor, ...]], *arrays: Any) -> tuple[torch.Tensor, ...]:
-    """Return the sums of all terms of arrays of (N, C, L) for each channel, in float64.
+    """Return the sum of each term over the cells of arrays of (N, C, L), for each channel in float64.
 
-    ``terms`` gives those of a block, in tensors of its own.
+    ``terms`` returns the terms of a block of rows, in new tensors.
     """
     rows = _rows(arrays[0])
     chunks = [_chunk_sums(terms, chunk, rows) for chunk in _split(CHUNK * rows, *arrays)]
@@ -275,17 +277,17 @@ def _sums(terms: Callable[..., tuple[torch.Tensor, ...]], *arrays: Any) -> tuple
 
 
 def _chunk_sums(terms: Callable[..., tuple[torch.Tensor, ...]], arrays: tuple[Any, ...], rows: int) -> torch.Tensor:
-    """Return the sums of all terms over the first axis, (terms, C, L), adding up blocks of so many rows."""
+    """Return the sums of all terms over the rows of a chunk, (terms, C, L), adding blocks of ``rows`` rows."""
     blocks = _split(rows, *arrays)
     sums = terms(*next(blocks))
-    for block in blocks:  # the last may be smaller
+    for block in blocks:  # the last one may be smaller
         for total, term in zip(sums, terms(*block), strict=True):
             total[: len(term)].add_(term)
     return fold(torch.stack(sums, dim=1))
 
 
 def fold(d: torch.Tensor) -> torch.Tensor:
-    """Return the sum over the first axis by adding the second half to the first until one is left; d is used up."""
+    """Return the sum over the first axis, by adding the second half to the first until one is left; overwrites d."""
     n = len(d)
     while n > 1:
         half = n // 2
@@ -301,30 +303,30 @@ def _blocks(*arrays: Any) -> Iterator[tuple[Any, ...]]:
 
 
 def _rows(x: torch.Tensor) -> int:
-    """Return how many rows of x, (N, C, L), make a block."""
+    """Return the number of rows of x, (N, C, L), in a block."""
     block = CPU_BLOCK if x.device.type == "cpu" else GPU_BLOCK
     return max(1, block // (x.shape[1] * x.shape[2]))
 
 
 def _split(rows: int, *arrays: Any) -> Iterator[tuple[Any, ...]]:
-    """Iterate over blocks of so many rows of all arrays; one that is None stays None."""
+    """Iterate over blocks of ``rows`` rows of all arrays; None stays None."""
     if len(arrays[0]) <= rows:
         return iter([arrays])
     return zip(*(repeat(None) if array is None else array.split(rows) for array in arrays), strict=False)
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
-    """Return a copy of x in float64, to be written to: faster than arithmetic of two dtypes."""
+    """Return a new copy of x in float64: faster than arithmetic that mixes dtypes."""
     return x.to(WIDE, copy=True)
 
 
 def _mask(weights: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """Return a mask for ``_clear``: all bits of an integer as wide as the dtype, or none where the weight is 0."""
+    """Return a mask for ``_clear``: integers as wide as the dtype, with no bit set where the weight is 0, else all."""
     return None if weights is None else -(lifted_weights(weights) > 0).to(_BITS[dtype])
 
 
 def _clear(values: torch.Tensor, mask: torch.Tensor | None) -> None:
-    """Set values to 0 where the mask is, NaN included: bit by bit, which takes a quarter of the time of a selection."""
+    """Set values, NaN included, to 0 where the mask is 0: a bitwise "and" takes a quarter of the time of ``where``."""
     if mask is not None:
         values.view(mask.dtype).bitwise_and_(mask)
 

@@ -1,17 +1,16 @@
 """Launches of the kernels in Triton, for Torch's tensors on a GPU.
 
-The launches of each function, in the grid that ``triton_tiles`` makes, or of one program per block of channels::
+A pass over x is launched in the grid of ``triton_tiles``, a finishing kernel with one program per block of channels::
 
     train        moments -> partials -> finish_moments -> result, new state        2 launches
-                 (x or statistics in float64: first moments -> finish_rough_moments -> center, exponents)
+                 (for x or a layer in float64, 2 more before: moments -> finish_rough_moments -> center, exponents)
                  normalize -> y                                                    1 launch
-    evaluation   normalize -> y                                                    1 launch
+    evaluate     normalize -> y                                                    1 launch
     pullback     grad_sums -> partials -> finish_grad_sums -> sums                 2 launches
                  grad_input -> dx                                                  1 launch
 
-All launches are on the current stream of the tensors' own device. The host never waits for the device, so that all of
-it can be captured in a CUDA graph. Beside the results the device holds a few vectors, and partial sums of at most some
-MiB. The methods take and return the same as those of other kernels.
+All launches are on the current stream of the tensors' own device. The host never waits for the device, so every call
+can be captured in a CUDA graph. Beside the results, a call allocates a few vectors and a few MiB of partial sums.
 """
 
 import struct
@@ -33,10 +32,13 @@ _PARTIALS = 2048
 
 
 class Triton(TorchKernels):
-    """Kernels in Triton, for a GPU: a step of training and a pullback are three launches each, evaluation is one."""
+    """Kernels in Triton, for a GPU: a training step and a pullback are three launches each, evaluation is one.
+
+    A training step of x or a layer in float64 is five.
+    """
 
     def moments(self, batch: Batch) -> Moments:
-        """Return count, mean (a Pair) and m2 of each channel of x, (N, C) or (N, C, L); of float64, scaled."""
+        """Return count, mean (a Pair) and m2 of each channel of x, (N, C) or (N, C, L); scaled for x in float64."""
         with torch.cuda.device_of(batch.x):
             (hi, lo, m2, *_), exponents, count, _ = _moments(batch)
         return Moments(count, *in_units(hi, lo, m2, exponents))
@@ -117,7 +119,7 @@ class Triton(TorchKernels):
     def train(
         self, batch: Batch, params: Params, state: State, settings: Settings, out: torch.Tensor | None
     ) -> tuple[torch.Tensor, State, Stats]:
-        """Return output, new state and statistics of a step of training."""
+        """Return the output, the new state and the statistics of a training step."""
         with torch.cuda.device_of(batch.x):
             (hi, lo, _, var, *_), exponents, count, state = _moments(
                 batch, state, settings.momentum, settings.correction
@@ -137,10 +139,10 @@ class Triton(TorchKernels):
 def _moments(
     batch: Batch, state: State = _NO_STATE, momentum: float | None = 0.0, correction: int = 0
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None, Any, State]:
-    """Return the vectors of ``finish_moments``, exponents, the count and the new state.
+    """Return the vectors of ``finish_moments``, their exponents, the count and the new state.
 
-    The vectors, (C,) in float64 each, are the mean in two parts, m2, the biased variance and, with weights, the count.
-    Those of x in float64 are in units, whose exponents are (C,) int32; of other dtypes None is returned for these.
+    The vectors, (C,) in float64 each, are the two parts of the mean, m2, the biased variance and, with weights, the
+    count. For x in float64 they are in units, whose exponents are (C,) int32; for other dtypes the exponents are None.
     """
     x, weights, dtype = batch
     shift = None if weights is None else heaviest(lifted(x), weights)
@@ -150,7 +152,7 @@ def _moments(
         shift, exponents = _rough_moments(x, shift, weights, tiles)
     channels, (_, programs) = x.shape[1], tiles.grid
     partials = _sums(x, shift, exponents, weights, tiles, 2 if exponents is None else 4)
-    # Rows: the mean in two parts, m2, the variance, and the sum of the weights, the same for all channels.
+    # Rows: the two parts of the mean, m2, the variance, and the sum of the weights, which is equal in all channels.
     result = torch.empty((4 if weights is None else 5, channels), dtype=WIDE, device=x.device)
     number = x.numel() // channels
     before = State(*_contiguous(*state))
@@ -182,9 +184,9 @@ def _moments(
 def _rough_moments(
     x: torch.Tensor, shift: torch.Tensor | None, weights: torch.Tensor | None, tiles: Tiling
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the first pass's result, (3, C), for an exact second pass, and exponents of the channels' units, (C,).
+    """Return the result of a rough first pass, (3, C) in float64, and the exponents of the channels' units, (C,).
 
-    The three rows are about the mean of each channel and two powers of two; see ``finish_rough_moments``.
+    The rows are an approximate mean and two powers of two, for the exact second pass; see ``finish_rough_moments``.
     """
     channels, (_, programs) = x.shape[1], tiles.grid
     partials = _sums(x, shift, None, weights, tiles, 3)
@@ -216,7 +218,7 @@ def _sums(
     tiles: Tiling,
     statistics: int,
 ) -> torch.Tensor:
-    """Return the partial sums of ``moments``, (programs, rows, C): a row of each statistic, and one of the weights.
+    """Return the partial sums of ``moments``, (programs, rows, C): a row per statistic, and one of the weights if any.
 
     ``statistics`` is 2 for a plain pass, 3 for a rough one and 4 for an exact one.
     """
@@ -244,7 +246,7 @@ def _sums(
 def _grad_sums(
     dy: torch.Tensor, batch: Batch, stats: Stats, eps: float, dtype: torch.dtype | None
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    """Return the sums of dy and of dy * xhat for each channel, in float64 and in ``dtype``; None is float64 again."""
+    """Return the sums of dy and of dy * xhat for each channel, in float64 and again in ``dtype`` (None: float64)."""
     x, weights, _ = batch
     tiles = tiling((x, dy), weights, sums=True)
     of_x, of_dy, *of_weights = tiles.strides
@@ -281,12 +283,12 @@ def _grad_sums(
 
 
 def _contiguous(*vectors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """Return vectors as the kernels take them, without strides; None stays None."""
+    """Return contiguous vectors, since the kernels take no strides of vectors; None stays None."""
     return [None if vector is None else vector.contiguous() for vector in vectors]
 
 
 def _other_rows(x: torch.Tensor) -> tuple[int, int]:
-    """Return the offsets of the row in the middle and of the last row from the first, in values."""
+    """Return the offsets of the middle row and of the last row from the first, in values."""
     return len(x) // 2 * x.stride(0), (len(x) - 1) * x.stride(0)
 
 
@@ -296,9 +298,9 @@ def _along(of_weights: list[tuple[int, ...]]) -> tuple[int, ...]:
 
 
 def _finishing(programs: int, channels: int) -> tuple[tuple[int], dict[str, int]]:
-    """Return the grid and the constants of a kernel that finishes the sums of so many programs.
+    """Return the grid and the constants of a kernel that finishes the partial sums of ``programs`` programs.
 
-    A program of it finishes ``CHANNELS`` channels, and reads the sums of ``PROGRAMS`` programs at a time.
+    Each of its own programs finishes ``CHANNELS`` channels, and reads the sums of ``PROGRAMS`` programs at a time.
     """
     along = min(256, 1 << (programs - 1).bit_length())
     across = min(64, _PARTIALS // along)

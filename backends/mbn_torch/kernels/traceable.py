@@ -1,8 +1,9 @@
-"""The kernels' arithmetic as formulas, where Torch records, traces or vectorises it.
+"""Kernels of differentiable operations, for calls that Torch records, traces or vectorises.
 
-They have to be right at every order of differentiation, backwards, forwards and mixed: each is a plain composition of
-differentiable operations, in float64, and a value of weight 0 is replaced before anything is computed of it, so that
-no derivative multiplies it. Nothing is written to and nothing depends on a value, so that all of it traces.
+Their derivatives of every order, in reverse, forward and mixed mode, must be right. So each kernel composes
+differentiable operations in float64, and replaces a value of weight 0 before any operation reads it: no derivative
+multiplies it by 0, which would give NaN for an infinite value. No tensor is written to and no branch depends on a
+value, so every kernel can be traced.
 """
 
 from typing import Any
@@ -35,13 +36,14 @@ from mbn_torch.private import is_scripted
 
 
 class TraceableKernels(TorchKernels):
-    """Kernels that every transformation of Torch sees through."""
+    """Kernels that every transformation of Torch can trace."""
 
     def moments(self, batch: Batch) -> Moments:
         """Return count, mean (a Pair) and m2 (float64) of each channel of x, (N, C) or (N, C, L).
 
-        The sums are taken around the mean as it comes out of sums around one of the values, in units in which no
-        channel is out of range. Both are constants, since the result does not depend on them.
+        A first sum, around one of the values, gives an approximate mean; the second sums are around that mean, in units
+        in which no channel leaves the range. Mean and units are constants to autograd, since the result does not depend
+        on them.
         """
         x, weights, _ = batch
         x = lifted(x)
@@ -50,7 +52,7 @@ class TraceableKernels(TorchKernels):
         constants = values.detach()
         unit = None
         factor: torch.Tensor | int = 1
-        if not is_scripted():  # there, nobody sees the bits of a number
+        if not is_scripted():  # exporters have no operation that reads the bits of a number
             unit = units_of(torch.maximum(constants.amax((0, 2)), -constants.amin((0, 2))))
             factor, shift = power(-unit)[:, None], scaled(shift, -unit)
         weights = None if weights is None else _constant(weights)
@@ -109,7 +111,7 @@ class TraceableKernels(TorchKernels):
             return _like(x, dx * scale[:, None], weights)
         number, exponent = weighed(*spread(var, unit, eps), weight)
         size = exponent + exponent_of(number)
-        half = size - size.clamp(-FAR, FAR)  # of two factors, since one may be out of range
+        half = size - size.clamp(-FAR, FAR)  # split the scale into two factors, since one may be out of range
         return _like(x, dx * scaled(number, exponent - half)[:, None] * power(half)[:, None], weights)
 
 
@@ -128,13 +130,13 @@ def _xhat(x: torch.Tensor, mean: Mean, var: Any, eps: float, weights: torch.Tens
 
 
 def _total(values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    """Return the sum of values for each channel, by one axis at a time: at once Torch adds up one row after another."""
+    """Return the weighted sum of each channel, over one axis at a time: over both, Torch would add row after row."""
     values = values if weights is None else weights * values
     return (values[:, :, 0] if values.shape[2] == 1 else values.sum(2)).sum(0)
 
 
 def _counted(x: torch.Tensor, other: torch.Tensor | None, weights: torch.Tensor | None) -> torch.Tensor:
-    """Return x, (N, C, L), in float64, with values of weight 0 replaced: by 0 or one vector's."""
+    """Return x, (N, C, L), in float64, with values of weight 0 replaced by 0, or by a (C,) vector's number."""
     x = x.to(WIDE)
     if weights is None:
         return x
@@ -142,10 +144,10 @@ def _counted(x: torch.Tensor, other: torch.Tensor | None, weights: torch.Tensor 
 
 
 def _like(x: torch.Tensor, values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    """Return values, (N, C, L), in the shape and dtype of x, and 0 where the weight is."""
+    """Return values, (N, C, L), in the shape and dtype of x, with 0 where the weight is 0."""
     if weights is not None:
         weights = _constant(weights)
-        values = torch.where(weights > 0, values, 0 * weights)  # NaN where the weight is, which is no weight
+        values = torch.where(weights > 0, values, 0 * weights)  # an invalid weight, NaN, gives NaN
     return values.reshape(x.shape).to(x.dtype)
 
 

@@ -1,31 +1,31 @@
-"""Numbers in Triton that have an exponent beside them, since they may be out of the range of their dtype.
+"""Numbers with an extra exponent, in Triton, for products that may leave the range of their dtype.
 
-Such a number is the product of a float64, ``number``, and a power of two, ``2**exponent``, an int32. The helpers read
-and make powers of two by the bits of float64: 1 bit of sign, 11 of the exponent plus 1023, and 52 of the fraction.
+Such a number is ``number * 2**exponent``, of a float64 and an int32. The helpers read and make powers of two by the
+bits of float64: 1 bit of sign, 11 of the exponent plus 1023, and 52 of the fraction.
 """
 
 import triton
 import triton.language as tl
 
 FARTHEST = tl.constexpr(1000)
-"""A bound of exponents within which a power of two and its inverse are ordinary numbers of float64."""
+"""Up to this absolute exponent, a power of two and its inverse are normal numbers of float64."""
 FAR = tl.constexpr(400)
-"""A bound of exponents within which the squares of numbers, and sums of them, are well within float64's range."""
+"""Up to this absolute exponent, squares of numbers, and sums of squares, stay within float64's range."""
 _NARROW_FAR = tl.constexpr(100)
-"""The same bound for float32, of which there are products but no sums of squares."""
+"""The same for products in float32; squares are never summed in float32."""
 _MOST = tl.constexpr(3.4028234663852886e38)
 """The largest number of float32."""
 
 
 @triton.jit
 def float64(bits):
-    """Return the float64 that has these bits, an integer: Triton would round an argument of float64 to float32."""
+    """Return the float64 with the bits of an integer: Triton would round a Python float to float32."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def as_dtype(values, DTYPE: tl.constexpr):
-    """Return values of float64 in another dtype; Triton has no conversion to 16 bits but from float32."""
+    """Return values of float64 in another dtype, by way of float32: Triton cannot convert float64 to 16 bits."""
     if tl.float64 != DTYPE:
         values = values.to(tl.float32)
     return values.to(DTYPE)
@@ -33,21 +33,21 @@ def as_dtype(values, DTYPE: tl.constexpr):
 
 @triton.jit
 def exponent_of(number):
-    """Return the exponent of a float64, 1.5 * 2**e having e, as int32; -FARTHEST for 0 and for what is smaller."""
+    """Return the exponent of a float64 as int32 (that of 1.5 * 2**e is e), at least -FARTHEST, which 0 has."""
     exponent = ((number.to(tl.int64, bitcast=True) >> 52) & 0x7FF).to(tl.int32) - 1023
     return tl.minimum(tl.maximum(exponent, -FARTHEST), 1023)
 
 
 @triton.jit
 def _ordinary_power(exponent):
-    """Return 2**exponent by its bits; an exponent beyond those of ordinary numbers gives the nearest of them."""
+    """Return 2**exponent by its bits, with the exponent clamped to those of normal numbers."""
     biased = tl.minimum(tl.maximum(exponent, -1022), 1023) + 1023
     return (biased.to(tl.int64) << 52).to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def power(exponent):
-    """Return 2**exponent in float64, subnormal ones included: two factors, of which each is an ordinary number."""
+    """Return 2**exponent in float64, subnormal numbers included, as a product of two normal powers."""
     half = exponent >> 1
     return _ordinary_power(half) * _ordinary_power(exponent - half)
 
@@ -68,7 +68,7 @@ def is_far(deviation):
 
 @triton.jit
 def limited(number, DTYPE: tl.constexpr):
-    """Return a number of float64 in a dtype; one that is beyond it is its largest, so that 0 times it is 0."""
+    """Return a float64 in a dtype; a larger one becomes the dtype's largest, since 0 times infinity would be NaN."""
     if tl.float64 == DTYPE:
         infinite = number - number != number - number  # inf - inf is NaN, which is not equal to itself
         most = float64(tl.full((), 0x7FEFFFFFFFFFFFFF, tl.int64))
@@ -80,20 +80,20 @@ def limited(number, DTYPE: tl.constexpr):
 
 @triton.jit
 def exponent_before(number, exponent, center, unit, DTYPE: tl.constexpr):
-    """Return the exponent of the power of two by which values and their center are multiplied before subtraction.
+    """Return the exponent of the power of two by which values and their center are multiplied before the subtraction.
 
-    The center is ``center * 2**unit``, and the difference is multiplied by the scale, ``number * 2**exponent``, next.
+    The center is ``center * 2**unit``; the difference is multiplied by the scale, ``number * 2**exponent``, afterwards.
 
-    Of a ``DTYPE`` of float32 the result is 0 unless the difference, or its product with the scale, might leave the
-    range. Of float64 it is about the exponent of the scale always, so that differences are near 1, and no product of a
-    difference with a gradient leaves the range either.
+    For a ``DTYPE`` of float32 the result is 0 unless the difference, or its product with the scale, might leave the
+    range. For float64 it is always about the exponent of the scale: differences are then near 1, so that products of
+    differences and gradients stay in range too.
     """
     WIDE: tl.constexpr = tl.float64 == DTYPE
     TOP: tl.constexpr = 1024 if WIDE else 128
     LEAST: tl.constexpr = -1022 if WIDE else -149
     size = exponent + exponent_of(number)
     far = exponent_of(center) + unit
-    # The center has to stay within the range too, with 8 bits to spare for values farther from 0 than it.
+    # The center must stay in range too, with 8 bits to spare for values that are larger than the center.
     before = tl.minimum(tl.maximum(tl.minimum(size, TOP - 8 - far), LEAST), TOP - 1)
     if not WIDE:
         is_near = (unit == 0) & (far < _NARROW_FAR) & (size <= _NARROW_FAR) & (size >= -_NARROW_FAR)

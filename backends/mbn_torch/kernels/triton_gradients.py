@@ -1,6 +1,6 @@
-"""Gradients in Triton: a pass over x and dy that sums up, and one that writes dx.
+"""Gradients in Triton: one pass over x and dy for the sums of gradients, and one that writes dx.
 
-Sums are made in the same tree as moments are, and programs share tiles as ``triton_tiles`` sketches it::
+The tree of the sums is that of the moments; ``triton_tiles`` shows how programs share tiles::
 
     x and dy, in tiles of UNROLLED x SUMS x CHANNELS values
         |  each program: sum over UNROLLED, add tile after tile, sum over SUMS
@@ -11,10 +11,10 @@ Sums are made in the same tree as moments are, and programs share tiles as ``tri
     sums, 2 x channels                               row 0: dy, row 1: dy * xhat
         |
         v
-    dx = invstd * weight * (dy - sums[0] / n - xhat * sums[1] / n), tile by tile, here without sample weights
+    dx = invstd * weight * (dy - sums[0] / n - xhat * sums[1] / n), tile by tile (without sample weights)
 
-In x of float64 a difference x - mean may be as far from 1 as float64 allows, and so may gradients. There the kernels
-multiply x and its center by ``before``, a power of two that brings differences near 1, and take it off the scale again.
+For x in float64, a product of a difference x - mean and a gradient may leave the range. So the kernels multiply x and
+its center by ``before``, a power of two that brings differences near 1, and divide the scale by it.
 """
 
 import triton
@@ -78,10 +78,10 @@ def grad_sums(
 ):
     """Sum up dy and dy * (x - mean), with the mean rounded to float64.
 
-    ``triton_tensors`` describes the arguments. ``partials``, programs x 2 x channels in float64, is written. Values of
-    weight 0 do not count, and the others count once, whatever their weights are.
+    ``triton_tensors`` describes the arguments. The kernel writes ``partials``, programs x 2 x channels in float64.
+    Cells of weight 0 are left out; the sums of the others are not weighted.
 
-    Of x in float64 the second factor is (x - mean) * before, since it or the product might leave the range.
+    For x in float64 the second factor is (x - mean) * before, since x - mean or the product might leave the range.
     """
     SUMS: tl.constexpr = CELLS // UNROLLED
     rows = extent_of(num_rows, ROW_AXIS, UNIT_X, ALIGNED)
@@ -89,7 +89,7 @@ def grad_sums(
     channels = extent_of(num_channels, CHANNEL_AXIS, UNIT_X, ALIGNED)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     is_channel = channel < channels
-    # The center of each channel, and of float64 the power of two before it.
+    # The center of each channel and, for float64, the power of two that x and the center are multiplied by.
     center, _ = load_center(hi, lo, channel, is_channel)
     WIDE: tl.constexpr = x.dtype.element_ty == tl.float64
     if WIDE:
@@ -99,7 +99,7 @@ def grad_sums(
         before = power(first)[None, None, :]
         center = scaled(center, unit + first)
     center = center[None, None, :]
-    # The cells of a tile as parts by sums, and where each is within a tile.
+    # Row and position of each cell within a tile, in an array of parts by sums.
     cell = tl.arange(0, UNROLLED)[:, None] * SUMS + tl.arange(0, SUMS)[None, :]
     row = cell // POSITIONS
     position = cell % POSITIONS
@@ -111,7 +111,7 @@ def grad_sums(
         top = first_row(tile, position_tiles, CELLS, POSITIONS)
         left = (tile % position_tiles) * POSITIONS
         is_value = (row < rows - top) & (position < positions - left)
-        # Load a tile of each; where there is no value, a dy of 0 adds nothing.
+        # Load a tile of x and one of dy; outside of the batch dy is 0, which adds 0 to both sums.
         mask = is_value[:, :, None] & is_channel[None, None, :]
         values = tl.load(x + cell_offsets(top, left, x_row, x_position, UNIT_X, ALIGNED) + of_x, mask=mask, other=0)
         gradients = tl.load(
@@ -125,11 +125,11 @@ def grad_sums(
         gradients = gradients.to(tl.float64)
         if weights is not None:
             offset = cell_offsets(top + row, left + position, w_row, w_position, -1, 1)
-            # Both factors are replaced, since either may be NaN.
+            # Replace both factors where the weight is 0, since either may be NaN.
             keep = (tl.load(weights + offset, mask=is_value, other=0) > 0)[:, :, None]
             d = tl.where(keep, d, 0.0)
             gradients = tl.where(keep, gradients, 0.0)
-        # Accumulate: first over the parts of the tile, which a thread holds itself.
+        # Accumulate. The sum over the parts of a tile stays within a thread.
         total += tl.sum(gradients, 0)
         products += tl.sum(d * gradients, 0)
     # Reduce the sums over the cells of a tile, and store the two of each channel.
@@ -157,9 +157,9 @@ def finish_grad_sums(
     """Finish the sums of ``grad_sums``: those of dy and of dy * xhat, xhat being (x - mean) / sqrt(var + eps).
 
     - ``partials``: programs x 2 x channels in float64, with the extents ``programs`` and ``num_channels``.
-    - ``hi``, ``lo``, ``var``, ``exponents``, ``eps``: as ``triton_tensors`` has them, and as ``grad_sums`` got them.
+    - ``hi``, ``lo``, ``var``, ``exponents``, ``eps``: the arguments of ``grad_sums``; see ``triton_tensors``.
     - ``sums``: (2, channels) in float64, written.
-    - ``rounded``: the same in the dtype of the parameters, written; None where nobody wants it.
+    - ``rounded``: the same in the dtype of the parameters, written; or None.
     - ``WIDE``: whether x is in float64.
     - ``PROGRAMS``, ``CHANNELS``: the block of partial sums that this program adds up at a time.
     """
@@ -172,7 +172,7 @@ def finish_grad_sums(
         program = first + tl.arange(0, PROGRAMS)
         total += load_partial(partials, program, channel, programs, channels, 0, 2)
         products += load_partial(partials, program, channel, programs, channels, 1, 2)
-    # The products have the factor ``before``: the rest of the mean gets it too, and the scale loses it.
+    # The products contain the factor ``before``: multiply the remainder of the mean by it, and divide the scale by it.
     center, rest = load_center(hi, lo, channel, is_channel)
     number, exponent = load_invstd(var, exponents, eps, channel, is_channel)
     if WIDE:
@@ -180,7 +180,7 @@ def finish_grad_sums(
         first = exponent_before(number, exponent, center, unit, tl.float64)
         rest = scaled(rest, unit + first)
         exponent = exponent - first
-    # The deviations were from the rounded mean: sum dy * (x - mean) = sum dy * (x - center) - rest * sum dy.
+    # The deviations are from the center, the rounded mean: sum dy * (x - mean) = sum dy * (x - center) - rest * sum dy.
     sum_dy = tl.sum(total, 0)
     sum_dy_xhat = (tl.sum(products, 0) - rest * sum_dy) * limited(scaled(number, exponent), tl.float64)
     tl.store(sums + channel, sum_dy, mask=is_channel)
@@ -234,16 +234,16 @@ def grad_input(
 
     ``triton_tensors`` describes the arguments of all passes; ``dx`` is written. The others are:
 
-    - ``sum_dy``, ``sum_dy_xhat``: (channels,) in float64, the sums of ``finish_grad_sums``, perhaps over more batches
-      than this one. Both are None where mean and variance are constants; dx is dy * scale then, and x is not read.
-    - ``count``: one float64, the sum of all weights; None where ``number``, the number of values per channel, counts.
+    - ``sum_dy``, ``sum_dy_xhat``: (channels,) in float64, the sums of ``finish_grad_sums``, which may include those of
+      other replicas. Both are None where mean and variance are constants; then dx is dy * scale, and x is not read.
+    - ``count``: one float64, the sum of all weights; None where the count is ``number``, the values per channel.
 
-    It computes, with w the weight of a cell, or 1::
+    The kernel computes, with w the weight of a cell, or 1::
 
         dx = (dy - mean_dy * w - ((x * before - center) * slope + rest) * w) * scale * after
 
-    All is computed in float64 and rounded once: where dx is small its terms are not. The mean of dy is taken off first,
-    so that little is lost of a gradient with a large mean.
+    All arithmetic is in float64 and rounded once, since large terms may cancel to a small dx. The mean of dy is
+    subtracted first, so that a dy with a large mean loses few digits.
     """
     rows = extent_of(num_rows, ROW_AXIS, UNIT_X, ALIGNED)
     positions = extent_of(num_positions, POSITION_AXIS, UNIT_X, ALIGNED)
@@ -254,20 +254,20 @@ def grad_input(
     factor, exponent = load_invstd(var, exponents, eps, channel, is_channel)
     share, size = weighed(factor, exponent, weight, channel, is_channel)
     after = size * 0
-    if WIDE:  # The scale is two factors, since one alone may be out of range.
+    if WIDE:  # Split the scale into two factors, since one alone may be out of range.
         whole = size + exponent_of(share)
         after = tl.where(share == 0, 0, whole - tl.minimum(tl.maximum(whole, -FAR), FAR))
     scale = limited(scaled(share, size - after), tl.float64)[None, :]
     after = power(after)[None, :]
     if sum_dy is not None:
-        # How dx depends on all values: by the mean of dy, and by the slope of its projection on x.
+        # The parts of dx that depend on all values: the mean of dy, and the projection of dy on xhat.
         if count is None:
             divisor = number.to(tl.float64)
         else:
             divisor = divisor_of(tl.load(count).to(tl.float64))
         if weights is not None:
-            # A sum of dy divided by the sum of all weights may leave the range. So the divisor is brought near 1, and
-            # each weight is multiplied by the same power of two.
+            # A sum of dy divided by the sum of the weights may leave the range. So multiply the divisor by a power of
+            # two that brings it near 1, and each weight by the same power.
             common = -exponent_of(divisor)
             divisor = scaled(divisor, common)
         mean_dy = (load_vector(sum_dy, channel, is_channel) / divisor)[None, :]
@@ -279,13 +279,13 @@ def grad_input(
             center = scaled(center, unit + first)
             rest = scaled(rest, unit + first)
             exponent = exponent - first
-        # The projection on xhat, xhat * sum_dy_xhat / n, as (x * before - center) * slope + rest.
+        # Write the projection, xhat * sum_dy_xhat / n, as (x * before - center) * slope + rest.
         slope = limited(scaled(factor, exponent), tl.float64)
         slope = load_vector(sum_dy_xhat, channel, is_channel) / divisor * slope
         rest = (-rest * slope)[None, :]
         slope = slope[None, :]
         center = center[None, :]
-    # Where the cells of a tile are within it.
+    # Row and position of each cell within a tile.
     cell = tl.arange(0, CELLS)
     row = cell // POSITIONS
     position = cell % POSITIONS
@@ -305,7 +305,7 @@ def grad_input(
         if weights is not None:
             offset = cell_offsets(top + row, left + position, w_row, w_position, -1, 1)
             w = tl.load(weights + offset, mask=is_value, other=0).to(tl.float64)[:, None]
-        # Load a tile of x, and take off the two parts of dy that the statistics of the batch take away.
+        # Load a tile of x, and subtract the mean of dy and its projection.
         if sum_dy is not None:
             values = tl.load(x + cell_offsets(top, left, x_row, x_position, UNIT_X, ALIGNED) + of_x, mask=mask, other=0)
             if WIDE:

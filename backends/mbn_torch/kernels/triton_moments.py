@@ -1,6 +1,6 @@
-"""The moments of a batch in Triton, and the step of running statistics.
+"""The moments of a batch in Triton, and the update of the running statistics.
 
-A pass over x leaves partial sums, and a second kernel finishes them::
+A pass over x writes partial sums, and a second kernel finishes them::
 
     x, cut into tiles by triton_tiles               one program of `moments`: a block of channels, every P-th tile
         |                                           tile:      UNROLLED x SUMS x CHANNELS values
@@ -15,17 +15,18 @@ A pass over x leaves partial sums, and a second kernel finishes them::
         v
     result, one number of each statistic and channel
 
-The rows of partials of one program, each of one number per channel::
+The rows of partials that one program writes, each with one number per channel::
 
                       0                1                  2 (with weights)   last but one       last
     plain             x - shift        (x - shift)**2     weights
-    rough             x - shift        the same in a      weights                               largest
+    rough             x - shift        x - shift, in a    weights                               largest
                                        unit of 2**600                                           abs(x - shift)
     with exponents    multiples of     multiples of       weights            rests of           rests of
                       x - shift        (x - shift)**2                        x - shift          (x - shift)**2
 
-Input of float32 and narrower takes one plain pass: float64 has digits to spare. Input of float64, and any input of a
-layer with statistics in float64, takes a rough pass, for the mean and its unit, and a second one with exponents.
+Input of float32 and narrower needs one plain pass, since float64 has digits to spare. Input of float64, and any input
+of a layer in float64, needs a rough pass, for an approximate mean and its unit, and a second pass with exponents. The
+second pass splits each term into a multiple of a power of two and a rest; ``finish_rough_moments`` explains why.
 """
 
 import triton
@@ -51,20 +52,17 @@ from mbn_torch.kernels.triton_tensors import (
 )
 
 _LARGE = tl.constexpr(600)
-"""The exponent of a unit in which no sum of float64 overflows.
-
-Deviations so large that a plain sum of them might overflow lose no digits in it.
-"""
+"""The exponent of a unit in which no sum overflows; deviations whose plain sum might overflow lose no digits in it."""
 
 _OF_SUMS = ("programs", "num_channels", "x_channel", "middle", "last", "number")
 
 
 @triton.jit
 def _one_of_three(x, middle, last, is_channel):
-    """Return the median of three values of each channel in float64, as the shift of sums: it is no outlier.
+    """Return the median of three values of each channel in float64, the shift of its sums: unlikely to be an outlier.
 
-    ``x`` are pointers to the first value of each channel; ``middle`` and ``last`` are offsets from it, in values, of a
-    value in the row in the middle and in the last row. Median of a, b, c: max(min(a, b), min(max(a, b), c)).
+    ``x`` are pointers to the first value of each channel; ``middle`` and ``last`` are the offsets, in values, of a
+    value in the middle row and of one in the last row. The median of a, b, c is max(min(a, b), min(max(a, b), c)).
     """
     a = tl.load(x, mask=is_channel, other=0).to(tl.float64)
     b = tl.load(x + middle, mask=is_channel, other=0).to(tl.float64)
@@ -101,17 +99,17 @@ def moments(
 ):
     """Sum up x - shift and its square, each times its weight, and the weights.
 
-    Writes the partial sums of this program, which the top of this file lists, to ``partials``.
+    The kernel writes the partial sums of this program, which the top of this file lists, to ``partials``.
 
-    ``triton_tensors`` describes x, weights, extents and strides. The others are:
+    ``triton_tensors`` describes x, weights, extents and strides. The other arguments are:
 
-    - ``shift``: (channels,) in float64; None has the kernel take the median of three values. With ``exponents`` it is
-      (3, channels): the center and the two powers of two that ``finish_rough_moments`` writes.
-    - ``exponents``: (channels,) int32; x is divided by 2**exponent, and the center is in the same unit. Or None.
+    - ``shift``: (channels,) in float64, or None for the median of three values. With ``exponents`` it is (3, channels):
+      the center and the two powers of two that ``finish_rough_moments`` writes.
+    - ``exponents``: (channels,) int32, or None; x is divided by 2**exponent, and the center is in the same unit.
     - ``partials``: programs x STATISTICS x channels in float64, written.
     - ``middle``, ``last``: offsets for ``_one_of_three``.
-    - ``ROUGH``: whether this is the rough pass. It has no squares, which may overflow: it has the sum of the deviations
-      twice, the second time in a unit in which it does not, and the largest deviation.
+    - ``ROUGH``: whether this is the rough pass. Instead of squares, which may overflow, it sums the deviations a second
+      time in a unit in which the sum cannot overflow, and finds the largest deviation.
 
     Around one of the values, the sum of squares of ordinary data is not much larger than m2. So m2, the difference of
     two sums, loses few digits.
@@ -128,12 +126,12 @@ def moments(
         first = _one_of_three(x + across, middle, last, is_channel)
     else:
         first = tl.load(shift + channel, mask=is_channel, other=0)
-    # Rounded to x's dtype, since it also stands in for values that are masked: those then differ by 0 from it.
+    # Round the shift to x's dtype: it replaces values outside of the batch, whose deviations are then exactly 0.
     first = as_dtype(first, x.dtype.element_ty)
     start = first.to(tl.float64)
     factor = power(-load_units(exponents, channel, is_channel))
     if exponents is not None:
-        # A center in units and not rounded, and the powers of two that take terms apart.
+        # Load the center, in units and not rounded, and the powers of two that split the terms.
         start = load_vector(shift, channel, is_channel)
         apart = load_vector(shift + channels, channel, is_channel)[None, None, :]
         apart_squares = load_vector(shift + 2 * channels, channel, is_channel)[None, None, :]
@@ -142,7 +140,7 @@ def moments(
     if ROUGH:
         factor = power(channel * 0 - _LARGE)
         largest = tl.zeros((SUMS, CHANNELS), tl.float64)
-    # The cells of a tile as parts by sums, and where each is within a tile.
+    # Row and position of each cell within a tile, in an array of parts by sums.
     cell = tl.arange(0, UNROLLED)[:, None] * SUMS + tl.arange(0, SUMS)[None, :]
     row = cell // POSITIONS
     position = cell % POSITIONS
@@ -157,9 +155,10 @@ def moments(
         is_value = (row < rows - top) & (position < positions - left)
         source = x + cell_offsets(top, left, x_row, x_position, UNIT_X, ALIGNED)
         mask = is_value[:, :, None] & is_channel[None, None, :]
-        # Where there is no value, the shift stands in for it, and adds nothing to the sums.
+        # Outside of the batch, the shift replaces the value and adds 0 to the sums.
         values = tl.load(source + within, mask=mask, other=first[None, None, :]).to(tl.float64)
-        # Take deviations. A factor of 2**-unit may make the stand-in differ from the center, hence the second mask.
+        # Take deviations. In units, the center is not the shift: mask the deviations outside of the batch a second
+        # time.
         if exponents is None:
             d = values - start[None, None, :]
         else:
@@ -177,8 +176,8 @@ def moments(
                 far = tl.where((w > 0)[:, :, None], far, 0.0) * w[:, :, None]
             count += w
         square = once * d
-        # Take terms apart: to add a power of two far above a term and to take it off again rounds the term to a
-        # multiple of that power's last digit. Such multiples add up without a rounding, however many there are.
+        # Split terms: adding a power of two far above a term and subtracting it again rounds the term to a multiple of
+        # that power's last digit. Such multiples add up without a rounding error, however many there are.
         if exponents is not None:
             left_of_once = once
             left_of_square = square
@@ -186,7 +185,7 @@ def moments(
             square = (square + apart_squares) - apart_squares
             total_left += tl.sum(left_of_once - once, 0)
             squares_left += tl.sum(left_of_square - square, 0)
-        # Accumulate: first over the parts of the tile, which a thread holds itself, so that it keeps fewer sums.
+        # Accumulate. The sum over the parts of a tile stays within a thread, which then keeps fewer sums.
         total += tl.sum(once, 0)
         if ROUGH:
             squares += tl.sum(far, 0)
@@ -226,20 +225,21 @@ def finish_rough_moments(
     PROGRAMS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Finish the rough sums of ``moments``: a unit of each channel, about its mean, and two powers of two.
+    """Finish the rough sums of ``moments``: a unit and an approximate mean of each channel, and two powers of two.
 
     - ``partials``: programs x STATISTICS x channels in float64, STATISTICS being 3, or 4 with weights.
-    - ``x``: the batch, of which three values per channel are read where ``shift`` is None. ``x_channel``, ``middle``
-      and ``last`` are a stride and offsets in values, none of them divided by ``ALIGNED``.
+    - ``x``: the batch; if ``shift`` is None, three values per channel are read. ``x_channel`` is a stride, ``middle``
+      and ``last`` are offsets, all in values and not divided by ``ALIGNED``.
     - ``shift``: (channels,) in float64, the shift of the sums, or None.
-    - ``center``: (3, channels) in float64, written. Row 0 has about the mean of each channel, in its unit. Rows 1 and 2
-      have the powers of two that take the terms x - mean and (x - mean)**2 apart, in the unit and in its square.
-    - ``exponents``: (channels,) int32, written: those of the units, 0 where no square is near the ends of the range.
+    - ``center``: (3, channels) in float64, written. Row 0 is the approximate mean of each channel, in its unit. Rows 1
+      and 2 are the powers of two that split the terms x - mean and (x - mean)**2, in the unit and in its square.
+    - ``exponents``: (channels,) int32, written: those of the units, 0 where no square may leave the range.
     - ``programs``, ``num_channels``: extents of ``partials``. ``number``: values per channel, where not ``WEIGHTED``.
     - ``PROGRAMS``, ``CHANNELS``: the block of partial sums that this program adds up at a time.
 
-    A power of two takes terms apart without an error if it is larger than any sum of them: after it has been added to a
-    term and taken off, the term is a multiple of its last digit, and so are the sums, which float64 can hold.
+    A power of two splits terms without an error if it is larger than any sum of them: adding it to a term and
+    subtracting it again leaves a multiple of its last digit, and float64 represents every sum of such multiples
+    exactly.
 
     Source: Rump, Ogita and Oishi, Accurate Floating-Point Summation Part I, 2008, section 3.
     """
@@ -259,7 +259,7 @@ def finish_rough_moments(
             counts += load_partial(partials, program, channel, programs, channels, 2, STATISTICS)
         more = load_partial(partials, program, channel, programs, channels, STATISTICS - 1, STATISTICS)
         largest = tl.maximum(largest, more)
-    # The unit is the size of the largest deviation, where its square may leave the range, and else 1.
+    # The unit is 1, or the size of the largest deviation if its square may leave the range.
     spread = tl.max(largest, 0)
     unit = tl.where(is_far(spread), tl.minimum(exponent_of(spread), FARTHEST), 0)
     if WEIGHTED:
@@ -270,13 +270,13 @@ def finish_rough_moments(
         start = _one_of_three(x + channel * x_channel.to(tl.int64), middle, last, is_channel)
     else:
         start = load_vector(shift, channel, is_channel)
-    # The mean of the deviations, in the unit. Of large ones the plain sum may have overflowed, not that in 2**600.
+    # The mean of the deviations, in the unit. If they are large, the plain sum may have overflowed: use that in 2**600.
     near = scaled(tl.sum(total, 0) / divisor_of(count), -unit)
     near = tl.where(unit > 0, scaled(tl.sum(far, 0) / divisor_of(count), _LARGE - unit), near)
     tl.store(center + channel, scaled(start, -unit) + near, mask=is_channel)
-    # Bounds of the sums: count times the largest term. Around the mean a deviation is at most twice as large as around
-    # one of the values, and its square four times. The other factors are for exponents, which are rounded down, and for
-    # a deviation that overflowed: it is less than twice the largest number of float64, which stands in for it.
+    # Bounds of the sums: count times the largest term. A deviation from the mean is at most twice as large as one from
+    # a value, its square four times. The other factors make up for exponents, which are rounded down, and for a
+    # deviation that overflowed and was replaced by the largest float64, which is more than half of it.
     spread = scaled(limited(spread, tl.float64), -unit)
     tl.store(center + channels + channel, power(exponent_of(count * spread) + 4), mask=is_channel)
     tl.store(center + 2 * channels + channel, power(exponent_of(count * spread * spread) + 5), mask=is_channel)
@@ -314,17 +314,17 @@ def finish_moments(
 
     - ``partials``: programs x STATISTICS x channels in float64, STATISTICS being 2, one more with weights and two more
       with exponents.
-    - ``x``, ``x_channel``, ``middle``, ``last``: as ``finish_rough_moments`` has them, for a ``shift`` of None.
-    - ``shift``: the shift of the sums, (channels,) in float64, or None. With exponents it is in their units: of its
-      three rows the first is read.
+    - ``x``, ``x_channel``, ``middle``, ``last``: as in ``finish_rough_moments``; used if ``shift`` is None.
+    - ``shift``: the shift of the sums, (channels,) in float64, or None. With exponents it is (3, channels), of which
+      the first row is read: the center, in units.
     - ``exponents``: (channels,) int32, or None.
     - ``running_mean``, ``running_var``: (channels,) in their dtype; None where the layer has none.
     - ``num_batches_tracked``: one int64, or None.
     - ``result``: (4, channels) in float64, or (5, channels) if ``WEIGHTED``, written: the two parts of the mean, m2 and
       the biased variance, all in units, and the sum of the weights.
-    - ``new_mean``, ``new_var``, ``new_num_batches_tracked``: written, None where their old ones are.
+    - ``new_mean``, ``new_var``, ``new_num_batches_tracked``: written; None where the old ones are.
     - ``programs``, ``num_channels``: extents of ``partials``. ``number``: values per channel, where not ``WEIGHTED``.
-    - ``correction``: an integer taken off the count for the running variance.
+    - ``correction``: the integer subtracted from the count for the running variance.
     - ``momentum``: the bits of a float64, or None for the average of all batches so far.
     """
     channels = num_channels.to(tl.int64)
@@ -336,7 +336,7 @@ def finish_moments(
     total_left = tl.zeros((PROGRAMS, CHANNELS), tl.float64)
     squares_left = tl.zeros((PROGRAMS, CHANNELS), tl.float64)
     STATISTICS: tl.constexpr = (3 if WEIGHTED else 2) + (0 if exponents is None else 2)
-    # Add up the partial sums, so many programs at a time, and reduce those sums; the exact parts meet the rests last.
+    # Add the sums of PROGRAMS programs at a time, then reduce; the exact sums and those of the rests are added last.
     for first in range(0, programs, PROGRAMS):
         program = first + tl.arange(0, PROGRAMS)
         total += load_partial(partials, program, channel, programs, channels, 0, STATISTICS)
@@ -356,7 +356,7 @@ def finish_moments(
         hi = _one_of_three(x + channel * x_channel.to(tl.int64), middle, last, is_channel)
     else:
         hi = load_vector(shift, channel, is_channel)
-    # From sums around the shift to moments: the mean is the shift and the mean deviation, and m2 = sum d**2 - n lo**2.
+    # From sums around the shift to moments: mean = shift + mean deviation = hi + lo, and m2 = sum d**2 - n lo**2.
     lo = total / divisor_of(count)
     m2 = squares - total * lo
     var = m2 / divisor_of(count)
@@ -366,13 +366,13 @@ def finish_moments(
     tl.store(result + 3 * channels + channel, var, mask=is_channel)
     if WEIGHTED:
         tl.store(result + 4 * channels + channel, count, mask=is_channel)
-    # The step of the running statistics. The first block of channels alone writes the number of batches.
+    # Update the running statistics. Only the program of the first block of channels writes the count of batches.
     if num_batches_tracked is not None:
         tl.store(new_num_batches_tracked, _counted(num_batches_tracked), mask=tl.program_id(0) == 0)
     if running_mean is not None:
         step = tl.zeros((CHANNELS,), tl.float64) + _share(momentum, num_batches_tracked)
         excess = count - correction.to(tl.float64)
-        if WEIGHTED:  # No comparison with a count of NaN is true, so NaN shows in the new statistics.
+        if WEIGHTED:  # With a count of NaN (invalid weights) comparisons are false, so new statistics become NaN.
             step = tl.where(excess <= 0, 0.0, step)
         unbiased = tl.where(excess <= 0, 0.0, m2 / tl.where(excess <= 0, 1.0, excess))
         unit = load_units(exponents, channel, is_channel)
@@ -382,14 +382,14 @@ def finish_moments(
 
 @triton.jit
 def _counted(num_batches_tracked):
-    """Return the number of batches after one more, from a pointer to an int64; the largest int64 stays."""
+    """Return the count of batches plus 1, from a pointer to an int64; the largest int64 stays as it is."""
     count = tl.load(num_batches_tracked)
     return tl.where(count == 0x7FFFFFFFFFFFFFFF, count, count + 1)
 
 
 @triton.jit
 def _share(momentum, num_batches_tracked):
-    """Return the share of a batch in the running statistics; without a momentum all batches have the same."""
+    """Return the weight of a batch in the running statistics: the momentum, or 1 / count of batches if it is None."""
     if momentum is None:
         share = 1.0 / _counted(num_batches_tracked).to(tl.float64)
     else:
@@ -401,7 +401,7 @@ def _share(momentum, num_batches_tracked):
 def _lerp(start, end, unit, step, target, channel, is_channel):
     """Store (1 - step) * start + step * end * 2**unit, from and to (channels,) vectors.
 
-    Where the step is 0 the old number stays, even beside an end that is NaN or infinite.
+    If the step is 0 the old number is stored, even if the end is NaN or infinite.
     """
     old = load_vector(start, channel, is_channel)
     new = tl.where(step == 0, old, (1.0 - step) * old + scaled(step * end, unit))

@@ -1,7 +1,7 @@
 """Normalisation in Triton: one pass over x, which writes y.
 
-Programs share the tiles of x as ``triton_tiles`` sketches it, and write the same tiles of y. Each computes four numbers
-of each of its channels once, before its first tile::
+``triton_tiles`` shows how programs share the tiles of x; each writes the same tiles of y. Before its first tile, a
+program computes four numbers for each of its channels::
 
     (channels,) vectors   hi, lo, var, exponents, weight, bias
             |
@@ -72,33 +72,33 @@ def normalize(
     """Write (x - mean) / sqrt(var + eps) * weight + bias to y, and 0 where the weight of a cell is 0.
 
     ``triton_tensors`` describes the arguments. ``y`` is written; it may be x. ``COMPUTE`` is the dtype of the
-    arithmetic, float64 for x in float64 and else float32.
+    arithmetic: float64 for x in float64, else float32.
 
-    It is computed as (x - K) * scale + shift, with K the mean rounded to ``COMPUTE``: x - K is exact where x is near
-    the mean, and the rest of the mean goes into the shift. A scale out of range has a power of two taken off it, by
-    which x and K are multiplied first.
+    The kernel computes (x - K) * scale + shift, with K the mean rounded to ``COMPUTE``: x - K is exact where x is near
+    the mean, and the shift contains the remainder of the mean. If the scale is out of range, a power of two is moved
+    from it to x and K, which are multiplied by that power first.
     """
     rows = extent_of(num_rows, ROW_AXIS, UNIT_X, ALIGNED)
     positions = extent_of(num_positions, POSITION_AXIS, UNIT_X, ALIGNED)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     is_channel = channel < extent_of(num_channels, CHANNEL_AXIS, UNIT_X, ALIGNED)
-    # Load the statistics of the channels, and take the scale, weight / sqrt(var + eps), as a number with an exponent.
+    # Load the statistics of the channels; compute the scale, weight / sqrt(var + eps), as a number with an exponent.
     mean, rest = load_center(hi, lo, channel, is_channel)
     number, exponent = load_invstd(var, exponents, eps, channel, is_channel)
     number, exponent = weighed(number, exponent, weight, channel, is_channel)
     unit = load_units(exponents, channel, is_channel)
-    # The shift makes good what the center lacks of the mean. A scale of 0 gives the bias alone.
+    # The shift corrects for the difference of center and mean. A scale of 0 gives the bias alone.
     center = limited(mean, COMPUTE).to(tl.float64)
     shift = tl.where(number == 0, 0.0, scaled(((center - mean) - rest) * number, exponent + unit))
     if bias is not None:
         shift += load_vector(bias, channel, is_channel)
-    # Share the exponent of the scale between a factor before the difference and one after it.
+    # Divide the exponent of the scale between a factor before the subtraction and one after it.
     first = exponent_before(number, exponent, center, unit, COMPUTE)
     before = tl.where(number == 0, 0.0, power(first)).to(COMPUTE)[None, :]
     center = tl.where(number == 0, 0.0, scaled(center, unit + first)).to(COMPUTE)[None, :]
     scale = limited(scaled(number, exponent - first), COMPUTE)[None, :]
     shift = shift.to(COMPUTE)[None, :]
-    # Where the cells of a tile are within it.
+    # Row and position of each cell within a tile.
     cell = tl.arange(0, CELLS)
     row = cell // POSITIONS
     position = cell % POSITIONS

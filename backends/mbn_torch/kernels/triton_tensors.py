@@ -1,12 +1,12 @@
 """The helpers that several kernels in Triton share: offsets and extents of tensors, and loads of vectors.
 
-Rules of all kernels: statistics are exact to float64, whatever x is. Every sum is a tree that shapes and strides
-determine, since no program adds to memory that another writes to. A value of weight 0 is replaced before anything is
-computed of it. Offsets have 64 bits. A Python float comes as the bits of a float64 in an integer, because Triton would
+Rules of all kernels: statistics are exact to float64 for every dtype of x. Every sum is a tree that shapes and strides
+determine, since no program adds to memory that another writes to. A value of weight 0 is replaced before any arithmetic
+reads it. Offsets have 64 bits. A Python float is passed as an integer with the bits of a float64, because Triton would
 round it to float32.
 
-``triton_tiles`` has a sketch of the tiles of a batch, and of how programs share them. The result of no kernel depends
-on the tiles but in its last bits.
+``triton_tiles`` sketches the tiles of a batch, and how programs share them. Another tiling changes only the last bits
+of a result.
 
 Arguments that all passes over a batch share:
 
@@ -17,16 +17,16 @@ Arguments that all passes over a batch share:
   ``ALIGNED``. ``position_tiles`` is the number of tiles side by side along positions, ``tiles`` that of all tiles of a
   block of channels.
 - ``weights``: the weight of each cell, rows x positions in float32 or float64, with the strides ``w_row`` and
-  ``w_position`` in values (0 where one weight is that of several cells); None where each value counts once.
-- ``hi``, ``lo``: the mean of each channel is hi + lo. ``var``: the biased variance. All are (channels,), contiguous. Of
-  the batch they are in float64; a running mean is ``hi`` in its own dtype, and then ``lo`` is None.
-- ``exponents``: the exponents of the units of mean and variance, (channels,) integers, which x in float64 has; None
-  where the units are 1. The mean is (hi + lo) * 2**exponent, the variance var * 2**(2 * exponent).
+  ``w_position`` in values (0 along an axis where the weight is constant); None where each value counts once.
+- ``hi``, ``lo``: the mean of each channel is hi + lo. ``var``: the biased variance. All are (channels,), contiguous.
+  Statistics of the batch are in float64; a running mean is ``hi`` in its own dtype, with a ``lo`` of None.
+- ``exponents``: the exponents of the units of mean and variance, (channels,) integers, for x in float64; None if all
+  units are 1. The mean is (hi + lo) * 2**exponent, the variance var * 2**(2 * exponent).
 - ``weight``, ``bias``: the parameters, (channels,) in their dtype, contiguous; each may be None.
 - ``eps``: the bits of a float64.
 - ``CELLS``, ``POSITIONS``, ``CHANNELS``, ``UNROLLED``: the shape of a tile.
 
-Triton compiles a branch on a constant, or on whether an argument is None, only where it is taken.
+Triton compiles a branch on a constant, or on whether an argument is None, only if it is taken.
 """
 
 import triton
@@ -34,12 +34,12 @@ import triton.language as tl
 
 from mbn_torch.kernels.triton_arithmetic import exponent_of, float64, scaled
 
-# The axes, by the numbers that ``triton_tiles`` has for them.
+# The axes, with the numbers of ``triton_tiles``.
 ROW_AXIS = tl.constexpr(0)
 POSITION_AXIS = tl.constexpr(1)
 CHANNEL_AXIS = tl.constexpr(2)
 
-# Names of arguments for which Triton is not to compile a version of its own where one is 1, or a multiple of 16.
+# Arguments that Triton must not specialise: by default it compiles other versions for 1 and for multiples of 16.
 EXTENTS = ("num_rows", "num_positions", "num_channels", "position_tiles", "tiles")
 OF_X = ("x_row", "x_position", "x_channel")
 OF_Y = ("y_row", "y_position", "y_channel")
@@ -56,7 +56,7 @@ def _scaled(number, ALIGNED: tl.constexpr):
 
 @triton.jit
 def cell_offsets(row, position, row_stride, position_stride, UNIT: tl.constexpr, ALIGNED: tl.constexpr):
-    """Return the offsets of cells, given by rows and positions, from the first cell of a tensor, in values."""
+    """Return the offsets of cells, given by their rows and positions, from the first cell of a tensor, in values."""
     if UNIT == ROW_AXIS:
         rows = row
     else:
@@ -70,7 +70,7 @@ def cell_offsets(row, position, row_stride, position_stride, UNIT: tl.constexpr,
 
 @triton.jit
 def channel_offsets(channel, stride, UNIT: tl.constexpr, ALIGNED: tl.constexpr):
-    """Return the offsets of channels from the first, in values."""
+    """Return the offsets of channels from the first channel, in values."""
     if UNIT == CHANNEL_AXIS:
         channels = channel.to(tl.int64)
     else:
@@ -82,9 +82,9 @@ def channel_offsets(channel, stride, UNIT: tl.constexpr, ALIGNED: tl.constexpr):
 def value_offsets(
     row, position, channel, row_stride, position_stride, channel_stride, UNIT: tl.constexpr, ALIGNED: tl.constexpr
 ):
-    """Return the offsets of the values of a tile from its first value: (..., CHANNELS), where cells are (...).
+    """Return the offsets of the values of a tile from its first value: the shape of ``row`` plus channels.
 
-    ``row`` and ``position`` say where each cell of a tile is within it; they have one axis, or two, parts by cells.
+    ``row`` and ``position`` locate each cell within its tile; their shape is (cells,), or parts x cells.
     """
     cells = cell_offsets(row.to(tl.int64), position.to(tl.int64), row_stride, position_stride, UNIT, ALIGNED)
     return tl.expand_dims(cells, -1) + channel_offsets(channel, channel_stride, UNIT, ALIGNED)
@@ -92,7 +92,7 @@ def value_offsets(
 
 @triton.jit
 def extent_of(size, AXIS: tl.constexpr, UNIT: tl.constexpr, ALIGNED: tl.constexpr):
-    """Return the extent along an axis, which was divided if x is contiguous along it."""
+    """Return the extent along an axis; it was divided by ``ALIGNED`` if x is contiguous along the axis."""
     if UNIT == AXIS:
         whole = _scaled(size, ALIGNED)
     else:
@@ -102,19 +102,19 @@ def extent_of(size, AXIS: tl.constexpr, UNIT: tl.constexpr, ALIGNED: tl.constexp
 
 @triton.jit
 def first_row(tile, position_tiles, CELLS: tl.constexpr, POSITIONS: tl.constexpr):
-    """Return the first row of a tile; there may be more rows than 32 bits hold."""
+    """Return the first row of a tile, in 64 bits, since there may be more rows than 32 bits can count."""
     return (tile // position_tiles) * tl.full((), CELLS // POSITIONS, tl.int64)
 
 
 @triton.jit
 def load_vector(vector, channel, is_channel):
-    """Return the numbers of some channels in a (channels,) vector, in float64; 0 of a channel that does not exist."""
+    """Return the elements of a (channels,) vector for a block of channels, in float64; channels out of range read 0."""
     return tl.load(vector + channel, mask=is_channel, other=0).to(tl.float64)
 
 
 @triton.jit
 def load_center(hi, lo, channel, is_channel):
-    """Return a mean, hi + lo, as a float64 and the rest that it rounds off; ``lo`` is None where there is no rest."""
+    """Return the mean hi + lo rounded to float64, and its rounding error; a ``lo`` of None is 0."""
     first = load_vector(hi, channel, is_channel)
     if lo is None:
         center = first
@@ -140,28 +140,28 @@ def load_units(exponents, channel, is_channel):
 def load_invstd(var, exponents, eps, channel, is_channel):
     """Return 1 / sqrt(var + eps) as a number and an exponent, and 0 where var + eps is 0.
 
-    var is in the square of a unit, in which eps may be too large or too small for float64.
+    The variance is in the square of a unit, and in that unit eps may be out of float64's range.
     """
     own = tl.load(var + channel, mask=is_channel, other=1).to(tl.float64)
     little = float64(eps)
     common = load_units(exponents, channel, is_channel)
     if exponents is not None:
-        # Both go into the larger of two units: that of var, and about the square root of eps. In it neither is beyond
-        # float64, and the smaller one may vanish.
+        # Convert both to the larger of two units: that of var, and about the square root of eps. Neither overflows in
+        # it, and the smaller one may underflow to 0.
         unit = common
         common = tl.where(unit == 0, 0, tl.maximum(unit, tl.where(little > 0, exponent_of(little) >> 1, unit)))
         own = scaled(own, 2 * (unit - common))
         little = scaled(scaled(little, -common), -common)
-    # Now var + eps is spread * 2**(2 * common). The inner choice keeps a division by 0 out of the outer one.
+    # Now var + eps is spread * 2**(2 * common). The inner ``where`` avoids a division by 0.
     spread = own + little
     return tl.where(spread == 0, 0.0, 1.0 / tl.sqrt(tl.where(spread == 0, 1.0, spread))), -common
 
 
 @triton.jit
 def weighed(number, exponent, weight, channel, is_channel):
-    """Return a number with an exponent times a vector, ``weight``, as a number with an exponent; None is 1."""
+    """Return a number with an exponent times ``weight``, (channels,), as a number with an exponent; a None is 1."""
     if weight is not None:
-        # Both numbers are brought to exponents of 0 first, so that the product stays within the range.
+        # Bring both numbers to exponents of 0 first, so that the product stays in range.
         factor = load_vector(weight, channel, is_channel)
         own = exponent_of(number)
         other = exponent_of(factor)
@@ -172,15 +172,16 @@ def weighed(number, exponent, weight, channel, is_channel):
 
 @triton.jit
 def divisor_of(count):
-    """Return what sums are divided by: the count, or 1 where that is 0 and so are the sums."""
+    """Return the divisor of sums: the count, or 1 if the count is 0, where the sums are 0 too."""
     return tl.where(count == 0, 1.0, count)
 
 
 @triton.jit
 def load_partial(partials, program, channel, programs, channels, STATISTIC: tl.constexpr, STATISTICS: tl.constexpr):
-    """Return a statistic of some programs and channels, (PROGRAMS, CHANNELS) in float64; 0 of those beyond the last.
+    """Return one statistic's partial sums for a block of programs and channels, (PROGRAMS, CHANNELS) in float64.
 
-    ``partials`` are programs x STATISTICS x channels in float64, contiguous; ``STATISTIC`` is an index of the second.
+    Programs and channels out of range read 0. ``partials`` is programs x STATISTICS x channels in float64, contiguous;
+    ``STATISTIC`` is an index along its second axis.
     """
     is_one = (program < programs)[:, None] & (channel < channels)[None, :]
     offset = (program.to(tl.int64) * STATISTICS + STATISTIC)[:, None] * channels + channel[None, :]
