@@ -1,4 +1,4 @@
-"""The shared suite: what every backend must do, ours or a stranger's."""
+"""The conformance suite: the tests that every backend must pass, those of mbn and those of plug-ins."""
 
 from mbn.conformance.transforms import Transforms, register_transforms
 

@@ -1,8 +1,8 @@
-"""The truth about gradients and higher derivatives, independent of every backend as the oracle is.
+"""The exact gradients and higher derivatives, independent of every backend, as the oracle is.
 
-Along a line ``x + t * direction`` everything is a power series in t, so that batch normalisation and its gradient need
-only be written down once, by their definition, for derivatives of any order. Coefficients are decimals with more digits
-than any comparison can see.
+Along a line ``x + t * direction`` all results are power series in t. So batch normalisation and its gradient are
+written down once, by their definition, for derivatives of every order. Coefficients are decimals with more digits than
+any comparison needs.
 """
 
 import math
@@ -15,13 +15,13 @@ import numpy as np
 _DIGITS = 60
 
 _Rows: TypeAlias = Any
-"""An array of decimals, (C, places) or (C, 1), for which NumPy has no better type."""
+"""An array of decimals, (C, cells) or (C, 1), for which NumPy has no better type."""
 
 _ZERO, _ONE, _INFINITY = (Decimal(text) for text in ("0", "1", "Infinity"))
 
 
 class Derivatives(NamedTuple):
-    """A derivative along a line of the output, and of the gradients of a loss."""
+    """The derivatives of one order along a line: of the output, and of the gradients of a loss."""
 
     y: np.ndarray
     dx: np.ndarray
@@ -30,7 +30,7 @@ class Derivatives(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """The gradients themselves, and the size of the terms that each is added from."""
+    """The gradients, and for each the size of the terms of its sum."""
 
     dx: np.ndarray
     dweight: np.ndarray
@@ -39,7 +39,7 @@ class Gradients(NamedTuple):
 
 
 class _Series:
-    """A power series in t up to some order, by its coefficients."""
+    """A power series in t up to some order, given by its coefficients."""
 
     def __init__(self, terms: list[_Rows]) -> None:
         self.terms = terms
@@ -52,7 +52,7 @@ class _Series:
         return _Series([self.terms[0] + constant, *self.terms[1:]])
 
     def around(self, constant: _Rows) -> "_Series":
-        """Return self - constant, of which no digit is rounded off before."""
+        """Return self - constant; the difference is rounded, the constant is not."""
         return _Series([self.terms[0] - constant, *self.terms[1:]])
 
     def __sub__(self, other: "_Series") -> "_Series":
@@ -87,7 +87,7 @@ def gradients(
 ) -> Gradients:
     """Return the gradients of x, weight and bias, given that of the output; the arguments are those of :func:`along`.
 
-    The size of terms counts a normalised value as 1 at least, as that of an output does.
+    The size of terms takes a normalised value below 1 as 1, as the size of an output's terms does.
     """
     with localcontext(prec=_DIGITS):
         line = _Line(x, weight, None, eps=eps, direction=None, order=0, weights=weights, statistics=statistics)
@@ -98,7 +98,7 @@ def gradients(
         if statistics is None:
             size = size + line.w / line.n * (abs(dbias) + xhat * abs(dweight))
         size = abs(line.scale) * line.invstd.terms[0] * size
-        return Gradients(line.whole(dx), _vector(dweight), _vector(dbias), (line.whole(size), *sizes))
+        return Gradients(line.scattered(dx), _vector(dweight), _vector(dbias), (line.scattered(size), *sizes))
 
 
 def along(
@@ -114,18 +114,18 @@ def along(
     order: int = 3,
     power: int = 1,
 ) -> list[Derivatives]:
-    """Return the derivatives along ``x + t * direction`` from the 0th, the value, to that of some order.
+    """Return the derivatives along ``x + t * direction``, from order 0, the value itself, to ``order``.
 
     The gradients are those of the loss ``sum(dy * y**power) / power``.
 
     Args:
-        x, direction, dy: (N, C) or (N, C, L), finite wherever it counts.
+        x, direction, dy: (N, C) or (N, C, L), finite in every cell whose weight is not 0.
         weight, bias: (C,) or None.
-        eps: added to the variance.
-        weights: how often each value counts, (N,) or (N, L).
-        statistics: mean and variance where they are constants, (C,); otherwise those of x.
-        order: of the last derivative.
-        power: of y in the loss, 1 or more.
+        eps: the number added to the variance.
+        weights: the sample weight of each cell, (N,) or (N, L).
+        statistics: mean and variance, (C,) each, if they are constants; by default those of x.
+        order: the order of the last derivative.
+        power: the power of y in the loss, at least 1.
     """
     with localcontext(prec=_DIGITS):
         line = _Line(x, weight, bias, eps=eps, direction=direction, order=order, weights=weights, statistics=statistics)
@@ -136,12 +136,12 @@ def along(
         derivatives = []
         for k in range(order + 1):
             y, dx, dweight, dbias = (math.factorial(k) * each.terms[k] for each in series)
-            derivatives.append(Derivatives(line.whole(y), line.whole(dx), _vector(dweight), _vector(dbias)))
+            derivatives.append(Derivatives(line.scattered(y), line.scattered(dx), _vector(dweight), _vector(dbias)))
         return derivatives
 
 
 class _Line:
-    """Batch normalisation along a line; only places that count have a column."""
+    """Batch normalisation along a line; only cells whose weight is not 0 have a column."""
 
     def __init__(
         self,
@@ -166,7 +166,7 @@ class _Line:
         if direction is not None and order:
             values.terms[1] = self.rows(direction).terms[0]
         if statistics is None:
-            # Seen from one of the values, a constant leaves nothing but zeros.
+            # Subtract one of the values first, so that a constant channel gives exact zeros.
             centred = values.around(values.terms[0][:, :1]) if self._counted.any() else values
             centred = centred - centred.each(self._mean)
             var = (centred * centred).each(self._mean)
@@ -188,12 +188,12 @@ class _Line:
         return (self.invstd * dx).each(lambda term: self.scale * term), sum_dy_xhat, sum_dy
 
     def rows(self, x: np.ndarray) -> _Series:
-        """Return an array of x's shape as a constant: its places that count, by channel."""
+        """Return an array of x's shape as a constant series of rows: one per channel, without cells of weight 0."""
         values = _decimals(np.moveaxis(x, 1, 0).reshape(x.shape[1], -1)[:, self._counted])
         return _Series([values, *[0 * values] * self._order])
 
-    def whole(self, rows: _Rows) -> np.ndarray:
-        """Return an array of x's shape, in float64, with 0 wherever nothing counts."""
+    def scattered(self, rows: _Rows) -> np.ndarray:
+        """Return rows as an array of x's shape, in float64, with 0 in cells of weight 0."""
         n, c, *length = self._shape
         values = np.zeros((c, self._counted.size))
         values[:, self._counted] = rows
@@ -205,7 +205,7 @@ class _Line:
 
 def _sum(rows: _Rows) -> _Rows:
     """Return the sum of each row as a column."""
-    return rows.sum(axis=1, keepdims=True) + _ZERO  # the sum of nothing is an int
+    return rows.sum(axis=1, keepdims=True) + _ZERO  # converts an empty sum, which is an int
 
 
 def _decimals(values: np.ndarray) -> _Rows:

@@ -1,8 +1,9 @@
-"""The truth that backends are held to.
+"""The exact results that the suite compares with.
 
-It must be independent: it follows the definition in arithmetic of its own, about twice float64's precision, and never
-calls a backend. Sums are exact (math.fsum), figures of a channel are decimals with the digits of any float64, and
-outputs are pairs of float64. Values are scaled by a power of two before they are squared, so that any float64 may come.
+The oracle is independent of the backends: it computes the definitions with about twice float64's precision, and never
+calls a backend. Sums are exact (math.fsum), the statistics of a channel are decimals with enough digits for any
+float64, and outputs are pairs of float64. Values are scaled by a power of two before they are squared, so no float64
+overflows.
 """
 
 import math
@@ -14,13 +15,13 @@ import numpy as np
 from mbn.conformance.ulp import Exact
 
 _DIGITS = 800
-"""No float64 has more; with fewer, the mean of a constant would not be the constant."""
+"""No float64 has more digits; with fewer, the mean of a constant would not equal the constant."""
 
 _SPLITTER = 2.0**27 + 1
 
 
 class Step(NamedTuple):
-    """What one training step gives."""
+    """The exact results of one training step."""
 
     y: Exact
     running_mean: Exact
@@ -33,7 +34,7 @@ class _Moments(NamedTuple):
     mean: Decimal
     m2: Decimal
     size: Decimal
-    """The mean size of its values."""
+    """The mean absolute value."""
 
 
 def train(
@@ -48,11 +49,11 @@ def train(
     correction: int = 1,
     weights: np.ndarray | None = None,
 ) -> Step:
-    """Return a training step on ``x``, (N, C) or (N, C, L), finite wherever it counts.
+    """Return the results of a training step on ``x``, (N, C) or (N, C, L), finite in every cell of nonzero weight.
 
-    The statistics given are (C,); the new ones are what a backend stores, before it rounds them. ``weights``, (N,) or
-    (N, L), say how often each value counts; each does once without them. Where they add up to ``correction`` or less,
-    there is no variance to learn from and the statistics stay as they are.
+    The given statistics are (C,); the new ones are those that a backend rounds and stores. ``weights``, (N,) or (N, L),
+    are the sample weights, by default 1. If they add up to ``correction`` or less, there is no variance, and the
+    statistics do not change.
     """
     return train_often(1, x, running_mean, running_var, weight, bias, momentum, eps, correction, weights)
 
@@ -104,7 +105,7 @@ def evaluate(
     eps: float,
     weights: np.ndarray | None = None,
 ) -> Exact:
-    """Return the output of evaluation on ``x``, (N, C) or (N, C, L), finite wherever it counts."""
+    """Return the output of evaluation on ``x``, (N, C) or (N, C, L), finite in every cell of nonzero weight."""
     with localcontext(prec=_DIGITS):
         means = [Decimal(value) for value in running_mean.tolist()]
         variances = [Decimal(value) for value in running_var.tolist()]
@@ -117,30 +118,29 @@ def _channels(x: np.ndarray) -> np.ndarray:
 
 
 def _counts(x: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
-    """Return how often each of the values in such a row counts."""
+    """Return the weight of each value in a row of ``_channels``."""
     return np.ones(x.size // x.shape[1]) if weights is None else weights.astype(np.float64).ravel()
 
 
 def _scaled(values: np.ndarray) -> tuple[np.ndarray, Decimal]:
-    """Return values between -1 and 1, and the power of two that they have to be multiplied by."""
+    """Return values divided by a power of two, so that they are between -1 and 1, and that power."""
     _, exponent = np.frexp(np.abs(values).max(initial=0.0))
     return np.ldexp(values, -exponent), Decimal(2) ** int(exponent)
 
 
 def _sum(terms: np.ndarray, unit: Decimal) -> Decimal:
-    """Return ``unit`` times a sum to twice float64's precision: fsum rounds it once, and again what that left."""
-    numbers = terms.tolist()
-    rounded = math.fsum(numbers)
-    return (Decimal(rounded) + Decimal(math.fsum([*numbers, -rounded]))) * unit
+    """Return ``unit`` times a sum to twice float64's precision: fsum gives the rounded sum, then its rounding error."""
+    rounded = math.fsum(terms)
+    return (Decimal(rounded) + Decimal(math.fsum([*terms, -rounded]))) * unit
 
 
 def _moments(values: np.ndarray, counts: np.ndarray, n: Decimal) -> _Moments:
-    """Return the statistics of values that count so often, n times in all."""
+    """Return the statistics of values with weights ``counts``, whose sum is n."""
     if not n:
         return _Moments(*(Decimal(0),) * 3)
     (values, unit), (counts, count_unit) = _scaled(values), _scaled(counts)
     n /= count_unit
-    # Around one of the values, the mean of a constant is the constant whatever the counts are.
+    # Sum around one of the values, so that the mean of a constant equals the constant for all weights.
     mean = Decimal(values[0]) + _weighted_sum(counts, *_two_sum(values, -values[0])) / n
     hi, lo = _difference(values, mean)
     square, rest = _product(hi, hi)
@@ -164,7 +164,7 @@ def _stepped(
 
 
 def _blend(step: Decimal, old: float, new: Decimal, size: Decimal) -> tuple[Decimal, Decimal]:
-    """Return the weighted mean of old and new, and the size of the terms that it is added from."""
+    """Return the weighted mean of old and new, and the size of its terms."""
     kept = (1 - step) * Decimal(old)
     return kept + step * new, abs(kept) + abs(step) * size
 
@@ -187,7 +187,7 @@ def _normalize(
     eps: float,
     counted: np.ndarray,
 ) -> Exact:
-    """Return the output; 0 where nothing counts, and not a bit else."""
+    """Return the output; exactly 0 in cells of weight 0."""
     c = x.shape[1]
     weights = np.ones(c) if weight is None else weight.astype(np.float64)
     biases = np.zeros(c) if bias is None else bias.astype(np.float64)

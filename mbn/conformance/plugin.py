@@ -1,7 +1,7 @@
 """The pytest plugin that runs the suite: ``pytest --pyargs mbn.conformance -p mbn.conformance.plugin --backend NAME``.
 
-Its options have to come from a plugin: a conftest.py inside the package would be read too late for ``--pyargs``. The
-run must end in a report by area, and whatever is skipped must say which capability is missing.
+A plugin must define the options, since pytest reads a conftest.py inside the package too late for ``--pyargs``. At the
+end the plugin prints a report by area; the reason of each skip names the capability that is missing.
 """
 
 import json
@@ -25,8 +25,8 @@ AREAS = (
 
 settings.register_profile(
     "mbn",
-    deadline=None,  # a compiled backend takes seconds over the first example
-    derandomize=True,  # a verdict on a backend has to be the same on every run
+    deadline=None,  # the first example takes a compiled backend seconds
+    derandomize=True,  # the verdict on a backend must be reproducible
     max_examples=40,
     suppress_health_check=[HealthCheck.too_slow],
 )
@@ -40,7 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Find the backends before anything runs, so that a wrong name is one line and not a hundred failures."""
+    """Find the backends before the first test, so that a wrong name gives one line and not a hundred failures."""
     names = config.getoption("--backend")
     if not names:
         raise pytest.UsageError(
@@ -58,13 +58,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def target(request: pytest.FixtureRequest) -> Target:
-    """Give a test the backend that it is to be run against."""
+    """Give a test the backend under test."""
     backend: Target = request.param
     return backend
 
 
 class _Suite:
-    """The targets of a run, and the report on them."""
+    """The hooks of pytest that parametrise tests by target, and the report on the targets."""
 
     def __init__(self, targets: dict[str, Target], json_file: Path | None) -> None:
         self._targets = targets
@@ -130,7 +130,7 @@ class _Suite:
 
 
 def _area(nodeid: str) -> str:
-    """Return the area of a test, which its file names; the empty string for a test from elsewhere."""
+    """Return the area of a test, by the name of its file; the empty string if the test is not of the suite."""
     stem = Path(nodeid.partition("::")[0]).stem.removeprefix("test_")
     return stem if stem in AREAS else ""
 

@@ -1,4 +1,4 @@
-"""The suite as a function, for the command line: the same run wherever it is started from."""
+"""The suite as a function, for the command line; its result does not depend on the working directory."""
 
 import os
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 UNUSABLE = int(pytest.ExitCode.USAGE_ERROR)
-"""The exit code of a run that could not begin."""
+"""The exit code if no test could start."""
 
 
 def run(
@@ -17,16 +17,16 @@ def run(
 
     Args:
         backend: a registered backend.
-        json: where to write the report as JSON.
-        junit_xml: where to write it in JUnit's form.
-        pytest_args: more options for pytest, ``-k NAME`` say.
+        json: the file for the report as JSON.
+        junit_xml: the file for the report in JUnit's format.
+        pytest_args: further options for pytest, for example ``-k NAME``.
     """
     arguments = [
         "--pyargs",
         "mbn.conformance",
         *("-p", "mbn.conformance.plugin"),
         *("-p", "no:cacheprovider"),
-        *("-c", os.devnull),  # a pytest configuration that happens to lie around must not change the verdict
+        *("-c", os.devnull),  # pytest's configuration of the working directory must not change the verdict
         *("--rootdir", str(Path(__file__).parent)),
         *("--backend", backend),
         "--quiet",

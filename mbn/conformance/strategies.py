@@ -1,7 +1,7 @@
-"""What hypothesis draws: inputs that are hard in the ways that inputs are.
+"""The strategies of hypothesis: inputs that are hard for batch normalisation.
 
-Whatever makes a backend compile anew (shapes, eps, momentum) is drawn from short lists, so that a compiled backend can
-be tested on many values in little time; the values themselves are drawn freely.
+Arguments that make a backend compile anew (shapes, eps, momentum) are drawn from short lists, so that a compiled
+backend can be tested on many values in little time; the values themselves are drawn freely.
 """
 
 from typing import NamedTuple
@@ -23,7 +23,7 @@ EXTREMES = {
     "float32": [1e-40, 1e-33, 1e-20, 1e19, 1e30, 3e38],
     "float64": [1e-310, 1e-200, 1e-150, 1e150, 1e200, 1e308],
 }
-"""By dtype: sizes of which squares, roots, quotients or sums leave its range."""
+"""By dtype: sizes of values whose squares, roots, quotients or sums leave its range."""
 
 _HALVES = {"float16", "bfloat16"}
 
@@ -37,41 +37,41 @@ class Batch(NamedTuple):
 
 
 class Masking(NamedTuple):
-    """What a call says about the places of an input, and what that means."""
+    """The mask arguments of a call, and the weights that follow from them."""
 
     arguments: dict[str, np.ndarray]
-    """Of the call: mask, lengths, sample_weight."""
+    """Arguments of the call: mask, lengths, sample_weight."""
     weights: np.ndarray
-    """How often each value counts: (N,) for an x of (N, C), (N, L) for one of (N, C, L)."""
+    """The weight of each cell: (N,) for an x of (N, C), (N, L) for one of (N, C, L)."""
 
     def counted(self, x: np.ndarray) -> np.ndarray:
-        """Return which values of ``x`` count, in its shape."""
+        """Return for each value of ``x``, in its shape, whether its weight is above 0."""
         return np.broadcast_to(np.expand_dims(self.weights > 0, 1), x.shape)
 
     def poisoned(self, x: np.ndarray, poison: float = np.nan) -> np.ndarray:
-        """Return ``x`` with a poison in all places that do not count."""
+        """Return ``x`` with ``poison`` in all cells of weight 0."""
         return np.where(self.counted(x), x, np.asarray(poison, x.dtype))
 
 
-def maskings(places: tuple[int, ...], seed: int = 0) -> dict[str, Masking]:
-    """Return one of every kind, by name, for an x with ``places``: (N,) for one of (N, C), (N, L) for (N, C, L)."""
-    if len(places) == 1:
-        of_columns = maskings((*places, 1), seed).items()
+def maskings(cells: tuple[int, ...], seed: int = 0) -> dict[str, Masking]:
+    """Return one masking of each kind, by name, for an x with ``cells``: (N,) of an (N, C), (N, L) of an (N, C, L)."""
+    if len(cells) == 1:
+        of_columns = maskings((*cells, 1), seed).items()
         return {
-            name: Masking({key: values.reshape(places) for key, values in arguments.items()}, weights[:, 0])
+            name: Masking({key: values.reshape(cells) for key, values in arguments.items()}, weights[:, 0])
             for name, (arguments, weights) in of_columns
             if "lengths" not in arguments
         }
-    n, length = places
+    n, length = cells
     generator = np.random.default_rng(seed)
-    mask = generator.choice([True, True, False], places)
+    mask = generator.choice([True, True, False], cells)
     rows = generator.permutation(np.arange(n) % 3 > 0)
     lengths = generator.permutation(np.arange(n) % (length + 1))
     within = np.arange(length) < lengths[:, None]
-    counts = generator.integers(0, 4, places)
-    reals = generator.uniform(0.1, 3, places).astype(np.float32)
+    counts = generator.integers(0, 4, cells)
+    reals = generator.uniform(0.1, 3, cells).astype(np.float32)
     of_rows = generator.uniform(0.1, 3, n).astype(np.float32)
-    ones, rows_of_ones = np.ones(places), np.ones((1, length))
+    ones, rows_of_ones = np.ones(cells), np.ones((1, length))
     return {
         "mask": Masking({"mask": mask}, ones * mask),
         "mask of rows": Masking({"mask": rows}, rows[:, None] * rows_of_ones),
@@ -88,7 +88,7 @@ def maskings(places: tuple[int, ...], seed: int = 0) -> dict[str, Masking]:
 
 
 def of_any_size(shape: tuple[int, ...], dtype: str, size: float, seed: int = 0) -> np.ndarray:
-    """Return values of three channels: of a size, ordinary ones, and of the size but close together."""
+    """Return values of three channels: one of ``size``, one of about 1, and one of ``size`` with a small variance."""
     generator = np.random.default_rng(seed)
     values = generator.uniform(-1, 1, shape)
     values[:, 0] *= size
@@ -110,7 +110,7 @@ def batches(draw: st.DrawFn, dtypes: frozenset[str], shape: tuple[int, ...] | No
 
 
 def pattern(name: str, shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
-    """Return values of one of the ``PATTERNS``, about 1 in size."""
+    """Return values of one of the ``PATTERNS``, most of a size of about 1."""
     normal = generator.standard_normal(shape)
     if name == "outlier first":
         normal[0] += 100

@@ -1,4 +1,4 @@
-"""The backend under test, as tests see it: a backend on one device, reached only through the public names."""
+"""The backend under test: a backend on one device, which tests use through the public names alone."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ class Target(NamedTuple):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What the backend declares."""
+        """The capabilities that the backend declares."""
         return self.backend.capabilities
 
     @property
@@ -56,17 +56,17 @@ class Target(NamedTuple):
         return np.array(self.backend.to_numpy(array))
 
     def require_dtype(self, dtype: str) -> None:
-        """Skip the test where the backend declares no such dtype."""
+        """Skip the test if the backend declares no such dtype."""
         if dtype not in self.capabilities.dtypes:
             pytest.skip(f"{self.backend.name} declares no {dtype}")
 
     def require(self, capability: str) -> None:
-        """Skip the test where the backend does not declare a capability: masks, sizes, modules or a transformation."""
+        """Skip the test if the backend does not declare a capability: masks, sizes, modules or a transformation."""
         if not getattr(self.capabilities, capability):
             pytest.skip(f"{self.backend.name} declares no {capability}")
 
     def require_numbers_of(self, size: float, dtype: str) -> None:
-        """Skip the test where the framework's own arithmetic takes numbers of a size for 0, as subnormal ones."""
+        """Skip the test if the framework's own arithmetic flushes numbers of this size, subnormal ones, to 0."""
         if self._takes_for_0(size, dtype):
             pytest.skip(f"{self.backend.name} declares {dtype}, of which its framework takes {size} for 0")
 
@@ -76,7 +76,7 @@ class Target(NamedTuple):
             return not self.numpy(x + x).any()
 
     def require_memory_orders(self) -> None:
-        """Skip the test where the backend's arrays have none."""
+        """Skip the test if the backend's arrays have no choice of memory orders."""
         if not self.capabilities.strided:
             pytest.skip(f"{self.backend.name} declares no memory orders")
 
@@ -85,7 +85,7 @@ class Target(NamedTuple):
         return {name: self.array(value) for name, value in arguments.items()}
 
     def snapshot(self, layer: mbn.BatchNorm1d) -> dict[str, np.ndarray]:
-        """Return copies of all that a layer holds, to see later whether anything has changed."""
+        """Return copies of all entries of a layer, for a later comparison."""
         return {key: self.numpy(value) for key, value in layer.state_dict().items()}
 
     def assert_output(self, y: Array, exact: ulp.Exact, dtype: str) -> None:
@@ -97,7 +97,7 @@ class Target(NamedTuple):
         self._assert_array(statistic, exact, dtype, ulp.STATISTICS_BOUNDS[dtype])
 
     def assert_gradients(self, gradients: Sequence[Array], exact: derivatives.Gradients, dtype: str) -> None:
-        """Check the gradients of x, which has this dtype, and of as many of weight and bias as are given."""
+        """Check the gradients of x, which has this dtype, and of weight and bias, as many as are given."""
         for name, array, truth in zip(("dx", "dweight", "dbias"), gradients, exact[:3], strict=False):
             own_dtype = dtype if name == "dx" else layer_dtype(dtype)
             self.assert_derivative(array, truth, own_dtype, ulp.GRADIENT_BOUNDS[own_dtype], name)
@@ -119,16 +119,16 @@ class Target(NamedTuple):
         if is_0.any() and self._takes_for_0(least / 2, dtype):
             exact = ulp.Exact(np.where(is_0, 0, exact.hi), np.where(is_0, 0, exact.lo), exact.magnitude)
         error = ulp.error(host, exact, dtype)
-        assert error <= bound, f"{error:.3g} ulp from the truth; {bound} are allowed"
+        assert error <= bound, f"{error:.3g} ulp off; {bound} are allowed"
 
 
 def strides(array: Array) -> tuple[int, ...]:
-    """Return the strides of an array, which are an attribute in some frameworks and a method in torch."""
+    """Return the strides of an array: an attribute in most frameworks, a method in Torch."""
     return tuple(array.stride() if hasattr(array, "stride") else array.strides)
 
 
 def assert_same(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> None:
-    """Check that two snapshots of a layer are the same to the bit."""
+    """Check that two snapshots of a layer have the same bits."""
     assert list(before) == list(after)
     for key, value in before.items():
         assert value.dtype == after[key].dtype, f"{key} changed its dtype"
@@ -136,7 +136,7 @@ def assert_same(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> 
 
 
 def configured(layer: mbn.BatchNorm1d, seed: int) -> mbn.BatchNorm1d:
-    """Give a layer parameters and statistics that are not the initial ones, and return it."""
+    """Give a layer parameters and statistics other than the initial ones, and return the layer."""
     generator = np.random.default_rng(seed)
     for key, value in layer.state_dict().items():
         if key == "num_batches_tracked":

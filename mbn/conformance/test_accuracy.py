@@ -1,4 +1,4 @@
-"""Accuracy: how far results may be from the truth, on numbers that tempt an algorithm to lose digits."""
+"""Accuracy: outputs and statistics are within the bounds, on values where a bad algorithm loses digits."""
 
 import numpy as np
 import pytest
@@ -128,8 +128,8 @@ def test_statistics_are_accurate_where_one_value_dwarfs_the_others(
         masking = strategies.maskings(weights.shape)[kind]
         arguments, weights = target.arrays(masking.arguments), masking.weights
     x = np.ones(shape)
-    n, *place = np.argwhere(weights)[0]
-    x[n, :, *place] = np.resize([3.22e6, 12147.75, 1e10, 188.2, 4.2e8, 1129002.5, 1e6], shape[1])
+    n, *position = np.argwhere(weights)[0]
+    x[n, :, *position] = np.resize([3.22e6, 12147.75, 1e10, 188.2, 4.2e8, 1129002.5, 1e6], shape[1])
     x = x.astype(dtype)
     bn = target.layer(shape[1], dtype="float64", momentum=1.0, axis=axis)
     zeros, ones = np.zeros(shape[1]), np.ones(shape[1])

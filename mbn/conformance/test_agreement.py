@@ -1,4 +1,4 @@
-"""Agreement: the same numbers by every route, on every backend and in every memory layout."""
+"""Agreement: results do not depend on the backend, the memory layout, or a move; fused steps agree with the passes."""
 
 import copy
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ def test_results_agree_with_numpy(target: Target, data: st.DataObject) -> None:
     host = configured(mbn.BatchNorm1d(c, dtype=batch.layer_dtype, backend="numpy"), seed=c)
     exact = oracle.train(batch.x, host.running_mean, host.running_var, *host.params, momentum=0.1, eps=1e-5)
     y, expected = target.numpy(bn(batch.x)), host(batch.x)
-    # Each may be at its bound from the truth, on either side of it.
+    # Each may differ from the exact result by its bound, in opposite directions.
     assert ulp.distance(y, expected, exact.y.magnitude, batch.dtype) <= 2 * ulp.OUTPUT_BOUNDS[batch.dtype]
     for name in ("running_mean", "running_var"):
         given_statistic, magnitude = target.numpy(getattr(bn, name)), getattr(exact, name).magnitude
@@ -69,10 +69,8 @@ def test_dlpack_exchange_keeps_values_and_device(target: Target) -> None:
     for dtype in sorted(target.capabilities.dtypes):
         host = X.astype(dtype)
         in_order, strided = target.array(host), transposed(target.array(np.ascontiguousarray(host.mT)))
-        for array, refusal in (
-            (in_order, BufferError),
-            (strided, Exception),
-        ):  # what lies in order comes as a last resort
+        # A strided array may raise any error, since mbn.convert then tries a copy in C order; that copy a BufferError.
+        for array, refusal in ((in_order, BufferError), (strided, Exception)):
             with target.backend.exported(array) as exported:
                 try:
                     handed = target.backend.from_dlpack(exported)
@@ -107,7 +105,7 @@ def test_memory_layout_of_backend_arrays_changes_no_bit(target: Target, *, train
 
 
 def _kernels(target: Target, operation: Operation, batch: Batch, *given: Any) -> Iterator[tuple[Kernels, Batch]]:
-    """Iterate over the kernels that the backend chooses for a call, and the same without their fused entries."""
+    """Iterate over the kernels that the backend chooses for a call, with their fused entries and without."""
     kernels, batch = target.backend.kernels_for(operation, batch, *given)
     yield kernels, batch
     passes = copy.copy(kernels)
@@ -148,13 +146,13 @@ def test_fused_pullback_and_separate_passes_are_accurate(target: Target, *, trai
         _, _, stats = target.backend.forward(forward, prepared, bn.params, bn.state, settings, training)
         for kernels, seen in _kernels(target, "pullback", batch, dy, (weight, stats)):
             dx, *sums = target.backend.pullback(kernels, dy, seen, weight, stats, 1e-5)
-            # The sums may be wider than the parameters.
+            # The sums may have a wider dtype than the parameters.
             gradients = [dx, *(target.backend.asarray(total, "float32") for total in sums)]
             target.assert_gradients(gradients, exact, "float32")
 
 
 def _weights(target: Target) -> tuple[Array, np.ndarray]:
-    """Return weights for X as a backend makes them, and the same on the host."""
+    """Return sample weights for X, made by the backend's kernels, and the same on the host."""
     target.require("masks")
     (mask, sample_weight), weights = _MASKING.arguments.values(), _MASKING.weights
     given_arrays = target.array(mask), None, target.array(sample_weight)

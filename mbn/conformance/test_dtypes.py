@@ -1,4 +1,4 @@
-"""Dtypes: what goes in, what comes out, and where it lies."""
+"""Dtypes: inputs that are accepted or rejected, and the dtypes, devices and memory orders of results."""
 
 from collections.abc import Callable
 from itertools import product
@@ -69,7 +69,7 @@ def test_narrow_input_in_a_float64_layer_is_accurate(
 
 
 def other_order(values: np.ndarray) -> np.ndarray:
-    """Return the same values in the order of bytes that is not this machine's."""
+    """Return the same values in the byte order that is not this machine's."""
     return values.astype(values.dtype.newbyteorder())
 
 

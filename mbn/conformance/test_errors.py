@@ -1,4 +1,4 @@
-"""Errors: every misuse is refused by one clear, typed error, and leaves everything as it was."""
+"""Errors: every misuse raises one typed error with a clear message, and changes nothing."""
 
 import copy
 import math
@@ -19,29 +19,29 @@ X = np.random.default_rng(10).standard_normal((5, 4, 3)).astype(np.float32)
 
 
 class Nested(list[Any]):
-    """A list by another name."""
+    """A subclass of list."""
 
 
 class Stranger:
-    """An array of a framework that nobody knows."""
+    """An array of a framework that mbn does not know."""
 
     shape = (5, 4)
     dtype = np.dtype(np.float32)
 
 
 class Frame(Stranger):
-    """A table."""
+    """A data frame, as those of pandas."""
 
     def to_numpy(self) -> np.ndarray:
-        """Return its values."""
+        """Return the values of the data frame."""
         return X
 
 
 class Sparse(Stranger):
-    """A matrix of which most is 0."""
+    """A sparse matrix, as those of SciPy."""
 
     def toarray(self) -> np.ndarray:
-        """Return all of it."""
+        """Return the matrix as a dense array."""
         return X
 
 
@@ -80,7 +80,7 @@ INPUTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 
 
 def assert_refused(error: type[Exception], words: str, call: Callable[[], Any]) -> None:
-    """Check that a call raises exactly this error, not a kind of it, with these words."""
+    """Check that a call raises exactly this type of error, no subclass, with these words."""
     with pytest.raises(error, match=words) as caught:
         call()
     assert caught.type is error, f"{caught.type.__name__} passes for {error.__name__}"
@@ -426,7 +426,7 @@ def test_apply_accepts_plain_tuples(target: Target) -> None:
 
 
 BOOLEANS, ONES = np.ones((5, 3), bool), np.ones((5, 3), np.float32)
-PLACES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+MASKS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "mask of numbers": ({"mask": ONES}, TypeError, "mask is float32.*mask != 0"),
     "mask of integers": ({"mask": ONES.astype(int)}, TypeError, "mask is int64.*mask != 0"),
     "mask of x's shape": ({"mask": np.ones((5, 4, 3), bool)}, ValueError, r"mask has shape \(5, 4, 3\).*\(5, 3\)"),
@@ -479,10 +479,10 @@ def _functional(function: Callable[..., Any], vectors: tuple[Any, Any], x: Any, 
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("name", MASKS)
 def test_calls_reject_bad_mask_arguments(target: Target, name: str, *, training: bool) -> None:
     target.require("masks")
-    arguments, error, words = PLACES[name]
+    arguments, error, words = MASKS[name]
     bn = configured(target.layer(4), seed=9).train(training)
     before = target.snapshot(bn)
     x = target.array(X)
@@ -516,7 +516,7 @@ def test_calls_reject_bad_mask_arguments(target: Target, name: str, *, training:
 )
 def test_call_rejects_bad_mask_arguments_of_the_backend(target: Target, name: str) -> None:
     target.require("masks")
-    arguments, error, words = PLACES[name]
+    arguments, error, words = MASKS[name]
     bn = configured(target.layer(4), seed=9)
     before = target.snapshot(bn)
     words = words.replace("int64", "int(32|64)")

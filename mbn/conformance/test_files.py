@@ -1,4 +1,4 @@
-"""Files: a layer that was saved on one backend is the same layer on any other, to the bit."""
+"""Files: a layer that was saved on one backend has the same bits when it is loaded on any other."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def test_saved_layer_loads_unchanged_on_any_backend(target: Target, arguments: d
     for key, value in on_host.state_dict().items():
         np.testing.assert_array_equal(value, target.numpy(bn.state_dict()[key]), err_msg=key)
     np.testing.assert_array_equal(target.numpy(loaded(target.array(X))), target.numpy(bn(target.array(X))))
-    assert_same(target.snapshot(bn), target.snapshot(loaded))  # both have gone on learning in the same way
+    assert_same(target.snapshot(bn), target.snapshot(loaded))  # after one more training step of both
 
 
 def test_saved_float64_layer_loads_unchanged_on_any_backend(target: Target, tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_load_puts_the_arrays_on_the_given_device(target: Target, tmp_path: Path
         loaded = mbn.BatchNorm1d.load(tmp_path / "bn", backend=target.backend, device=device)
         there = target.backend.device(target.backend.asarray(X, device=device))
         assert all(target.backend.device(value) == there for value in loaded.state_dict().values())
-    with pytest.raises(ValueError):  # noqa: PT011 - every framework has its own words for it
+    with pytest.raises(ValueError):  # noqa: PT011 - every framework has its own message
         mbn.BatchNorm1d.load(tmp_path / "bn", backend=target.backend, device="nowhere")
 
 

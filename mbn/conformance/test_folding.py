@@ -1,4 +1,4 @@
-"""Folding: a layer in evaluation mode as a product and a sum, as exact as the layer itself."""
+"""Folding: a layer in evaluation as a scale and a shift, or merged into a dense layer, as exact as the layer itself."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,7 @@ BIAS = GENERATOR.standard_normal(4).astype(np.float32)
 def truth(
     target: Target, bn: mbn.BatchNorm1d, weight: np.ndarray, bias: np.ndarray | None = None
 ) -> tuple[ulp.Exact, ulp.Exact]:
-    """Return what a dense layer's weight, (C, in), and bias, (C,) or none, are with ``bn`` behind it."""
+    """Return the exact weight, (C, in), and bias, (C,), of a dense layer after the layer behind it is folded in."""
     held = target.snapshot(bn)
     mean, var = held["running_mean"], held["running_var"]
     scaled = oracle.evaluate(weight.T, np.zeros_like(mean), var, held.get("weight"), eps=bn.eps)
@@ -75,7 +75,7 @@ def test_folded_layer_computes_the_same_as_both_layers(target: Target, offset: f
     bias = BIAS + np.float32(offset)
     between = (x @ WEIGHT.T + bias).astype(np.float32)
     weight, shift = map(target.numpy, mbn.fold_linear(target.array(WEIGHT), target.array(bias), bn))
-    # The layer between rounds to float32; folded, there is nothing between.
+    # The dense layer's output is rounded to float32; the folded layer has no such intermediate result.
     bound = 4 * np.finfo(np.float32).eps * (8 + offset)
     assert np.abs(x @ weight.T + shift - target.numpy(bn(target.array(between)))).max() <= bound
 

@@ -1,4 +1,4 @@
-"""Gradients: the pullback that every backend has, whether or not its framework differentiates."""
+"""Gradients: the pullback (``vjp``), which every backend has, with or without autograd in its framework."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +28,7 @@ def truth(
     eps: float = 1e-5,
     **more: Any,
 ) -> derivatives.Gradients:
-    """Return the gradients of a layer that held ``before``."""
+    """Return the exact gradients of a layer whose entries were ``before``."""
     statistics = None if training else (before["running_mean"], before["running_var"])
     return derivatives.gradients(x, dy, before.get("weight"), eps=eps, statistics=statistics, **more)
 
@@ -95,7 +95,7 @@ def test_pullback_matches_the_two_values_example(target: Target) -> None:
 
 
 def test_dx_is_orthogonal_to_constants_and_to_x(target: Target) -> None:
-    # The output stays the same where x is shifted or, without eps, scaled: of dx nothing is left along either.
+    # The output does not change if x is shifted or, without eps, scaled: so dx is orthogonal to constants and to x.
     x, dy = X.astype(np.float32), DY.astype(np.float32)
     _, pullback = target.layer(3, eps=0.0).vjp(target.array(x))
     dx = target.numpy(pullback(target.array(dy))[0]).astype(np.float64)
@@ -129,7 +129,7 @@ def test_pullback_of_few_values_is_accurate_where_dy_nearly_cancels(
     target: Target, dtype: str, eps: float, *, masked: bool
 ) -> None:
     target.require_dtype(dtype)
-    # A constant and xhat explain all of two values but for what eps leaves.
+    # With two values, dy minus its projections on a constant and on xhat would be 0, were it not for eps.
     x, dy = X.astype(dtype), DY.astype(dtype)
     arguments: dict[str, Any] = {}
     weights = None
@@ -160,7 +160,7 @@ def test_constant_dy_gives_zero_dx_and_dweight(
     _, pullback = bn.vjp(target.array(x))
     dx, dweight, _ = map(target.numpy, pullback(target.array(dy)))
     for name, array, size in (("dx", dx, exact.sizes[0].max()), ("dweight", dweight, exact.sizes[1].max())):
-        error = np.abs(array).max() / size  # each is 0
+        error = np.abs(array).max() / size  # the exact gradient is 0
         assert error <= ulp.CANCELLATION, f"{name} is {error:.3g} of its terms off"
 
 
@@ -195,7 +195,7 @@ def test_pullback_is_accurate_on_drawn_batches(target: Target, data: st.DataObje
     shape = data.draw(st.sampled_from([X.shape[:2], X.shape]))
     batch = data.draw(strategies.batches(target.capabilities.dtypes, shape))
     dy = data.draw(strategies.batches(frozenset({batch.dtype}), shape)).x
-    # Divided by the root of a smaller one, gradients exceed what float16 can hold.
+    # With a smaller eps, gradients may exceed the range of float16.
     eps = data.draw(st.sampled_from(strategies.EPS[3:] if batch.dtype == "float16" else strategies.EPS))
     training = data.draw(st.booleans())
     bn = target.layer(shape[1], eps=eps, dtype=batch.layer_dtype).train(training)
@@ -213,7 +213,7 @@ def test_pullback_is_accurate_on_drawn_batches(target: Target, data: st.DataObje
     ):
         host, value = target.numpy(array), getattr(exact, name)
         error = ulp.error(host, ulp.Exact(value, np.zeros_like(value), size), host.dtype.name)
-        assert error <= bound, f"{name} is {error:.3g} ulp from the truth; {bound} are allowed"
+        assert error <= bound, f"{name} is {error:.3g} ulp off; {bound} are allowed"
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -227,7 +227,7 @@ def test_pullback_is_accurate_for_values_of_any_size(
     target.require_numbers_of(size, dtype)
     x, dy = strategies.of_any_size((6, 3, 4), dtype, size), DY.astype(dtype)
     bn = target.layer(3, eps=0.0, dtype=layer_dtype(dtype)).train(training)
-    # A gradient of x is one of y times the weight, over a standard deviation: here about as large as that of y.
+    # dx is dy times weight / standard deviation: choose weights that make dx about as large as dy.
     deviations = np.array([size, 1.0, size * 2.0**-12])
     if not training:
         least, most = (1e-18, 1e18) if layer_dtype(dtype) == "float32" else (1e-150, 1e150)
@@ -244,7 +244,7 @@ def test_pullback_is_accurate_for_values_of_any_size(
     for name, array in zip(("dx", "dweight", "dbias"), pullback(target.array(dy)), strict=True):
         own_dtype = dtype if name == "dx" else layer_dtype(dtype)
         host, value = target.numpy(array), getattr(exact, name)
-        for channel in range(3):  # each has a size of its own
+        for channel in range(3):  # compare channels separately, since their sizes differ
             column = np.s_[:, channel : channel + 1] if name == "dx" else np.s_[channel : channel + 1]
             error = ulp.relative_error(host[column], value[column])
             assert error <= ulp.GRADIENT_BOUNDS[own_dtype], f"{name} is {error:.3g} off"
@@ -256,7 +256,7 @@ def test_dx_is_accurate_where_dy_is_as_large_as_x(target: Target, dtype: str, si
     target.require("any_size")
     target.require_numbers_of(size, dtype)
     x = strategies.of_any_size((6, 3, 4), dtype, size)
-    # Times 1 / std, which no dtype may hold, these are ordinary.
+    # dy / standard deviation is of ordinary size, although 1 / standard deviation may be out of range.
     sizes = np.array([[max(size, 1e-290)], [1.0], [max(size, 1e-290)]])
     dy = (DY / 16 * sizes).astype(dtype)
     bn = target.layer(3, eps=0.0, dtype=layer_dtype(dtype))
@@ -362,7 +362,7 @@ def test_vjp_gives_the_output_and_state_of_a_call(target: Target, *, training: b
     y, pullback = bn.vjp(x)
     np.testing.assert_array_equal(target.numpy(y), target.numpy(called(x)), strict=True)
     assert_same(target.snapshot(called), target.snapshot(bn))
-    for _ in range(2):  # a pullback is no training step
+    for _ in range(2):  # a pullback must not change the state
         pullback(target.array(DY.astype(np.float32)))
         assert_same(target.snapshot(called), target.snapshot(bn))
 
@@ -564,9 +564,9 @@ def test_pullback_does_not_write_to_its_arguments(target: Target, *, training: b
     if masked:
         target.require("masks")
     host = [X.astype(np.float32), DY.astype(np.float32), *(MASKING.arguments.values() if masked else ())]
-    x, dy, *places = arrays = [target.array(values) for values in host]
+    x, dy, *masks = arrays = [target.array(values) for values in host]
     bn = configured(target.layer(3), seed=12).train(training)
-    _, pullback = bn.vjp(x, **dict(zip(MASKING.arguments, places, strict=False)))
+    _, pullback = bn.vjp(x, **dict(zip(MASKING.arguments, masks, strict=False)))
     before = target.snapshot(bn)
     pullback(dy)
     for array, values in zip(arrays, host, strict=True):

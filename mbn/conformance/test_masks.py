@@ -1,4 +1,4 @@
-"""Masks: what has no value, or counts more than once, in values and statistics alike."""
+"""Masks: masked cells reach no output or statistic, and sample weights count in the statistics, on every backend."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ def assert_step(
     weights: np.ndarray,
     momentum: float = 0.1,
 ) -> None:
-    """Check the output and the state that a training step left behind."""
+    """Check the output of a training step, and the state after it."""
     held = {key: value for key, value in before.items() if key != "num_batches_tracked"}
     exact = oracle.train(x, **held, momentum=momentum, eps=bn.eps, correction=bn.correction, weights=weights)
     dtype = layer_dtype(x.dtype.name)
@@ -93,7 +93,7 @@ def test_masked_outputs_are_zero(target: Target, *, training: bool) -> None:
 
 
 def test_training_is_accurate_where_the_first_values_are_masked(target: Target) -> None:
-    # They are what an algorithm subtracts from the others.
+    # Algorithms with shifted sums subtract a first value from the others.
     x = (1e4 + X).astype(np.float32)
     mask = np.ones((6, 4), bool)
     mask[:2] = mask[2, :3] = False
@@ -349,9 +349,8 @@ def test_masked_training_gives_the_same_bits_on_every_call(target: Target) -> No
 def test_masked_training_is_accurate_on_drawn_batches(target: Target, data: st.DataObject) -> None:
     shape = data.draw(st.sampled_from([X.shape[:2], X.shape]))
     batch = data.draw(strategies.batches(target.capabilities.dtypes, shape))
-    places = (shape[0], *shape[2:])
     seed = data.draw(st.integers(0, 99))
-    kinds = strategies.maskings(places, seed)
+    kinds = strategies.maskings((shape[0], *shape[2:]), seed)
     masking = kinds[data.draw(st.sampled_from(sorted(kinds)))]
     eps = data.draw(st.sampled_from(strategies.EPS))
     momentum = data.draw(st.sampled_from(strategies.MOMENTA))

@@ -1,4 +1,4 @@
-"""Modules: what ``as_module`` makes of a layer does what the layer does, and learns what it learns."""
+"""Modules: the module of a layer, ``as_module()``, computes and learns the same as the layer."""
 
 import copy
 from typing import Any
@@ -21,14 +21,14 @@ LAYERS: list[dict[str, Any]] = [
 
 
 def snapshot(target: Target, module: Any) -> dict[str, np.ndarray]:
-    """Return copies of all that a module holds: arrays, or the framework's variables of them."""
+    """Return copies of all entries of a module, which are arrays or the framework's variables."""
     names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     held = {name: getattr(module, name) for name in names}
     return {name: target.numpy(value[...]) for name, value in held.items() if value is not None}
 
 
 def pair(target: Target, **arguments: Any) -> tuple[mbn.BatchNorm1d, Any]:
-    """Return a layer, and the module of another that is its equal."""
+    """Return a layer, and the module of an equal layer."""
     target.require("modules")
     bn = configured(target.layer(4, **arguments), seed=1)
     return bn, copy.deepcopy(bn).as_module()

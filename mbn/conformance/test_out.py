@@ -1,4 +1,4 @@
-"""Out: the output in an array of the caller's, the same numbers as in one of its own, and nothing else written to."""
+"""Out: ``out=`` receives the same bits as a new output array would, and no other array is written to."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ VECTORS = [np.linspace(low, low + 1, 5).astype(np.float32) for low in (2.5, 3.5,
 
 
 def run(target: Target, x: Array, out: Array | None = None, **arguments: Any) -> mbn.functional.BatchNormResult:
-    """Normalise with all that there is to normalise with."""
+    """Normalise x with running statistics, weight and bias."""
     vectors = [target.array(vector) for vector in VECTORS]
     return mbn.functional.batch_norm(x, *vectors, out=out, backend=target.backend, **arguments)
 
@@ -94,7 +94,7 @@ def test_out_that_overlaps_x_is_rejected(target: Target, overlap: str) -> None:
 
 
 def strided(target: Target, shape: tuple[int, ...], steps: tuple[int, ...]) -> Array:
-    """Return an array of zeros with so many values from one along each axis to the next."""
+    """Return an array of zeros with the strides ``steps``, in values."""
     host = np.lib.stride_tricks.as_strided(np.zeros(24, np.float32), shape, [4 * step for step in steps])
     array = target.backend.asarray(host, device=target.device)
     if (array.stride() if hasattr(array, "stride") else tuple(step // 4 for step in array.strides)) != steps:

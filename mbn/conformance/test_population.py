@@ -1,4 +1,4 @@
-"""Population: the statistics that ``fit`` finds are those of all batches together, however the data is cut."""
+"""Population: the statistics of ``fit`` are those of all batches together, for every division into batches."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,18 +16,18 @@ from mbn.contract import Batch, layer_dtype
 
 X = np.random.default_rng(15).normal(2, 3, (9, 4)).astype(np.float32)
 SIZES = [0, 1, 2, 7]
-"""Of batches."""
+"""Sizes of batches."""
 ROWS = [(3,), (3, 2)]
-"""Shapes."""
+"""Shapes of a row."""
 
 
 def cut(x: np.ndarray, sizes: list[int]) -> list[np.ndarray]:
-    """Return the rows of ``x`` in batches of these sizes."""
+    """Return the rows of ``x`` as batches of these sizes."""
     return np.split(x, np.cumsum(sizes)[:-1])
 
 
 def exact(x: np.ndarray, correction: int = 1) -> oracle.Step:
-    """Return the truth about ``x``, which a training step finds that keeps nothing of what was."""
+    """Return the exact statistics of ``x``: those after a training step with a momentum of 1."""
     vectors = np.zeros(x.shape[1]), np.ones(x.shape[1])
     return oracle.train(x, *vectors, momentum=1.0, eps=1.0, correction=correction)
 
@@ -214,7 +214,7 @@ def test_fit_does_not_write_to_its_batches(target: Target) -> None:
 
 
 def interrupted(error: type[BaseException]) -> Iterator[np.ndarray]:
-    """Give two batches, and then an error."""
+    """Yield two batches, then raise an error."""
     yield X
     yield X
     raise error("that was all")

@@ -1,4 +1,4 @@
-"""Semantics: what the layer computes, on numbers that a person can follow."""
+"""Semantics: the results of the layer, on numbers that a person can check."""
 
 import numpy as np
 import pytest

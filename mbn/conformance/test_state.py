@@ -1,4 +1,4 @@
-"""State: what a layer keeps, who may change it, and that nothing else ever does."""
+"""State: the entries of a layer, the operations that change them, and that no other operation does."""
 
 import copy
 import pickle
@@ -90,7 +90,7 @@ def test_load_state_dict_copies_all_entries(target: Target) -> None:
     assert copied.load_state_dict(source.state_dict()) == ([], [])
     assert_same(target.snapshot(source), target.snapshot(copied))
     source(target.array(X))
-    assert int(copied.num_batches_tracked) == 3  # a load copies: the two are not tied together
+    assert int(copied.num_batches_tracked) == 3  # a load copies: the two layers share no array
     lazy = target.layer(None)
     lazy.load_state_dict(source.state_dict())
     assert_same(target.snapshot(source), target.snapshot(lazy))
@@ -119,7 +119,7 @@ def test_load_state_dict_that_is_not_strict_loads_the_known_entries(target: Targ
 
 
 def versioned(entries: dict[str, np.ndarray], version: int | None) -> OrderedDict[str, np.ndarray]:
-    """Return entries with their version where torch's modules have it."""
+    """Return entries with a version in ``_metadata``, as in the state_dict of Torch's modules."""
     result = OrderedDict(entries)
     vars(result)["_metadata"] = OrderedDict({"": {} if version is None else {"version": version}})
     return result
@@ -274,7 +274,7 @@ def test_copies_are_equal_and_independent(
     before = target.snapshot(bn)
     assert_same(before, target.snapshot(twin))
     y = target.numpy(twin(target.array(X)))
-    assert_same(before, target.snapshot(bn))  # the copy learns alone
+    assert_same(before, target.snapshot(bn))  # only the copy has learnt
     np.testing.assert_array_equal(target.numpy(bn(target.array(X))), y)
 
 
@@ -323,9 +323,9 @@ CHANGES: dict[str, Callable[[Target, mbn.BatchNorm1d], object]] = {
 
 
 def interrupted(target: Target, at: int, change: Callable[[], object]) -> int:
-    """Make a change that an interrupt ends before its line number ``at``; return how many lines there were.
+    """Make a change, interrupted after ``at`` executed lines; return how many lines were executed.
 
-    Counted are the lines of a layer and of the backend: all others give values and store none.
+    Only lines of the layer, its storage and the backend count: no other file stores values.
     """
     names, lines = ("mbn.layer", "mbn.state.storage", type(target.backend).__module__), 0
 
@@ -358,12 +358,12 @@ def test_interrupted_change_is_complete_or_absent(target: Target, name: str, *, 
         bn = configured(target.layer(4), seed=8)
         module = bn.as_module() if shared else None
         lines = interrupted(target, at, partial(CHANGES[name], target, bn))
-        del module  # which has shared the layer's arrays until now
+        del module  # keep the module, which shares the layer's arrays, alive until here
         return target.snapshot(bn), lines
 
     (before, _), (after, lines) = changed(0), changed(sys.maxsize)
     key = next(key for key, value in before.items() if not np.array_equal(value, after[key]))
-    for at in (*range(1, lines - 30, 25), *range(max(lines - 30, 1), lines)):  # the last ones store something
+    for at in (*range(1, lines - 30, 25), *range(max(lines - 30, 1), lines)):  # the last lines store the values
         found, _ = changed(at)
         assert_same(after if np.array_equal(found[key], after[key]) else before, found)
 
@@ -377,7 +377,7 @@ def test_concurrent_reader_sees_no_mixed_state(target: Target) -> None:
     def read() -> set[tuple[float, ...]]:
         seen = set()
         while not done.is_set():
-            for held in (target.snapshot(bn), bn._snapshot().entries):  # noqa: SLF001 - what files are made of
+            for held in (target.snapshot(bn), bn._snapshot().entries):  # noqa: SLF001 - save() writes these entries
                 seen.add(tuple(float(value.reshape(-1)[0]) for value in held.values()))
         return seen
 

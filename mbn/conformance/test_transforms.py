@@ -1,4 +1,4 @@
-"""Transforms: what a framework makes of functions, it can make of batch normalisation."""
+"""Transforms: a framework's transformations (autograd, jit, vmap, compile) work on layers and pure functions."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,11 +16,11 @@ X, V, DY = np.random.default_rng(19).normal([[[[1]]], [[[0]]], [[[0]]]], 1, (3, 
 XS = np.random.default_rng(20).normal(1, 2, (2, 6, 3, 4)).astype(np.float32)
 KINDS = [strategies.maskings((6, 4), seed)["all three"] for seed in range(2)]
 MASKS = {name: np.stack([masking.arguments[name] for masking in KINDS]) for name in KINDS[0].arguments}
-"""Traced beside XS: mask, lengths and sample_weight, one for each."""
+"""The mask, lengths and sample_weight for each of XS, stacked, to be traced together with XS."""
 
 
 class Case(NamedTuple):
-    """A layer and a batch on the backend, and what a test compares with."""
+    """A layer and a batch on the backend, with the data for the exact results."""
 
     bn: mbn.BatchNorm1d
     held: dict[str, np.ndarray]
@@ -31,7 +31,7 @@ class Case(NamedTuple):
 
     @classmethod
     def make(cls, target: Target, dtype: str = "float32", *, masked: bool = False, **settings: Any) -> "Case":
-        """Make one, or skip the test if the backend can't."""
+        """Make a case, or skip the test if the backend does not declare the dtype or masks."""
         target.require_dtype(dtype)
         if masked:
             target.require("masks")
@@ -48,11 +48,11 @@ class Case(NamedTuple):
         )
 
     def output(self, x: Array, params: Params | None = None, *, training: bool = True) -> Array:
-        """Return the output of the pure function of a layer."""
+        """Return the output of the layer's ``apply``."""
         return self.bn.apply(params or self.bn.params, self.bn.state, x, training=training, **self.arguments)[0]
 
     def truth(self, dy: np.ndarray, *, training: bool = True, **more: Any) -> list[derivatives.Derivatives]:
-        """Return the derivatives along V."""
+        """Return the exact derivatives along V."""
         return derivatives.along(
             X.astype(self.dtype),
             V.astype(self.dtype),
@@ -69,7 +69,7 @@ class Case(NamedTuple):
 def assert_training_step(
     target: Target, result: tuple[Array, ...], held: dict[str, np.ndarray], x: np.ndarray, step: dict[str, Any]
 ) -> None:
-    """Check an output and the running statistics that come with it."""
+    """Check the output and the running statistics of a training step."""
     vectors: dict[str, Any] = {key: value for key, value in held.items() if key != "num_batches_tracked"}
     exact = oracle.train(x, **vectors, eps=EPS, **step)
     target.assert_output(result[0], exact.y, "float32")
@@ -81,7 +81,7 @@ def assert_training_step(
 
 
 def jitted(target: Target, function: Callable[[Array], Array]) -> Callable[[Array], Array]:
-    """Return a function of higher derivatives compiled, where that is declared: the same numbers in less time."""
+    """Return the function compiled if ``jit`` is declared, which takes less time for higher derivatives."""
     return target.transforms.jit(function) if target.capabilities.jit else function
 
 
@@ -257,14 +257,14 @@ def test_derivatives_are_zero_for_at_most_one_unmasked_value(target: Target, lef
     np.testing.assert_array_equal(target.numpy(second), 0 * X)
 
 
-# The same function, looped over, traced and compiled. Where masks are known, they are traced too.
+# jit, vmap and compile. Masks, if declared, are traced arguments too.
 
 
 def step_of(bn: mbn.BatchNorm1d, names: tuple[str, ...]) -> Callable[..., tuple[Array, ...]]:
-    """Return a training step as a function from arrays to arrays: statistics, x and what else is named."""
+    """Return a training step as a function of arrays: running statistics, count, x and the named mask arguments."""
 
-    def step(mean: Array, var: Array, count: Array, x: Array, *places: Array) -> tuple[Array, ...]:
-        arguments = dict(zip(names, places, strict=True))
+    def step(mean: Array, var: Array, count: Array, x: Array, *masks: Array) -> tuple[Array, ...]:
+        arguments = dict(zip(names, masks, strict=True))
         y, state = bn.apply(bn.params, State(mean, var, count), x, training=True, **arguments)
         return y, *state
 
@@ -274,13 +274,13 @@ def step_of(bn: mbn.BatchNorm1d, names: tuple[str, ...]) -> Callable[..., tuple[
 def assert_steps(
     target: Target, step: Callable[..., tuple[Array, ...]], case: Case, names: tuple[str, ...], momentum: float | None
 ) -> None:
-    """Check a training step, transformed in some way, one batch after the other."""
+    """Check a transformed training step on one batch after another."""
     state: tuple[Array, ...] = case.bn.state
     for i, x in enumerate(XS):
         before = case.held | dict(zip(State._fields, map(target.numpy, state), strict=True))
         weights = KINDS[i].weights if names else None
-        places = [target.array(MASKS[name][i]) for name in names]
-        result = step(*state, target.array(KINDS[i].poisoned(x) if names else x), *places)
+        masks = [target.array(MASKS[name][i]) for name in names]
+        result = step(*state, target.array(KINDS[i].poisoned(x) if names else x), *masks)
         weight = 1 / (int(before["num_batches_tracked"]) + 1) if momentum is None else momentum
         settings = {"momentum": weight, "correction": case.bn.correction, "weights": weights}
         assert_training_step(target, result, before, x, settings)
@@ -308,9 +308,9 @@ def test_jit_of_the_pullback_is_accurate(target: Target, *, masked: bool) -> Non
     case = Case.make(target, masked=masked)
     names = tuple(case.arguments)
 
-    def gradients(x: Array, dy: Array, *places: Array) -> tuple[Array, ...]:
+    def gradients(x: Array, dy: Array, *masks: Array) -> tuple[Array, ...]:
         vectors = case.bn.running_mean, case.bn.running_var, *case.bn.params
-        arguments = dict(zip(names, places, strict=True))
+        arguments = dict(zip(names, masks, strict=True))
         vjp = mbn.functional.batch_norm_vjp(x, *vectors, training=True, eps=EPS, **arguments, backend=target.backend)
         return vjp[1](dy)
 
@@ -338,7 +338,7 @@ def test_invalid_traced_mask_arguments_give_nan(target: Target, name: str, *, tr
         try:
             y, mean, var = map(target.numpy, target.transforms.jit(step)(target.array(XS[0]), target.array(values)))
         except ValueError:
-            continue  # where nothing is traced, it could be seen
+            continue  # an eager ``jit`` sees the values, and may reject them
         assert np.isnan(y[2]).any()
         if training:
             assert np.isnan(mean).all()
@@ -352,8 +352,8 @@ def test_jit_of_derivatives_with_traced_masks_is_accurate(target: Target) -> Non
     v, dy = target.array(V.astype(np.float32)), target.array(DY.astype(np.float32))
     grad, names = target.transforms.grad, tuple(case.arguments)
 
-    def second(x: Array, *places: Array) -> Array:
-        arguments = dict(zip(names, places, strict=True))
+    def second(x: Array, *masks: Array) -> Array:
+        arguments = dict(zip(names, masks, strict=True))
 
         def loss(x: Array) -> Array:
             return (case.bn.apply(case.bn.params, case.bn.state, x, training=True, **arguments)[0] * dy).sum()
@@ -402,9 +402,9 @@ def test_vmap_of_the_pullback_is_accurate(target: Target, *, masked: bool) -> No
     case = Case.make(target, masked=masked)
     names = tuple(MASKS) if masked else ()
 
-    def gradients(x: Array, dy: Array, *places: Array) -> tuple[Array, ...]:
+    def gradients(x: Array, dy: Array, *masks: Array) -> tuple[Array, ...]:
         vectors = case.bn.running_mean, case.bn.running_var, *case.bn.params
-        arguments = dict(zip(names, places, strict=True))
+        arguments = dict(zip(names, masks, strict=True))
         vjp = mbn.functional.batch_norm_vjp(x, *vectors, training=True, eps=EPS, **arguments, backend=target.backend)
         return vjp[1](dy)
 
@@ -423,8 +423,8 @@ def test_vmap_of_gradients_is_accurate(target: Target) -> None:
     case = Case.make(target, masked=True)
     names, dy = tuple(MASKS), target.array(DY.astype(np.float32))
 
-    def loss(x: Array, *places: Array) -> Array:
-        arguments = dict(zip(names, places, strict=True))
+    def loss(x: Array, *masks: Array) -> Array:
+        arguments = dict(zip(names, masks, strict=True))
         return (case.bn.apply(case.bn.params, case.bn.state, x, training=True, **arguments)[0] * dy).sum()
 
     xs = np.stack([masking.poisoned(x) for masking, x in zip(KINDS, XS, strict=True)])
@@ -441,8 +441,8 @@ def test_transformed_evaluation_is_accurate(target: Target, transform: str) -> N
     case = Case.make(target, masked=target.capabilities.masks)
     names = tuple(case.arguments)
 
-    def evaluate(mean: Array, var: Array, x: Array, *places: Array) -> tuple[Array]:
-        arguments = dict(zip(names, places, strict=True))
+    def evaluate(mean: Array, var: Array, x: Array, *masks: Array) -> tuple[Array]:
+        arguments = dict(zip(names, masks, strict=True))
         return case.bn.apply(case.bn.params, State(mean, var, None), x, training=False, **arguments)[:1]
 
     arrays = [*case.bn.state[:2], case.x, *case.arguments.values()]
@@ -463,11 +463,11 @@ def test_compiled_layer_learns(target: Target, *, masked: bool) -> None:
     names = tuple(MASKS) if masked else ()
 
     @target.transforms.compile
-    def call(x: Array, *places: Array) -> Array:
-        return case.bn(x, **dict(zip(names, places, strict=True)))
+    def call(x: Array, *masks: Array) -> Array:
+        return case.bn(x, **dict(zip(names, masks, strict=True)))
 
-    def step(mean: Array, var: Array, count: Array, x: Array, *places: Array) -> tuple[Array, ...]:
-        return call(x, *places), *case.bn.state
+    def step(mean: Array, var: Array, count: Array, x: Array, *masks: Array) -> tuple[Array, ...]:
+        return call(x, *masks), *case.bn.state
 
     assert_steps(target, step, case, names, momentum=None)
     assert int(case.bn.num_batches_tracked) == 5

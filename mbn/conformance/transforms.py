@@ -1,7 +1,7 @@
-"""The transformations of a framework, through which the suite sees whether what a backend declares is so.
+"""The transformations of a framework, with which the suite tests the capabilities that a backend declares.
 
-Those of mbn's own backends are here. A plug-in gives its own by an entry point of the group ``mbn.transforms``, named
-as its backend, that is a :class:`Transforms`; a test of its own by :func:`register_transforms`.
+This file has those of mbn's own backends. A plug-in supplies a :class:`Transforms` by an entry point of the group
+``mbn.transforms`` with the name of its backend, or in its own tests by :func:`register_transforms`.
 """
 
 import warnings
@@ -16,7 +16,7 @@ ENTRY_POINTS = "mbn.transforms"
 
 def _missing(*_: Any) -> Any:
     raise NotImplementedError(
-        "the backend declares a transformation that the suite has not been given: docs/backends.md, Transforms."
+        "the backend declares a transformation that was not given to the suite: see docs/backends.md, Transforms."
     )
 
 
@@ -32,14 +32,14 @@ class Transforms(NamedTuple):
     jit: Callable[..., Any] = _missing
     """``jit(function)``: a pure function of arrays, compiled (``jit``)."""
     compile: Callable[..., Any] = _missing
-    """``compile(function)``: a function compiled without a break, whatever it changes (``compile``)."""
+    """``compile(function)``: a function, possibly with side effects, compiled without a graph break (``compile``)."""
 
 
 _registered: dict[str, Transforms] = {}
 
 
 def register_transforms(name: str, transforms: Transforms) -> None:
-    """Give the suite the transformations of the backend of a name."""
+    """Give the suite the transformations of the backend with this name."""
     _registered[name] = transforms
 
 
@@ -68,7 +68,7 @@ def _of_torch() -> Transforms:
 
 
 def _quiet(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that passes over one warning: some features of Torch use others that it has deprecated."""
+    """Return a function without one warning: some features of Torch use others that Torch has deprecated."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with warnings.catch_warnings():
