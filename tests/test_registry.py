@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from border_bugs import HandedOverWithoutStrides
+from border_bugs import ImportIgnoresStrides
 from toy import Toy
 
 import mbn
@@ -185,7 +185,7 @@ def test_registering() -> None:
         ("toy:Toy", Toy),
         (Toy(), Toy),
         (Toy, Toy),
-        ("border_bugs:HandedOverWithoutStrides", HandedOverWithoutStrides),
+        ("border_bugs:ImportIgnoresStrides", ImportIgnoresStrides),
     ]:
         mbn.register_backend("toy", target)
         assert type(mbn.get_backend("toy")) is kind

@@ -1,4 +1,4 @@
-"""Bugs in what is handed over by another framework."""
+"""Bugs in the exchange of arrays with other frameworks by DLPack."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -9,43 +9,43 @@ from toy import Toy
 from mbn.contract import Array
 
 
-class HandedOverWithoutStrides(Toy):
+class ImportIgnoresStrides(Toy):
     def from_dlpack(self, x: Any) -> Array:
         return super().from_dlpack(x).ravel(order="K").reshape(x.shape)
 
 
-class HandedOverInWords(Toy):
+class ImportConvertsToFloat32(Toy):
     def from_dlpack(self, x: Any) -> Array:
         return super().from_dlpack(x).astype(np.float32)
 
 
-class ExportedInReverse(Toy):
+class ExportReversesRows(Toy):
     def exported(self, x: Array) -> AbstractContextManager[Array]:
         return nullcontext(x[::-1])
 
 
-class NothingHandedOver(Toy):
+class ImportRejectsEveryArray(Toy):
     def from_dlpack(self, x: Any) -> Array:
         message = f"no {x.dtype} by DLPack"
         raise BufferError(message)
 
 
-class HandedOverByAMethodThatIsNotThere(Toy):
+class ImportCallsAMissingMethod(Toy):
     def from_dlpack(self, x: Any) -> Array:
         return np.from_dlpak(x)
 
 
-class ExportedByAMethodThatIsNotThere(Toy):
+class ExportCallsAMissingMethod(Toy):
     def exported(self, x: Array) -> AbstractContextManager[Array]:
         return nullcontext(x.expotred())
 
 
 BUGS = [
-    (NothingHandedOver, "test_dlpack_exchange_keeps_values_and_device"),
-    (HandedOverByAMethodThatIsNotThere, "test_dlpack_exchange_keeps_values_and_device", "AttributeError"),
-    (ExportedByAMethodThatIsNotThere, "test_dlpack_exchange_keeps_values_and_device", "AttributeError"),
-    (HandedOverWithoutStrides, "test_dlpack_exchange_keeps_values_and_device"),
-    (HandedOverInWords, "test_dlpack_exchange_keeps_values_and_device"),
-    (ExportedInReverse, "test_dlpack_exchange_keeps_values_and_device"),
+    (ImportRejectsEveryArray, "test_dlpack_exchange_keeps_values_and_device"),
+    (ImportCallsAMissingMethod, "test_dlpack_exchange_keeps_values_and_device", "AttributeError"),
+    (ExportCallsAMissingMethod, "test_dlpack_exchange_keeps_values_and_device", "AttributeError"),
+    (ImportIgnoresStrides, "test_dlpack_exchange_keeps_values_and_device"),
+    (ImportConvertsToFloat32, "test_dlpack_exchange_keeps_values_and_device"),
+    (ExportReversesRows, "test_dlpack_exchange_keeps_values_and_device"),
 ]
-"""Backends, and the tests that have to name what is wrong with them."""
+"""Wrong backends, each with the test that must fail on it."""

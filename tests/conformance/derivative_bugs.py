@@ -1,6 +1,6 @@
-"""Wrong derivatives, planted in Torch's backend: outputs and statistics stay as they are.
+"""Wrong derivatives, planted in Torch's backend, which leave outputs and statistics right.
 
-``python derivative_bugs.py FOLDER BUG...`` runs for each bug the test of the suite that has to name it.
+``python derivative_bugs.py FOLDER BUG...`` tries for each bug the test of the suite that must fail.
 """
 
 import sys
@@ -17,7 +17,7 @@ from mbn.contract import Batch, Kernels, State
 
 
 def change(changed: Callable[..., Any]) -> None:
-    """Plant what makes another result of a step and its batch."""
+    """Plant ``changed``, a function from a batch and the result of its step to another result."""
     backend = mbn.get_backend("torch")
     forward = backend.forward
 
@@ -28,7 +28,7 @@ def change(changed: Callable[..., Any]) -> None:
 
 
 def added(power: int) -> Callable[[], None]:
-    """Return what plants a term of which only the derivative of this order is not 0."""
+    """Return a function that plants a term whose derivatives are 0 except that of the order ``power``."""
 
     def changed(batch: Batch, y: torch.Tensor, *rest: Any) -> Any:
         return y + (batch.x - batch.x.detach()) ** power, *rest
@@ -38,7 +38,7 @@ def added(power: int) -> Callable[[], None]:
 
 def masked_values_differentiated(batch: Batch, y: torch.Tensor, *rest: Any) -> Any:
     if batch.sample_weight is not None:
-        # Nothing of a masked value is left, but for the 0 * NaN in the derivative of its square.
+        # The term is 0, but the derivative of a masked value's square contains 0 * NaN.
         y = y + 0 * torch.where(batch.sample_weight[:, None] > 0, batch.x**2, 0)
     return y, *rest
 

@@ -1,4 +1,4 @@
-"""Bugs in a forward pass: in what is computed, in which precision, and in what is kept."""
+"""Bugs in a forward pass: in its results, its precision and the new state."""
 
 from typing import Any
 
@@ -221,4 +221,4 @@ BUGS = [
     (DeclaresMoreThanItDoes, "test_output_has_the_dtype_of_the_input"),
     (AnyDeviceWillDo, "test_unknown_device_is_rejected"),
 ]
-"""Backends, and the tests that have to name what is wrong with them."""
+"""Wrong backends, each with the test that must fail on it."""

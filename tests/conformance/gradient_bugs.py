@@ -1,4 +1,4 @@
-"""Bugs in a backward pass, and in what it finds of the forward pass."""
+"""Bugs in a backward pass, and in the statistics that the forward pass keeps for it."""
 
 from typing import Any
 
@@ -149,4 +149,4 @@ BUGS = [
     (PullbackCountsABatch, "test_vjp_gives_the_output_and_state_of_a_call"),
     (NothingLearntWithAGradient, "test_vjp_gives_the_output_and_state_of_a_call"),
 ]
-"""Backends, and the tests that have to name what is wrong with them."""
+"""Wrong backends, each with the test that must fail on it."""

@@ -1,6 +1,7 @@
-"""What is computed apart or in float64 left out, planted in NumPy's backend: ordinary values come out as they did.
+"""Bugs planted in NumPy's backend: they remove the extra computations for range and precision.
 
-``python host_bugs.py FOLDER BUG...`` runs for each bug the test of the suite that has to name it.
+Results of ordinary values stay right. ``python host_bugs.py FOLDER BUG...`` tries for each bug the test of the suite
+that must fail.
 """
 
 import sys
@@ -20,7 +21,7 @@ from mbn_cpu.kernels import host, numpy_passes, numpy_steps, out_of_range
 
 
 def nowhere(function: str) -> Callable[[], None]:
-    """Return what plants that no channel is found beyond the range."""
+    """Return a function that makes ``function``, a search for channels out of range, find none."""
     return partial(setattr, out_of_range, function, lambda *_: None)
 
 

@@ -1,6 +1,6 @@
-"""Bugs planted in JAX's backend: in its range, and in its layout for GPUs, which runs on the CPU for once.
+"""Bugs planted in JAX's backend: in its handling of range, and in its layout for GPUs, which is tried on the CPU.
 
-``python jax_bugs.py FOLDER BUG...`` runs for each bug the test of the suite that has to name it.
+``python jax_bugs.py FOLDER BUG...`` tries for each bug the test of the suite that must fail.
 """
 
 import os
@@ -12,19 +12,22 @@ from planted import Bug, conform
 
 
 def on_gpu(plant: Callable[[], None]) -> Callable[[], None]:
-    """Return what plants a bug once the layout is taken. JAX is imported there: a process that has it cannot fork."""
+    """Return a function that selects the layout for GPUs and plants a bug.
 
-    def take_form_and_plant() -> None:
+    JAX is imported in the function, since a process that has imported JAX cannot fork.
+    """
+
+    def select_layout_and_plant() -> None:
         import jax_gpu_layout
 
         assert jax_gpu_layout.PRIMITIVES
         plant()
 
-    return take_form_and_plant
+    return select_layout_and_plant
 
 
 def in_64_bits(plant: Callable[[], None]) -> Callable[[], None]:
-    """Return what plants a bug where there are 64-bit numbers."""
+    """Return a function that enables 64-bit numbers and plants a bug."""
 
     def enable_and_plant() -> None:
         os.environ["JAX_ENABLE_X64"] = "1"

@@ -1,4 +1,4 @@
-"""Bugs in what masks, lengths and weights do."""
+"""Bugs in the effect of masks, lengths and sample weights."""
 
 from typing import Any
 
@@ -46,11 +46,11 @@ class MaskedGradientIsThatOfTheOutput(ToyKernels):
 
 class BesselCountsMaskedValues(ToyKernels):
     def moments(self, batch: Batch) -> Moments:
-        self.places = batch.x.size // batch.x.shape[1]
+        self.cells = batch.x.size // batch.x.shape[1]
         return super().moments(batch)
 
     def variance(self, moments: Moments, correction: int) -> Array:
-        return moments.m2 / (self.places - 1) if correction else super().variance(moments, correction)
+        return moments.m2 / (self.cells - 1) if correction else super().variance(moments, correction)
 
 
 class BesselCountsEachWeightOnce(ToyKernels):
@@ -110,4 +110,4 @@ BUGS = [
     (LengthsOffByOne, "test_lengths_count_positions_from_the_start"),
     (WeightsOfTheCallerKept, "test_pullback_ignores_later_edits_of_sample_weight"),
 ]
-"""Backends, and the tests that have to name what is wrong with them."""
+"""Wrong backends, each with the test that must fail on it."""

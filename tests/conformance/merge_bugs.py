@@ -1,4 +1,4 @@
-"""Bugs in statistics of several batches, and in what layers are folded to."""
+"""Bugs in the statistics of several batches, and in folded layers."""
 
 from typing import Any
 
@@ -63,4 +63,4 @@ BUGS = [
     (WeightForgottenAroundZero, "test_fold_gives_accurate_scale_and_shift"),
     (BiasForgottenOfOneRow, "test_fold_linear_is_accurate"),
 ]
-"""Backends, and the tests that have to name what is wrong with them."""
+"""Wrong backends, each with the test that must fail on it."""

@@ -79,4 +79,4 @@ BUGS = [
     (ModuleBeginsInTraining, "test_module_starts_in_the_mode_of_the_layer"),
     (ModuleIgnoresMasks, "test_module_passes_masks_to_the_layer"),
 ]
-"""Backends, and the tests that have to name what is wrong with them."""
+"""Wrong backends, each with the test that must fail on it."""

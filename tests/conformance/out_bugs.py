@@ -1,4 +1,4 @@
-"""Bugs in what is written to an array of the caller's."""
+"""Bugs in the output to an array of the caller's (``out=``)."""
 
 from itertools import pairwise
 from typing import Any
@@ -88,4 +88,4 @@ BUGS = [
     (OutOfHalvesWidened, "test_out_may_have_any_dtype_of_x"),
     (InputWrittenBesideOut, "test_output_is_written_to_out"),
 ]
-"""Backends, and the tests that have to name what is wrong with them."""
+"""Wrong backends, each with the test that must fail on it."""

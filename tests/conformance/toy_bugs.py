@@ -1,7 +1,7 @@
-"""Bugs planted in the toy backend, one each, and runs of the suite against them.
+"""Bugs planted in the toy backend, one at a time, on which the suite is tried.
 
-``python toy_bugs.py FOLDER none`` runs the whole suite on the correct backend, which has to pass; ``python toy_bugs.py
-FOLDER BUG...`` runs for each bug the test that has to name it. Reports go to the folder.
+``python toy_bugs.py FOLDER none`` tries the full suite on the correct backend, which must pass; ``python toy_bugs.py
+FOLDER BUG...`` tries for each bug the test that must fail. Reports go to the folder.
 """
 
 import sys

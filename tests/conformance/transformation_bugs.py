@@ -40,4 +40,4 @@ BUGS = [
     (DeclaresJitAndHasNone, "test_jit", _NONE),
     (DeclaresCompileAndHasNone, "test_compiled", _NONE),
 ]
-"""Backends, and the tests that have to name what is wrong with them."""
+"""Wrong backends, each with the test that must fail on it."""
