@@ -69,7 +69,7 @@ def test_dlpack_exchange_keeps_values_and_device(target: Target) -> None:
     for dtype in sorted(target.capabilities.dtypes):
         host = X.astype(dtype)
         in_order, strided = target.array(host), transposed(target.array(np.ascontiguousarray(host.mT)))
-        # A strided array may raise any error, since mbn.convert then tries a copy in C order; that copy a BufferError.
+        # If a strided array raises any error, mbn.convert tries a copy in C order; the copy may raise a BufferError.
         for array, refusal in ((in_order, BufferError), (strided, Exception)):
             with target.backend.exported(array) as exported:
                 try:

@@ -39,9 +39,9 @@ class Square(NamedTuple):
 
 
 NOTHING = 2.0**-500
-"""Below this size, in the unit of its computation, a number counts as 0 where it gets a unit of its own size.
+"""The least size, in the unit of its computation, of a number that is converted to a unit of its own size.
 
-The quotient of the two units, and its square, then stay within float64's range.
+Smaller numbers count as 0, so that the quotient of the two units, and its square, stay within float64's range.
 """
 
 Mean: TypeAlias = Scaled | jax.Array

@@ -172,7 +172,7 @@ def varying_alike(operands: Sequence[Any]) -> list[Any]:
 
 def _manual_axes(kind: Any) -> frozenset[Any]:
     """Return the mesh axes over which an array of a type varies."""
-    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying  # until JAX 0.9; since JAX 0.9
+    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying  # before JAX 0.9; from JAX 0.9 on
 
 
 def _vary(operand: Any, axes: tuple[Any, ...]) -> jax.Array:
