@@ -130,8 +130,9 @@ def _scaled(values: np.ndarray) -> tuple[np.ndarray, Decimal]:
 
 def _sum(terms: np.ndarray, unit: Decimal) -> Decimal:
     """Return ``unit`` times a sum to twice float64's precision: fsum gives the rounded sum, then its rounding error."""
-    rounded = math.fsum(terms)
-    return (Decimal(rounded) + Decimal(math.fsum([*terms, -rounded]))) * unit
+    numbers = terms.tolist()
+    rounded = math.fsum(numbers)
+    return (Decimal(rounded) + Decimal(math.fsum([*numbers, -rounded]))) * unit
 
 
 def _moments(values: np.ndarray, counts: np.ndarray, n: Decimal) -> _Moments:

@@ -1,4 +1,4 @@
-"""The command line as its user meets it: output, files and exit codes."""
+"""The command line as its users see it: output, files and exit codes."""
 
 import errno
 import io
@@ -37,7 +37,7 @@ class Planted(NumpyBackend):
 
 
 class Raising(NumpyBackend):
-    """A backend that gives up."""
+    """A backend that raises an error in every call."""
 
     name = "raising"
 
@@ -48,7 +48,7 @@ class Raising(NumpyBackend):
 
 @pytest.fixture
 def plug_ins(monkeypatch):
-    """Known in this process alone, so the workers run here."""
+    """Register two wrong backends and a missing one; they are known in this process alone, so workers run in it."""
     mbn.get_backend("numpy")
     monkeypatch.setattr(registry, "_loaded", dict(registry._loaded))
     for backend in (Planted, Raising):
@@ -77,7 +77,7 @@ def refused(capsys, *arguments):
     return err.strip().rpartition("\n")[2]
 
 
-def test_built_in_examples_in_a_real_process(tmp_path):
+def test_compare_runs_built_in_examples_in_a_real_process(tmp_path):
     path = tmp_path / "out.json"
     command = [sys.executable, "-m", "mbn", "compare", "--backends", "numpy", "--json", str(path)]
     ended = subprocess.run(
@@ -102,7 +102,7 @@ def test_built_in_examples_in_a_real_process(tmp_path):
 @pytest.mark.parametrize(
     ("dtype", "bounds"), [("float16", (1, 2)), ("bfloat16", (1, 2)), ("float32", (4, 2)), ("float64", (4, 4))]
 )
-def test_every_dtype_has_its_bounds(tmp_path, dtype, bounds):
+def test_compare_applies_the_bounds_of_each_dtype(tmp_path, dtype, bounds):
     code, record = compare(tmp_path, "--backends", "numpy", "--shape", "20,3,2", "--dtype", dtype)
     (example,) = record["examples"]
     assert code == 0
@@ -110,13 +110,13 @@ def test_every_dtype_has_its_bounds(tmp_path, dtype, bounds):
     assert (example["bounds_ulp"]["eval_output"], example["bounds_ulp"]["running_var"]) == bounds
 
 
-def test_input_npy(tmp_path):
+def test_compare_reads_npy(tmp_path):
     np.save(tmp_path / "x.npy", np.arange(8.0).reshape(4, 2))
     code, record = compare(tmp_path, "--backends", "numpy", "--input", str(tmp_path / "x.npy"))
     assert (code, record["examples"][0]["dtype"]) == (0, "float64")
 
 
-def test_input_npz_has_an_example_for_each_array(tmp_path):
+def test_compare_makes_an_example_of_each_array_in_npz(tmp_path):
     np.savez(tmp_path / "x.npz", a=np.eye(3, dtype="float32"), b=np.ones((2, 3, 4)))
     code, record = compare(tmp_path, "--backends", "numpy", "--input", str(tmp_path / "x.npz"))
     assert code == 0
@@ -126,7 +126,7 @@ def test_input_npz_has_an_example_for_each_array(tmp_path):
     ]
 
 
-def test_integers_are_compared_once_their_dtype_is_given(tmp_path, capsys):
+def test_compare_takes_integers_only_with_a_dtype(tmp_path, capsys):
     np.save(tmp_path / "x.npy", np.arange(8).reshape(4, 2))
     file = str(tmp_path / "x.npy")
     assert "--dtype float32" in refused(capsys, "compare", "--input", file)
@@ -135,7 +135,7 @@ def test_integers_are_compared_once_their_dtype_is_given(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("plug_ins")
-def test_a_backend_that_cannot_run_is_a_row_that_says_why(tmp_path, capsys):
+def test_backend_that_cannot_run_is_a_row_with_the_reason(tmp_path, capsys):
     code, record = compare(tmp_path, "--backends", "numpy,numpy:cpu,numpy:cuda,nowhere", "--shape", "4,3")
     rows = {row["backend"]: row for row in record["examples"][0]["backends"]}
     assert code == 0
@@ -150,7 +150,7 @@ def test_a_backend_that_cannot_run_is_a_row_that_says_why(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("plug_ins")
-def test_a_disagreement_gives_exit_code_1(tmp_path, capsys):
+def test_disagreement_gives_exit_code_1(tmp_path, capsys):
     code, record = compare(tmp_path, "--backends", "numpy,planted", "--shape", "64,3")
     good, bad = record["examples"][0]["backends"]
     assert code == 1
@@ -160,7 +160,7 @@ def test_a_disagreement_gives_exit_code_1(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("plug_ins")
-def test_a_broken_backend_does_not_pass_for_agreement(tmp_path):
+def test_broken_backend_gives_exit_code_1(tmp_path):
     code, record = compare(tmp_path, "--backends", "numpy,raising", "--shape", "4,3")
     assert code == 1
     assert record["examples"][0]["backends"][1] == {
@@ -171,7 +171,7 @@ def test_a_broken_backend_does_not_pass_for_agreement(tmp_path):
 
 
 @pytest.mark.usefixtures("plug_ins")
-def test_nothing_to_run_gives_exit_code_2(tmp_path, monkeypatch):
+def test_compare_without_a_result_gives_exit_code_2(tmp_path, monkeypatch):
     picture = tmp_path / "p.png"
     only = NumpyBackend().capabilities._replace(dtypes=frozenset({"float64"}))
     monkeypatch.setattr(Planted, "capabilities", only)
@@ -181,14 +181,14 @@ def test_nothing_to_run_gives_exit_code_2(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("plug_ins")
-def test_no_backend_to_run_is_found_before_the_work(capsys, monkeypatch):
+def test_compare_without_a_usable_backend_ends_before_computing(capsys, monkeypatch):
     monkeypatch.setattr(command, "reference", None)
     line = refused(capsys, "compare", "--backends", "nowhere,numpy:cuda,numpy:cuda", "--shape", "4,3")
     assert "no backend can run. nowhere: backend 'nowhere' (a test) is broken: ModuleNotFoundError" in line
     assert line.endswith("numpy:cuda: NumPy's only device is 'cpu', not 'cuda'.")
 
 
-def test_plot(tmp_path):
+def test_plot_is_a_png(tmp_path):
     picture = tmp_path / "p.png"
     assert compare(tmp_path, "--backends", "numpy", "--shape", "4,3", "--plot", str(picture))[0] == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -227,7 +227,7 @@ def test_plot(tmp_path):
         (("--input", "x.npy", "--rows=-1"), "'-1' is no number of rows: give 0 for all"),
     ],
 )
-def test_bad_usage_is_one_line(capsys, arguments, message):
+def test_bad_usage_of_compare_is_refused_in_one_line(capsys, arguments, message):
     assert message in refused(capsys, "compare", *arguments)
 
 
@@ -248,7 +248,7 @@ def test_bad_usage_is_one_line(capsys, arguments, message):
         (("conform", "numpy:cuda"), "NumPy's only device is 'cpu', not 'cuda'."),
     ],
 )
-def test_bad_usage_of_other_commands_is_one_line(capsys, command, message):
+def test_bad_usage_of_other_commands_is_refused_in_one_line(capsys, command, message):
     assert message in refused(capsys, *command)
 
 
@@ -269,12 +269,12 @@ def test_unusable_backend_is_refused_before_the_suite_begins(capsys):
     assert "No module named 'mbn_nowhere'" in refused(capsys, "conform", "nowhere")
 
 
-def test_the_suite_refuses_what_it_cannot_run_with_exit_code_2(capsys):
+def test_conform_refuses_unknown_pytest_option_with_exit_code_2(capsys):
     assert main(["conform", "numpy", "--no-such-option-of-pytest"]) == 2
     assert "--no-such-option-of-pytest" in capsys.readouterr().err
 
 
-def npy_that_claims(shape):
+def header_with_shape(shape):
     return f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}"
 
 
@@ -291,7 +291,7 @@ def zipped(name, data, method=zipfile.ZIP_STORED):
 
 
 def with_flags(data, *, encrypted=False, method=0):
-    """Return a zip file whose only member says that it is encrypted, or compressed in another way."""
+    """Return a zip file whose only member is marked as encrypted, or as compressed by another method."""
     data = bytearray(data)
     for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
         at = data.index(signature) + flags
@@ -300,14 +300,14 @@ def with_flags(data, *, encrypted=False, method=0):
     return bytes(data)
 
 
-X = npy(npy_that_claims((2, 2))) + bytes(16)
+X = npy(header_with_shape((2, 2))) + bytes(16)
 FILES = {
-    "huge.npy": npy(npy_that_claims((10**13, 3))),
-    "beyond.npy": npy(npy_that_claims((10**30, 3))),
-    "negative.npy": npy(npy_that_claims((-3, 3))),
-    "short.npy": npy(npy_that_claims((2, 2))),
+    "huge.npy": npy(header_with_shape((10**13, 3))),
+    "beyond.npy": npy(header_with_shape((10**30, 3))),
+    "negative.npy": npy(header_with_shape((-3, 3))),
+    "short.npy": npy(header_with_shape((2, 2))),
     "nested.npy": npy(9_000 * "(" + 9_000 * ")"),
-    "lists.npy": npy(npy_that_claims(1_000 * "[" + 1_000 * "]")),
+    "lists.npy": npy(header_with_shape(1_000 * "[" + 1_000 * "]")),
     "text.npz": zipped("notes.txt", "no array"),
     "encrypted.npz": with_flags(zipped("x.npy", X), encrypted=True),
     "odd.npz": with_flags(zipped("x.npy", X), method=97),
@@ -320,7 +320,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_input_that_is_none_is_one_line(tmp_path, capsys, name):
+def test_unreadable_input_is_refused_in_one_line(tmp_path, capsys, name):
     (tmp_path / name).write_bytes(FILES[name])
     line = refused(capsys, "compare", "--backends", "numpy", "--input", str(tmp_path / name))
     assert line.startswith(f"mbn compare: {tmp_path / name} is no ")
@@ -337,7 +337,7 @@ def x(tmp_path):
 
 @pytest.mark.parametrize("option", ["--json", "--plot"])
 @pytest.mark.parametrize("how", ["path", "other path", "symbolic link", "hard link"])
-def test_the_input_is_never_written_over(x, capsys, option, how):
+def test_output_never_overwrites_the_input(x, capsys, option, how):
     if option == "--plot":
         x = x.rename(x.with_suffix(".png"))
     before, link = x.read_bytes(), x.with_name("link.png")
@@ -359,13 +359,13 @@ def test_the_input_is_never_written_over(x, capsys, option, how):
         ("conform", "numpy", "--json", "p.png", "--junit-xml", "./p.png"),
     ],
 )
-def test_two_outputs_are_two_files(tmp_path, monkeypatch, capsys, command):
+def test_two_outputs_to_one_file_are_refused(tmp_path, monkeypatch, capsys, command):
     monkeypatch.chdir(tmp_path)
     assert "would be written over" in refused(capsys, *command)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_is_full_is_found_before_the_work(tmp_path, capsys, monkeypatch):
+def test_full_disk_is_found_before_computing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(process, "run", None)
     path = tmp_path / "out.json"
     path.write_text("old")
@@ -381,7 +381,7 @@ def test_a_disk_that_is_full_is_found_before_the_work(tmp_path, capsys, monkeypa
 
 
 @pytest.mark.parametrize("rescued", [True, False])
-def test_a_disk_that_fills_up_during_the_work_costs_no_result(tmp_path, capsys, monkeypatch, rescued):
+def test_disk_that_fills_up_during_a_comparison_loses_no_result(tmp_path, capsys, monkeypatch, rescued):
     path, picture, elsewhere = tmp_path / "out.json", tmp_path / "p.png", tmp_path / "elsewhere"
     path.write_text("old")
     elsewhere.mkdir()
@@ -422,7 +422,7 @@ def test_a_disk_that_fills_up_during_the_work_costs_no_result(tmp_path, capsys, 
     ],
     ids=" ".join,
 )
-def test_output_that_nobody_takes_is_one_line(tmp_path, command, where, unbuffered):
+def test_unwritable_standard_output_is_one_line(tmp_path, command, where, unbuffered):
     reading, writing = os.pipe()
     os.close(reading)
     if where == "full":
@@ -448,12 +448,12 @@ def test_output_that_nobody_takes_is_one_line(tmp_path, command, where, unbuffer
         assert json.loads((tmp_path / "out.json").read_text())["verdict"]["agreement"]
 
 
-def test_results_can_go_to_what_is_no_file(capsys):
+def test_compare_writes_json_to_a_device_file(capsys):
     assert main(["compare", "--backends", "numpy", "--shape", "4,3", "--json", os.devnull]) == 0
     assert "AGREEMENT" in capsys.readouterr().out
 
 
-def test_a_result_of_the_suite_that_cannot_be_written_is_a_line_and_not_lost(tmp_path, monkeypatch, capfd):
+def test_unwritable_result_of_conform_is_saved_elsewhere(tmp_path, monkeypatch, capfd):
     path, elsewhere = tmp_path / "c.json", tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
@@ -468,13 +468,13 @@ def test_a_result_of_the_suite_that_cannot_be_written_is_a_line_and_not_lost(tmp
     assert json.loads(file.read_text())["mbn"] == mbn.__version__
 
 
-def test_plot_without_matplotlib(tmp_path, capsys, monkeypatch):
+def test_plot_without_matplotlib_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert "pip install matplotlib" in refused(capsys, "compare", "--plot", str(tmp_path / "p.png"))
 
 
 @pytest.mark.usefixtures("plug_ins")
-def test_backends_lists_the_usable_and_the_others(capsys):
+def test_backends_lists_usable_and_unusable_backends(capsys):
     assert main(["backends"]) == 0
     out = capsys.readouterr().out
     usable, _, others = out.partition("cannot be used here")
@@ -500,7 +500,7 @@ backends.show()
         assert "float16" in run.stdout
 
 
-def test_conform_hands_over_to_the_suite(tmp_path, monkeypatch):
+def test_conform_passes_its_arguments_to_the_suite(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(runner, "run", lambda *args, **kwargs: calls.append((args, kwargs)) or 3)
     path = tmp_path / "c.json"
@@ -509,7 +509,7 @@ def test_conform_hands_over_to_the_suite(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["numpy", "numpy:cpu"])
-def test_conform_on_a_device(monkeypatch, name):
+def test_conform_passes_its_device_to_the_suite(monkeypatch, name):
     monkeypatch.setattr(runner, "run", lambda spec, **_: {"numpy:cpu": 3}[spec])
     assert main(["conform", name, "--device", "cpu"]) == 3
 
@@ -518,7 +518,7 @@ def test_conform_on_two_devices_is_refused(capsys):
     assert "leave one of them out" in refused(capsys, "conform", "torch:cpu", "--device", "cuda")
 
 
-def test_conform_without_its_extra(capsys, monkeypatch):
+def test_conform_without_its_packages_is_refused(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     line = refused(capsys, "conform", "numpy")
     assert "pip install pytest hypothesis ml_dtypes, or '.[conformance]'" in line
@@ -529,25 +529,25 @@ def test_conform_without_its_extra(capsys, monkeypatch):
     "command",
     [("compare", "--json"), ("compare", "--input"), ("conform", "numpy", "--json"), ("conform", "x", "--junit-xml")],
 )
-def test_a_file_without_a_name(capsys, command):
+def test_empty_file_name_is_refused(capsys, command):
     with pytest.raises(SystemExit, match="2"):
         main([*command, ""])
     assert f"argument {command[-1]}: '' is no file" in capsys.readouterr().err
 
 
-def test_version(capsys):
+def test_version_is_printed(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
     assert capsys.readouterr().out == f"mbn {mbn.__version__}\n"
 
 
 @pytest.mark.parametrize("command", [(), ("compare",), ("backends",), ("conform",)])
-def test_help(capsys, command):
+def test_help_is_printed(capsys, command):
     with pytest.raises(SystemExit, match="0"):
         main([*command, "--help"])
     assert capsys.readouterr().out.startswith("usage: mbn")
 
 
-def test_the_core_imports_nothing_of_this():
+def test_import_of_mbn_does_not_import_the_commands():
     code = "import sys, mbn; sys.exit(not {'rich', 'mbn.commands'}.isdisjoint(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

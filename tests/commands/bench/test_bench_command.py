@@ -1,4 +1,4 @@
-"""``mbn bench`` as its user meets it: output, files and exit codes."""
+"""``mbn bench`` as its users see it: output, files and exit codes."""
 
 import json
 import os
@@ -14,8 +14,8 @@ from mbn.commands.cli import main
 from mbn_numpy.backend import NumpyBackend
 
 
-class Here:
-    """A process that is none."""
+class InThisProcess:
+    """Answers questions in this process, in place of a worker process."""
 
     def __init__(self, _):
         self._worker = worker.Worker()
@@ -32,8 +32,8 @@ class Here:
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Workers in this process, and as few calls as can be."""
-    monkeypatch.setattr(measurement, "Process", Here)
+    """Let workers run in this process, with as few calls as possible."""
+    monkeypatch.setattr(measurement, "Process", InThisProcess)
     monkeypatch.setattr(availability, "refusal", availability.refusal_in_this_process)
     monkeypatch.setattr(measurement, "ROUNDS", 2)
     monkeypatch.setattr(clocks, "TURN", 0)
@@ -60,7 +60,7 @@ def refused(capsys, *arguments):
     return err.strip().rpartition("\n")[2]
 
 
-def test_in_real_processes(tmp_path):
+def test_bench_measures_in_real_processes(tmp_path):
     path = tmp_path / "out.json"
     command = [sys.executable, "-m", "mbn", "bench", "--shape", "64,8", "--modes", "train", "--json", str(path)]
     ended = subprocess.run(
@@ -92,7 +92,7 @@ def test_in_real_processes(tmp_path):
         ("--shape", "16,3", "--dtype", "bfloat16"),
     ],
 )
-def test_what_can_be_asked_for(tmp_path, arguments):
+def test_bench_measures_every_kind_of_workload(tmp_path, arguments):
     code, written = bench(tmp_path, "--backends", "numpy", *arguments)
     assert code == 0
     assert written["subjects"][0]["status"] == "ran"
@@ -100,13 +100,13 @@ def test_what_can_be_asked_for(tmp_path, arguments):
 
 
 @pytest.mark.usefixtures("quick")
-def test_modes_keep_their_order(tmp_path):
+def test_modes_are_measured_in_a_fixed_order(tmp_path):
     _, written = bench(tmp_path, "--backends", "numpy", "--shape", "4,3", "--modes", "eval,train")
     assert written["modes"] == ["train", "eval"]
 
 
 @pytest.mark.usefixtures("quick")
-def test_who_can_not_run_has_a_line_that_says_why(tmp_path, capsys):
+def test_subject_that_cannot_run_is_listed_with_the_reason(tmp_path, capsys):
     code, written = bench(tmp_path, "--backends", "numpy,numpy:cuda", "--shape", "4,3", "--masked")
     rows = {row["subject"]: row for row in written["subjects"]}
     assert code == 0
@@ -121,7 +121,7 @@ def test_who_can_not_run_has_a_line_that_says_why(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("quick")
-def test_who_fails_gives_exit_code_1(tmp_path, monkeypatch, capsys):
+def test_failing_subject_gives_exit_code_1(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(peers.PEERS, "formula", "mbn.commands.bench.peers.formula:Nonsense")
     code, written = bench(tmp_path, "--backends", "numpy", "--shape", "4,3")
     assert code == 1
@@ -130,7 +130,7 @@ def test_who_fails_gives_exit_code_1(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.usefixtures("quick")
-def test_no_backend_to_run_is_found_before_the_work(capsys, monkeypatch):
+def test_bench_without_a_usable_backend_ends_before_measuring(capsys, monkeypatch):
     monkeypatch.setattr(measurement, "measure", None)
     line = refused(capsys, "--backends", "numpy:cuda", "--shape", "4,3")
     assert line == "mbn bench: no backend can run. numpy:cuda: NumPy's only device is 'cpu', not 'cuda'."
@@ -138,7 +138,7 @@ def test_no_backend_to_run_is_found_before_the_work(capsys, monkeypatch):
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("modes", ["train", "train,eval,backward"])
-def test_plot(tmp_path, modes):
+def test_plot_is_a_png(tmp_path, modes):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "p.png"
     bench(tmp_path, "--backends", "numpy", "--shape", "4,3", "--modes", modes, "--plot", str(picture))
@@ -146,7 +146,7 @@ def test_plot(tmp_path, modes):
 
 
 class OnGpu(NumpyBackend):
-    """A backend that pretends to have a GPU."""
+    """A backend that accepts the device ``cuda`` without having a GPU."""
 
     name = "ongpu"
 
@@ -160,7 +160,7 @@ def gpu(monkeypatch):
 
 
 @pytest.mark.usefixtures("quick", "gpu")
-def test_on_a_device_who_has_none_is_left_out(tmp_path, capsys):
+def test_bench_on_a_device_leaves_out_subjects_without_it(tmp_path, capsys):
     code, written = bench(tmp_path, "--backends", "numpy,ongpu", "--device", "cuda", "--shape", "4,3")
     assert code == 0
     assert [row["subject"] for row in written["subjects"]] == ["ongpu:cuda", "copy:cuda"]
@@ -169,14 +169,14 @@ def test_on_a_device_who_has_none_is_left_out(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_mode_that_has_to_be_asked_for(tmp_path):
+def test_pullback_is_measured_on_request(tmp_path):
     _, written = bench(tmp_path, "--backends", "numpy", "--shape", "4,3", "--modes", "pullback,train")
     assert written["modes"] == ["train", "pullback"]
 
 
 @pytest.mark.parametrize("backends", [(), ("--backends", "numpy")])
-def test_no_such_device_is_one_line(capsys, monkeypatch, backends):
-    monkeypatch.setattr(measurement, "Process", Here)
+def test_missing_device_is_refused_in_one_line(capsys, monkeypatch, backends):
+    monkeypatch.setattr(measurement, "Process", InThisProcess)
     monkeypatch.setattr(availability, "refusal", availability.refusal_in_this_process)
     monkeypatch.setattr(options, "known_backends", lambda: {"numpy": None})
     assert "no backend here has a device 'cuda'" in refused(capsys, "--shape", "4,3", "--device", "cuda", *backends)
@@ -197,15 +197,15 @@ def test_no_such_device_is_one_line(capsys, monkeypatch, backends):
         (("--shape", "4,3", "--plot", "x.svg"), "the picture is a PNG"),
     ],
 )
-def test_bad_usage_is_one_line(capsys, arguments, message):
+def test_bad_usage_is_refused_in_one_line(capsys, arguments, message):
     assert message in refused(capsys, *arguments)
 
 
-def test_bfloat16_without_ml_dtypes(capsys, monkeypatch):
+def test_bfloat16_without_ml_dtypes_is_refused(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     assert "pip install ml_dtypes" in refused(capsys, "--shape", "4,3", "--dtype", "bfloat16")
 
 
-def test_plot_without_matplotlib(capsys, monkeypatch, tmp_path):
+def test_plot_without_matplotlib_is_refused(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(options.importlib.util, "find_spec", lambda _: None)
     assert "pip install matplotlib" in refused(capsys, "--shape", "4,3", "--plot", str(tmp_path / "p.png"))

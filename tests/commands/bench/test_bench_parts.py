@@ -1,4 +1,4 @@
-"""What the parts of a benchmark must get right on their own; nothing here depends on how fast anything is."""
+"""The parts of a benchmark, each on its own; no test depends on how fast anything is."""
 
 import io
 import json
@@ -26,7 +26,7 @@ def timed(*seconds):
 
 @pytest.fixture
 def measured():
-    """A machine that gets slower: only ratios within a round say who is fast."""
+    """Return a measurement on a machine that gets slower, so that only ratios within a round tell which is faster."""
     subjects = {
         "numpy": timed(1.0, 2.0, 4.0),
         "nowhere": NotRun("backend 'nowhere' is known but nowhere is not installed.", broken=False),
@@ -44,14 +44,14 @@ def test_ratios_are_taken_within_rounds(measured):
     assert timed(1.0, 9.0, 1.0).ratio("train", timed(2.0, 3.0, 2.0)) == 0.5
 
 
-def test_the_fastest_peer_is_no_backend_and_not_the_limit(measured):
+def test_fastest_peer_is_neither_a_backend_nor_the_limit(measured):
     assert measured.fastest_peer("train") == "torch.nn"
     assert measured.peers == ["torch.nn", "formula", "copy"]
     alone = measured._replace(subjects={"numpy": timed(1.0), "copy": timed(1.0)})
     assert alone.fastest_peer("train") is None
 
 
-def test_peers_stand_on_the_devices_of_their_framework():
+def test_peers_are_measured_on_the_devices_of_their_framework():
     assert measurement.subjects(["numpy"]) == ["numpy", "torch.nn", "flax.nnx", "formula", "copy"]
     assert measurement.subjects(["torch:cuda", "torch", "jax:cpu"])[3:] == [
         "torch.nn:cuda",
@@ -62,7 +62,7 @@ def test_peers_stand_on_the_devices_of_their_framework():
     ]
 
 
-def test_on_a_device_all_stand_there_that_can():
+def test_all_subjects_that_can_are_measured_on_the_given_device():
     assert measurement.subjects(["torch:cuda"], "cuda") == [
         *("torch:cuda", "torch.nn:cuda", "flax.nnx:cuda", "copy:cuda")
     ]
@@ -71,14 +71,14 @@ def test_on_a_device_all_stand_there_that_can():
     ]
 
 
-def test_the_limit_is_the_limit_on_a_device_too(measured):
+def test_limit_on_a_device_is_the_copy_on_that_device(measured):
     subjects = {"torch:cuda": timed(1.0), "torch.nn:cuda": timed(2.0), "copy:cuda": timed(0.5)}
-    there = measured._replace(subjects=subjects)
-    assert (there.limit, there.fastest_peer("train")) == ("copy:cuda", "torch.nn:cuda")
-    assert json.loads(record.to_json(there))["limit"] == "copy:cuda"
+    on_device = measured._replace(subjects=subjects)
+    assert (on_device.limit, on_device.fastest_peer("train")) == ("copy:cuda", "torch.nn:cuda")
+    assert json.loads(record.to_json(on_device))["limit"] == "copy:cuda"
 
 
-def test_record(measured):
+def test_json_holds_workload_ratios_and_memory(measured):
     written = json.loads(record.to_json(measured), parse_constant=pytest.fail)
     subjects = {row["subject"]: row for row in written["subjects"]}
     assert written["workload"]["shape"] == [4, 3]
@@ -88,7 +88,7 @@ def test_record(measured):
     assert subjects["nowhere"]["status"] == "cannot run"
 
 
-def test_report(measured):
+def test_report_fits_80_columns_and_shows_times_and_ratios(measured):
     out = io.StringIO()
     target = console()
     target.file, target.width = out, 80
@@ -101,8 +101,8 @@ def test_report(measured):
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_where_memory_is_not_known_there_is_no_number(measured, monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "_CLEAR", tmp_path)  # a directory, which takes no text
+def test_unknown_memory_is_shown_as_a_dash(measured, monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "_CLEAR", tmp_path)  # a directory cannot be written to
     assert memory.beyond_arrays(lambda: None) is None
     unknown = timed(1.0)._replace(prepared=Prepared("1.0", "cpu", {"train": 1.0}, {"train": None}))
     out = io.StringIO()
@@ -113,7 +113,7 @@ def test_where_memory_is_not_known_there_is_no_number(measured, monkeypatch, tmp
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells")
-def test_memory_counts_temporaries_and_no_outputs():
+def test_memory_counts_temporaries_but_not_outputs():
     def call():
         temporary = np.ones(64 * MEBIBYTE, np.uint8)
         return temporary[: 32 * MEBIBYTE].copy(), (None, np.ones(MEBIBYTE, np.uint8))
@@ -122,13 +122,13 @@ def test_memory_counts_temporaries_and_no_outputs():
     assert memory.beyond_arrays(lambda: np.ones(64 * MEBIBYTE, np.uint8)) < 8 * MEBIBYTE
 
 
-def test_a_turn_calls_often_enough():
+def test_host_clock_repeats_a_short_call():
     calls = []
     assert HostClock().seconds([lambda: calls.append(1)]) > 0
     assert len(calls) > 3
 
 
-def test_a_worker_is_made_ready_and_then_timed():
+def test_worker_prepares_a_subject_and_then_times_it():
     worker = Worker()
     prepared = worker.answer(Preparation("numpy", Workload((64, 8)), MODES))
     assert prepared.version == np.__version__
@@ -144,12 +144,12 @@ def test_a_worker_is_made_ready_and_then_timed():
         ("numpy", Workload((1, 3)), True, "ValueError"),
     ],
 )
-def test_what_a_worker_can_not_do(spec, workload, broken, words):
+def test_worker_says_why_it_cannot_measure(spec, workload, broken, words):
     answer = Worker().answer(Preparation(spec, workload, ("train",)))
     assert (answer.broken, words in answer.why) == (broken, True)
 
 
-def test_a_package_that_is_missing_is_named(monkeypatch):
+def test_worker_names_a_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "mbn.commands.bench.peers.formula", None)
     answer = Worker().answer(Preparation("formula", Workload((4, 3)), ("train",)))
     assert not answer.broken
@@ -158,15 +158,15 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
 
 @pytest.mark.parametrize("axis", [1, -1])
 @pytest.mark.parametrize("shape", [(6, 3), (6, 3, 4)])
-def test_masks_have_the_shape_of_places(axis, shape):
+def test_mask_has_the_shape_of_x_without_channels(axis, shape):
     workload = Workload(shape, axis=axis, masked=True)
-    places = [size for i, size in enumerate(shape) if i != axis % len(shape)]
-    assert workload.mask().shape == tuple(places)
+    without_channels = [size for i, size in enumerate(shape) if i != axis % len(shape)]
+    assert workload.mask().shape == tuple(without_channels)
     assert 0.6 < workload.mask().mean() < 0.7
     assert Workload(shape).mask() is None
 
 
-def test_layouts():
+def test_transposed_workload_is_not_contiguous():
     x = Workload((6, 3, 4), transposed=True).x()
     assert x.shape == (6, 3, 4)
     assert not x.flags.c_contiguous
@@ -174,5 +174,5 @@ def test_layouts():
 
 
 @pytest.mark.parametrize(("rows", "fewer"), [(1, 1), (2, 2), (40, 2), (65536, 4096)])
-def test_a_smaller_workload_can_be_trained_on(rows, fewer):
+def test_smaller_workload_keeps_enough_rows_for_training(rows, fewer):
     assert Workload((rows, 3, 5)).smaller().shape == (fewer, 3, 5)

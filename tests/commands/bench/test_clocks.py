@@ -1,4 +1,4 @@
-"""Times of a device: from events of a device that is none, whose every call takes a known time."""
+"""Clocks of devices, tested with events of a simulated device on which every call takes a known time."""
 
 import sys
 from importlib.util import find_spec
@@ -18,7 +18,7 @@ MEBIBYTE = 2**20
 
 
 class Device:
-    """A queue that is worked off in no time of the host's."""
+    """A simulated device: its time advances by the durations of its calls, and the host never waits."""
 
     def __init__(self, *durations):
         self.now, self.done, self._durations = 0.0, 0, durations
@@ -42,24 +42,24 @@ class Events(EventClock):
         return None
 
 
-def test_the_time_of_a_call_is_that_between_events_over_their_number():
+def test_event_clock_divides_the_time_between_events_by_the_calls():
     device = Device(1e-5)
     assert Events(device).seconds([device.work] * 4) == pytest.approx(1e-5)
     assert device.done * 1e-5 > clocks.TURN + clocks._WARM_UP
 
 
-def test_a_slow_call_is_repeated_often_enough_for_a_median():
+def test_event_clock_repeats_a_slow_call_often_enough_for_a_median():
     device = Device(*[0.01] * 9, 1.0)  # a disturbance that a mean would show
     assert Events(device).seconds([device.work]) == pytest.approx(0.01)
     assert device.done >= Events.intervals
 
 
-def test_what_happens_once_is_no_part_of_the_time():
+def test_event_clock_leaves_out_a_slow_first_call():
     first = Device(10.0, *[1e-3] * 10_000)
     assert Events(first).seconds([first.work]) == pytest.approx(1e-3)
 
 
-def test_all_sets_have_their_turn():
+def test_event_clock_cycles_through_all_sets_of_arrays():
     device, calls = Device(1e-4), [[], [], []]
 
     def call(index):
@@ -71,13 +71,13 @@ def test_all_sets_have_their_turn():
     assert all(second == first + 1 for first, second in zip(calls[0], calls[1], strict=True))
 
 
-def test_sets_are_several_times_the_cache_or_as_many_as_there_may_be():
+def test_sets_of_arrays_exceed_the_cache_up_to_a_limit():
     device = Events(Device(1))
     assert [device.sets(nbytes) for nbytes in (2**30, 64 * MEBIBYTE, MEBIBYTE, 8192)] == [1, 4, 32, 32]
     assert HostClock().sets(8192) == 1
 
 
-def test_queued_calls_are_waited_for_once_an_interval(monkeypatch):
+def test_queue_clock_waits_once_an_interval(monkeypatch):
     now, waited, called = [0.0], [], []
     monkeypatch.setattr(clocks, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
@@ -100,14 +100,14 @@ def test_passes_of_forward_and_backward_add_up():
     assert Workload((4, 3), dtype="float16").nbytes == 24
 
 
-def test_values_repeat_where_they_are_too_many_to_draw(monkeypatch):
+def test_large_workload_repeats_drawn_values(monkeypatch):
     monkeypatch.setattr("mbn.commands.bench.workloads._DRAWN", 8)
     x = Workload((5, 4)).x()
     assert x.shape == (5, 4)
     np.testing.assert_array_equal(x.ravel()[8:16], x.ravel()[:8])
 
 
-def test_a_twin_has_arrays_of_its_own_and_shares_the_layer():
+def test_twin_has_arrays_of_its_own_and_shares_the_layer():
     first = subject("numpy", Workload((8, 3)))
     first.step("backward")()
     twin = first.twin()
@@ -117,7 +117,7 @@ def test_a_twin_has_arrays_of_its_own_and_shares_the_layer():
 
 
 class Queued(Subject):
-    """A subject on a device that is none."""
+    """A subject on a simulated device."""
 
     version, device = "1.0", "cuda"
 
@@ -132,7 +132,7 @@ class Queued(Subject):
         return self.work.work
 
 
-def test_a_worker_times_by_the_clock_of_its_subject(monkeypatch):
+def test_worker_times_by_the_clock_of_its_subject(monkeypatch):
     monkeypatch.setattr("mbn.commands.bench.worker.subject", lambda _, workload: Queued(workload))
     worker = Worker()
     assert worker.answer(Preparation("queued", Workload((64, 8)), ("train",))).memory == {"train": None}
@@ -142,7 +142,7 @@ def test_a_worker_times_by_the_clock_of_its_subject(monkeypatch):
     assert (refused.broken, "captures no calls" in refused.why) == (False, True)
 
 
-def test_a_worker_times_what_a_clock_has_captured(monkeypatch):
+def test_worker_times_the_captured_calls_of_a_clock(monkeypatch):
     class Capturing(Events):
         captures = True
 
@@ -157,7 +157,7 @@ def test_a_worker_times_what_a_clock_has_captured(monkeypatch):
 
 
 class Pool:
-    """A pool that keeps what is freed, in blocks without a name."""
+    """A memory pool that keeps freed memory until ``free_all_blocks``."""
 
     def __init__(self):
         self.total = self.used = 0
@@ -176,7 +176,7 @@ class Pool:
 
 @pytest.fixture
 def cupy_clock(monkeypatch):
-    """mbn.commands.bench.peers' clock for CuPy, on a CuPy that only notes what it is asked for."""
+    """Return the benchmarks' clock for CuPy, over a stand-in for CuPy that logs its calls; the log, device and pool."""
     log, device, pool = [], Device(1e-3), Pool()
 
     class Event:
@@ -226,13 +226,13 @@ def cupy_clock(monkeypatch):
     monkeypatch.delitem(sys.modules, "mbn.commands.bench.peers.cupy")
 
 
-def test_cupy_is_timed_by_its_events(cupy_clock):
+def test_cupy_clock_times_by_events(cupy_clock):
     clock, log, device, _ = cupy_clock
     assert clock.seconds([device.work]) == pytest.approx(1e-3)
     assert log[0] == "use"
 
 
-def test_cupy_captures_a_call_that_is_warm_within_its_own_stream_and_pool(cupy_clock):
+def test_cupy_clock_captures_a_warm_call_in_its_own_stream_and_pool(cupy_clock):
     clock, log, *_ = cupy_clock
     replay = clock.captured(lambda: log.append("call"))
     replay()
@@ -243,7 +243,7 @@ def test_cupy_captures_a_call_that_is_warm_within_its_own_stream_and_pool(cupy_c
     ]
 
 
-def test_memory_beyond_arrays_is_what_the_pool_grew_by_less_outputs(cupy_clock):
+def test_cupy_clock_counts_growth_of_the_pool_less_outputs(cupy_clock):
     clock, *_, pool = cupy_clock
     pool.take(100)
 
@@ -257,7 +257,7 @@ def test_memory_beyond_arrays_is_what_the_pool_grew_by_less_outputs(cupy_clock):
 
 
 @pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
-def test_torch_is_timed_by_its_events(monkeypatch):
+def test_torch_clock_times_by_events(monkeypatch):
     import torch
 
     from mbn.commands.bench.peers.torch import Clock

@@ -1,4 +1,4 @@
-"""Whoever is measured does the same work: normalises the same numbers, and comes to the same gradients."""
+"""All subjects of a benchmark do the same work: they normalise the same numbers and give the same gradients."""
 
 from importlib.util import find_spec
 
@@ -25,7 +25,7 @@ SPECS = [*mbn.list_backends(), *(peer for peer in peers.PEERS if peer != "copy")
 
 
 def outputs(spec, workload, mode):
-    """Return y and, of a backward step, dx: with the channels last, as float64."""
+    """Return y, and dx in a backward step, as float64 with the channels last."""
     found = [array for array in arrays(subject(spec, workload).step(mode)()) if hasattr(array, "dtype")]
     same = [mbn.to_numpy(array).astype(np.float64) for array in found]
     same = [array for array in same if array.size == workload.size]
@@ -33,14 +33,14 @@ def outputs(spec, workload, mode):
 
 
 def channels_axis(spec, workload):
-    """Return where the outputs have their channels, whatever the workload says."""
+    """Return the axis of the channels in the outputs; some peers have it fixed, whatever the workload says."""
     return {"flax.nnx": -1, "torch.nn": 1}.get(spec, workload.axis)
 
 
 @pytest.mark.parametrize("mode", [*MODES, PULLBACK])
 @pytest.mark.parametrize("workload", WORKLOADS, ids=str)
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if spec != "numpy"])
-def test_all_do_the_same_work(spec, workload, mode):
+def test_subject_gives_the_results_of_numpy(spec, workload, mode):
     expected = outputs("numpy", workload, mode)
     try:
         found = outputs(spec, workload, mode)
@@ -56,14 +56,14 @@ def test_all_do_the_same_work(spec, workload, mode):
         np.testing.assert_allclose(actual, truth, rtol=tolerance, atol=tolerance)
 
 
-def test_evaluation_follows_training():
+def test_evaluation_uses_statistics_from_training():
     layer = subject("numpy", Workload((64, 8)))
     before = layer.step("eval")()
     layer.step("train")()
     assert (layer.step("eval")() != before).any()
 
 
-def test_the_limit_is_a_copy():
+def test_copy_subject_copies_x():
     copy = subject("copy", Workload((64, 8)))
     copy.step("backward")()
     np.testing.assert_array_equal(copy._copy, Workload((64, 8)).x())
@@ -77,16 +77,16 @@ def test_the_limit_is_a_copy():
         ("numpy", Workload((4, 3), dtype="float8"), "numpy takes no float8"),
     ],
 )
-def test_a_workload_that_is_none_for_a_subject(spec, workload, message):
+def test_subject_refuses_a_workload_it_cannot_do(spec, workload, message):
     with pytest.raises(NotImplementedError, match=message):
         subject(spec, workload)
 
 
 @pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
-def test_torch_records_nothing_without_gradients():
+def test_torch_subject_records_gradients_in_backward_alone():
     layer = subject("torch", Workload((4, 3)))
     try:
         assert not layer.step("train")().requires_grad
         assert layer.step("backward")()[0].requires_grad
     finally:
-        layer.step("backward")  # which turns gradients on again for the tests to come
+        layer.step("backward")  # turns gradients on again for later tests

@@ -1,4 +1,4 @@
-"""What the parts of a comparison must get right on their own."""
+"""The parts of a comparison, each on its own."""
 
 import json
 import sys
@@ -26,7 +26,7 @@ def measured(truth, *, off=0.0):
     return Measured("1.0", "cpu", arrays, {"train": 1e-3, "eval": 1e-3})
 
 
-def test_the_built_in_examples_have_known_answers():
+def test_built_in_examples_have_known_statistics():
     first, _, third, hard = (reference(example) for example in examples.built_in("float32"))
     assert first.statistics[0].tolist() == [4, 5, 6, 7]
     assert first.statistics[1].tolist() == [16, 16, 16, 16]
@@ -34,7 +34,7 @@ def test_the_built_in_examples_have_known_answers():
     np.testing.assert_allclose(hard.statistics[0], 1e4 * (1 - 0.9**3), rtol=1e-4)
 
 
-def test_the_verdict(example):
+def test_verdict_gives_the_exit_code(example):
     truth = reference(example)
     good, off = measured(truth), measured(truth, off=np.float32(0.5))
 
@@ -48,7 +48,7 @@ def test_the_verdict(example):
 
 
 @pytest.mark.parametrize("wrong", [np.full((16, 3), np.nan), np.zeros((3, 16))], ids=["nan", "shape"])
-def test_what_is_no_number_is_infinitely_wrong_and_strict_json(example, wrong):
+def test_nan_or_wrong_shape_is_an_infinite_error_in_strict_json(example, wrong):
     truth = reference(example)
     good = measured(truth)
     bad = good._replace(arrays={**good.arrays, "eval_output": wrong})
@@ -63,7 +63,7 @@ def test_what_is_no_number_is_infinitely_wrong_and_strict_json(example, wrong):
     ("script", "words"),
     [("kill -SEGV $$", "signal 11"), ("echo noise >&2; echo last words >&2; exit 7", "exit code 7: last words")],
 )
-def test_a_worker_that_dies_says_how(tmp_path, monkeypatch, example, script, words):
+def test_dead_worker_is_reported_with_its_last_words(tmp_path, monkeypatch, example, script, words):
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\n{script}\n")
     python.chmod(0o755)
@@ -84,26 +84,26 @@ def test_a_worker_that_dies_says_how(tmp_path, monkeypatch, example, script, wor
         (np.full((4, 3), 1e200), "NaN, infinite or huge"),
     ],
 )
-def test_arrays_without_a_reference_are_refused(tmp_path, array, message):
+def test_input_that_cannot_be_normalised_is_refused(tmp_path, array, message):
     np.save(tmp_path / "x.npy", array)
     with pytest.raises(UsageError, match=message):
         examples.read(tmp_path / "x.npy", None)
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 no zip"])
-def test_what_is_no_numpy_file_is_refused(tmp_path, content):
+def test_file_of_another_format_is_refused(tmp_path, content):
     (tmp_path / "x.npy").write_bytes(content)
     with pytest.raises(UsageError, match=r"no \.npy or \.npz file"):
         examples.read(tmp_path / "x.npy", None)
 
 
-def test_an_npz_without_arrays_is_refused(tmp_path):
+def test_npz_without_arrays_is_refused(tmp_path):
     np.savez(tmp_path / "x.npz")
     with pytest.raises(UsageError, match="holds no arrays"):
         examples.read(tmp_path / "x.npz", None)
 
 
-def test_bfloat16_without_ml_dtypes(monkeypatch):
+def test_bfloat16_without_ml_dtypes_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     with pytest.raises(UsageError, match="pip install ml_dtypes"):
         examples.built_in("bfloat16")
@@ -112,10 +112,10 @@ def test_bfloat16_without_ml_dtypes(monkeypatch):
 @pytest.mark.parametrize(
     ("ulp", "text"), [(0.0, "0"), (0.001, "0.00"), (1.5, "1.50"), (123456.0, "1.2e+05"), (float("inf"), "inf")]
 )
-def test_errors_as_text(ulp, text):
+def test_format_ulp_has_three_digits_at_most(ulp, text):
     assert format_ulp(ulp) == text
 
 
-def test_a_reason_is_shortened_to_its_essence():
+def test_essence_shortens_a_reason():
     assert essence("backend 'torch' is known but torch is not installed.") == "torch is not installed."
     assert len(essence(f"backend 'x': {'word ' * 1000}")) <= 300

@@ -1,4 +1,4 @@
-"""The picture."""
+"""The picture of ``mbn compare``."""
 
 import struct
 from importlib import import_module
@@ -16,7 +16,7 @@ plot = import_module("mbn.commands.compare.plot")
 
 
 @pytest.mark.parametrize("names", [["numpy"], ["numpy", "torch", "jax", "cupy", "a-plug-in:with-a-long-device:0"]])
-def test_the_picture_is_a_png_of_sensible_size(tmp_path, names):
+def test_picture_is_a_png_of_sensible_size(tmp_path, names):
     example = examples.seeded((16, 3), "float32")
     truth = reference(example)
     arrays = {quantity: exact.hi.astype(np.float32) for quantity, exact in truth.exact.items()}

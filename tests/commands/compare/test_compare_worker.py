@@ -1,4 +1,4 @@
-"""What a call's time in a comparison is: its own, and not that of the wait for its output."""
+"""The time of a call in a comparison: that of the call and its work, without that of the wait for its output."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,7 @@ from mbn.commands.compare import worker
 
 
 class Framework:
-    """A backend and a layer by a clock of their own, on which a call, its work and a wait take so many seconds."""
+    """A backend and a layer with a simulated clock, on which a call, its work and a wait take these seconds."""
 
     def __init__(self, call, work, wait):
         self.now, self.queued = 0.0, 0.0
@@ -33,12 +33,12 @@ class Framework:
 @pytest.mark.parametrize(
     ("call", "work", "wait", "expected"),
     [
-        (1e-3, 0.0, 2e-3, 1e-3),  # a framework that returns when all is done
-        (1e-4, 4e-3, 2e-3, 41e-4),  # one that queues its work
+        (1e-3, 0.0, 2e-3, 1e-3),  # a framework that returns when its work is done
+        (1e-4, 4e-3, 2e-3, 41e-4),  # a framework that queues its work
         (1e-3, 0.0, 0.0, 1e-3),
     ],
 )
-def test_the_wait_is_taken_off_the_time_of_a_call(monkeypatch, call, work, wait, expected):
+def test_time_of_a_call_excludes_the_wait(monkeypatch, call, work, wait, expected):
     framework = Framework(call, work, wait)
     monkeypatch.setattr(worker, "time", SimpleNamespace(perf_counter=framework.perf_counter))
     for shape in ((4, 3), (4, 3, 1)):
@@ -46,7 +46,7 @@ def test_the_wait_is_taken_off_the_time_of_a_call(monkeypatch, call, work, wait,
         assert worker._seconds_per_call(framework, framework.layer, x) == pytest.approx(expected)
 
 
-def test_a_wait_that_takes_longer_by_itself_makes_no_negative_time(monkeypatch):
+def test_time_of_a_call_is_never_negative(monkeypatch):
     framework = Framework(0.0, 0.0, 2e-3)
     layer = framework.layer
     monkeypatch.setattr(worker, "time", SimpleNamespace(perf_counter=framework.perf_counter))
