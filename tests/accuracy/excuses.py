@@ -1,6 +1,6 @@
 """The rows of docs/accuracy.md that excuse an error of the fuzz, each exactly as the page has it.
 
-Vectors are (C,), in ``longdouble`` where it has more range than float64, so that squares of whatever float64 holds fit.
+Vectors are (C,), in ``longdouble`` where it has more range than float64, so that squares of all float64 numbers fit.
 """
 
 from typing import Any, NamedTuple
@@ -12,22 +12,22 @@ _LARGEST = float(np.finfo(np.float64).max)
 _JAX_DIGITS = 1e-288
 _GPU_DIGITS = 1e-300
 _DWARFING = 0.9
-"""The share in a sum of squares of one value that dwarfs all the rest."""
+"""The share of one value in a sum of squares from which on it dwarfs all others."""
 _FITTED = 2.0
 
 
 class Sizes(NamedTuple):
-    """How large the numbers of each channel are, of places that count."""
+    """How large the numbers of each channel are, over the values that count."""
 
     x: np.ndarray
     dy: np.ndarray
     deviation: np.ndarray
     """The largest |x - mean|."""
     dwarfed: np.ndarray
-    """The share of its square in the sum of all of them."""
+    """The share of the square of the largest deviation in the sum of all squares."""
     invstd: np.ndarray
     scale: np.ndarray
-    """That of a normalised value: invstd times the weight."""
+    """The scale of a normalised value: invstd times the weight."""
 
 
 def sizes(case: Any) -> Sizes:
@@ -59,14 +59,14 @@ def sizes(case: Any) -> Sizes:
 
 
 def least_normal(dtype: str) -> float:
-    """Return the least normal number of a dtype, or of the float32 that float16 is computed in."""
+    """Return the least normal number of a dtype; for float16 that of float32, in which float16 is computed."""
     return float(ml_dtypes.finfo("float32" if dtype == "float16" else dtype).smallest_normal)
 
 
-def room(name: str, case: Any, size: Sizes) -> np.ndarray:
-    """Return the error that a value or a statistic may have where numbers below the least normal one are 0.
+def underflow_error(name: str, case: Any, size: Sizes) -> np.ndarray:
+    """Return the error that an output or a statistic may have where numbers below the least normal one become 0.
 
-    Such a number may be the difference that a value is made of, its last digits, or a term of the result.
+    Such a number may be the difference from the mean, the last digits of one, or a term of the result.
     """
     if name != "y":
         return np.full(len(size.x), least_normal(case.layer["dtype"]))
@@ -74,7 +74,7 @@ def room(name: str, case: Any, size: Sizes) -> np.ndarray:
 
 
 def more_ulp(name: str, case: Any, size: Sizes) -> float:
-    """Return how many times as many ulp as its bound a statistic may be off."""
+    """Return the factor by which the error of a statistic may exceed its bound."""
     if case.layer["dtype"] != "float64":
         return 1.0
     if name.startswith("fitted") and (size.dwarfed > _DWARFING).any():
@@ -86,7 +86,7 @@ def more_ulp(name: str, case: Any, size: Sizes) -> float:
 
 
 def right(name: str, backend: str, case: Any, size: Sizes) -> np.ndarray | np.bool:
-    """Tell which channels of a gradient have to be right, in a shape that broadcasts against it."""
+    """Return True for channels whose gradient has to be right, in a shape that broadcasts against the gradient."""
     wrong = np.zeros(len(size.x), bool)
     if case.layer["dtype"] != "float64" or name == "dbias":
         return np.True_

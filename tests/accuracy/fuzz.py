@@ -1,9 +1,9 @@
 """Random calls of one backend, held to docs/accuracy.md: ``python tests/accuracy/fuzz.py BACKEND --cases 20000``.
 
-Each case is made of one number, its seed, and is hard in the ways that numbers are: values of any size that the dtype
-has, channels of different sizes, terms that cancel, dominating values, constants; any eps, parameters, statistics and
-weights. Shapes, which compiled backends compile for, come from a short list. float64 on JAX takes ``JAX_ENABLE_X64=1``,
-and ``--few-shapes`` spares it most of the compilations.
+A case is drawn from one number, its seed, and is numerically hard: values of any size that the dtype has, channels of
+different sizes, terms that cancel, dominating values, constants; any eps, parameters, statistics and weights. Shapes
+come from a short list, since some backends compile for each. float64 on JAX needs ``JAX_ENABLE_X64=1``, and
+``--few-shapes`` saves JAX most of the compilations.
 """
 
 import argparse
@@ -21,12 +21,12 @@ from mbn.contract import layer_dtype
 
 SHAPES = [(2, 1), (2, 3), (3, 2), (5, 4), (17, 3), (64, 2), (300, 1), (2, 2, 2), (3, 4, 5), (4, 2, 40), (6, 3, 1)]
 LARGE_SHAPES = [(9000, 2), (70, 3, 90)]
-"""Of more values than the paths for small arrays take."""
+"""Shapes of more values than the paths for small arrays take."""
 LARGE_SHARE = 0.005
 FEW_SHAPES = [(2, 3), (17, 3), (3, 4, 5)]
 """One shape of each kind, for backends that compile for every new one."""
 FEW = 8
-"""The least numbers of its dtype that a gradient near 0 may be off: its factors are rounded there one by one."""
+"""The error of a gradient near 0 in least numbers of its dtype: each of its factors is rounded there."""
 
 
 class Case(NamedTuple):
@@ -47,12 +47,12 @@ class Case(NamedTuple):
 
 
 def drawn(seed: int, dtypes: list[str], shapes: list[tuple[int, ...]] | None = None) -> Case:
-    """Return the case of a seed, of one of the shapes that are given or of any."""
+    """Return the case of a seed, with one of the given shapes or of all."""
     generator = np.random.default_rng(seed)
     dtype = str(generator.choice(dtypes))
     wide = "float64" if "float64" in dtypes and generator.random() < 0.2 else layer_dtype(dtype)
     shape = _one_of(generator, shapes or (LARGE_SHAPES if generator.random() < LARGE_SHARE else SHAPES))
-    c, places = shape[1], (shape[0], *shape[2:])
+    c, cells = shape[1], (shape[0], *shape[2:])
     x = _values(generator, shape, dtype)
     if dtype in {"float32", "float64"} and generator.random() < 0.05:
         x = x.astype(x.dtype.newbyteorder())
@@ -72,7 +72,7 @@ def drawn(seed: int, dtypes: list[str], shapes: list[tuple[int, ...]] | None = N
     }
     if layer["affine"]:
         entries["weight"], entries["bias"] = (_sized(generator, c, wide, 1.0) for _ in range(2))
-    masking, weights = _masking(generator, places, wide)
+    masking, weights = _masking(generator, cells, wide)
     dy = _values(generator, shape, dtype)
     return Case(x, dy, layer, entries, bool(generator.random() < 0.7), masking, weights)
 
@@ -82,13 +82,13 @@ def _one_of(generator: np.random.Generator, choices: list[Any]) -> Any:
 
 
 def _limits(dtype: str) -> tuple[float, float]:
-    """Return the exponents of the least and of a large number of a dtype, with room for sums."""
+    """Return the exponents of the least number of a dtype and of a large one whose sums do not overflow."""
     info = ml_dtypes.finfo(dtype)
     return float(np.log2(float(info.smallest_subnormal))), info.maxexp - 4
 
 
 def _size(generator: np.random.Generator, dtype: str) -> float:
-    """Return a power of two: mostly an ordinary one, and of any size that a dtype has otherwise."""
+    """Return a power of two: mostly of an ordinary size, otherwise of any size that a dtype has."""
     least, most = _limits(dtype)
     if generator.random() < 0.6:
         return 2.0 ** generator.integers(max(least, -10), min(most, 10))
@@ -96,7 +96,7 @@ def _size(generator: np.random.Generator, dtype: str) -> float:
 
 
 def _values(generator: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Return an array whose channels have patterns, offsets and sizes of their own, or all the same."""
+    """Return an array whose channels all have one pattern and size, or each their own."""
     values = np.empty(shape)
     pattern, size = _one_of(generator, strategies.PATTERNS), _size(generator, dtype)
     is_mixed = generator.random() < 0.3
@@ -114,27 +114,27 @@ def _values(generator: np.random.Generator, shape: tuple[int, ...], dtype: str) 
 
 
 def _sized(generator: np.random.Generator, c: int, dtype: str, typical: float) -> np.ndarray:
-    """Return parameters or statistics: of a typical size, of any other, or 0 here and there."""
+    """Return parameters or statistics: of a typical size or of any other, and a few zeros."""
     size = np.array([typical if generator.random() < 0.7 else _size(generator, dtype) for _ in range(c)])
     vector = generator.normal(size=c) * np.minimum(size, 2.0 ** (_limits(dtype)[1]))
     return np.where(generator.random(c) < 0.05, 0, vector).astype(dtype)
 
 
 def _masking(
-    generator: np.random.Generator, places: tuple[int, ...], dtype: str
+    generator: np.random.Generator, cells: tuple[int, ...], dtype: str
 ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     kind = generator.random()
     if kind < 0.6:
         return {}, None
     if kind < 0.9:
-        kinds = strategies.maskings(places, int(generator.integers(10)))
+        kinds = strategies.maskings(cells, int(generator.integers(10)))
         return tuple(_one_of(generator, list(kinds.values())))
-    weights = (generator.uniform(0.5, 2, places) * _size(generator, dtype)).astype(dtype)
+    weights = (generator.uniform(0.5, 2, cells) * _size(generator, dtype)).astype(dtype)
     return {"sample_weight": weights}, weights.astype(np.float64)
 
 
 def violations(backend: mbn.contract.Backend, case: Case) -> list[str]:
-    """Return what a backend gets wrong of a case: each a name, the error and what is allowed."""
+    """Return the wrong results of a backend in a case, each as a name and its error."""
     flushes = _takes_subnormals_for_0(backend)
     case = _without_subnormals(case) if flushes else case
     bn = mbn.BatchNorm1d(backend=backend, **case.layer).train(case.training)
@@ -152,7 +152,7 @@ def violations(backend: mbn.contract.Backend, case: Case) -> list[str]:
         exact = {"y": oracle.evaluate(case.x, **case.entries, eps=eps, weights=case.weights)}
     results = {"y": y, "running_mean": bn.running_mean, "running_var": bn.running_var}
     if case.training and case.weights is None:
-        # Momentum 1 takes nothing of the old statistics, and fit does neither.
+        # With momentum 1 the old statistics have no effect, as in fit.
         step = oracle.train(case.x, **case.entries, **arguments | {"momentum": 1.0})
         exact |= {"fitted mean": step.running_mean, "fitted variance": step.running_var}
         batches = np.array_split(case.x, [1, len(case.x) // 2])
@@ -165,7 +165,7 @@ def violations(backend: mbn.contract.Backend, case: Case) -> list[str]:
         dtype = host.dtype.name
         keep = _representable(truth.hi, truth.magnitude, dtype)
         if flushes:
-            keep &= abs(host.astype(np.float64) - truth.hi) > excuses.room(name, case, size)
+            keep &= abs(host.astype(np.float64) - truth.hi) > excuses.underflow_error(name, case, size)
         error = ulp.error(host[keep], ulp.Exact(*(part[keep] for part in truth)), dtype)
         if error > bounds[dtype] * excuses.more_ulp(name, case, size):
             found.append(f"{name} is {error:.3g} ulp off")
@@ -181,13 +181,13 @@ def violations(backend: mbn.contract.Backend, case: Case) -> list[str]:
 
 
 def _representable(value: np.ndarray, magnitude: np.ndarray, dtype: str) -> np.ndarray:
-    """Tell which results, and the terms that they are added from, a dtype can hold."""
+    """Return True for results that a dtype can hold, together with the terms that they are added from."""
     largest = float(ml_dtypes.finfo(dtype).max)
     return (np.abs(value) < largest) & (magnitude < largest)
 
 
 def _takes_subnormals_for_0(backend: mbn.contract.Backend) -> bool:
-    """Tell whether the framework's own arithmetic does, as XLA's on the CPU: docs/accuracy.md excuses it."""
+    """Return whether the framework's own arithmetic does, as XLA's on the CPU: docs/accuracy.md excuses it."""
     x = backend.asarray(np.full(1, 1e-40, np.float32))
     return bool(backend.to_numpy(x + x) == 0)
 
@@ -203,10 +203,10 @@ def _without_subnormals(case: Case) -> Case:
 
 
 def _gradient_error(actual: np.ndarray, exact: np.ndarray, size: np.ndarray, least: float, right: np.ndarray) -> float:
-    """Return the largest error of a gradient in units of what is allowed.
+    """Return the largest error of a gradient as a multiple of the allowed error.
 
-    Allowed is the bound, relative to the largest gradient beside it, and the rounding of its terms and near 0: what is
-    less than ``least`` may be 0. Only the channels are compared that have to be right.
+    The allowed error is the bound, relative to the largest gradient of the channel, plus the rounding of its terms,
+    plus the rounding near 0; numbers below ``least`` may be 0. Only channels that have to be right are compared.
     """
     dtype = actual.dtype.name
     keep = _representable(exact, size, dtype) & right
@@ -220,7 +220,7 @@ def _gradient_error(actual: np.ndarray, exact: np.ndarray, size: np.ndarray, lea
 
 
 def run(name: str, seeds: range, shapes: list[tuple[int, ...]] | None) -> int:
-    """Print what a backend gets wrong of the cases of these seeds; return of how many."""
+    """Print the wrong results of a backend in the cases of these seeds; return the number of these cases."""
     backend = mbn.get_backend(name)
     dtypes = sorted(backend.capabilities.dtypes)
     wrong = 0
@@ -229,7 +229,7 @@ def run(name: str, seeds: range, shapes: list[tuple[int, ...]] | None) -> int:
         try:
             with np.errstate(all="ignore"):
                 found = violations(backend, case)
-        except Exception as error:  # noqa: BLE001 - whatever a backend raises is wrong, and the next case may still run
+        except Exception as error:  # noqa: BLE001 - any error is a violation, and the next case is tried
             found = [f"raises {type(error).__name__}: {error}".partition("\n")[0]]
         if found:
             wrong += 1
@@ -239,7 +239,7 @@ def run(name: str, seeds: range, shapes: list[tuple[int, ...]] | None) -> int:
 
 
 def main() -> int:
-    """Read the command line, run, and return 1 if there are violations."""
+    """Read the command line, try the cases, and return 1 if there are violations."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("backend")
     parser.add_argument("--cases", type=int, default=20_000)

@@ -1,6 +1,6 @@
 """Calls whose results are recorded: every backend, path, dtype, mask and memory order, small and large.
 
-``record.py`` writes what a commit makes of them; ``test_golden.py`` holds every later commit to it.
+``record.py`` records the results of a commit; ``test_golden.py`` compares those of every later commit with them.
 """
 
 import hashlib
@@ -17,10 +17,10 @@ from mbn import functional
 from mbn.contract import layer_dtype
 
 EXACT = ("numpy", "numba", "torch")
-"""The backends whose bits are held. XLA may change JAX's, so JAX's values are held to the bounds."""
+"""The backends whose bits must stay. XLA may change JAX's bits, so JAX's values only have to stay within the bounds."""
 BACKENDS = (*EXACT, "jax")
 KEPT = 64
-"""How many values of an array of JAX's are recorded."""
+"""The number of values that are recorded of each array of JAX."""
 SHAPES = {
     "two values": (2, 1),
     "few": (7, 3),
@@ -36,22 +36,22 @@ _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 class Case(NamedTuple):
-    """One call and its pullback, or another way through a backend."""
+    """One call and its pullback, or another use of a backend."""
 
     shape: str
     dtype: str = "float32"
     layer: str = ""
-    """The dtype of parameters and statistics, where it is not the one that x needs."""
+    """The dtype of parameters and statistics, if it is not the default for x."""
     values: str = "ordinary"
     weights: str = "none"
     order: str = "C"
     settings: tuple[tuple[str, Any], ...] = ()
     training: bool = True
     way: str = "vjp"
-    """How results are asked for: ``vjp``, ``out``, ``fit``, or a transformation of the framework's."""
+    """How results are computed: by ``vjp``, ``out``, ``fit``, or a transformation of the framework."""
 
     def __str__(self) -> str:
-        """Return a name that is unique and says what differs from the usual."""
+        """Return a unique name, of the fields that differ from their defaults."""
         parts = [self.shape, self.dtype]
         for field, usual in self._field_defaults.items():
             value = getattr(self, field)
@@ -69,7 +69,7 @@ CALLED = Case("small")
 
 
 def cases() -> list[Case]:
-    """Return all cases, in an order that stays."""
+    """Return all cases, always in the same order."""
     positions = [name for name, shape in SHAPES.items() if len(shape) == 3]
     some = ("few", "small positions", "large")
     found = [Case(shape, dtype) for shape, dtype in itertools.product(SHAPES, _DTYPES)]
@@ -120,7 +120,10 @@ def cases() -> list[Case]:
 
 
 def inputs(case: Case) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """Return x, dy, and the mask, lengths or weights: of PCG64 and additions, which no release of NumPy changes."""
+    """Return x, dy, and the mask, lengths or weights.
+
+    They are made of PCG64 and additions alone, whose results are the same in every release of NumPy.
+    """
     shape = SHAPES[case.shape]
     generator = np.random.Generator(np.random.PCG64(hash_of(case.shape)))
 
@@ -137,7 +140,7 @@ def inputs(case: Case) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
 
 
 def _change(x: np.ndarray, case: Case) -> None:
-    """Make of ordinary values those of a case."""
+    """Change ordinary values, in place, to those of a case."""
     largest = {"float16": 3e4, "bfloat16": 1e38, "float32": 1e38, "float64": 1e300}[case.dtype]
     match case.values:
         case "offset":
@@ -155,16 +158,16 @@ def _change(x: np.ndarray, case: Case) -> None:
 
 
 def _weights(case: Case, generator: np.random.Generator) -> dict[str, np.ndarray]:
-    """Return what says which values of a case count, at least two of them."""
+    """Return the mask, lengths or sample weights of a case, by name; at least two values count."""
     shape = SHAPES[case.shape]
-    positions = shape[0], *shape[2:]
+    cells = shape[0], *shape[2:]
     match case.weights:
         case "mask":
-            given = generator.random(positions) > 0.3
+            given = generator.random(cells) > 0.3
         case "lengths":
             given = (generator.random(shape[0]) * (shape[2] + 1)).astype(np.int64)
         case "sample_weight":
-            given = np.where(generator.random(positions) > 0.2, generator.random(positions), 0)
+            given = np.where(generator.random(cells) > 0.2, generator.random(cells), 0)
         case _:
             return {}
     given.reshape(-1)[:2] = given.max()
@@ -172,7 +175,7 @@ def _weights(case: Case, generator: np.random.Generator) -> dict[str, np.ndarray
 
 
 def _ordered(values: np.ndarray, case: Case) -> np.ndarray:
-    """Return values in the memory order of a case, with their channels last where it has them there."""
+    """Return values in the memory order of a case, with their channels last if its axis is -1."""
     if ("axis", -1) in case.settings:
         values = np.ascontiguousarray(values.swapaxes(1, -1))
     match case.order:
@@ -190,7 +193,7 @@ def _ordered(values: np.ndarray, case: Case) -> np.ndarray:
 
 
 def hash_of(text: str) -> int:
-    """Return a number that stands for a text, in every process the same."""
+    """Return a hash of a text that is the same in every process."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
 
 
@@ -200,7 +203,7 @@ def statistics_dtype(case: Case) -> str:
 
 
 def layer_of(case: Case, backend: str) -> mbn.BatchNorm1d:
-    """Return a layer that has learned something."""
+    """Return a layer whose entries are not those that it was made with."""
     channels, dtype = SHAPES[case.shape][1], statistics_dtype(case)
     bn = mbn.BatchNorm1d(channels, dtype=dtype, backend=backend, **dict(case.settings))
     ramp = np.arange(channels) / channels
@@ -212,7 +215,7 @@ def layer_of(case: Case, backend: str) -> mbn.BatchNorm1d:
 
 
 def results(case: Case, backend: str) -> dict[str, np.ndarray]:
-    """Return all that a backend makes of a case, by name; bfloat16 as float32, which holds it exactly."""
+    """Return all results of a case on a backend, by name; bfloat16 as float32, which holds it exactly."""
     with _wide_enough(backend, case):
         bn, (x, dy, weights) = layer_of(case, backend), inputs(case)
         own = mbn.get_backend(backend)
@@ -316,11 +319,11 @@ _WAYS = {"vjp": _vjp, "out": _out, "fit": _fit, "autograd": _autograd, "second":
 
 
 def of_backend(backend: str) -> Iterator[Case]:
-    """Iterate over the cases that a backend can have."""
+    """Iterate over the cases that apply to a backend."""
     for case in cases():
         if case.way in ("autograd", "second", "vmap") and backend in ("numpy", "numba"):
             continue
-        # Each takes seconds to compile, and JAX has no memory orders; the suite holds all of it to the truth.
+        # Each case takes JAX seconds to compile, and JAX has no memory orders; the suite tests the others on JAX.
         is_few = case.shape.startswith("few") and case.dtype == "float32" and case.order == "C" and case.way != "out"
         if backend == "jax" and not is_few:
             continue
@@ -328,13 +331,13 @@ def of_backend(backend: str) -> Iterator[Case]:
 
 
 def digest(value: np.ndarray) -> str:
-    """Return a digest of all bits of an array, any NaN being like any other."""
+    """Return a digest of all bits of an array; all NaNs count as the same."""
     canonical = np.where(np.isnan(value), np.nan, value).astype(value.dtype)
     return hashlib.sha256(np.ascontiguousarray(canonical).tobytes()).hexdigest()[:32]
 
 
 def excerpt(value: np.ndarray) -> np.ndarray:
-    """Return some values of an array, from all over it."""
+    """Return some values of an array, at equal distances from each other."""
     flat = value.reshape(-1)
     return flat[:: max(1, flat.size // KEPT)][:KEPT]
 

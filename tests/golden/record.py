@@ -1,7 +1,7 @@
-"""Write what this commit makes of the cases: ``python tests/golden/record.py [BACKEND ...]``.
+"""Record the results of this commit: ``python tests/golden/record.py [BACKEND ...]``.
 
-This is done where bits are to change, and the commit that changes them says why. Layers are not written again, since
-those that users have saved do not change either.
+Record them where bits are meant to change; the commit that changes them says why. Layers are not recorded again, since
+the layers that users have saved do not change either.
 """
 
 import json
@@ -35,7 +35,7 @@ def record(backend: str) -> None:
 
 
 def record_layers(backend: str) -> None:
-    """Write a layer after the call of a case, and one that waits for its first input, as a file and as pickles."""
+    """Write a layer after a call as a file and a pickle; pickle a layer that waits for its first input too."""
     bn = golden_cases.called(backend)
     bn.save(HERE / f"{backend}.safetensors")
     held = [bn, golden_cases.waiting(backend)]

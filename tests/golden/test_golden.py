@@ -1,6 +1,6 @@
-"""Results, pickles and files of an earlier commit: bits stay, and what users have saved can be loaded.
+"""Results, pickles and files of an earlier commit: bits stay, and layers that users have saved can be loaded.
 
-Source of the bounds: docs/accuracy.md, twice, since results of two commits may lie on two sides of the truth.
+Source of the bounds: docs/accuracy.md, twice, since the results of two commits may lie on two sides of the exact one.
 """
 
 import json
@@ -43,7 +43,7 @@ def _skip_other_processors(backend: str) -> None:
 @pytest.mark.parametrize(
     ("backend", "shape"), [(b, shape) for b in golden_cases.EXACT for shape in golden_cases.SHAPES]
 )
-def test_bits_stay(backend: str, shape: str) -> None:
+def test_results_have_the_recorded_bits(backend: str, shape: str) -> None:
     _skip_other_processors(backend)
     changed = []
     for case in golden_cases.of_backend(backend):
@@ -55,7 +55,7 @@ def test_bits_stay(backend: str, shape: str) -> None:
 
 
 @pytest.mark.parametrize("case", list(golden_cases.of_backend("jax")), ids=str)
-def test_jax_stays_within_bounds(case: Case) -> None:
+def test_results_of_jax_are_within_bounds_of_the_recorded_ones(case: Case) -> None:
     with np.load(HERE / "jax.npz") as recorded:
         expected = {key.rpartition(": ")[2]: recorded[key] for key in recorded if key.rpartition(": ")[0] == str(case)}
     results = golden_cases.results(case, "jax")
@@ -108,7 +108,7 @@ def _digests_of(backend: Backend, arrays: dict[str, Any]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("backend", golden_cases.EXACT)
-def test_saved_state_is_that_of_the_recorded_call(backend: str) -> None:
+def test_saved_state_has_the_digests_of_the_recorded_call(backend: str) -> None:
     _skip_other_processors(backend)
     own, saved = mbn.get_backend(backend), mbn.BatchNorm1d.load(HERE / f"{backend}.safetensors", backend=backend)
     recorded = _digests(backend)[str(golden_cases.CALLED)]

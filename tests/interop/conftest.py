@@ -1,4 +1,4 @@
-"""Keras takes its backend when it is imported, and by default one that is not installed."""
+"""Keras chooses its backend when it is imported; its default, TensorFlow, is not installed."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What the tests of all packages share: layers that have seen something, and the one measure of sameness."""
+"""Shared by the tests of all packages: layers with known values, and the checks that two layers are the same."""
 
 import numpy as np
 import pytest
@@ -9,9 +9,9 @@ from mbn.conformance import oracle, ulp
 CHANNELS = 5
 
 SHAPES = {1: [(16, CHANNELS), (8, CHANNELS, 7)], -1: [(16, CHANNELS), (8, 7, CHANNELS)]}
-"""By axis: shapes with the channels there."""
+"""By axis: shapes with the channels on it."""
 
-PLACES = [(axis, shape) for axis, shapes in SHAPES.items() for shape in shapes]
+AXES_AND_SHAPES = [(axis, shape) for axis, shapes in SHAPES.items() for shape in shapes]
 
 ARGUMENTS = [{}, {"affine": False}, {"eps": 1e-3, "momentum": 0.25}, {"eps": 0.0, "momentum": 1.0}]
 
@@ -21,14 +21,14 @@ def sample(shape=(16, CHANNELS), *, seed=0, dtype="float32"):
 
 
 def vectors(*, seed=0, dtype="float32"):
-    """Return weight, bias, running mean and running variance, of no special values."""
+    """Return weight, bias, running mean and running variance, with random values."""
     draw = np.random.default_rng(seed)
     values = draw.normal(1, 1, CHANNELS), draw.normal(0, 1, CHANNELS), draw.normal(1, 1, CHANNELS)
     return [value.astype(dtype) for value in (*values, draw.uniform(0.5, 4, CHANNELS))]
 
 
 def layer(**arguments):
-    """Return a layer in evaluation mode whose entries are as many of the vectors as it has."""
+    """Return a layer in evaluation mode; as many of the vectors as it has entries for are its values."""
     bn = mbn.BatchNorm1d(CHANNELS, **arguments)
     dtype = arguments.get("dtype", "float32")
     for name, value in zip(("weight", "bias", "running_mean", "running_var"), vectors(dtype=dtype), strict=True):
@@ -38,9 +38,9 @@ def layer(**arguments):
 
 
 def assert_evaluates_as(bn, y, x, *, bound=2.0):
-    """Check the output of another package, with what is in a layer, against that of the layer, in ulp.
+    """Check the output y of another package, with the values of a layer, against the layer's own output, in ulp.
 
-    The ulp is that of the terms that are added: those of a layer, and the mean, which others scale on its own.
+    The ulp is that of the largest term of the sum: a term of the layer, or the scaled mean, which others compute alone.
     """
     ours, y, axis = mbn.to_numpy(bn.eval()(x)), np.asarray(y), bn.axis
     assert y.shape == x.shape
@@ -54,7 +54,7 @@ def assert_evaluates_as(bn, y, x, *, bound=2.0):
 
 
 def assert_learns_as(bn, step, x, *, bound=4.0):
-    """Check a training step of a layer, and the statistics that one of another package, ``step(x)``, gives: in ulp."""
+    """Check a layer's statistics after a training step against those of another package, ``step(x)``, in ulp."""
     _, _, mean, var = _entries(bn)
     momentum = 1 / (int(bn.num_batches_tracked) + 1) if bn.momentum is None else bn.momentum
     truth = oracle.train(np.moveaxis(x, bn.axis, 1), mean, var, momentum=momentum, eps=bn.eps, correction=bn.correction)
@@ -67,7 +67,7 @@ def assert_learns_as(bn, step, x, *, bound=4.0):
 
 
 def assert_same_layer(a, b):
-    """Check that two layers are the same in all but their place."""
+    """Check that two layers are the same in all but backend and device."""
     (a_arguments, a_entries, *a_modes), (b_arguments, b_entries, *b_modes) = a._snapshot(), b._snapshot()
     assert a_arguments == b_arguments
     assert a_modes == b_modes
@@ -78,7 +78,7 @@ def assert_same_layer(a, b):
 
 
 def warns(*words):
-    """Expect one warning about a conversion, with each of these words."""
+    """Expect a warning about a conversion that has each of these words."""
     return pytest.warns(mbn.ConversionWarning, match="".join(f"(?=.*{word})" for word in words))
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from interop_samples import (
     ARGUMENTS,
+    AXES_AND_SHAPES,
     CHANNELS,
-    PLACES,
     assert_evaluates_as,
     assert_learns_as,
     assert_same_layer,
@@ -74,9 +74,9 @@ def linen_step(module, variables):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("axis", "shape"), PLACES)
+@pytest.mark.parametrize(("axis", "shape"), AXES_AND_SHAPES)
 @pytest.mark.parametrize("arguments", THEIR_ARGUMENTS)
-def test_from_nnx_gives_the_same_output_and_learns_the_same(arguments, axis, shape, backend):
+def test_from_nnx_gives_the_same_output_and_statistics(arguments, axis, shape, backend):
     theirs, x = module(axis=axis, **arguments), sample(shape)
     bn = mbn.from_flax(theirs, backend=backend)
     assert bn.training
@@ -87,9 +87,9 @@ def test_from_nnx_gives_the_same_output_and_learns_the_same(arguments, axis, sha
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("axis", "shape"), PLACES)
+@pytest.mark.parametrize(("axis", "shape"), AXES_AND_SHAPES)
 @pytest.mark.parametrize("arguments", THEIR_ARGUMENTS)
-def test_from_linen_gives_the_same_output_and_learns_the_same(arguments, axis, shape, backend):
+def test_from_linen_gives_the_same_output_and_statistics(arguments, axis, shape, backend):
     theirs, variables = module_and_variables(axis=axis, **arguments)
     bn, x = mbn.from_flax(theirs, variables, backend=backend), sample(shape)
     assert not bn.training
@@ -98,9 +98,9 @@ def test_from_linen_gives_the_same_output_and_learns_the_same(arguments, axis, s
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("axis", "shape"), PLACES)
+@pytest.mark.parametrize(("axis", "shape"), AXES_AND_SHAPES)
 @pytest.mark.parametrize("arguments", [*ARGUMENTS, {"bias": False}])
-def test_to_nnx_gives_the_same_output_and_learns_the_same(arguments, axis, shape, backend):
+def test_to_nnx_gives_the_same_output_and_statistics(arguments, axis, shape, backend):
     bn, x = layer(axis=axis, correction=0, **arguments, backend=backend), sample(shape)
     theirs = mbn.to_flax(bn)
     assert theirs.use_running_average is True
@@ -110,9 +110,9 @@ def test_to_nnx_gives_the_same_output_and_learns_the_same(arguments, axis, shape
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("axis", "shape"), PLACES)
+@pytest.mark.parametrize(("axis", "shape"), AXES_AND_SHAPES)
 @pytest.mark.parametrize("arguments", [*ARGUMENTS, {"bias": False}])
-def test_to_linen_gives_the_same_output_and_learns_the_same(arguments, axis, shape, backend):
+def test_to_linen_gives_the_same_output_and_statistics(arguments, axis, shape, backend):
     bn, x = layer(axis=axis, correction=0, **arguments, backend=backend), sample(shape)
     theirs, variables = mbn.to_flax(bn, linen=True)
     assert jax.tree.structure(variables) == jax.tree.structure(theirs.init(jax.random.key(0), x))
@@ -130,22 +130,22 @@ def test_round_trips_are_exact(arguments, training, backend):
 
 
 @pytest.mark.parametrize(("theirs", "ours"), [(0.99, 0.01), (0.9, 0.1), (0.999, 0.001), (0.0, 1.0), (1.0, 0.0)])
-def test_momentum_is_the_other_part_in_decimal(theirs, ours):
+def test_momentum_converts_to_one_minus_it_in_decimal(theirs, ours):
     bn = mbn.from_flax(module(momentum=theirs))
     assert bn.momentum == ours
     bn = layer(momentum=ours, correction=0)
     assert mbn.to_flax(bn).momentum == theirs
 
 
-def test_a_number_of_jax_is_the_decimal_that_it_shows():
+def test_momentum_as_a_jax_scalar_converts_as_it_is_printed():
     assert mbn.from_flax(module(momentum=jax.numpy.float32(0.99))).momentum == 0.01
 
 
-def test_an_axis_may_be_a_tuple_of_one():
+def test_from_flax_takes_an_axis_in_a_tuple():
     assert mbn.from_flax(module(axis=(-1,))).axis == -1
 
 
-def test_conversions_copy():
+def test_to_flax_copies_the_arrays():
     bn = layer(correction=0, backend="jax")
     theirs, before = mbn.to_flax(bn), copy.deepcopy(bn)
     theirs.train()
@@ -153,7 +153,7 @@ def test_conversions_copy():
     assert_same_layer(bn, before)
 
 
-def test_a_module_from_a_layer_keeps_the_variance_of_large_means():
+def test_to_flax_makes_a_module_with_accurate_variance_for_large_means():
     theirs, x = mbn.to_flax(layer(correction=0, momentum=1.0)), sample() + 1000
     np.testing.assert_allclose(step(theirs)(x)[1], x.astype("float64").var(axis=0), rtol=1e-5)
 
@@ -169,12 +169,12 @@ def test_float64_stays_float64():
         assert_learns_as(bn, step(theirs), x, bound=8)
 
 
-def test_float64_takes_the_64_bit_mode():
+def test_to_flax_refuses_float64_without_the_64_bit_mode():
     with enable_x64(new_val=False), pytest.raises(ValueError, match="jax_enable_x64.*float32"):
         mbn.to_flax(layer(correction=0, dtype="float64", backend="numpy"))
 
 
-def test_halves_become_float32():
+def test_from_flax_widens_bfloat16_to_float32():
     theirs = module(param_dtype=jax.numpy.bfloat16)
     with warns("weight .bfloat16., bias .bfloat16.: ", "float32"):
         bn = mbn.from_flax(theirs)
@@ -189,14 +189,14 @@ def test_halves_become_float32():
         ({"axis_name": "batch"}, ("axis_name", "devices")),
     ],
 )
-def test_what_a_layer_lacks_is_said(arguments, words):
+def test_from_flax_warns_of_settings_that_a_layer_lacks(arguments, words):
     with warns(*words):
         mbn.from_flax(module(**arguments))
     with warns(*words):
         mbn.from_flax(*module_and_variables(**arguments))
 
 
-def test_a_bias_without_a_weight_gets_one():
+def test_from_flax_adds_a_weight_of_ones_to_a_bias_alone():
     theirs = module(use_scale=False)
     with warns("weight", "ones"):
         bn = mbn.from_flax(theirs)
@@ -213,7 +213,7 @@ def test_a_bias_without_a_weight_gets_one():
     ],
 )
 @pytest.mark.parametrize("is_linen", [False, True])
-def test_what_flax_lacks_is_said(arguments, words, is_linen):
+def test_to_flax_warns_of_settings_that_flax_lacks(arguments, words, is_linen):
     bn = layer(**{"correction": 0, **arguments})
     with warns(*words):
         theirs = mbn.to_flax(bn, linen=is_linen)
@@ -221,13 +221,13 @@ def test_what_flax_lacks_is_said(arguments, words, is_linen):
     assert_evaluates_as(bn, y, sample())
 
 
-def test_a_frozen_layer_is_in_evaluation():
+def test_to_flax_makes_an_evaluation_module_of_a_frozen_layer():
     with warns("freeze", "evaluation"):
         theirs = mbn.to_flax(layer(correction=0).train().freeze())
     assert theirs.use_running_average is True
 
 
-def test_a_layer_without_statistics_is_refused():
+def test_to_flax_refuses_a_layer_without_statistics():
     for is_linen in (False, True):
         with pytest.raises(ValueError, match="flax.*track_running_stats=False"):
             mbn.to_flax(layer(track_running_stats=False), linen=is_linen)
@@ -244,7 +244,7 @@ def test_a_layer_without_statistics_is_refused():
         (lambda: (nnx.eval_shape(module),), "weight has no values.*ShapeDtypeStruct"),
     ],
 )
-def test_other_modules_are_refused(made, words):
+def test_from_flax_refuses_other_modules(made, words):
     with pytest.raises(TypeError, match=words):
         mbn.from_flax(*made())
 
@@ -255,7 +255,7 @@ class _Other(nnx.BatchNorm):
 
 
 @pytest.mark.parametrize("axis", [0, 2, (1, 2), (-1, -2)])
-def test_other_axes_are_refused(axis):
+def test_from_flax_refuses_axes_other_than_1_and_the_last(axis):
     with pytest.raises(ValueError, match="axis is .*1 or -1: transpose or reshape"):
         mbn.from_flax(module(axis=axis))
 
@@ -268,7 +268,7 @@ def test_other_axes_are_refused(axis):
         {"batch_stats": {"mean": np.ones(3), "var": np.ones(3)}},
     ],
 )
-def test_variables_of_something_else_are_refused(variables):
+def test_from_flax_refuses_variables_of_another_module(variables):
     with pytest.raises(
         ValueError, match="variables are .*batch_stats/mean, batch_stats/var, params/bias, params/scale"
     ):

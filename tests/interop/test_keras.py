@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from interop_samples import (
     ARGUMENTS,
+    AXES_AND_SHAPES,
     CHANNELS,
-    PLACES,
     assert_evaluates_as,
     assert_learns_as,
     assert_same_layer,
@@ -28,7 +28,7 @@ keras = pytest.importorskip("keras")
 BACKENDS = ["numpy", "jax"]
 
 as_keras_warns = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-"""Its get_weights() and files read variables in a way that NumPy 2 has deprecated."""
+"""Keras's get_weights() and files read variables in a way that NumPy 2 has deprecated."""
 
 THEIR_ARGUMENTS = [
     {},
@@ -40,7 +40,7 @@ THEIR_ARGUMENTS = [
 
 
 def theirs_of(shape=(16, CHANNELS), **arguments):
-    """Return a layer of Keras, built."""
+    """Return a built layer of Keras."""
     result = keras.layers.BatchNormalization(**arguments)
     result.build(shape)
     for name, value in zip(("gamma", "beta", "moving_mean", "moving_variance"), vectors(), strict=True):
@@ -62,9 +62,9 @@ def step(theirs):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("axis", "shape"), PLACES)
+@pytest.mark.parametrize(("axis", "shape"), AXES_AND_SHAPES)
 @pytest.mark.parametrize("arguments", THEIR_ARGUMENTS)
-def test_from_keras_gives_the_same_output_and_learns_the_same(arguments, axis, shape, backend):
+def test_from_keras_gives_the_same_output_and_statistics(arguments, axis, shape, backend):
     theirs, x = theirs_of(shape, axis=axis, **arguments), sample(shape)
     bn = mbn.from_keras(theirs, backend=backend)
     assert not bn.training
@@ -85,7 +85,7 @@ def test_from_keras_gives_the_same_output_and_learns_the_same(arguments, axis, s
         (1, (2, CHANNELS), 1),
     ],
 )
-def test_channels_are_on_axis_1_or_the_last_however_many_there_are_and_are_counted(axis, shape, ours):
+def test_from_keras_takes_channels_on_axis_1_or_the_last_of_any_number(axis, shape, ours):
     theirs, x = theirs_of(shape, axis=axis), sample(shape)
     bn = mbn.from_keras(theirs)
     assert bn.axis == ours
@@ -97,9 +97,9 @@ def test_channels_are_on_axis_1_or_the_last_however_many_there_are_and_are_count
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("axis", "shape"), PLACES)
+@pytest.mark.parametrize(("axis", "shape"), AXES_AND_SHAPES)
 @pytest.mark.parametrize("arguments", [*ARGUMENTS, {"bias": False}])
-def test_to_keras_gives_the_same_output_and_learns_the_same(arguments, axis, shape, backend):
+def test_to_keras_gives_the_same_output_and_statistics(arguments, axis, shape, backend):
     bn, x = layer(axis=axis, correction=0, **arguments, backend=backend), sample(shape)
     theirs = mbn.to_keras(bn, ndim=len(shape))
     assert_evaluates_as(bn, output(theirs, x), x)
@@ -115,19 +115,19 @@ def test_round_trips_are_exact(arguments, backend):
 
 @as_keras_warns
 @pytest.mark.parametrize("arguments", [{}, {"center": False, "scale": False}])
-def test_weights_alone_are_those_of_default_arguments(arguments):
+def test_from_keras_takes_weights_with_default_arguments(arguments):
     theirs = theirs_of(**arguments)
     assert_same_layer(mbn.from_keras(theirs.get_weights()), mbn.from_keras(theirs))
     assert mbn.from_keras(theirs.get_weights()).eps == 1e-3
 
 
 @pytest.mark.parametrize(("theirs", "ours"), [(0.99, 0.01), (0.9, 0.1), (0.999, 0.001), (0.0, 1.0), (1.0, 0.0)])
-def test_momentum_is_the_other_part_in_decimal(theirs, ours):
+def test_momentum_converts_to_one_minus_it_in_decimal(theirs, ours):
     assert mbn.from_keras(theirs_of(momentum=theirs)).momentum == ours
     assert mbn.to_keras(layer(momentum=ours, correction=0)).momentum == theirs
 
 
-def test_conversions_copy():
+def test_to_keras_copies_the_arrays():
     bn = layer(correction=0, backend="numpy")
     theirs, before = mbn.to_keras(bn), copy.deepcopy(bn)
     theirs(sample(), training=True)
@@ -135,7 +135,7 @@ def test_conversions_copy():
 
 
 @as_keras_warns
-def test_a_converted_layer_has_a_place_in_models_and_files(tmp_path):
+def test_converted_layer_can_be_saved_and_loaded_in_a_model(tmp_path):
     bn, x = layer(correction=0), sample()
     model = keras.Sequential([keras.Input((CHANNELS,)), mbn.to_keras(bn)])
     model.save(tmp_path / "model.keras")
@@ -144,7 +144,7 @@ def test_a_converted_layer_has_a_place_in_models_and_files(tmp_path):
     assert_same_layer(mbn.from_keras(loaded.layers[-1], backend="numpy"), bn)
 
 
-def test_a_layer_that_is_not_trainable_is_frozen_and_back():
+def test_layer_that_is_not_trainable_converts_to_a_frozen_one_and_back():
     theirs = theirs_of(trainable=False)
     with warns("trainable=False", "weight and bias"):
         bn = mbn.from_keras(theirs).train()
@@ -154,12 +154,12 @@ def test_a_layer_that_is_not_trainable_is_frozen_and_back():
         assert not mbn.to_keras(bn).trainable
 
 
-def test_a_frozen_layer_without_parameters_needs_no_warning():
+def test_frozen_layer_without_parameters_converts_without_a_warning():
     assert not mbn.to_keras(layer(correction=0, affine=False).freeze()).trainable
     assert mbn.from_keras(theirs_of(center=False, scale=False, trainable=False))._frozen
 
 
-def test_halves_become_float32():
+def test_from_keras_widens_bfloat16_to_float32():
     theirs = theirs_of(dtype="bfloat16")
     with pytest.warns(mbn.ConversionWarning) as caught:
         bn = mbn.from_keras(theirs)
@@ -181,7 +181,7 @@ def test_halves_become_float32():
         ({"beta_constraint": "non_neg"}, ("beta_constraint",)),
     ],
 )
-def test_what_a_layer_lacks_is_said(arguments, words):
+def test_from_keras_warns_of_settings_that_a_layer_lacks(arguments, words):
     theirs, x = theirs_of(**arguments), sample()
     with warns(*words):
         bn = mbn.from_keras(theirs)
@@ -193,20 +193,20 @@ def test_what_a_layer_lacks_is_said(arguments, words):
     ("arguments", "words"),
     [({"correction": 1}, ("running_var", "correction=1", "biased")), ({"momentum": None}, ("momentum=None", "0.99"))],
 )
-def test_what_keras_lacks_is_said(arguments, words):
+def test_to_keras_warns_of_settings_that_keras_lacks(arguments, words):
     bn = layer(**{"correction": 0, **arguments})
     with warns(*words):
         theirs = mbn.to_keras(bn)
     assert_evaluates_as(bn, output(theirs, sample()), sample())
 
 
-def test_a_layer_without_statistics_is_refused():
+def test_to_keras_refuses_a_layer_without_statistics():
     with pytest.raises(ValueError, match="Keras.*track_running_stats=False"):
         mbn.to_keras(layer(track_running_stats=False))
 
 
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="the others have it")
-def test_float64_needs_a_backend_that_has_it():
+def test_to_keras_refuses_float64_where_its_backend_has_none():
     pytest.importorskip("jax", reason="the switch is JAX's")
     enable_x64 = import_module("mbn_jax.kernels.primitives").enable_x64
     bn = layer(correction=0, dtype="float64", backend="numpy")
@@ -228,7 +228,7 @@ def test_float64_needs_a_backend_that_has_it():
         (lambda: theirs_of((CHANNELS, 2, 3), axis=-3), ValueError, "axis is -3 of 3.*axis 1 or the last"),
     ],
 )
-def test_other_layers_are_refused(made, error, words):
+def test_from_keras_refuses_other_layers(made, error, words):
     with pytest.raises(error, match=words):
         mbn.from_keras(made())
 
@@ -239,13 +239,13 @@ class _Other(keras.layers.BatchNormalization):
 
 
 @pytest.mark.parametrize("ndim", [1, 4])
-def test_layers_are_built_for_two_or_three_axes(ndim):
+def test_to_keras_refuses_ndim_other_than_2_or_3(ndim):
     with pytest.raises(ValueError, match="ndim is 2 .* or 3"):
         mbn.to_keras(layer(correction=0), ndim=ndim)
 
 
-def test_on_another_backend_of_keras():
-    """Keras cannot change its backend in a process."""
+def test_conversion_works_on_the_torch_backend_of_keras():
+    """Keras cannot change its backend in a process, so this test starts another."""
     pytest.importorskip("torch")
     script = """
 import keras, mbn, numpy as np

@@ -1,4 +1,4 @@
-"""Without a package its layers cannot be converted, and the error says how to get it."""
+"""Errors of the conversions: for arguments that are no layer, and for packages that are not installed."""
 
 import sys
 
@@ -16,7 +16,7 @@ CONVERSIONS = {
 
 @pytest.mark.parametrize("package", CONVERSIONS)
 @pytest.mark.parametrize("given", [None, "bn"])
-def test_what_is_no_layer_is_refused(package, given):
+def test_conversion_refuses_an_argument_that_is_no_layer(package, given):
     pytest.importorskip(package)
     convert = getattr(mbn, f"to_{package}")
     with pytest.raises(TypeError, match=f"to_{package} takes a mbn.BatchNorm1d, not {type(given).__name__}"):
@@ -24,7 +24,7 @@ def test_what_is_no_layer_is_refused(package, given):
 
 
 @pytest.mark.parametrize("package", CONVERSIONS)
-def test_without_a_package_the_way_to_it_is_named(package, monkeypatch):
+def test_conversion_without_its_package_says_how_to_install_it(package, monkeypatch):
     monkeypatch.delitem(sys.modules, f"mbn.interop.{package}", raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     for convert in CONVERSIONS[package]:

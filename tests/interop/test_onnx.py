@@ -1,4 +1,4 @@
-"""Layers from and to nodes of ONNX, which the reference evaluator and the runtime run."""
+"""Layers from and to nodes of ONNX, which the reference evaluator and the runtime execute."""
 
 import copy
 from functools import partial
@@ -41,7 +41,7 @@ def initializers(dtype="float32", names=WEIGHTS):
 
 
 def model_of(nodes, weights, *, opset=15, ir_version=10, dtype="float32", ndim=2, outputs=("y",)):
-    """Return a checked model from x to y, all of one type."""
+    """Return a checked model from x to y whose tensors are all of one type."""
     shape = ["N", CHANNELS, "L"][:ndim]
     inputs = [helper.make_tensor_value_info("x", TYPES[dtype], shape)]
     if ir_version < 4:
@@ -64,7 +64,7 @@ def node_of(outputs=("y",), **attributes):
     return helper.make_node("BatchNormalization", ["x", *WEIGHTS], list(outputs), **attributes)
 
 
-def run(model, x):
+def in_runtime(model, x):
     """Return the outputs of a model in the runtime."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -72,8 +72,8 @@ def run(model, x):
     return session.run(None, {session.get_inputs()[0].name: x})
 
 
-def evaluate(model, x):
-    """Return the outputs of a model by the reference of ONNX."""
+def in_reference(model, x):
+    """Return the outputs of a model in the reference evaluator of ONNX."""
     return onnx_reference.ReferenceEvaluator(model).run(None, {"x": x})
 
 
@@ -89,7 +89,7 @@ def test_from_onnx_gives_the_same_output(attributes, opset, shape, backend):
         attributes.get("epsilon", 1e-5),
         {0.9: 0.1, 0.75: 0.25}[attributes.get("momentum", 0.9)],
     )
-    assert_evaluates_as(bn, run(model, x)[0], x)
+    assert_evaluates_as(bn, in_runtime(model, x)[0], x)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -104,14 +104,14 @@ def test_to_onnx_gives_the_same_output(arguments, shape, backend):
             node, weights = mbn.to_onnx(bn)
     for opset in (9, 15):
         model = model_of([node], weights, opset=opset, ndim=len(shape))
-        assert_evaluates_as(bn, run(model, x)[0], x)
-    assert_evaluates_as(bn, evaluate(model, x)[0], x)
+        assert_evaluates_as(bn, in_runtime(model, x)[0], x)
+    assert_evaluates_as(bn, in_reference(model, x)[0], x)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", SHAPES[1])
 @pytest.mark.parametrize("momentum", [0.9, 0.25])
-def test_training_goes_on_in_the_same_way(momentum, shape, backend):
+def test_from_and_to_onnx_keep_training_the_same(momentum, shape, backend):
     outputs = ("y", "new_mean", "new_var")
     node = node_of(outputs, training_mode=1, momentum=momentum)
     model = model_of([node], initializers(), ndim=len(shape), outputs=outputs)
@@ -119,10 +119,10 @@ def test_training_goes_on_in_the_same_way(momentum, shape, backend):
     assert bn.training
     back = mbn.to_onnx(bn, model, "y")
     for each in (model, checked(back)):
-        assert_learns_as(copy.deepcopy(bn), lambda x, each=each: evaluate(each, x)[1:], sample(shape), bound=8)
+        assert_learns_as(copy.deepcopy(bn), lambda x, each=each: in_reference(each, x)[1:], sample(shape), bound=8)
 
 
-def test_old_nodes_train_if_they_have_outputs_for_it():
+def test_from_onnx_reads_training_from_the_outputs_of_old_nodes():
     outputs = ["y", "m", "v", "saved_m", "saved_v"]
     assert mbn.from_onnx(node_of(outputs), initializers()).training
     assert not mbn.from_onnx(node_of(), initializers()).training
@@ -141,7 +141,7 @@ def test_float64_stays_float64_with_an_eps_of_float32():
     bn, x = layer(correction=0, dtype="float64", eps=2.0**-10, backend="numpy"), sample(dtype="float64")
     node, weights = mbn.to_onnx(bn)
     model = model_of([node], weights, dtype="float64")
-    assert_evaluates_as(copy.deepcopy(bn), run(model, x)[0], x, bound=4)
+    assert_evaluates_as(copy.deepcopy(bn), in_runtime(model, x)[0], x, bound=4)
     assert_same_layer(mbn.from_onnx(model, "y", backend="numpy"), bn)
     bn.eps = 1e-5
     with warns("eps=1e-05", "float32"):
@@ -150,26 +150,26 @@ def test_float64_stays_float64_with_an_eps_of_float32():
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_halves_become_float32(dtype):
+def test_from_onnx_widens_halves_to_float32(dtype):
     with warns(f"weight .{dtype}., bias", "running_var", "float32"):
         bn = mbn.from_onnx(node_of(), initializers(dtype))
     np.testing.assert_array_equal(bn.weight, numpy_helper.to_array(initializers(dtype)[0]).astype("float32"))
 
 
-def test_weights_may_be_constants_and_go_by_way_of_an_identity():
+def test_weights_may_come_from_constant_and_identity_nodes():
     scale, shift, mean, var = initializers()
     constant = helper.make_node("Constant", [], ["mean"], value=mean)
     scale.name = "elsewhere"
     identity = helper.make_node("Identity", ["elsewhere"], ["scale"])
     model, x = model_of([constant, identity, node_of()], [scale, shift, var]), sample()
     bn = mbn.from_onnx(model, "y", backend="numpy")
-    assert_evaluates_as(bn, run(model, x)[0], x)
+    assert_evaluates_as(bn, in_runtime(model, x)[0], x)
     bn.running_mean, bn.weight = 2.0, 3.0
-    assert_evaluates_as(bn, run(checked(mbn.to_onnx(bn, model, "y")), x)[0], x)
+    assert_evaluates_as(bn, in_runtime(checked(mbn.to_onnx(bn, model, "y")), x)[0], x)
 
 
-def test_a_layer_takes_a_place_in_a_model_and_leaves_the_rest_alone():
-    """Both nodes have the same weights, and one has its scale for its variance too."""
+def test_to_onnx_changes_one_node_of_a_model_and_no_other():
+    """Both nodes share their weights, and one of them reads its scale as its variance too."""
     first = helper.make_node("BatchNormalization", ["x", "w", "shift", "mean", "w"], ["h"], "bn1")
     second = helper.make_node("BatchNormalization", ["h", "w", "shift", "mean", "var"], ["y"], "bn2", epsilon=0.5)
     model = model_of([first, second], initializers(names=["w", "shift", "mean", "var"]), outputs=("y", "h"))
@@ -182,11 +182,11 @@ def test_a_layer_takes_a_place_in_a_model_and_leaves_the_rest_alone():
     assert_same_layer(mbn.from_onnx(two, "bn2", backend="numpy"), bn)
     assert_same_layer(mbn.from_onnx(one, "bn2"), mbn.from_onnx(model, "bn2"))
     assert_same_layer(mbn.from_onnx(two, "bn1"), mbn.from_onnx(model, "bn1"))
-    assert_evaluates_as(copy.deepcopy(bn), run(one, x)[1], x)
-    assert len(two.graph.initializer) == len(model.graph.initializer) + 3  # var was its own
+    assert_evaluates_as(copy.deepcopy(bn), in_runtime(one, x)[1], x)
+    assert len(two.graph.initializer) == len(model.graph.initializer) + 3  # var was not shared
 
 
-def test_a_weight_that_a_branch_reads_too_is_left_alone():
+def test_to_onnx_keeps_a_weight_that_a_branch_reads():
     branch = helper.make_graph(
         [helper.make_node("Identity", ["mean"], ["inner"])],
         "branch",
@@ -198,12 +198,12 @@ def test_a_weight_that_a_branch_reads_too_is_left_alone():
     model = model_of([node_of(), choice], [*initializers(), condition], outputs=("y", "chosen"))
     x, bn = sample(), layer(correction=0, backend="numpy")
     bn.running_mean = 9.0
-    y, chosen = run(checked(mbn.to_onnx(bn, model, "y")), x)
+    y, chosen = in_runtime(checked(mbn.to_onnx(bn, model, "y")), x)
     assert_evaluates_as(bn, y, x)
     np.testing.assert_array_equal(chosen, vectors()[2])
 
 
-def test_models_of_an_old_format_have_weights_for_inputs():
+def test_to_onnx_serves_old_models_whose_weights_are_inputs():
     twice = [node_of(("h",)), helper.make_node("BatchNormalization", ["h", *WEIGHTS], ["y"])]
     model = model_of(twice, initializers(), opset=8, ir_version=3)
     bn = layer(correction=0, backend="numpy")
@@ -212,7 +212,7 @@ def test_models_of_an_old_format_have_weights_for_inputs():
     assert_same_layer(mbn.from_onnx(result, "y", backend="numpy"), bn)
 
 
-def test_weights_in_a_model_keep_their_type():
+def test_to_onnx_keeps_the_dtype_of_weights_in_a_model():
     model = model_of([node_of()], initializers("float16"), dtype="float16", opset=9)
     bn = layer(correction=0)
     with pytest.warns(mbn.ConversionWarning, match="rounded to float16") as caught:
@@ -237,14 +237,14 @@ def test_weights_in_a_model_keep_their_type():
         ({"bias": False}, ("bias: ", "zeros")),
     ],
 )
-def test_what_onnx_lacks_is_said(arguments, words):
+def test_to_onnx_warns_of_settings_that_onnx_lacks(arguments, words):
     bn = layer(**{"correction": 0, **arguments})
     with warns(*words):
         node, weights = mbn.to_onnx(bn)
-    assert_evaluates_as(bn, run(model_of([node], weights), sample())[0], sample())
+    assert_evaluates_as(bn, in_runtime(model_of([node], weights), sample())[0], sample())
 
 
-def test_a_frozen_layer_is_in_evaluation():
+def test_to_onnx_makes_an_evaluation_node_of_a_frozen_layer():
     with warns("freeze", "evaluation"):
         node, _ = mbn.to_onnx(layer(correction=0).train().freeze())
     assert "training_mode" not in {attribute.name for attribute in node.attribute}
@@ -258,28 +258,28 @@ def test_a_frozen_layer_is_in_evaluation():
         ({"momentum": 1e39}, "momentum.*float32"),
     ],
 )
-def test_what_would_not_be_the_same_is_refused(arguments, words):
+def test_to_onnx_refuses_settings_that_onnx_cannot_hold(arguments, words):
     with pytest.raises(ValueError, match=words):
         mbn.to_onnx(layer(correction=0, **arguments))
 
 
-def _elsewhere(name):
+def _in_another_file(name):
     tensor = numpy_helper.from_array(np.ones(CHANNELS, np.float32), name)
     onnx.external_data_helper.set_external_data(tensor, "weights.bin")
     tensor.ClearField("raw_data")
     return tensor
 
 
-def _changed(place, **fields):
-    """Return a node and its initializers, with other fields in one of these."""
+def _changed(index, **fields):
+    """Return a node and its initializers; the initializer of this index has other fields."""
     tensors = initializers()
     for field, value in fields.items():
-        setattr(tensors[place], field, value)
+        setattr(tensors[index], field, value)
     return node_of(), tensors
 
 
 def _by_way_of(*nodes):
-    """Return a model, which nothing has checked, whose last weight comes from these nodes."""
+    """Return an unchecked model whose last weight comes from these nodes."""
     model = model_of([node_of()], initializers())
     del model.graph.initializer[3]
     model.graph.node.extend(nodes)
@@ -292,7 +292,7 @@ def _without_a_name():
     return model, "nowhere"
 
 
-def _short():
+def _truncated():
     node, tensors = node_of(), [numpy_helper.from_array(np.ones(CHANNELS, np.float32), name) for name in WEIGHTS]
     tensors[2].raw_data = tensors[2].raw_data[:-2]
     return node, tensors
@@ -312,7 +312,7 @@ MODEL = partial(model_of, [node_of(), RELU], initializers(), outputs=("z",))
         (lambda: (node_of(), initializers()[:3]), ValueError, "running_var is 'var', and there is neither"),
         (lambda: (node_of(spatial=0), initializers()), ValueError, "spatial=0"),
         (lambda: (helper.make_node("BatchNormalization", ["x"], ["y"]), []), ValueError, "1 inputs; .* has 5"),
-        (lambda: (node_of(), map(_elsewhere, WEIGHTS)), ValueError, "weight is in another file.*onnx.load"),
+        (lambda: (node_of(), map(_in_another_file, WEIGHTS)), ValueError, "weight is in another file.*onnx.load"),
         (lambda: (MODEL(), initializers()), TypeError, "onnx.ModelProto and the name.*not ModelProto and list"),
         (lambda: (node_of(), "y"), TypeError, "not NodeProto and str"),
         (lambda: (node_of(), None), TypeError, "not NodeProto and NoneType"),
@@ -333,7 +333,7 @@ MODEL = partial(model_of, [node_of(), RELU], initializers(), outputs=("z",))
         (lambda: _changed(1, data_type=0), TypeError, "bias is undefined; there are layers from float16"),
         (lambda: _changed(1, data_type=6), TypeError, "bias is int32; there are layers from float16"),
         (lambda: _changed(1, data_type=17), TypeError, "bias is float8e4m3fn; there are layers from float16"),
-        (_short, ValueError, "running_mean is damaged"),
+        (_truncated, ValueError, "running_mean is damaged"),
         (lambda: (node_of(momentum=float("nan")), initializers()), ValueError, "momentum .* from 0 to 1, not nan"),
         (lambda: (node_of(momentum=float("inf")), initializers()), ValueError, "momentum .* from 0 to 1, not inf"),
         (lambda: (node_of(momentum=5.0), initializers()), ValueError, "momentum .* from 0 to 1, not 5"),
@@ -344,7 +344,7 @@ MODEL = partial(model_of, [node_of(), RELU], initializers(), outputs=("z",))
         (lambda: (node_of(training_mode=0.0), initializers()), TypeError, "the attribute training_mode is no int"),
     ],
 )
-def test_other_sources_are_refused(made, error, words):
+def test_from_onnx_refuses_bad_model_or_node(made, error, words):
     with pytest.raises(error, match=words):
         mbn.from_onnx(*made())
 
@@ -361,7 +361,7 @@ def _of_type(data_type):
     return model
 
 
-def test_nodes_of_one_name_are_refused():
+def test_from_onnx_refuses_a_name_that_two_nodes_have():
     model = model_of([node_of(("h",)), helper.make_node("BatchNormalization", ["h", *WEIGHTS], ["y"])], initializers())
     for node in model.graph.node:
         node.name = "bn"
@@ -382,17 +382,17 @@ def test_nodes_of_one_name_are_refused():
         ((_of_type(99), "y"), TypeError, "weight is of the unknown type 99"),
     ],
 )
-def test_other_places_are_refused(arguments, error, words):
+def test_to_onnx_refuses_bad_model_or_node(arguments, error, words):
     with pytest.raises(error, match=words):
         mbn.to_onnx(layer(correction=0), *arguments)
 
 
-def test_a_place_of_other_channels_is_refused():
+def test_to_onnx_refuses_a_node_with_another_number_of_channels():
     with pytest.raises(ValueError, match=r"weight has shape \(5,\) in the model and \(3,\) in the layer"):
         mbn.to_onnx(mbn.BatchNorm1d(3, correction=0), MODEL(), "y")
 
 
-def test_a_module_of_torch_goes_to_onnx_by_way_of_a_layer():
+def test_torch_module_converts_to_onnx_through_a_layer():
     torch = pytest.importorskip("torch")
     theirs, x = torch.nn.BatchNorm1d(CHANNELS), sample()
     theirs(torch.from_numpy(x))
@@ -400,4 +400,4 @@ def test_a_module_of_torch_goes_to_onnx_by_way_of_a_layer():
     with warns("correction=1"):
         node, weights = mbn.to_onnx(bn)
     assert_evaluates_as(bn, theirs(torch.from_numpy(x)).detach(), x)
-    assert_evaluates_as(bn, run(model_of([node], weights), x)[0], x)
+    assert_evaluates_as(bn, in_runtime(model_of([node], weights), x)[0], x)

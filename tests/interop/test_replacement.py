@@ -1,4 +1,4 @@
-"""The batch norms of a model into ours, and back: the same objects, tensors and outputs."""
+"""``replace_batchnorm`` and back: the model keeps its module objects, tensors and outputs."""
 
 import copy
 import sys
@@ -38,9 +38,9 @@ def _is_ours(module):
 
 
 def _error(module, wide, x):
-    """Return how far the outputs are from those of the same module in float64, in ulp of the terms they are added from.
+    """Return the error of a module's outputs against those of the same module in float64, in ulp of their largest term.
 
-    Those of torch in float32 are 2 ulp from there, but 29 where the mean is 15 standard deviations.
+    Torch's error in float32 is 2 ulp, but 29 where the mean is 15 standard deviations.
     """
     y, exact = module(x).detach().movedim(1, -1).numpy(), wide(x.double()).detach().movedim(1, -1).numpy()
     parameters = zip((wide.weight, wide.bias), (1, 0), strict=True)
@@ -50,7 +50,7 @@ def _error(module, wide, x):
     )
 
 
-def test_a_model_computes_and_trains_the_same():
+def test_replaced_model_computes_and_trains_the_same():
     models = ours, theirs = _model(), _model()
     assert mbn.replace_batchnorm(ours) is ours
     assert all(map(_is_ours, _norms(ours)))
@@ -82,7 +82,7 @@ def test_a_model_computes_and_trains_the_same():
     [{}, {"affine": False}, {"bias": False}, {"track_running_stats": False}, {"momentum": None, "eps": 1e-2}],
     ids=str,
 )
-def test_outputs_and_statistics_are_the_same(arguments, shape, training):
+def test_replaced_module_gives_the_same_outputs_and_statistics(arguments, shape, training):
     generator = torch.Generator().manual_seed(0)
     theirs = torch.nn.BatchNorm1d(4, **arguments)
     for parameter in theirs.parameters():
@@ -97,7 +97,7 @@ def test_outputs_and_statistics_are_the_same(arguments, shape, training):
         torch.testing.assert_close(ours.get_buffer(key), buffer, rtol=5e-7, atol=0)
 
 
-def test_everything_that_holds_a_module_or_tensor_keeps_its_hold():
+def test_replacement_keeps_modules_tensors_hooks_and_modes():
     model = _model()
     model.append(model[1])  # used twice
     model[1].bias.requires_grad_(requires_grad=False)
@@ -125,7 +125,7 @@ def test_everything_that_holds_a_module_or_tensor_keeps_its_hold():
     assert len(seen) == 2
 
 
-def test_state_dicts_of_both_models_fit():
+def test_state_dicts_load_into_the_original_and_the_replaced_model():
     ours, theirs = mbn.replace_batchnorm(_model()), _model()
     for model, other in ((ours, theirs), (theirs, ours)):
         model(_sample(3))
@@ -133,7 +133,7 @@ def test_state_dicts_of_both_models_fit():
         torch.testing.assert_close(other.eval()(_sample()), model.eval()(_sample()))
 
 
-def test_a_second_time_there_is_nothing_to_do():
+def test_second_replacement_changes_nothing():
     model = mbn.replace_batchnorm(_model())
     layers = [module.layer for module in _norms(model)]
     mbn.replace_batchnorm(model)
@@ -147,7 +147,7 @@ class _Frozen(torch.nn.BatchNorm1d):
         return super().train(mode=False)
 
 
-def test_a_subclass_may_do_something_else_and_stays():
+def test_subclass_is_not_replaced_and_is_warned_of():
     model = _model().append(_Frozen(4))
     with pytest.warns(mbn.ConversionWarning, match="3 stays as it is, since _Frozen") as caught:
         mbn.replace_batchnorm(model)
@@ -156,7 +156,7 @@ def test_a_subclass_may_do_something_else_and_stays():
 
 
 @pytest.mark.parametrize("back", [False, True])
-def test_a_forward_of_its_own_stays(back):
+def test_module_with_its_own_forward_is_not_replaced(back):
     model = _model()
     if back:
         mbn.replace_batchnorm(model)
@@ -166,14 +166,14 @@ def test_a_forward_of_its_own_stays(back):
     assert [_is_ours(module) for module in _norms(model)] == [back, not back]
 
 
-def test_others_stay():
+def test_other_batch_norms_are_not_replaced():
     model = torch.nn.Sequential(torch.nn.BatchNorm2d(4), torch.nn.SyncBatchNorm(4), torch.nn.LazyBatchNorm2d())
     before = [type(module) for module in model]
     mbn.replace_batchnorm(model)
     assert [type(module) for module in model] == before
 
 
-def test_a_lazy_one_is_converted_once_it_knows_its_channels():
+def test_lazy_module_is_replaced_once_it_knows_its_channels():
     model = _model().append(torch.nn.LazyBatchNorm1d())
     with pytest.raises(ValueError, match="3 takes its number of channels from its first input"):
         mbn.replace_batchnorm(model)
@@ -183,7 +183,7 @@ def test_a_lazy_one_is_converted_once_it_knows_its_channels():
     assert all(map(_is_ours, _norms(model)))
 
 
-def test_models_without_values_are_replaced_and_get_some_later():
+def test_model_on_the_meta_device_is_replaced_and_loads_values_later():
     expected, x = _model(), _sample()
     with torch.device("meta"):
         model = mbn.replace_batchnorm(_model())
@@ -196,7 +196,7 @@ def test_models_without_values_are_replaced_and_get_some_later():
     assert model(x.to("meta")).is_meta
 
 
-def test_what_is_refused_changes_nothing():
+def test_refused_replacement_changes_nothing():
     model = mbn.replace_batchnorm(_model()).append(mbn.BatchNorm1d(4, axis=-1, backend="torch").as_module())
     with pytest.raises(ValueError, match="3 has axis=-1"):
         mbn.replace_batchnorm(model, back=True)
@@ -205,7 +205,7 @@ def test_what_is_refused_changes_nothing():
 
 @pytest.mark.parametrize("model", [mbn.BatchNorm1d(3), None, [torch.nn.BatchNorm1d(3)]])
 @pytest.mark.parametrize("back", [False, True])
-def test_what_is_no_module_is_refused(model, back):
+def test_replacement_refuses_an_argument_that_is_no_module(model, back):
     with pytest.raises(TypeError, match=r"not mbn\.BatchNorm1d: as_module\(\)"):
         mbn.replace_batchnorm(mbn.BatchNorm1d(4, backend="torch"))
     with pytest.raises(TypeError, match="replace_batchnorm takes a torch.nn.Module, not "):
@@ -213,7 +213,7 @@ def test_what_is_no_module_is_refused(model, back):
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
-def test_halves_become_float32(half):
+def test_replacement_widens_halves_to_float32(half):
     model = _model().to(half)
     before, parameters = model.state_dict(), list(model.parameters())
     with pytest.warns(mbn.ConversionWarning, match=f"{str(half)[6:]}.*float32") as caught:
@@ -232,7 +232,7 @@ def test_float64_stays_float64():
     assert ours[1].running_mean.dtype == torch.float64
 
 
-def test_what_torch_lacks_is_said_on_the_way_back():
+def test_replacement_back_warns_of_settings_that_torch_lacks():
     model = torch.nn.Sequential(
         mbn.BatchNorm1d(5, correction=0, backend="torch").as_module(),
         mbn.BatchNorm1d(5, backend="torch").freeze().as_module(),
@@ -266,7 +266,7 @@ def test_statistics_that_are_used_but_not_updated_stay_so():
     torch.testing.assert_close(dict(ours.state_dict()), dict(theirs.state_dict()))
 
 
-def test_without_statistics_to_update_there_are_none():
+def test_module_without_running_statistics_is_replaced():
     theirs = torch.nn.BatchNorm1d(5)
     theirs.running_mean = theirs.running_var = None
     ours = mbn.replace_batchnorm(copy.deepcopy(theirs))
@@ -278,14 +278,14 @@ def test_replaced_models_compile_and_copy():
     model = mbn.replace_batchnorm(_model())
     twin = copy.deepcopy(model)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what Torch says of itself
+        warnings.simplefilter("ignore")  # Torch's own warnings
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(_sample()), twin(_sample()))
     torch.testing.assert_close(model.state_dict(), twin.state_dict())
     assert model[1].layer.num_batches_tracked == twin[1].num_batches_tracked == 2
 
 
-def test_without_torch_it_says_how_to_get_it(monkeypatch):
+def test_replacement_without_torch_says_how_to_install_it(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("mbn.interop.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch", None)

@@ -24,7 +24,7 @@ torch = pytest.importorskip("torch")
 BACKENDS = ["numpy", "torch"]
 
 TRAINABLE = [arguments for arguments in ARGUMENTS if arguments.get("eps") != 0]
-"""Torch does not train without eps."""
+"""Torch does not train with eps=0."""
 
 
 def module(kind=torch.nn.BatchNorm1d, dtype="float32", **arguments):
@@ -75,7 +75,7 @@ def test_to_torch_gives_the_same_output(arguments, shape, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", SHAPES[1])
 @pytest.mark.parametrize("arguments", [*TRAINABLE, {"momentum": None}])
-def test_training_goes_on_in_the_same_way(arguments, shape, backend):
+def test_from_and_to_torch_keep_training_the_same(arguments, shape, backend):
     theirs = module(**arguments)
     bn = mbn.from_torch(theirs, backend=backend)
     back = mbn.to_torch(copy.deepcopy(bn))
@@ -100,7 +100,7 @@ def test_round_trips_are_exact(arguments, training, backend):
     assert theirs.training is training
 
 
-def test_conversions_copy():
+def test_from_and_to_torch_copy_the_arrays():
     theirs = module()
     bn = mbn.from_torch(theirs, backend="torch")
     back = mbn.to_torch(bn)
@@ -110,17 +110,17 @@ def test_conversions_copy():
     assert_same_layer(bn, before)
 
 
-def test_a_layer_comes_open():
+def test_from_torch_leaves_the_backend_open():
     assert mbn.from_torch(module()).backend is None
 
 
-def test_a_module_of_float64_gives_a_layer_of_float64():
+def test_from_torch_keeps_float64():
     theirs, x = module(dtype="float64").eval(), sample(dtype="float64")
     assert_evaluates_as(mbn.from_torch(theirs), output(theirs, x), x, bound=4)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_halves_become_float32(dtype):
+def test_from_torch_widens_halves_to_float32(dtype):
     theirs = module(dtype=dtype)
     with warns(f"weight .{dtype}., bias", "running_var", "float32"):
         bn = mbn.from_torch(theirs)
@@ -128,14 +128,14 @@ def test_halves_become_float32(dtype):
     np.testing.assert_array_equal(bn.running_var, theirs.running_var.float().numpy())
 
 
-def test_a_mix_of_dtypes_becomes_the_widest():
+def test_from_torch_widens_mixed_dtypes_to_the_widest():
     theirs = module()
     theirs.weight.data = theirs.weight.data.double()
     with warns("bias .float32., running_mean .float32., running_var .float32.: ", "float64"):
         assert mbn.from_torch(theirs).weight.dtype == np.float64
 
 
-def test_a_bias_without_a_weight_gets_one():
+def test_from_torch_adds_a_weight_of_ones_to_a_bias_alone():
     theirs = module().eval()
     theirs.weight = None
     with warns("weight", "ones"):
@@ -143,7 +143,7 @@ def test_a_bias_without_a_weight_gets_one():
     assert_evaluates_as(bn, output(theirs, sample()), sample())
 
 
-def test_statistics_that_are_not_tracked_any_more_stay():
+def test_from_torch_keeps_statistics_that_are_not_tracked_any_more():
     theirs = module()
     theirs.track_running_stats = False
     with warns("track_running_stats", "momentum=0"):
@@ -153,14 +153,14 @@ def test_statistics_that_are_not_tracked_any_more_stay():
     assert_evaluates_as(bn, output(theirs.eval(), sample()), sample())
 
 
-def test_a_synchronised_module_is_one_of_its_own_process():
+def test_from_torch_warns_that_sync_batchnorm_becomes_local():
     theirs = module(torch.nn.SyncBatchNorm).eval()
     with warns("SyncBatchNorm", "processes"):
         bn = mbn.from_torch(theirs)
     assert_evaluates_as(bn, output(theirs, sample()), sample())
 
 
-def test_a_module_that_has_met_no_input_gives_a_layer_that_has_met_none():
+def test_lazy_module_converts_to_a_lazy_layer():
     theirs, x = torch.nn.LazyBatchNorm1d(eps=1e-3, affine=False, dtype=torch.float64), sample(dtype="float64")
     bn = mbn.from_torch(theirs)
     assert bn.num_features is None
@@ -170,20 +170,20 @@ def test_a_module_that_has_met_no_input_gives_a_layer_that_has_met_none():
     assert_evaluates_as(bn, output(theirs.eval(), x), x, bound=4)
 
 
-def test_a_module_without_arrays_has_met_no_input_either():
+def test_lazy_module_without_arrays_converts_to_a_lazy_layer():
     bn = mbn.from_torch(torch.nn.LazyBatchNorm1d(affine=False, track_running_stats=False))
     assert bn.num_features is None
     bn(sample())
     assert bn.num_features == CHANNELS
 
 
-def test_a_lazy_module_that_has_loaded_its_state_has_it():
+def test_lazy_module_with_a_loaded_state_keeps_it():
     theirs = torch.nn.LazyBatchNorm1d()
     theirs.load_state_dict(module().state_dict())
     assert_same_layer(mbn.from_torch(theirs, backend="numpy"), mbn.from_torch(module(), backend="numpy"))
 
 
-def test_layers_without_statistics_have_none():
+def test_from_torch_takes_a_module_without_statistics():
     x = sample()
     theirs = module(track_running_stats=False, affine=False).eval()
     bn = mbn.from_torch(theirs)
@@ -198,14 +198,14 @@ def test_layers_without_statistics_have_none():
         ({"eps": 0}, ("eps=0", "train")),
     ],
 )
-def test_what_torch_lacks_is_said(arguments, words):
+def test_to_torch_warns_of_settings_that_torch_lacks(arguments, words):
     bn = layer(**arguments)
     with warns(*words):
         theirs = mbn.to_torch(bn)
     assert_evaluates_as(bn, output(theirs, sample()), sample())
 
 
-def test_warnings_are_about_the_line_that_converts():
+def test_warnings_point_to_the_line_of_the_caller():
     with warns("correction=0") as caught:
         mbn.to_torch(layer(correction=0))
     with warns("SyncBatchNorm") as caught_too:
@@ -213,7 +213,7 @@ def test_warnings_are_about_the_line_that_converts():
     assert caught[0].filename == caught_too[0].filename == __file__
 
 
-def test_a_frozen_layer_is_in_evaluation():
+def test_to_torch_makes_an_evaluation_module_of_a_frozen_layer():
     bn = layer().train().freeze()
     with warns("freeze", "evaluation"):
         theirs = mbn.to_torch(bn)
@@ -232,7 +232,7 @@ def test_a_frozen_layer_is_in_evaluation():
         (lambda: module().to(torch.float8_e4m3fn), "weight is float8_e4m3fn.*float16, bfloat16, float32, float64"),
     ],
 )
-def test_other_modules_are_refused(made, words):
+def test_from_torch_refuses_other_modules(made, words):
     with pytest.raises(TypeError, match=words):
         mbn.from_torch(made())
 
@@ -242,14 +242,14 @@ class _Other(torch.nn.BatchNorm1d):
         return super().forward(x) + 1
 
 
-def test_a_module_without_values_is_refused():
+def test_from_torch_refuses_a_module_on_the_meta_device():
     with pytest.raises(ValueError, match="meta device.*to_empty"):
         mbn.from_torch(torch.nn.BatchNorm1d(3, device="meta"))
 
 
 @pytest.mark.parametrize("convert", [mbn.from_torch, mbn.replace_batchnorm])
 @pytest.mark.parametrize("count", [np.nan, np.inf, -1.0, 1e30, [0, 1, 2]])
-def test_a_count_that_is_none_is_refused(convert, count):
+def test_conversion_refuses_an_invalid_count_of_batches(convert, count):
     theirs = module()
     theirs.num_batches_tracked = torch.tensor(count)
     with pytest.raises(ValueError, match=r"num_batches_tracked is .*at least 0 and below 2\*\*63.*module\."):
@@ -258,13 +258,13 @@ def test_a_count_that_is_none_is_refused(convert, count):
 
 
 @pytest.mark.parametrize("count", [2.0, [2]])
-def test_a_count_of_another_form_is_taken(count):
+def test_from_torch_takes_a_floating_or_one_element_count(count):
     theirs = module()
     theirs.num_batches_tracked = torch.tensor(count)
     assert mbn.from_torch(theirs).num_batches_tracked == 2
 
 
-def test_a_count_between_two_integers_is_said():
+def test_from_torch_warns_of_a_fractional_count():
     theirs = module()
     theirs.num_batches_tracked = torch.tensor(2.5)
     with warns("num_batches_tracked=2.5: a layer has an integer, 2"):
@@ -276,11 +276,11 @@ def test_a_count_between_two_integers_is_said():
     [(module(), "not a BatchNorm1d of torch.*mbn.from_torch"), (_module_of_ours(), r"as_module\(\).*module.layer")],
     ids=["torch's", "ours"],
 )
-def test_a_module_is_no_layer(given, words):
+def test_to_torch_refuses_a_module(given, words):
     with pytest.raises(TypeError, match=words):
         mbn.to_torch(given)
 
 
-def test_an_open_layer_has_nothing_to_convert():
+def test_to_torch_refuses_a_layer_without_num_features():
     with pytest.raises(AttributeError, match="num_features is not known yet"):
         mbn.to_torch(mbn.BatchNorm1d(None))
