@@ -1,4 +1,4 @@
-"""Which frameworks find a GPU, by what they say themselves: a backend that is broken must not pass for one without."""
+"""Which frameworks find a GPU. The framework is asked, not its backend: a broken backend must not cause a skip."""
 
 from importlib import import_module
 from importlib.util import find_spec
@@ -11,7 +11,7 @@ def missing(framework: str) -> str | None:
     module = import_module(framework)
     try:
         found = _count(module, framework) > 0
-    except RuntimeError as error:  # CUDA's and JAX's way to say so
+    except RuntimeError as error:  # CUDA and JAX raise it if there is no GPU
         return f"{framework} finds no GPU: {error}"
     return None if found else f"{framework} finds no GPU"
 

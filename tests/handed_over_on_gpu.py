@@ -1,4 +1,4 @@
-"""What two frameworks hand over on one GPU that both can use: ``python handed_over_on_gpu.py FROM TO``."""
+"""Check that arrays and layers pass between two frameworks on one GPU: ``python handed_over_on_gpu.py FROM TO``."""
 
 import os
 import sys
@@ -19,8 +19,8 @@ def pointer(array: Array) -> int:
     return array.unsafe_buffer_pointer() if hasattr(array, "unsafe_buffer_pointer") else array.data.ptr
 
 
-def closed(backend: Backend) -> None:
-    """Close the way by the host."""
+def forbid_the_host(backend: Backend) -> None:
+    """Let every copy to the host fail."""
 
     def to_numpy(array: Array) -> np.ndarray:
         raise AssertionError(f"{type(array)} goes by way of the host")
@@ -31,7 +31,7 @@ def closed(backend: Backend) -> None:
 def check_arrays(source: Backend, target: Backend) -> None:
     for dtype in sorted(source.capabilities.dtypes & target.capabilities.dtypes):
         x = source.asarray(X, dtype, "cuda")
-        closed(source)
+        forbid_the_host(source)
         y = mbn.asarray(x, backend=target)
         strided = mbn.asarray(x[::2, 1:], backend=target)
         swapped = mbn.asarray(transposed(x), backend=target)
@@ -43,13 +43,13 @@ def check_arrays(source: Backend, target: Backend) -> None:
         for array, expected in ((y, host), (strided, host[::2, 1:]), (swapped, host.T)):
             np.testing.assert_array_equal(mbn.to_numpy(array), expected, strict=True)
         np.testing.assert_array_equal(mbn.to_numpy(converted), X, strict=True)
-        # What is handed over is fit to be computed with, once the source has let go of it.
+        # The target can compute with the arrays that it has taken over.
         for array in (y, strided, swapped):
             np.testing.assert_array_equal(mbn.to_numpy(array + array), 2 * mbn.to_numpy(array))
 
 
 def check_order(source: Backend, target: Backend) -> None:
-    """Hand over what is still being computed."""
+    """Pass an array that is still being computed."""
     x = source.asarray(np.ones((1024, 1024), np.float32), device="cuda")
     for _ in range(50):
         x = x @ x / 1024
@@ -61,7 +61,7 @@ def check_layers(source: Backend, target: Backend) -> None:
     bn(source.asarray(X, device="cuda"))
     before = {key: mbn.to_numpy(value) for key, value in bn.state_dict().items()}
     held = [pointer(value) for value in (*bn.params, *bn.state)]
-    closed(source)
+    forbid_the_host(source)
     bn.to(backend=target)
     del source.to_numpy
     for key, value in bn.state_dict().items():

@@ -1,4 +1,4 @@
-"""The imports of the project, as its files say them: at their head, within functions, and for types alone."""
+"""The imports of the project, read from its files: at their head, within functions, and for types alone."""
 
 import ast
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,7 +11,7 @@ ROOTS = {"mbn": Path(mbn.__file__).parent.parent, "backends": Path(mbn_numpy.__f
 
 
 def modules() -> dict[str, Path]:
-    """Return the files of mbn and of its backends by the names of their modules."""
+    """Return the files of mbn and its backends, by module name."""
     found = {}
     for path in ROOTS["mbn"].glob("mbn/**/*.py"):
         found[_name(path, ROOTS["mbn"])] = path
@@ -25,11 +25,11 @@ def imports(files: Mapping[str, Path]) -> dict[str, set[str]]:
     return {name: {other for other in _imported(path, files) if other != name} for name, path in files.items()}
 
 
-def circles(graph: Mapping[str, Iterable[str]]) -> list[list[str]]:
-    """Return the sets of nodes that lead to each other."""
+def cycles(graph: Mapping[str, Iterable[str]]) -> list[list[str]]:
+    """Return the sets of nodes that are on a common cycle."""
     reached = {node: _reached(node, graph) for node in graph}
     found = {frozenset(other for other in reached[node] if node in reached[other]) for node in graph}
-    return sorted(sorted(circle) for circle in found if circle)
+    return sorted(sorted(cycle) for cycle in found if cycle)
 
 
 def _name(path: Path, root: Path) -> str:
@@ -49,7 +49,7 @@ def _imported(path: Path, files: Mapping[str, Path]) -> Iterator[str]:
 
 
 def _reached(start: str, graph: Mapping[str, Iterable[str]]) -> set[str]:
-    """Return the nodes that paths from one lead to; itself if it is on a circle."""
+    """Return the nodes that can be reached from a node; it is among them if it is on a cycle."""
     found: set[str] = set()
     waiting = list(graph[start])
     while waiting:

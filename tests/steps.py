@@ -1,4 +1,4 @@
-"""Steps of a backend without a layer: the kernels that it chooses for a call, and what a step is made of with them."""
+"""Steps of a backend without a layer: choose the kernels for a call, and compose a step of them."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def step(
     weights: Array | None = None,
     out: Array | None = None,
 ) -> tuple[Array, State, Stats]:
-    """Return output, new state and statistics."""
+    """Return output, new state and statistics of a training or evaluation step."""
     dtype = _dtype(*params, *state[:2], x if params.weight is None and state.running_mean is None else None)
     settings = Settings(x.shape[1], dtype, eps, momentum, 1, correction)
     operation = "train" if training else "evaluate"

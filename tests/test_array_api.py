@@ -1,4 +1,4 @@
-"""Arrays of a library that follows the array API standard: without a backend of their own, and without float64."""
+"""Arrays of a library that follows the array API standard and has no backend of its own, or no float64."""
 
 import pickle
 from collections.abc import Iterator
@@ -19,20 +19,20 @@ NARROW = next(device for device in xp.__array_namespace_info__().devices() if "n
 
 @pytest.fixture
 def _unregistered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Have no backend know these arrays."""
+    """Remove all backends that own arrays of ``array_api_strict`` from the registry."""
     monkeypatch.setattr(registry, "_all_entry_points", dict)
     monkeypatch.setattr(registry, "_loaded", {})
     monkeypatch.setattr(registry, "_owners", {})
     return
 
 
-def strangers(*shape: int) -> Any:
+def strict_array(*shape: int) -> Any:
     return xp.asarray(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
 
 
 @pytest.mark.usefixtures("_unregistered")
-def test_arrays_of_no_known_backend_are_normalised() -> None:
-    x, bn, twin = strangers(32, 4), mbn.BatchNorm1d(4), mbn.BatchNorm1d(4, backend="numpy")
+def test_array_without_a_backend_is_normalised() -> None:
+    x, bn, twin = strict_array(32, 4), mbn.BatchNorm1d(4), mbn.BatchNorm1d(4, backend="numpy")
     y, pullback = bn.vjp(x, mask=xp.asarray(np.arange(32) > 3))
     expected, of_twin = twin.vjp(np.from_dlpack(x), mask=np.arange(32) > 3)
     np.testing.assert_allclose(np.from_dlpack(y), expected, 1e-6, 1e-6)
@@ -44,8 +44,8 @@ def test_arrays_of_no_known_backend_are_normalised() -> None:
 
 
 @pytest.mark.usefixtures("_unregistered")
-def test_a_backend_that_is_registered_later_takes_its_arrays() -> None:
-    x = strangers(8, 4)
+def test_backend_that_is_registered_later_serves_its_arrays() -> None:
+    x = strict_array(8, 4)
     mbn.BatchNorm1d(4)(x)
     own = type("Own", (ArrayAPIBackend,), {"name": "own", "namespace": xp})
     mbn.register_backend("own", own)
@@ -55,10 +55,10 @@ def test_a_backend_that_is_registered_later_takes_its_arrays() -> None:
 
 
 @pytest.mark.usefixtures("_unregistered")
-def test_arrays_of_a_broken_backend_are_refused() -> None:
+def test_array_of_a_broken_backend_is_refused() -> None:
     mbn.register_backend("broken", "no_such_module:Backend")
     with pytest.raises(TypeError, match="no backend knows arrays of type array_api_strict") as caught:
-        mbn.BatchNorm1d(4)(strangers(8, 4))
+        mbn.BatchNorm1d(4)(strict_array(8, 4))
     assert isinstance(caught.value.__cause__, mbn.BackendUnavailableError)
 
 
@@ -73,7 +73,7 @@ def test_arrays_of_a_broken_backend_are_refused() -> None:
     ],
     ids=["masked", "matrix", "subclass of masked", "subclass of matrix"],
 )
-def test_arrays_that_a_backend_refuses_are_refused(make: Any) -> None:
+def test_array_that_numpy_refuses_is_refused(make: Any) -> None:
     with pytest.raises(TypeError, match="no backend knows arrays of type"):
         mbn.BatchNorm1d(4)(make((8, 4)))
 
@@ -82,14 +82,14 @@ def test_arrays_that_a_backend_refuses_are_refused(make: Any) -> None:
 @pytest.mark.parametrize(
     "namespace", [lambda _: 1 / 0, lambda _: object(), lambda _: np], ids=["broken", "none", "numpy"]
 )
-def test_arrays_of_a_doubtful_namespace_are_refused(namespace: Any) -> None:
+def test_array_with_a_wrong_namespace_is_refused(namespace: Any) -> None:
     kind = type("Strange", (), {"shape": (8, 4), "__dlpack__": None, "__array_namespace__": namespace})
     with pytest.raises(TypeError, match="no backend knows arrays of type"):
         mbn.BatchNorm1d(4)(kind())
 
 
 @pytest.mark.usefixtures("_unregistered")
-def test_a_library_that_is_not_installed_is_named() -> None:
+def test_missing_library_is_named() -> None:
     with pytest.raises(mbn.BackendUnavailableError, match="no_such_library is not installed"):
         mbn.get_backend("array_api.no_such_library")
 
@@ -97,7 +97,7 @@ def test_a_library_that_is_not_installed_is_named() -> None:
 @pytest.mark.parametrize("offset", [0, 1e4])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("shape", [(7, 3), (301, 3), (20, 3, 31)])
-def test_without_float64_results_are_as_exact(shape: tuple[int, ...], offset: float, *, weighted: bool) -> None:
+def test_results_without_float64_are_within_bounds(shape: tuple[int, ...], offset: float, *, weighted: bool) -> None:
     rng = np.random.default_rng(1)
     x, dy = ((start + rng.standard_normal(shape)).astype(np.float32) for start in (offset, 0))
     weights = rng.integers(0, 3, (shape[0], *shape[2:])).astype(np.float32) if weighted else None
@@ -116,8 +116,8 @@ def test_without_float64_results_are_as_exact(shape: tuple[int, ...], offset: fl
 
 
 @pytest.mark.usefixtures("_unregistered")
-def test_a_backend_that_is_registered_for_others_changes_nothing() -> None:
-    x, bn = strangers(8, 4), mbn.BatchNorm1d(4)
+def test_layer_keeps_working_after_another_backend_is_registered() -> None:
+    x, bn = strict_array(8, 4), mbn.BatchNorm1d(4)
     bn(x)
     mbn.register_backend("other", type("Other", (ArrayAPIBackend,), {"name": "other", "namespace": np}))
     bn(x)
@@ -125,6 +125,6 @@ def test_a_backend_that_is_registered_for_others_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("module", ["json", "torch"])
-def test_a_module_that_is_no_namespace_is_refused(module: str) -> None:
+def test_module_that_is_no_namespace_is_refused(module: str) -> None:
     with pytest.raises(mbn.BackendUnavailableError, match=f"{module} does not follow the array API standard"):
         mbn.get_backend(f"array_api.{module}")

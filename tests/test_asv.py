@@ -1,4 +1,4 @@
-"""What is built around asv: pages that need no other host, results without secrets, a check that finds a slowdown."""
+"""The scripts around asv: pages that need no other host, results without secrets, a check that finds a slowdown."""
 
 import importlib.util
 import json
@@ -35,7 +35,7 @@ def git(where, *arguments):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A repository with one commit, and a result of it."""
+    """Return the benchmarks' folder in a repository with one commit and a result of it."""
     bench = tmp_path / "checkout" / "asv_bench"
     shutil.copytree(ASV_BENCH, bench, ignore=shutil.ignore_patterns(".asv", "results", "__pycache__"))
     git(bench.parent, "init", "-b", "main")
@@ -67,13 +67,13 @@ def checkout(tmp_path):
 
 @pytest.fixture
 def tidied(checkout):
-    """The same, as measure.py leaves it."""
+    """Return the same folder after ``measure.py`` has tidied its results."""
     machine = {"machine": "some-machine", "arch": "x86_64", "cpu": "a processor", "num_cpu": "2", "ram": "1 GiB"}
     script("measure").tidy(checkout / "results" / "some-machine", machine)
     return checkout
 
 
-def test_results_tell_what_the_machine_is_and_not_whose(tidied):
+def test_tidied_results_describe_the_machine_without_private_names(tidied):
     (path,) = (tidied / "results" / "some-machine").glob("*-*.json")
     record = json.loads(path.read_text())
     assert re.fullmatch(r"[0-9a-f]{8}-existing-py3\.\d+", path.stem)
@@ -83,7 +83,7 @@ def test_results_tell_what_the_machine_is_and_not_whose(tidied):
         assert not re.search("secret|someone", file.read_text())
 
 
-def test_what_is_measured_later_is_added(tidied):
+def test_later_results_of_a_commit_are_added_to_its_file(tidied):
     machine = tidied / "results" / "some-machine"
     (path,) = machine.glob("*-*.json")
     later = json.loads(path.read_text())
@@ -94,7 +94,7 @@ def test_what_is_measured_later_is_added(tidied):
     assert len(list(machine.iterdir())) == 2
 
 
-def test_the_description_of_this_machine_has_no_name_of_its_own():
+def test_description_of_this_machine_has_no_private_name():
     described = script("measure").describe_machine()
     assert described["machine"].endswith("core")
     assert all(isinstance(value, str) for value in described.values())
@@ -119,7 +119,7 @@ def test_published_pages_refer_to_no_other_host(tidied, tmp_path):
     assert json.loads(graph.read_text())[0][1] == [1.0, 2.0]
 
 
-def test_pages_that_ask_for_something_new_are_not_let_through(tmp_path):
+def test_pages_that_refer_to_an_unknown_script_are_refused(tmp_path):
     (tmp_path / "index.html").write_text('<script src="https://example.org/new.js"></script>')
     with pytest.raises(ValueError, match=r"ask for new\.js"):
         script("publish").make_self_contained(tmp_path)
@@ -128,7 +128,7 @@ def test_pages_that_ask_for_something_new_are_not_let_through(tmp_path):
 @needs_asv
 @pytest.mark.skipif(find_spec("virtualenv") is None, reason="virtualenv is not installed")
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no repository")
-def test_the_quick_check_finds_a_slowdown(tmp_path):
+def test_quick_check_finds_a_slowdown(tmp_path):
     checkout = tmp_path / "checkout"
     git(tmp_path, "clone", "--quiet", str(ROOT), str(checkout))
     backend = checkout / "backends" / "mbn_numpy" / "__init__.py"
@@ -141,7 +141,7 @@ def test_the_quick_check_finds_a_slowdown(tmp_path):
     )[1]
     home = {"HOME": str(tmp_path), "XDG_CONFIG_HOME": os.environ.get("XDG_CONFIG_HOME", str(Path.home() / ".config"))}
     asv = f"{sys.executable} -m asv"
-    checked = subprocess.run(  # noqa: S602 - the words of .ci/functions.sh, which are for a shell
+    checked = subprocess.run(  # noqa: S602 - the command of .ci/functions.sh is for a shell
         f"{asv} machine --yes && {asv} {command}",
         shell=True,
         cwd=checkout / "asv_bench",

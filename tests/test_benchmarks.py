@@ -1,4 +1,4 @@
-"""The benchmarks run: one that is broken has to fail here, since in asv it is a line that nobody reads."""
+"""Every benchmark works: a broken one has to fail here, since in asv it is a line that nobody reads."""
 
 import importlib
 import inspect
@@ -36,10 +36,10 @@ MODULES = _modules()
 
 
 def _benchmarks():
-    """Yield what asv would find: how to run it with its first parameters, and its name."""
+    """Yield the benchmarks that asv finds, each as a function that runs it with its first parameters, and its name."""
     for module_name, module in MODULES.items():
         if module_name == "gpu":
-            continue  # which has no NumPy: see test_gpu.py
+            continue  # it does not measure NumPy: see test_gpu.py
         for name, found in vars(module).items():
             if inspect.isclass(found) and hasattr(found, "params"):
                 for method in filter(IS_BENCHMARK, dir(found)):
@@ -60,7 +60,7 @@ def _run(cls, method):
 
 @pytest.fixture
 def few(monkeypatch):
-    """Of what is measured side by side, which takes minutes, little."""
+    """Reduce the side-by-side benchmarks, which take minutes, to few calls on small inputs."""
     side_by_side = MODULES["side_by_side"]
     shapes = {workload: Workload(workload.shape).smaller().smaller() for workload in map(Workload, side_by_side.SHAPES)}
     monkeypatch.setattr(side_by_side, "Workload", lambda shape: shapes[Workload(shape)])
@@ -88,7 +88,7 @@ def test_unusable_backend_is_not_measured(monkeypatch, error):
         MODULES["_backends"].layer("numpy", Workload((4, 3)))
 
 
-def test_workload_that_is_none_for_a_backend_is_not_measured():
+def test_workload_that_a_backend_cannot_do_is_not_measured():
     with pytest.raises(NotImplementedError, match="numpy takes no float8"):
         MODULES["_backends"].layer("numpy", Workload((4, 3), dtype="float8"))
 
@@ -102,7 +102,7 @@ def test_subject_that_did_not_run_is_not_measured():
 
 @pytest.mark.skipif(find_spec("asv") is None, reason="asv is not installed")
 def test_asv_accepts_the_benchmarks():
-    # asv takes PYTHONPATH out of the environment; this is how it is told where an mbn lies that is not installed.
+    # asv removes PYTHONPATH from the environment; ASV_PYTHONPATH tells it where an mbn is that is not installed.
     sources = {str(Path(find_spec(package).origin).parents[1]) for package in ("mbn", "mbn_numpy")}
     check = subprocess.run(
         [sys.executable, "-m", "asv", "check", "-E", "existing"],

@@ -1,4 +1,4 @@
-"""What CI relies on: that a step which does nothing, or fails, is not green."""
+"""The functions of .ci/run: a step of CI that fails or does nothing must not pass."""
 
 import os
 import re
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def bash(commands, folder, **environment):
-    """Run commands as .ci/run does, in a folder."""
+    """Run shell commands in a folder with the settings and functions of .ci/run."""
     return subprocess.run(
         ["bash", "-c", f"set -euo pipefail\n. {ROOT / '.ci' / 'functions.sh'}\n{commands}"],  # noqa: S607
         cwd=folder,
@@ -24,7 +24,7 @@ def bash(commands, folder, **environment):
     )
 
 
-def test_the_commands_are_those_of_the_readme():
+def test_readme_command_prints_the_commands_of_the_readme():
     for number, word in ((1, "mbn compare"), (2, "python -m pytest")):
         run = bash(f"readme_command {number} '{word}'", ROOT)
         assert (run.returncode, run.stderr) == (0, "")
@@ -32,7 +32,7 @@ def test_the_commands_are_those_of_the_readme():
 
 
 @pytest.mark.parametrize("fence", ["```bash", "```shell", "~~~sh", "```sh\n# first of all:"])
-def test_a_readme_with_other_blocks_is_no_success(tmp_path, fence):
+def test_readme_command_fails_without_the_shell_block(tmp_path, fence):
     (tmp_path / "README.md").write_text((ROOT / "README.md").read_text().replace("```sh", fence))
     run = bash("tests=$(readme_command 2 'python -m pytest')\nbash -c \"$tests\"\necho went on", tmp_path)
     assert run.returncode != 0
@@ -40,7 +40,7 @@ def test_a_readme_with_other_blocks_is_no_success(tmp_path, fence):
     assert "README.md has no command with 'python -m pytest' in its shell block 2" in run.stderr
 
 
-def test_an_environment_that_cannot_be_made_is_no_success(tmp_path):
+def test_ci_stops_if_the_environment_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     first_step = re.search(r"^\($.*?^\)$", (ROOT / ".ci" / "run").read_text(), re.DOTALL | re.MULTILINE)[0]
     run = bash(f"scratch=$PWD/file main_job='echo went on'\n{first_step}\necho went on", tmp_path)
@@ -66,11 +66,11 @@ esac
         (2, 0, 2, 0),  # the parent is from before the benchmarks
         (2, 2, 0, 2),  # HEAD fails
         (2, 2, 2, 2),
-        (2, 0, 0, 2),  # asv does not understand how it is called
+        (2, 0, 0, 2),  # asv was called wrongly
         (3, 0, 2, 3),
     ],
 )
-def test_only_a_parent_that_cannot_be_measured_is_tolerated(tmp_path, continuous, head, parent, expected):
+def test_no_regression_tolerates_only_a_parent_that_cannot_be_measured(tmp_path, continuous, head, parent, expected):
     asv = tmp_path / "asv"
     asv.write_text(ASV)
     asv.chmod(0o755)

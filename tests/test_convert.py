@@ -1,4 +1,4 @@
-"""Data across the border."""
+"""``asarray`` and ``to_numpy``: arrays from one framework to another."""
 
 from typing import Any
 
@@ -41,7 +41,7 @@ def _pointer(array: Any) -> int:
     ],
 )
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_memory_of_the_host_is_shared(source: str, target: str, dtype: str, *, shared: bool) -> None:
+def test_asarray_shares_host_memory_where_it_can(source: str, target: str, dtype: str, *, shared: bool) -> None:
     pytest.importorskip("jax", reason="the border needs a third framework")
     host = np.arange(4096, dtype=np.float32).reshape(64, 64).astype(dtype)
     x = mbn.asarray(host, backend=source)
@@ -53,7 +53,7 @@ def test_memory_of_the_host_is_shared(source: str, target: str, dtype: str, *, s
         assert y.flags.writeable == (source == "torch")
 
 
-def test_views_and_recorded_tensors_cross_as_what_they_are() -> None:
+def test_asarray_converts_views_and_tensors_with_gradients() -> None:
     x = torch.arange(6.0).reshape(2, 3)
     recorded = x.clone().requires_grad_() * 2
     for target in ("numpy", "jax"):
@@ -67,7 +67,7 @@ def test_views_and_recorded_tensors_cross_as_what_they_are() -> None:
     np.testing.assert_array_equal(mbn.asarray(backwards, backend="torch"), backwards)
 
 
-def test_traced_and_scattered_values_do_not_cross() -> None:
+def test_asarray_refuses_traced_sparse_and_meta_values() -> None:
     jax = pytest.importorskip("jax", reason="it traces")
     with pytest.raises(jax.errors.TracerArrayConversionError):
         jax.jit(lambda x: mbn.asarray(x, backend="torch"))(1.0)
@@ -77,21 +77,21 @@ def test_traced_and_scattered_values_do_not_cross() -> None:
         mbn.asarray(torch.ones(3, device="meta"), backend="jax")
 
 
-def test_to_numpy() -> None:
+def test_to_numpy_takes_arrays_of_any_backend() -> None:
     for x in ([[1.0, 2.0]], np.array([[1.0, 2.0]]), torch.tensor([[1.0, 2.0]])):
         np.testing.assert_array_equal(mbn.to_numpy(x), [[1, 2]])
     with pytest.raises(TypeError, match="no backend knows arrays of type builtins.object"):
         mbn.to_numpy(object())
 
 
-def test_bfloat16_crosses_unchanged() -> None:
+def test_asarray_keeps_bfloat16() -> None:
     host = np.array([1, 1.0078125, -3e38]).astype(ml_dtypes.bfloat16)
     tensor = mbn.asarray(host, backend="torch")
     assert tensor.dtype == torch.bfloat16
     np.testing.assert_array_equal(mbn.to_numpy(tensor), host, strict=True)
 
 
-def test_dtype_names_are_shared() -> None:
+def test_dtype_name_is_the_same_for_all_frameworks() -> None:
     for dtype in ("float32", np.float32, np.dtype("f4"), torch.float32):
         assert mbn.contract.dtype_name(dtype) == "float32"
     assert mbn.contract.dtype_name(torch.bfloat16) == "bfloat16"

@@ -1,4 +1,4 @@
-"""The proof on the docs' page of digits, for every pair of backends and for the plug-in too."""
+"""The experiment of docs/digits.md, for every pair of backends, and for the plug-in and CuPy too."""
 
 import doctest
 from itertools import combinations
@@ -18,10 +18,10 @@ PAGE = Path(__file__).parents[1] / "docs" / "digits.md"
 
 @pytest.fixture(scope="module")
 def page():
-    """Return what the page has made, having trained on every backend that works here."""
+    """Return the names that the page defines, after training on every backend that is usable here."""
     names = {}
     for example in doctest.DocTestParser().get_examples(PAGE.read_text()):
-        exec(compile(example.source, PAGE.name, "single"), names)  # noqa: S102 - it is our own page
+        exec(compile(example.source, PAGE.name, "single"), names)  # noqa: S102 - the page is our own
     made = SimpleNamespace(**names)
     for backend, namespace in (("strict", "array_api_strict"), ("cupy", "cupy")):
         try:
@@ -35,11 +35,11 @@ def page():
 
 @pytest.fixture(scope="module")
 def answers(page):
-    """Return what each backend reads with what each has learnt, by both their names."""
+    """Return the digits read by each backend with the model trained on each, by (trained on, read on)."""
     return {(name, backend): page.read_digits(name, backend) for name in page.trained for backend in page.trained}
 
 
-def test_all_have_been_trained(page):
+def test_every_backend_has_been_trained(page):
     assert page.trained.keys() >= {"numpy", "torch", "jax", "strict"}
     assert all(len(losses) == 5 * 25 for losses, _, _ in page.trained.values())
 
@@ -56,12 +56,12 @@ def test_accuracies_agree_and_are_high(page, answers):
     assert correct.pop() > 0.9
 
 
-def test_what_is_trained_on_one_reads_the_same_on_every_other(answers):
+def test_model_reads_the_same_digits_on_every_backend(answers):
     for (name, backend), read in answers.items():
         np.testing.assert_array_equal(read, answers["numpy", "numpy"], err_msg=f"trained on {name}, read on {backend}")
 
 
-def test_statistics_agree(page):
+def test_running_statistics_agree(page):
     first = page.trained["numpy"][2].state_dict()
     for name in page.trained:
         entries = page.trained[name][2].state_dict(backend="numpy")

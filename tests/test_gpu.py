@@ -1,4 +1,4 @@
-"""The script for a GPU machine, where there is none: what it makes of times, what it keeps, and that it runs."""
+"""The benchmark script for GPU machines, without a GPU: its figures from given times, its result files, its calls."""
 
 import importlib
 import json
@@ -22,14 +22,14 @@ GIBIBYTE = 2**30
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """The benchmark."""
+    """Return asv's benchmark of GPUs, as a module."""
     monkeypatch.syspath_prepend(ASV_BENCH)
     return importlib.import_module("benchmarks.gpu")
 
 
 @pytest.fixture
 def script(gpu, monkeypatch):
-    """The script as a module."""
+    """Return the script asv_bench/gpu.py, as a module."""
     for name in ("gpu", "measure"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return importlib.import_module("gpu")
@@ -42,7 +42,7 @@ def timed(memory=None, **seconds):
 
 @pytest.fixture
 def found():
-    """A card that copies 1 GiB in a second."""
+    """Return the outcomes on a card that copies 1 GiB in a second."""
     return {
         ("cupy", LARGE): timed(train=(2.0, 2.2, 1.8), pullback=(5.0,), memory=7),
         ("torch", LARGE): NotRun("out of memory", broken=True),
@@ -51,7 +51,7 @@ def found():
     }
 
 
-def test_the_ideal_is_the_passes_at_the_speed_of_a_large_copy(gpu, found):
+def test_ideal_time_is_that_of_the_passes_at_the_speed_of_a_large_copy(gpu, found):
     seconds = gpu.medians(found)
     assert gpu.bandwidth(seconds) == 2 * GIBIBYTE
     ideal = gpu.times_ideal(seconds)
@@ -61,19 +61,19 @@ def test_the_ideal_is_the_passes_at_the_speed_of_a_large_copy(gpu, found):
     assert gpu.peaks(found) == {("cupy", "train", LARGE): 7, ("cupy", "pullback", LARGE): 7}
 
 
-def test_without_a_large_copy_there_is_no_ideal(gpu, found):
+def test_ideal_time_is_unknown_without_a_large_copy(gpu, found):
     del found["copy", LARGE]
     assert gpu.times_ideal(gpu.medians(found)) == {}
 
 
-def test_the_inputs_fit_and_their_names_are_parameters(gpu):
+def test_inputs_fit_in_memory_and_their_names_are_parameters(gpu):
     assert max(given.workload.nbytes for given in gpu.INPUTS.values()) == 4 * GIBIBYTE
     assert gpu.Step.params[2] == list(gpu.INPUTS)
     assert {LARGE, SMALL} < gpu.INPUTS.keys()
     assert {given.workload.shape for given in gpu.INPUTS.values() if given.captured} == {(1024, 256), (32, 64)}
 
 
-def test_whoever_breaks_gets_a_new_process(gpu, monkeypatch):
+def test_broken_subject_gets_a_new_process(gpu, monkeypatch):
     started = []
 
     class Process:
@@ -105,7 +105,7 @@ def options(script, tmp_path, *arguments):
     return script._parser().parse_args(["--device", "cpu", "--out", str(tmp_path), "--commit", "a" * 40, *arguments])
 
 
-def test_a_later_call_adds_and_replaces(script, found, tmp_path):
+def test_later_results_are_added_to_the_file_and_replace_older_ones(script, found, tmp_path):
     file = script.ResultFile(options(script, tmp_path))
     file.add(found)
     again = script.ResultFile(options(script, tmp_path))
@@ -119,7 +119,7 @@ def test_a_later_call_adds_and_replaces(script, found, tmp_path):
 
 
 @pytest.mark.skipif(find_spec("asv") is None, reason="asv is not installed")
-def test_asv_reads_what_is_kept(script, found, tmp_path):
+def test_asv_reads_the_result_file(script, found, tmp_path):
     from asv.results import Results, iter_results
 
     script.ResultFile(options(script, tmp_path)).add(found)
@@ -134,7 +134,7 @@ def test_asv_reads_what_is_kept(script, found, tmp_path):
     assert {value for value in values if value == value} == {2.0, 5.0, 1.0, 1e-6}  # noqa: PLR0124 - NaN is n/a
 
 
-def test_a_machine_is_named_by_its_card(script, tmp_path, monkeypatch):
+def test_machine_is_named_by_its_card(script, tmp_path, monkeypatch):
     smi = tmp_path / "nvidia-smi"
     smi.write_text('#!/bin/sh\ncase "$*" in *--id=1*) echo "NVIDIA H0 80GB, 81559 MiB, 580.1";; esac\n')
     smi.chmod(0o755)
@@ -152,7 +152,7 @@ def run_script(tmp_path, *arguments):
     )
 
 
-def test_it_runs_where_there_is_no_gpu(tmp_path):
+def test_script_conforms_and_measures_on_the_cpu(tmp_path):
     common = ("--device", "cpu", "--out", str(tmp_path), "--commit", "b" * 40)
     conformed = run_script(tmp_path, "conform", *common, "--subjects", "numpy", "--", "-k", "test_dtypes")
     assert conformed.returncode == 0, conformed.stdout + conformed.stderr
@@ -167,7 +167,7 @@ def test_it_runs_where_there_is_no_gpu(tmp_path):
     assert "captures no calls" in record["gpu"]["not_run"]["copy"][f"{SMALL}, CUDA graph"]["why"]
 
 
-def test_who_can_not_run_gives_exit_code_1(tmp_path):
+def test_subject_that_cannot_run_gives_exit_code_1(tmp_path):
     common = ("--device", "nowhere", "--out", str(tmp_path), "--commit", "c" * 40)
     assert run_script(tmp_path, "conform", *common, "--subjects", "numpy").returncode == 1
     assert run_script(tmp_path, "measure", *common, "--subjects", "numpy", "--inputs", SMALL).returncode == 1

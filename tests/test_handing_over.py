@@ -1,4 +1,4 @@
-"""What lies on a device crosses from framework to framework there: between pretended GPUs, and on a real one."""
+"""Arrays pass from framework to framework on their device: on simulated GPUs, and on a real one."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ X = np.arange(12, dtype=np.float32).reshape(3, 4)
 
 
 class Away:
-    """An array on a pretended GPU."""
+    """An array on a simulated GPU."""
 
     def __init__(self, host: np.ndarray, index: int = 0) -> None:
         self.host, self.index = host, index
@@ -32,7 +32,7 @@ class Away:
 
 
 class Remote(Toy):
-    """A framework with two pretended GPUs. Nothing of its arrays may go by way of the host."""
+    """A framework with two simulated GPUs. None of its arrays may be copied to the host."""
 
     array: type[Away]
     refuses: Any = staticmethod(lambda x: False)
@@ -82,7 +82,7 @@ def there() -> Remote:
     return framework("there")
 
 
-def test_memory_is_shared_on_the_device(here: Remote, there: Remote) -> None:
+def test_asarray_shares_memory_on_the_device(here: Remote, there: Remote) -> None:
     x = here.asarray(X, device="cuda:1")
     y = mbn.asarray(x, backend="there")
     assert there.owns(y)
@@ -92,13 +92,13 @@ def test_memory_is_shared_on_the_device(here: Remote, there: Remote) -> None:
         assert mbn.asarray(x).host is x.host
 
 
-def test_dtype_and_device_change_on_the_devices(here: Remote, there: Remote) -> None:
+def test_asarray_changes_dtype_and_device_on_the_devices(here: Remote, there: Remote) -> None:
     y = mbn.asarray(here.asarray(X), "float16", backend=there, device="cuda:1")
     assert there.device(y) == "cuda:1"
     np.testing.assert_array_equal(y.host, X.astype(np.float16), strict=True)
 
 
-def test_what_is_refused_as_it_lies_comes_as_a_copy(here: Remote, there: Remote) -> None:
+def test_asarray_copies_an_array_that_the_target_refuses(here: Remote, there: Remote) -> None:
     x = here.asarray(X.T)
     there.refuses = lambda x: not x.host.flags.owndata
     y = mbn.asarray(x, backend=there)
@@ -106,7 +106,7 @@ def test_what_is_refused_as_it_lies_comes_as_a_copy(here: Remote, there: Remote)
     assert not np.shares_memory(y.host, X)
 
 
-def test_what_is_refused_as_a_copy_too_goes_by_way_of_the_host(here: Remote, there: Remote) -> None:
+def test_asarray_goes_through_the_host_if_the_target_refuses_the_copy_too(here: Remote, there: Remote) -> None:
     there.refuses = lambda x: True
     here.to_numpy = lambda x: x.host
     y = mbn.asarray(here.asarray(X, device="cuda:1"), backend=there)
@@ -115,12 +115,12 @@ def test_what_is_refused_as_a_copy_too_goes_by_way_of_the_host(here: Remote, the
     np.testing.assert_array_equal(mbn.asarray(here.asarray(X), backend="numpy"), X)
 
 
-def test_to_numpy_is_the_way_of_what_has_none(here: Remote) -> None:
+def test_asarray_for_numpy_calls_to_numpy_of_the_source(here: Remote) -> None:
     with pytest.raises(AssertionError, match="by way of the host"):
         mbn.asarray(here.asarray(X), backend="numpy")
 
 
-def test_a_layer_stays_on_its_device_and_shares_nothing(here: Remote, there: Remote) -> None:
+def test_layer_moves_to_another_framework_on_its_device_and_shares_nothing(here: Remote, there: Remote) -> None:
     bn = mbn.BatchNorm1d(4, backend=here, device="cuda:1")
     before = dict(bn.state_dict())
     held = (*bn.params, *bn.state)
@@ -136,7 +136,7 @@ def test_a_layer_stays_on_its_device_and_shares_nothing(here: Remote, there: Rem
     assert all(map(there.owns, bn.state_dict(backend=there).values()))
 
 
-def test_a_layer_takes_values_from_another_framework(here: Remote, there: Remote) -> None:
+def test_layer_takes_values_from_another_framework(here: Remote, there: Remote) -> None:
     bn = mbn.BatchNorm1d(4, backend=here)
     value = there.asarray(X[0].astype(np.float64))
     bn.weight = value
@@ -146,14 +146,14 @@ def test_a_layer_takes_values_from_another_framework(here: Remote, there: Remote
         bn.weight = there.asarray(X[0].astype(np.complex64))
 
 
-def test_what_a_layer_takes_from_jax_can_be_written_to() -> None:
+def test_layer_moved_from_jax_has_writeable_arrays() -> None:
     pytest.importorskip("jax")
     bn = configured(mbn.BatchNorm1d(4, backend="jax"), seed=0).to(backend="numpy")
     assert all(value.flags.writeable for value in (*bn.params, *bn.state))
 
 
 @pytest.mark.parametrize(("source", "target"), list(permutations(("cupy", "torch", "jax"), 2)))
-def test_on_a_gpu(source: str, target: str) -> None:
+def test_arrays_and_layers_pass_between_frameworks_on_a_gpu(source: str, target: str) -> None:
     for framework in (source, target):
         if reason := gpus.missing(framework):
             pytest.skip(reason)

@@ -1,4 +1,4 @@
-"""The rules of the house: who may import whom, and what `import mbn` costs."""
+"""The rules of the architecture: which parts may import which, and how much `import mbn` loads."""
 
 import importlib
 import json
@@ -34,69 +34,69 @@ FRONTEND = {
     "commands": {"conformance", "contract", "mbn", "registry", "state"},
     "__main__": {"commands"},
 }
-"""The rooms of mbn, and whom each may import; ``mbn`` itself, the public names, may import any of the first ten."""
+"""The parts of mbn, and the parts that each may import; ``mbn`` itself may import any of the first ten."""
 BACKENDS = {"mbn_common", "mbn_cpu", "mbn_cupy", "mbn_jax", "mbn_numba", "mbn_numpy", "mbn_torch"}
 SHARED = {"mbn_common", "mbn_cpu"}
-"""Kernels that are no backend."""
+"""Packages of shared kernels, which are no backends."""
 FOR_BACKENDS = {"mbn.array_api", "mbn.contract", "mbn.threads"}
 """The parts of mbn that a backend may import."""
 TOO_MUCH = (
     *("torch", "jax", "cupy", "numba", "flax", "keras", "onnx", "rich", "safetensors"),
     *("mbn.interop", "mbn.commands", "mbn.conformance"),
 )
-"""What `import mbn` may not import, nor any backend."""
+"""Packages that `import mbn` must not load; backends are forbidden too."""
 MILLISECONDS = 20
-"""What `import mbn` may take beyond NumPy."""
+"""The time that `import mbn` may take beyond NumPy."""
 
 
-def room(module: str) -> str:
-    """Return the room of mbn that a module is in; of a backend's, the package."""
+def part(module: str) -> str:
+    """Return the part that a module belongs to: a folder or file of mbn, or the package of a backend."""
     package, _, rest = module.partition(".")
     return rest.partition(".")[0] or package if package == "mbn" else package
 
 
-def test_no_files_import_each_other() -> None:
-    assert house.circles(IMPORTS) == []
+def test_files_have_no_import_cycles() -> None:
+    assert house.cycles(IMPORTS) == []
 
 
-def test_no_rooms_import_each_other() -> None:
-    rooms: dict[str, set[str]] = {room(name): set() for name in FILES}
+def test_parts_have_no_import_cycles() -> None:
+    parts: dict[str, set[str]] = {part(name): set() for name in FILES}
     for name, others in IMPORTS.items():
-        rooms[room(name)] |= {room(other) for other in others} - {room(name), "mbn"}
-    assert house.circles(rooms) == []
+        parts[part(name)] |= {part(other) for other in others} - {part(name), "mbn"}
+    assert house.cycles(parts) == []
 
 
 @pytest.mark.parametrize("name", FRONTEND)
-def test_rooms_import_what_they_may(name: str) -> None:
+def test_part_imports_only_the_parts_it_may(name: str) -> None:
     found = {
-        other if room(other) in BACKENDS else room(other)
+        other if part(other) in BACKENDS else part(other)
         for module, others in IMPORTS.items()
-        if room(module) == name and module.startswith("mbn.")
+        if part(module) == name and module.startswith("mbn.")
         for other in others
     }
     assert found - {name} <= FRONTEND[name]
 
 
-def test_every_room_has_a_rule() -> None:
-    assert {room(name) for name in FILES} - {"mbn"} == FRONTEND.keys() | BACKENDS
+def test_every_part_has_a_rule() -> None:
+    assert {part(name) for name in FILES} - {"mbn"} == FRONTEND.keys() | BACKENDS
 
 
 @pytest.mark.parametrize("name", sorted(BACKENDS))
-def test_backends_import_the_contract_and_what_they_share(name: str) -> None:
-    found = {other for module, others in IMPORTS.items() if room(module) == name for other in others}
+def test_backend_imports_only_the_contract_and_shared_kernels(name: str) -> None:
+    found = {other for module, others in IMPORTS.items() if part(module) == name for other in others}
     for other in found:
         of_mbn = ".".join(other.split(".")[:2])
-        assert of_mbn in FOR_BACKENDS if other.startswith("mbn.") else room(other) in {name, *SHARED}, other
+        assert of_mbn in FOR_BACKENDS if other.startswith("mbn.") else part(other) in {name, *SHARED}, other
 
 
-def test_ten_files_lie_beside_the_rooms() -> None:
+def test_mbn_has_at_most_ten_files_beside_its_folders() -> None:
     folder = Path(mbn.__file__).parent
     assert sum(path.is_file() for path in folder.iterdir()) <= 10
 
 
 def test_backends_have_the_same_files() -> None:
     for name in BACKENDS - SHARED:
-        files = {module.removeprefix(f"{name}.").partition(".")[0] for module in FILES if room(module) == name}
+        files = {module.removeprefix(f"{name}.").partition(".")[0] for module in FILES if part(module) == name}
         assert "backend" in files - {name}
         own = {"channel_stats", "group", "integration", "kernels", "module"}
         assert files - {name, "backend", *own} <= {"compilation", "launches", "memory_overlap", "private"}, name
@@ -107,7 +107,7 @@ def _in_a_new_process(code: str) -> Any:
     return json.loads(run.stdout)
 
 
-def test_import_brings_nothing_but_numpy() -> None:
+def test_import_of_mbn_loads_no_framework_and_no_backend() -> None:
     modules = _in_a_new_process("import json, sys, mbn; print(json.dumps(list(sys.modules)))")
     assert [name for name in modules if _is_one_of(name, TOO_MUCH)] == []
     assert [name for name in modules if _is_one_of(name, BACKENDS)] == []
@@ -117,12 +117,12 @@ def _is_one_of(name: str, packages: Iterable[str]) -> bool:
     return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
-def test_import_takes_little_beyond_numpy() -> None:
+def test_import_of_mbn_takes_little_time_beyond_numpy() -> None:
     code = "import time, numpy; start = time.process_time(); import mbn; print(time.process_time() - start)"
     assert 1e3 * min(_in_a_new_process(code) for _ in range(7)) <= MILLISECONDS * (1 + sys.dont_write_bytecode * 4)
 
 
-def test_backends_register_nothing_when_they_are_imported() -> None:
+def test_import_of_numba_kernels_registers_no_listener() -> None:
     pytest.importorskip("numba")
     code = """
 import json
@@ -133,8 +133,8 @@ print(json.dumps(sum(map(len, event._registered.values()))))
     assert _in_a_new_process(code) == 0
 
 
-def test_backends_allocate_nothing_when_they_are_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if room(name) in {"mbn_cpu", "mbn_numpy"}]:
+def test_import_of_numpy_backend_allocates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if part(name) in {"mbn_cpu", "mbn_numpy"}]:
         monkeypatch.delitem(sys.modules, name)
     allocated = []
     empty = np.empty
@@ -145,7 +145,7 @@ def test_backends_allocate_nothing_when_they_are_imported(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("shape", [(32, 64), (4096, 64, 16)], ids=["steps at once", "passes"])
 @pytest.mark.parametrize("training", [True, False])
-def test_x_goes_straight_down_to_the_kernels(shape: tuple[int, ...], *, training: bool) -> None:
+def test_x_passes_through_at_most_seven_files_to_the_kernels(shape: tuple[int, ...], *, training: bool) -> None:
     bn, x = mbn.BatchNorm1d(shape[1], backend="numpy").train(training), np.ones(shape, np.float32)
     bn(x)
     files: list[str] = []

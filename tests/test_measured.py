@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md say what is in asv's results."""
+"""The tables of docs/performance.md show the results of asv."""
 
 import importlib.util
 import json
@@ -51,7 +51,7 @@ def run(measured):
     )
 
 
-def test_tables_say_what_was_measured_and_leave_out_who_was_not(measured, run, tmp_path):
+def test_tables_show_measured_subjects_and_leave_out_the_others(measured, run, tmp_path):
     measured.generate(tmp_path / "made", run)
     tables = {path.stem: path.read_text().splitlines() for path in (tmp_path / "made").glob("*.md")}
     assert tables["train"] == [
@@ -75,7 +75,7 @@ def test_tables_say_what_was_measured_and_leave_out_who_was_not(measured, run, t
         assert "<svg" in (tmp_path / "made" / f"{mode}.svg").read_text()
 
 
-def test_the_newest_results_count(measured, run, tmp_path):
+def test_newest_results_are_shown(measured, run, tmp_path):
     for machine, date in (("a", 1), ("b", 2)):
         (tmp_path / machine).mkdir()
         (tmp_path / machine / "machine.json").write_text("{}")
@@ -93,6 +93,6 @@ def test_results_that_lack_a_figure_do_not_count(measured, run, tmp_path):
     assert measured.newest(tmp_path).record["date"] == 0
 
 
-def test_without_results_there_are_no_tables(measured, tmp_path):
+def test_missing_results_are_an_error(measured, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"measure\.py"):
         measured.newest(tmp_path)

@@ -1,4 +1,4 @@
-"""What docs/gpu.md shows: figures where they were measured, and nothing where they were not."""
+"""The tables of docs/gpu.md: figures that were measured, and "not measured" for the others."""
 
 import importlib
 import itertools
@@ -22,7 +22,7 @@ def pages(monkeypatch):
 
 @pytest.fixture
 def record():
-    """What asv_bench/gpu.py keeps: two backends, a peer and the copy, of which not all were measured everywhere."""
+    """Return results of asv_bench/gpu.py: two backends, a peer and the copy, with some measurements missing."""
     axes = ("cupy", "jax", "torch.nn", "copy"), ("train", "eval", "pullback"), (LARGE, HALVES, SMALL)
     seconds = {
         ("cupy", "train", LARGE): 0.003,
@@ -64,7 +64,7 @@ def record():
     }
 
 
-def test_without_results_the_page_says_so_once(pages, tmp_path):
+def test_missing_results_are_shown_once_as_not_measured(pages, tmp_path):
     assert pages.newest(tmp_path) is None
     pages.generate(tmp_path / "made", None)
     text = (tmp_path / "made" / "gpu.md").read_text()
@@ -75,7 +75,7 @@ def test_without_results_the_page_says_so_once(pages, tmp_path):
     assert not list((tmp_path / "made").glob("*.svg"))
 
 
-def test_what_was_measured_is_shown(pages, record, tmp_path):
+def test_page_shows_measured_figures(pages, record, tmp_path):
     machine = tmp_path / "results" / "some-card"
     machine.mkdir(parents=True)
     (machine / "01234567-existing-py3.12.json").write_text(json.dumps(record))
@@ -100,14 +100,14 @@ def test_what_was_measured_is_shown(pages, record, tmp_path):
     assert {path.name for path in (tmp_path / "made").glob("*.svg")} == {"gpu-train.svg"}
 
 
-def test_a_processor_s_results_are_none_of_a_gpu(pages, record, tmp_path):
+def test_results_of_a_cpu_are_ignored(pages, record, tmp_path):
     (tmp_path / "here").mkdir()
     del record["params"]["gpu"]
     (tmp_path / "here" / "01234567-existing-py3.12.json").write_text(json.dumps(record))
     assert pages.newest(tmp_path) is None
 
 
-def test_the_targets_are_inputs_that_are_measured(pages, monkeypatch):
+def test_targets_are_among_the_measured_inputs(pages, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "asv_bench")
     gpu = importlib.import_module("benchmarks.gpu")
     for target in pages.TARGETS:

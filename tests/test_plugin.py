@@ -1,4 +1,4 @@
-"""Strangers' backends: one that is installed as its users would install it, and others that are broken."""
+"""Backends of plug-ins: one that is installed as users would install it, and others that are broken."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ from mbn_numpy.backend import NumpyBackend
 
 @pytest.fixture
 def strict():
-    """Return the namespace whose arrays the installed plug-in is for."""
+    """Return the namespace of the arrays that the installed plug-in serves."""
     if not metadata.entry_points(group=registry.ENTRY_POINTS, name="strict"):
         pytest.fail("the plug-in mbn-strict is not installed: pip install ./tests/plugin", pytrace=False)
     import array_api_strict
@@ -30,18 +30,18 @@ def strict():
 
 @pytest.fixture
 def _nothing_loaded(monkeypatch):
-    """Make the registry look for every backend anew, and forget afterwards what it found."""
+    """Empty the registry's caches, so that it looks for every backend anew; restore them afterwards."""
     monkeypatch.setattr(registry, "_loaded", {})
     monkeypatch.setattr(registry, "_owners", {})
 
 
 @pytest.fixture
 def plugin(tmp_path, monkeypatch, _nothing_loaded):
-    """Return a function that installs a distribution ``mbn-NAME`` with one backend, made of the source of a module."""
+    """Return a function that installs a distribution ``mbn-NAME`` with a backend in a module of this source."""
     monkeypatch.syspath_prepend(tmp_path)
 
     def install(name, source):
-        module = tmp_path.name  # another one in each test: Python keeps the modules that it has imported
+        module = tmp_path.name  # another name in each test, since Python caches the modules that it has imported
         (tmp_path / f"{module}.py").write_text(source)
         info = tmp_path / f"mbn_{len(name)}-1.0.dist-info"
         info.mkdir()
@@ -61,7 +61,7 @@ def test_plugin_is_listed_and_loaded_by_name(strict):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("shape", [(32, 5), (8, 5, 7)])
-def test_plugin_gives_the_numbers_of_numpy(strict, dtype, shape):
+def test_plugin_gives_the_results_of_numpy(strict, dtype, shape):
     x = (1e4 + np.random.default_rng(0).standard_normal(shape)).astype(dtype)
     ours = mbn.BatchNorm1d(5, dtype=dtype, backend="numpy")
     theirs = mbn.BatchNorm1d(5, dtype=dtype, backend="strict")
@@ -75,7 +75,7 @@ def test_plugin_gives_the_numbers_of_numpy(strict, dtype, shape):
         np.testing.assert_allclose(mbn.to_numpy(value), ours.state_dict()[key], rtol=tolerance, err_msg=key)
 
 
-def test_plugin_takes_part_in_a_cumulative_average(strict):
+def test_plugin_computes_a_cumulative_average(strict):
     bn = mbn.BatchNorm1d(2, momentum=None)
     for value in (1.0, 3.0):
         bn(strict.asarray([[value, value], [value, -value]], dtype=strict.float32))
@@ -90,7 +90,7 @@ def test_plugin_is_inferred_from_its_arrays(strict):
     assert mbn.get_backend("strict").owns(bn.running_mean)
 
 
-def test_layers_stay_on_their_devices(strict):
+def test_layer_of_a_plugin_stays_on_its_device(strict):
     x = strict.ones((4, 3), dtype=strict.float32, device=strict.Device("device1"))
     bn = mbn.BatchNorm1d(3)
     assert bn(x).device == x.device
@@ -100,7 +100,7 @@ def test_layers_stay_on_their_devices(strict):
     assert bn.to(device="CPU_DEVICE").running_var.device == strict.Device("CPU_DEVICE")
 
 
-def test_arrays_do_not_change_frameworks_unasked(strict):
+def test_layer_of_another_backend_refuses_arrays_of_a_plugin(strict):
     x = strict.ones((4, 3), dtype=strict.float32)
     bn = mbn.BatchNorm1d(3, backend="numpy")
     with pytest.raises(TypeError, match=r"array of strict and the backend is numpy.*bn\.to\(backend='strict'\)"):
@@ -122,7 +122,7 @@ def test_arrays_do_not_change_frameworks_unasked(strict):
         ("raise BaseException('panic')", BaseException),
     ],
 )
-def test_broken_plugin_says_which_it_is_and_why(plugin, source, cause):
+def test_broken_plugin_is_named_with_its_error(plugin, source, cause):
     plugin("broken", source)
     with pytest.raises(mbn.BackendUnavailableError, match=f"'broken'.*mbn-broken.*{cause.__name__}") as error:
         mbn.get_backend("broken")
@@ -132,26 +132,26 @@ def test_broken_plugin_says_which_it_is_and_why(plugin, source, cause):
     assert isinstance(error.value.__cause__, mbn.BackendUnavailableError)
 
 
-def test_an_interrupt_by_the_user_is_no_fault_of_the_plugin(plugin):
+def test_keyboard_interrupt_while_a_plugin_is_imported_is_raised(plugin):
     plugin("slow", "raise KeyboardInterrupt")
     with pytest.raises(KeyboardInterrupt):
         mbn.get_backend("slow")
 
 
-def test_plugin_that_is_no_backend(plugin):
+def test_plugin_that_is_no_backend_is_refused(plugin):
     plugin("hollow", "class StrangeBackend: pass")
     with pytest.raises(mbn.BackendUnavailableError, match=r"'hollow'.*mbn-hollow.*not a mbn\.contract\.Backend"):
         mbn.get_backend("hollow")
 
 
-def test_broken_plugin_hides_no_other(plugin, strict):
+def test_broken_plugin_leaves_other_backends_usable(plugin, strict):
     plugin("broken", "raise RuntimeError('no licence')")
     assert {"broken", "strict", "numpy", "torch", "jax", "cupy"} <= set(mbn.list_backends())
     assert mbn.get_backend("strict").owns(strict.zeros(1))
     assert registry.owner_of(strict.zeros(1)) is mbn.get_backend("strict")
 
 
-def test_plugin_that_fails_on_the_arrays_of_others_hides_none(plugin, monkeypatch, strict):
+def test_plugin_that_fails_on_other_arrays_leaves_other_backends_usable(plugin, monkeypatch, strict):
     plugin(
         "a",
         """
@@ -162,7 +162,7 @@ class StrangeBackend(Toy):
         return x.colour == "red"
 """,
     )
-    monkeypatch.delitem(sys.modules, "cupy", raising=False)  # which has a cause of its own where there is no GPU
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)  # without a GPU, CuPy is another cause of the error
     x = strict.zeros(1)
     assert registry.owner_of(x) is mbn.get_backend("strict")
     with pytest.raises(TypeError, match="no backend knows arrays of type builtins.object") as error:
@@ -173,7 +173,7 @@ class StrangeBackend(Toy):
 
 
 @pytest.mark.parametrize("where", ["import", "constructor"])
-def test_plugin_that_hangs_keeps_nobody_else_waiting(plugin, monkeypatch, where):
+def test_hanging_plugin_does_not_block_other_backends(plugin, monkeypatch, where):
     gate = SimpleNamespace(begun=threading.Event(), go_on=threading.Event(), made=[])
     monkeypatch.setitem(sys.modules, "gate", gate)
     hang = "gate.begun.set(); assert gate.go_on.wait(60)"
@@ -208,7 +208,7 @@ class StrangeBackend(Toy):
     assert len(gate.made) == 1
 
 
-def test_backend_that_is_registered_while_another_of_its_name_is_made_prevails():
+def test_backend_registered_while_its_predecessor_is_made_prevails():
     class Other(Toy):
         def __init__(self):
             mbn.register_backend("toy", Toy)
@@ -219,7 +219,7 @@ def test_backend_that_is_registered_while_another_of_its_name_is_made_prevails()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_fork_waits_for_no_plugin_of_its_parent():
+def test_fork_does_not_wait_for_a_plugin_of_its_parent():
     program = """
 import os, threading
 import mbn
@@ -249,7 +249,7 @@ raise SystemExit(status)
 
 
 @pytest.mark.parametrize("name", ["b@d name!", "1st"])
-def test_plugin_whose_name_is_none_is_passed_over_and_listed(plugin, capsys, name):
+def test_plugin_with_an_invalid_name_is_ignored_and_listed(plugin, capsys, name):
     plugin(name, "")
     assert name not in mbn.list_backends()
     with pytest.raises(mbn.BackendNotFoundError):

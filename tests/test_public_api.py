@@ -1,4 +1,4 @@
-"""The public names are a promise: exactly these, each documented, and cheap to import."""
+"""The public names are exactly these, each is documented, and their import is cheap."""
 
 import inspect
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 import mbn
 
 
-def test_all_is_exact() -> None:
+def test_public_names_are_exactly_these() -> None:
     assert set(mbn.__all__) == {
         "BackendNotFoundError",
         "BackendUnavailableError",
@@ -65,7 +65,7 @@ def test_public_methods_are_documented() -> None:
         assert name.startswith("_") or member.__doc__, name
 
 
-def test_import_brings_in_no_framework() -> None:
+def test_import_loads_no_framework() -> None:
     script = (
         "import sys, mbn; mbn.list_backends(); mbn.BatchNorm1d(4);"
         "print(*sorted({'torch', 'jax', 'cupy', 'numba', 'flax', 'keras', 'onnx'} & set(sys.modules)),"
@@ -87,7 +87,7 @@ def test_show_versions_never_raises(capsys: pytest.CaptureFixture[str], monkeypa
     assert "broken metadata" in printed
 
 
-def test_show_versions_tells_what_is_installed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_versions_lists_installed_packages(capsys: pytest.CaptureFixture[str]) -> None:
     mbn.show_versions()
     printed = capsys.readouterr().out
     assert f"mbn: {mbn.__version__} (" in printed

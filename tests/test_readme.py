@@ -1,4 +1,4 @@
-"""The README's table of backends says what the backends declare, and nothing else."""
+"""The README's table of backends agrees with the capabilities that the backends declare."""
 
 import json
 import os
@@ -19,12 +19,12 @@ def dtypes_in_the_table() -> dict[str, list[str]]:
     return {name: sorted(re.findall(r"b?float\d+", dtypes)) for name, dtypes in rows}
 
 
-def test_every_built_in_backend_is_in_the_table() -> None:
+def test_table_has_every_built_in_backend() -> None:
     assert list(dtypes_in_the_table()) == ["numpy", "torch", "jax", "cupy", "numba"]
 
 
 @pytest.mark.parametrize("name", ["numpy", "torch", "jax", "cupy"])
-def test_dtypes_are_those_declared(name: str) -> None:
+def test_table_has_the_declared_dtypes(name: str) -> None:
     environment = {
         "JAX_ENABLE_X64": "1",  # the footnote on float64
         "PYTHONPATH": os.pathsep.join([str(STANDINS), *filter(None, sys.path)]),  # CuPy without a GPU

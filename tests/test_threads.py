@@ -1,3 +1,5 @@
+"""The number of threads: its default, its setting, its environment variable."""
+
 import os
 import subprocess
 import sys
@@ -16,7 +18,7 @@ def four_processors(monkeypatch):
     mbn.set_num_threads(None)
 
 
-def test_all_processors_are_used_unless_somebody_says_otherwise(monkeypatch):
+def test_num_threads_defaults_to_all_processors(monkeypatch):
     mbn.set_num_threads(None)
     assert mbn.get_num_threads() == 4
     mbn.set_num_threads(3)
@@ -28,7 +30,7 @@ def test_all_processors_are_used_unless_somebody_says_otherwise(monkeypatch):
     assert mbn.get_num_threads() == 1
 
 
-def test_more_than_there_are_processors_is_all_of_them(monkeypatch):
+def test_num_threads_is_at_most_the_number_of_processors(monkeypatch):
     mbn.set_num_threads(64)
     assert mbn.get_num_threads() == 4
     mbn.set_num_threads(None)
@@ -46,7 +48,7 @@ def test_more_than_there_are_processors_is_all_of_them(monkeypatch):
         ("2", TypeError, "num_threads is an int or None, not '2'"),
     ],
 )
-def test_wrong_number_is_refused_and_changes_nothing(number, error, words):
+def test_invalid_num_threads_is_refused_and_changes_nothing(number, error, words):
     mbn.set_num_threads(3)
     with pytest.raises(error, match=words):
         mbn.set_num_threads(number)
@@ -54,7 +56,7 @@ def test_wrong_number_is_refused_and_changes_nothing(number, error, words):
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "two", "1.5", "False"])
-def test_wrong_environment_is_refused_with_the_first_backend(text):
+def test_invalid_environment_variable_is_refused_with_the_first_backend(text):
     program = "import mbn\nmbn.BatchNorm1d(3)"
     environment = os.environ | {"MBN_NUM_THREADS": text}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
@@ -65,7 +67,7 @@ def test_wrong_environment_is_refused_with_the_first_backend(text):
     )
 
 
-def test_the_environment_is_not_settled_before_it_counts(monkeypatch):
+def test_environment_variable_may_change_after_a_backend_is_loaded(monkeypatch):
     monkeypatch.setenv("MBN_NUM_THREADS", "2")
     monkeypatch.setattr(registry, "_loaded", {})
     mbn.get_backend("numpy")
@@ -73,7 +75,7 @@ def test_the_environment_is_not_settled_before_it_counts(monkeypatch):
     assert mbn.get_num_threads() == 3
 
 
-def test_a_number_that_was_set_makes_up_for_a_wrong_environment(monkeypatch):
+def test_set_num_threads_overrides_an_invalid_environment_variable(monkeypatch):
     monkeypatch.setenv("MBN_NUM_THREADS", "x")
     monkeypatch.setattr(registry, "_loaded", {})
     with pytest.raises(ValueError, match="MBN_NUM_THREADS"):

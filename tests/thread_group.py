@@ -11,7 +11,7 @@ PATIENCE = 60
 
 
 class ThreadGroup:
-    """A group of threads, each of which is one replica."""
+    """A group whose replicas are threads."""
 
     def __init__(self, size: int) -> None:
         self._size, self._values = size, [None] * size
@@ -26,11 +26,11 @@ class ThreadGroup:
         self._values[self.rank] = values
         self._barrier.wait()
         found = list(self._values)
-        self._barrier.wait()  # until all have read, nobody writes again
+        self._barrier.wait()  # no thread writes again before all have read
         return found
 
     def run(self, function: Callable[[int], Any]) -> list[Any]:
-        """Return the results of a function of the rank; what one replica raises ends the wait of all."""
+        """Return the results of a function of the rank; if a replica raises an error, the others stop waiting."""
 
         def replica(rank: int) -> Any:
             self._own.rank = rank
@@ -43,6 +43,6 @@ class ThreadGroup:
         with ThreadPoolExecutor(self._size) as pool:
             futures = [pool.submit(replica, rank) for rank in range(self._size)]
         errors = [error for error in (future.exception() for future in futures) if error is not None]
-        if errors:  # the one that is not about the others
+        if errors:  # preferably the first cause, not a consequence of it in another replica
             raise next((error for error in errors if not isinstance(error, threading.BrokenBarrierError)), errors[0])
         return [future.result() for future in futures]
