@@ -1,4 +1,4 @@
-"""What the tests of every backend draw from."""
+"""Fixtures for the tests of every backend."""
 
 import importlib
 import sys
@@ -14,13 +14,13 @@ STANDINS = Path(__file__).parents[1] / "standins"
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    """Return a generator of the same numbers for each test."""
+    """Return a random generator, with the same seed for each test."""
     return np.random.default_rng(0)
 
 
 @pytest.fixture
 def cupy(monkeypatch):
-    """Put the stand-in in CuPy's place, and everything back after the test."""
+    """Replace CuPy by its stand-in, and restore the modules after the test."""
 
     def ours():
         return [name for name in sys.modules if name.partition(".")[0] in ("cupy", "cuda_on_host", "mbn_cupy")]

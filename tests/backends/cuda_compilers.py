@@ -1,4 +1,4 @@
-"""CUDA's compilers, which need no GPU: nvcc where it is on PATH, else NVRTC, as CuPy has it, from its wheel."""
+"""CUDA's compilers, which need no GPU: nvcc if it is on PATH, else NVRTC, which CuPy uses, from its wheel."""
 
 import ctypes
 import shutil
@@ -11,15 +11,15 @@ from typing import NamedTuple
 
 
 class Compiled(NamedTuple):
-    """What became of a source."""
+    """The result of a compilation."""
 
     log: str
-    """All that the compiler and the assembler had to say, registers and spills included."""
+    """The messages of the compiler and the assembler, registers and spills included."""
     ptx: str
 
 
 def find() -> Callable[[str, tuple[str, ...], str], Compiled] | None:
-    """Return a function of source, options and architecture ("sm_90"), or None where there is no compiler.
+    """Return a function that compiles a source with options for an architecture ("sm_90"), or None without a compiler.
 
     It raises AssertionError with the log if the source does not compile.
     """

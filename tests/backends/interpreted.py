@@ -1,6 +1,6 @@
-"""A plugin of pytest with which tensors in host memory pass for those of a GPU: Triton interprets the kernels there.
+"""A plugin of pytest that sends tensors in host memory to the kernels for GPUs, which Triton interprets.
 
-It has to be imported before Triton is. ``MBN_PLANTED`` names a bug to plant in the kernels.
+It has to be imported before Triton. ``MBN_PLANTED`` names a bug to plant in the kernels.
 """
 
 import functools
@@ -24,7 +24,7 @@ settings.register_profile(
     "interpreted",
     deadline=None,
     derandomize=True,
-    max_examples=8,  # which takes as long as some thousands on a GPU
+    max_examples=8,  # as slow as some thousands on a GPU
     suppress_health_check=[HealthCheck.too_slow],
 )
 
@@ -32,7 +32,7 @@ _convert_float = interpreter._convert_float
 
 
 def _converted(values, given, wanted, mode):
-    """Convert as a GPU does: the interpreter cuts bits off when it goes to bfloat16, and takes its subnormals amiss."""
+    """Convert as a GPU does: the interpreter truncates numbers to bfloat16, and reads its subnormals wrongly."""
     if given == tl.bfloat16 and wanted == tl.float32:
         return (values.view(np.uint16).astype(np.uint32) << 16).reshape(values.shape)
     if given == tl.float32 and wanted == tl.bfloat16:
@@ -42,7 +42,7 @@ def _converted(values, given, wanted, mode):
 
 
 def _sum(self, values):
-    """Sum up as a GPU does, in pairs: along any but the last axis NumPy adds one value after another."""
+    """Sum pairwise, as a GPU does: NumPy does so along the last axis alone, and adds one by one along others."""
     data = np.moveaxis(values.handle.data, self.axis, -1)
     total = np.ascontiguousarray(data).sum(-1)
     return self.to_tensor(np.expand_dims(total, self.axis) if self.keep_dims else total, values.dtype)
@@ -53,7 +53,7 @@ _launch = interpreter.GridExecutor.__call__
 
 
 def _alone(self, *args, **kwargs):
-    """Launch a kernel while no other thread does, as the interpreter has to, and warn of nothing, as a GPU."""
+    """Launch one kernel at a time, since the interpreter is not thread-safe, and without warnings, as on a GPU."""
     with _lock, np.errstate(all="ignore"):
         return _launch(self, *args, **kwargs)
 
@@ -62,7 +62,7 @@ _patch = interpreter._patch_lang_tensor
 
 
 def _with_indices(tensor, *scope):
-    """Let numbers count, which Triton 3.4 could not with NumPy 2.4."""
+    """Let scalar tensors serve as indices, which Triton 3.4 does not with NumPy 2.4."""
     _patch(tensor, *scope)
     tensor.__index__ = lambda self: int(self.handle.data.squeeze())
 
@@ -72,14 +72,14 @@ _patch_language = interpreter._patch_lang
 
 @functools.cache
 def _patch_for_good(*modules):
-    """Put the interpreter's functions into modules of the language, which nothing compiles in this process."""
+    """Put the interpreter's functions into the language's modules for good: this process compiles nothing."""
     scope = _patch_language(SimpleNamespace(__globals__=dict(enumerate(modules))))
-    getattr(scope, "_changes", []).clear()  # so that nothing is restored
+    getattr(scope, "_changes", []).clear()  # keeps the interpreter from restoring them
     return scope
 
 
 def _patch_once(function):
-    """Patch at the first call alone: Triton patches at each call of each function, which takes half of the time."""
+    """Patch at the first call alone: Triton patches at every call of every function, which takes half of the time."""
     return _patch_for_good(*(value for value in function.__globals__.values() if value in (tl, tl.core)))
 
 

@@ -1,6 +1,6 @@
-"""What the kernels in Triton make of awkward batches, against those in Torch's operations; and bugs planted in them.
+"""The kernels in Triton against those in Torch's operations, on awkward batches; and bugs planted in them.
 
-Triton has to interpret: ``test_mbn_torch_triton.py`` runs this in a process of its own, with the plugin of pytest.
+Triton has to interpret: ``test_mbn_torch_triton.py`` runs this file in a process with the plugin ``interpreted``.
 """
 
 import importlib.util
@@ -22,9 +22,9 @@ from mbn_torch.kernels.eager import EAGER
 from mbn_torch.kernels.gpu import TRITON
 
 BOUNDS = {torch.float16: 6e-4, torch.bfloat16: 5e-3, torch.float32: 1.2e-7, torch.float64: 1e-14}
-"""Of outputs and gradients of x, relative to the largest: a rounding, where two results fall on two sides."""
+"""Bounds of outputs and gradients of x, relative to the largest: one rounding, as two results may round differently."""
 
-FORMS = {
+VIEWS = {
     "rows": lambda x: x(251, 13),
     "two values": lambda x: x(2, 1),
     "two rows": lambda x: x(2, 37),
@@ -46,7 +46,7 @@ FORMS = {
 
 
 def results(kernels, x, dy, weights, *, eps=1e-5):
-    """Return all that kernels make of a batch, by name."""
+    """Return all results of kernels for a batch, by name."""
     generator = torch.Generator().manual_seed(3)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight, bias = torch.randn((2, x.shape[1]), generator=generator, dtype=torch.float64).to(dtype)
@@ -75,7 +75,7 @@ def results(kernels, x, dy, weights, *, eps=1e-5):
 
 
 def assert_agreement(x, dy, weights=None):
-    """Check that both kinds of kernels make the same of a batch."""
+    """Check that both kinds of kernels give the same results for a batch."""
     if weights is not None:
         keep = (weights > 0).reshape(len(x), 1, *weights.shape[1:]).expand(x.shape)
         x, dy = (torch.where(keep, values, torch.nan) for values in (x, dy))
@@ -85,7 +85,7 @@ def assert_agreement(x, dy, weights=None):
         assert actual.shape == expected[name].shape, name
         assert actual.stride() == expected[name].stride() or name != "y"
         bound, terms = (BOUNDS[x.dtype], 1e-8) if actual.shape == x.shape else (1e-12, len(x))
-        # Where the terms of a gradient cancel, nothing but their rounding is left.
+        # Where the terms of a gradient cancel, only their rounding errors are left.
         largest = max(expected[name].double().abs().max(), terms * dy.double().nan_to_num().abs().max())
         error = (actual.double() - expected[name].double()).abs().max()
         assert error <= bound * largest, f"{name} is {error / largest:.3g} off"
@@ -101,19 +101,19 @@ def assert_agreement(x, dy, weights=None):
         ("mask", torch.float16),
     ],
 )
-@pytest.mark.parametrize("form", FORMS)
-def test_agreement(form, kind, dtype):
+@pytest.mark.parametrize("view", VIEWS)
+def test_triton_agrees_with_eager_kernels(view, kind, dtype):
     seeds = iter(range(9))
-    x, dy = (FORMS[form](lambda *shape: sample(*shape, dtype=dtype, seed=next(seeds))) for _ in range(2))
+    x, dy = (VIEWS[view](lambda *shape: sample(*shape, dtype=dtype, seed=next(seeds))) for _ in range(2))
     weights = draw_weights(kind, x.shape, torch.float64 if dtype == torch.float64 else torch.float32)
     if weights is not None:
         weights.view(-1)[:2] = torch.tensor([0, 1])  # some value counts
     assert_agreement(x, dy, weights)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_gradients_in_other_memory_orders(form):
-    x = FORMS[form](sample)
+@pytest.mark.parametrize("view", VIEWS)
+def test_triton_agrees_for_dy_in_other_memory_orders(view):
+    x = VIEWS[view](sample)
     constant = sample(1).expand(x.shape)
     turned = sample(*reversed(x.shape), seed=1).permute(*reversed(range(x.ndim)))
     spread = sample(*x.shape, 2, seed=1)[..., 0]
@@ -121,20 +121,20 @@ def test_gradients_in_other_memory_orders(form):
         assert_agreement(x, dy)
 
 
-def test_weights_of_rows_expanded():
+def test_triton_agrees_for_expanded_weights():
     x, dy = sample(9, 4, 31), sample(9, 4, 31, seed=1)
     assert_agreement(x, dy, (torch.arange(9)[:, None] % 3).float().expand(9, 31))
 
 
-def test_offsets_beyond_32_bits():
-    storage = torch.empty((1 << 31) + 64, dtype=torch.float16)  # of which next to nothing is touched
+def test_triton_agrees_for_offsets_beyond_32_bits():
+    storage = torch.empty((1 << 31) + 64, dtype=torch.float16)  # almost none of its pages are touched
     x = storage.as_strided((3, 8), ((1 << 30) + 16, 1)).copy_(sample(3, 8))
     assert_agreement(x, sample(3, 8, dtype=torch.float16, seed=1))
     x = storage.as_strided((3, 2, 5), (8, (1 << 31) + 8, 1)).copy_(sample(3, 2, 5))
     assert_agreement(x, sample(3, 2, 5, dtype=torch.float16, seed=1))
 
 
-def test_programs_that_share_more_tiles_than_there_are(monkeypatch):
+def test_triton_agrees_where_programs_take_several_tiles(monkeypatch):
     monkeypatch.setattr(triton_tiles, "_MANY", {True: 3, False: 2})
     triton_tiles._tiling.cache_clear()
     for shape in ((9001, 3), (40, 2, 700)):
@@ -143,11 +143,11 @@ def test_programs_that_share_more_tiles_than_there_are(monkeypatch):
 
 
 @pytest.mark.parametrize(("dtype", "power"), POWERS)
-def test_no_values_are_too_large_or_too_small(dtype, power):
+def test_triton_takes_values_of_any_size(dtype, power):
     assert_size_changes_nothing(dtype, power)
 
 
-def test_statistics_in_float64_of_narrower_values():
+def test_float64_statistics_of_float32_values_are_accurate():
     x = sample(200, 4)
     x[0] = 1e6
     bn, wide = (mbn.BatchNorm1d(4, dtype="float64", momentum=1.0, backend="torch") for _ in range(2))
@@ -157,9 +157,9 @@ def test_statistics_in_float64_of_narrower_values():
     assert relative_error(bn.running_var, wide.running_var) < 8e-16
 
 
-def test_one_value_that_dwarfs_the_rest_costs_no_digits():
+def test_statistics_are_accurate_where_one_value_dwarfs_the_others():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_tiles, "_MANY", {True: 1, False: 1})  # one after another
+        patch.setattr(triton_tiles, "_MANY", {True: 1, False: 1})  # one program takes all tiles, one after another
         triton_tiles._tiling.cache_clear()
         x = torch.ones(1000, 8, dtype=torch.float64)
         x[0] = torch.tensor([3.22e6, 12147.75, 1e10, 188.2, 4.2e8, 1129002.5, 1e6, 7.7e11])
@@ -174,7 +174,7 @@ def test_one_value_that_dwarfs_the_rest_costs_no_digits():
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
-def test_squares_neither_overflow_nor_vanish(scale):
+def test_squares_of_values_neither_overflow_nor_underflow(scale):
     x = (torch.randn((64, 3), generator=torch.Generator().manual_seed(0)).clamp(-1, 1) * scale).requires_grad_()
     bn = mbn.BatchNorm1d(3, eps=0, track_running_stats=False, backend="torch")
     y = bn(x)
@@ -187,7 +187,7 @@ def test_squares_neither_overflow_nor_vanish(scale):
 @pytest.mark.parametrize("momentum", [None, 0.0, 0.25])
 @pytest.mark.parametrize("kind", [None, "real", "nothing"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_running_statistics(dtype, kind, momentum):
+def test_triton_updates_running_statistics_as_eager_kernels(dtype, kind, momentum):
     x = sample(50, 6, dtype=dtype)
     weights = torch.zeros(50, dtype=dtype) if kind == "nothing" else draw_weights(kind, x.shape, dtype)
     state = mbn.State(sample(6, dtype=dtype), sample(6, dtype=dtype).abs(), torch.tensor(3))
@@ -202,7 +202,7 @@ def test_running_statistics(dtype, kind, momentum):
         assert not torch.equal(actual, before) or momentum == 0 or kind == "nothing"
 
 
-def test_a_layer_goes_this_way(monkeypatch):
+def test_layer_calls_the_triton_kernels(monkeypatch):
     seen = []
     for name in ("train", "pullback", "normalize", "moments"):
         kernel = getattr(TRITON, name)
@@ -218,20 +218,20 @@ def test_a_layer_goes_this_way(monkeypatch):
     assert "moments" in seen
 
 
-def test_all_that_is_needed():
+def test_pullback_computes_the_needed_gradients_alone():
     x, dy = sample(20, 4), sample(20, 4, seed=1)
     weight = torch.rand(4)
     mean, var = sample(4), torch.rand(4)
     arguments = TRITON, dy, Batch(x), weight, Stats(mean, var, None), 1e-5
-    whole = compose.pullback(*arguments)
+    every = compose.pullback(*arguments)
     for needs in ((True, False, False), (False, True, True), (False, False, True)):
         some = compose.pullback(*arguments, needs)
-        for needed, actual, expected in zip(needs, some, whole, strict=True):
+        for needed, actual, expected in zip(needs, some, every, strict=True):
             if needed:
                 torch.testing.assert_close(actual.to(expected.dtype), expected)
 
 
-PLANTED = {  # None of them writes where it must not, which would end the process.
+PLANTED = {  # No bug writes outside of its arrays, which would end the process.
     "positions beyond the last": ("mask = is_value[:, :, None] &", "mask = (is_value | True)[:, :, None] &"),
     "no shift": ("d = values - start[None, None, :]", "d = values"),
     "another shift in the end": (
@@ -261,14 +261,14 @@ PLANTED = {  # None of them writes where it must not, which would end the proces
 
 
 def _within_more(x):
-    """Return the same values with others around them in memory."""
-    whole = torch.full((x.numel() + 20_000,), 1e3, dtype=x.dtype)
-    return whole[10_000:-10_000].view(x.shape).copy_(x)
+    """Return the same values with other values around them in memory."""
+    larger = torch.full((x.numel() + 20_000,), 1e3, dtype=x.dtype)
+    return larger[10_000:-10_000].view(x.shape).copy_(x)
 
 
 def _everything():
-    """Check what between them has all that a bug can be in, the quickest first."""
-    test_one_value_that_dwarfs_the_rest_costs_no_digits()
+    """Check, the quickest first, a set of cases of which at least one fails for every planted bug."""
+    test_statistics_are_accurate_where_one_value_dwarfs_the_others()
     _assert_all_agree(61, 13)
     for dtype, power in ((torch.float32, 100), (torch.float64, -600), (torch.float64, 600)):
         assert_size_changes_nothing(dtype, power)
@@ -284,7 +284,7 @@ def _assert_all_agree(*shape):
         assert_agreement(x, dy, draw_weights("real", shape, dtype))
 
 
-def test_nothing_planted():
+def test_kernels_without_a_planted_bug_pass():
     _everything()
 
 

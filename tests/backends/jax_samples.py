@@ -1,4 +1,4 @@
-"""Samples of arrays and layers, and what the tests of JAX compare with."""
+"""Samples of arrays and layers for the tests of JAX, and functions that compare results."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Tests of JAX with two devices, which test_mbn_jax_devices.py runs in a process that has them."""
+"""Tests of JAX with two devices; test_mbn_jax_devices.py runs them in a process with two simulated devices."""
 
 import math
 import re
@@ -18,7 +18,7 @@ SHARDED, SAME = PartitionSpec("data"), PartitionSpec()
 LAYER = new_layer()
 OF_FOUR = mbn.BatchNorm1d(4, backend="jax")
 
-PLACES = {
+MASKINGS = {
     "(N, C)": {},
     "(N, C, L)": {},
     "mask": {"mask": np.arange(40).reshape(8, 5) % 3 > 0},
@@ -27,21 +27,21 @@ PLACES = {
 }
 
 
-def sample(places):
-    shape = (8, 3) if places == "(N, C)" else (8, 3, 5)
-    given = PLACES[places]
+def sample(kind):
+    shape = (8, 3) if kind == "(N, C)" else (8, 3, 5)
+    given = MASKINGS[kind]
     return [
         jnp.asarray(value) for value in (np.random.default_rng(0).standard_normal(shape, np.float32), *given.values())
     ]
 
 
-def loss(params, x, *values, places, training):
-    y, state = LAYER.apply(params, new_state(3), x, training=training, **dict(zip(PLACES[places], values, strict=True)))
+def loss(params, x, *values, kind, training):
+    y, state = LAYER.apply(params, new_state(3), x, training=training, **dict(zip(MASKINGS[kind], values, strict=True)))
     return jnp.sum(y**3), state
 
 
 def over_shards(function, out_specs, arguments):
-    """Return what a function gives for each half of all arguments but the first, as a shard_map has it."""
+    """Return the results of a shard_map of a function, with all arguments but the first split into two halves."""
     in_specs = SAME, *(SHARDED,) * (len(arguments) - 1)
     mesh = Mesh(np.array(jax.devices()), ("data",))
     return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs))(*arguments)
@@ -57,40 +57,40 @@ def halves(function, arguments):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("places", PLACES)
+@pytest.mark.parametrize("kind", MASKINGS)
 class TestShardMap:
-    def given(self, places):
-        return Params(jnp.asarray([1.0, 2, 3]), jnp.ones(3)), *sample(places)
+    def given(self, kind):
+        return Params(jnp.asarray([1.0, 2, 3]), jnp.ones(3)), *sample(kind)
 
-    def test_gradients_of_what_varies_and_of_what_does_not(self, places, training):
+    def test_gradients_of_replicated_params_and_sharded_x(self, kind, training):
         def function(*given):
-            return jax.grad(lambda *given: loss(*given, places=places, training=training)[0], (0, 1))(*given)
+            return jax.grad(lambda *given: loss(*given, kind=kind, training=training)[0], (0, 1))(*given)
 
-        (params, x), given = (SAME, SHARDED), self.given(places)
+        (params, x), given = (SAME, SHARDED), self.given(kind)
         params, x = over_shards(function, (params, x), given)
         (first, first_x), (second, second_x) = halves(function, given)
         assert_same(params, jax.tree.map(jnp.add, first, second), 1e-4)
         assert_same(x, jnp.concatenate([first_x, second_x]), 1e-4)
 
-    def test_second_derivatives(self, places, training):
+    def test_second_derivatives_are_those_of_each_shard(self, kind, training):
         def slope(*given):
-            return jnp.sum(jax.grad(lambda *given: loss(*given, places=places, training=training)[0], 1)(*given) ** 2)
+            return jnp.sum(jax.grad(lambda *given: loss(*given, kind=kind, training=training)[0], 1)(*given) ** 2)
 
-        function, given = jax.grad(slope, 1), self.given(places)
+        function, given = jax.grad(slope, 1), self.given(kind)
         assert_same(over_shards(function, SHARDED, given), jnp.concatenate(halves(function, given)), 1e-3)
 
-    def test_directional_derivatives(self, places, training):
+    def test_directional_derivatives_are_those_of_each_shard(self, kind, training):
         def function(params, x, *values):
-            return jax.jvp(lambda x: loss(params, x, *values, places=places, training=training)[0], (x,), (x,))[1][None]
+            return jax.jvp(lambda x: loss(params, x, *values, kind=kind, training=training)[0], (x,), (x,))[1][None]
 
-        given = self.given(places)
+        given = self.given(kind)
         assert_same(over_shards(function, SHARDED, given), jnp.concatenate(halves(function, given)), 1e-4)
 
-    def test_state_varies_where_the_batch_does(self, places, training):
+    def test_state_of_a_sharded_batch_varies_over_devices(self, kind, training):
         def function(*given):
-            return loss(*given, places=places, training=training)[1]
+            return loss(*given, kind=kind, training=training)[1]
 
-        given = self.given(places)
+        given = self.given(kind)
         if not training:
             return assert_same(over_shards(function, SAME, given), new_state(3))
         with pytest.raises(ValueError, match="out_specs"):
@@ -112,7 +112,7 @@ DEVICES = {
 
 
 @pytest.mark.parametrize("name", DEVICES)
-def test_a_layer_with_a_device_refuses_what_is_spread_over_more(name):
+def test_layer_with_a_device_refuses_arrays_sharded_over_others(name):
     layer, x = new_layer(device="cpu:1"), sharded(sample("(N, C)")[0], "data")
     before = layer.state
     with pytest.raises(ValueError, match=r"(x|mask) is spread over .*, and the layer is on cpu:1 alone"):
@@ -124,9 +124,9 @@ def test_a_layer_with_a_device_refuses_what_is_spread_over_more(name):
 SPECS = {"batch": ("data",), "channels": (None, "data"), "batch, (N, C, L)": ("data",), "length": (None, None, "data")}
 
 
-def steps(params, x, places, *, training):
+def steps(params, x, masking, *, training):
     def total(params, x):
-        y, state = OF_FOUR.apply(params, new_state(4), x, training=training, **places)
+        y, state = OF_FOUR.apply(params, new_state(4), x, training=training, **masking)
         return jnp.sum(y**3), state
 
     def slope(x):
@@ -138,7 +138,7 @@ def steps(params, x, places, *, training):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("has_mask", [True, False])
 @pytest.mark.parametrize("name", SPECS)
-def test_explicit_axes_of_devices(name, has_mask, training):
+def test_explicit_mesh_axes_give_the_results_of_one_device(name, has_mask, training):
     spec, shape = SPECS[name], (8, 4, 6) if name in ("length", "batch, (N, C, L)") else (8, 4)
     x = np.random.default_rng(0).standard_normal(shape, np.float32)
     mask = np.arange(x[:, 0].size).reshape(x[:, 0].shape) % 3 > 0 if has_mask else None
@@ -146,22 +146,22 @@ def test_explicit_axes_of_devices(name, has_mask, training):
     function = jax.jit(partial(steps, training=training))
     expected = function(params, jnp.asarray(x), {"mask": mask})
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
-    here = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+    on_mesh = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
     layer, twin = mbn.BatchNorm1d(4, backend="jax").train(training), mbn.BatchNorm1d(4, backend="jax").train(training)
-    assert_same(layer(here, mask=mask), twin(x, mask=mask), 1e-6)
+    assert_same(layer(on_mesh, mask=mask), twin(x, mask=mask), 1e-6)
     assert_same(layer.state, twin.state, 1e-6)
     with jax.set_mesh(mesh):
-        actual = function(params, here, {"mask": mask})
+        actual = function(params, on_mesh, {"mask": mask})
     ((_, _), (_, slope)), _ = actual
-    assert jax.typeof(slope).sharding.spec == jax.typeof(here).sharding.spec
+    assert jax.typeof(slope).sharding.spec == jax.typeof(on_mesh).sharding.spec
     assert_same(actual[0], expected[0], 2e-4)
     np.testing.assert_allclose(actual[1], expected[1], rtol=1e-3, atol=1e-3 * np.max(np.abs(expected[1])))
 
 
 MOVED = r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
-"""A type, and by what operation devices exchange it, in a compiled program."""
+"""A type, and the operation by which devices exchange it, in a compiled program."""
 
-LYING = {
+SHARDINGS = {
     "batch": ((64, 4), ("data",)),
     "batch, short L": ((256, 4, 3), ("data",)),
     "batch, long L": ((64, 4, 256), ("data",)),
@@ -171,7 +171,7 @@ LYING = {
 
 
 @pytest.mark.parametrize(
-    ("lying", "places"),
+    ("sharding", "kind"),
     [
         ("batch", "none"),
         ("batch", "mask"),
@@ -184,8 +184,8 @@ LYING = {
         ("channels", "mask"),
     ],
 )
-def test_devices_exchange_no_more_than_vectors_of_channels(lying, places):
-    (n, c, *length), spec = LYING[lying]
+def test_devices_exchange_no_more_than_vectors_of_channels(sharding, kind):
+    (n, c, *length), spec = SHARDINGS[sharding]
     rng = np.random.default_rng(0)
     x = (1000 + rng.standard_normal((n, c, *length))).astype(np.float32)
     given = {
@@ -193,15 +193,15 @@ def test_devices_exchange_no_more_than_vectors_of_channels(lying, places):
         "mask": {"mask": rng.random((n, *length)) > 0.3},
         "lengths": {"lengths": rng.integers(0, 1 + sum(length), n)},
         "sample_weight": {"sample_weight": rng.random(n).astype(np.float32)},
-    }[places]
+    }[kind]
     params = Params(jnp.asarray([1.0, 2, 3, 4]), jnp.ones(4))
     function = jax.jit(partial(steps, training=True))
     given = {name: jnp.asarray(value) for name, value in given.items()}
     expected = function(params, jnp.asarray(x), given)
-    if places == "mask":  # one that lies as x does
+    if kind == "mask":  # shard the mask as x
         given["mask"] = sharded(given["mask"], spec[0], *spec[2:])
-    here = sharded(x, *spec)
-    compiled = function.lower(params, here, given).compile()
+    on_mesh = sharded(x, *spec)
+    compiled = function.lower(params, on_mesh, given).compile()
     moved = [
         (operation, shape, math.prod(int(size) for size in shape.split(",") if size))
         for kinds, operation in re.findall(MOVED, compiled.as_text())
@@ -209,7 +209,7 @@ def test_devices_exchange_no_more_than_vectors_of_channels(lying, places):
     ]
     assert moved
     assert not [each for each in moved if each[-1] > 8 * c]
-    actual = compiled(params, here, given)
+    actual = compiled(params, on_mesh, given)
     assert_same(actual[0], expected[0], 2e-4)
     np.testing.assert_allclose(actual[1], expected[1], rtol=1e-3, atol=1e-3 * np.max(np.abs(expected[1])))
 
@@ -233,6 +233,6 @@ def test_replicas_along_an_axis_of_devices_share_their_statistics():
         mesh=mesh,
         in_specs=(SAME, SHARDED, SHARDED),
         out_specs=(SHARDED, SAME),
-        check_vma=False,  # a gathered value counts as one that differs between devices
+        check_vma=False,  # JAX takes a gathered value for one that varies over devices
     )
     assert_same(jax.jit(replicas)(params, x, dy), step(params, x, dy), 1e-6)

@@ -1,4 +1,4 @@
-"""Kernels on the CPU, behind the stand-in for CuPy: right ones run, and each kind of mistake shows."""
+"""Kernels on the CPU, behind the stand-in for CuPy: correct kernels work, and every kind of mistake is found."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ extern "C" __global__ void copy(const VALUE* x, VALUE* y, long long n) {
 
 @pytest.fixture
 def make(cupy):
-    """Return the function that compiles a source with one kernel, whose name comes first in an argument list."""
+    """Return a function that compiles a source and returns its kernel, by default the first in the source."""
 
     def compiled(source, *options, name=None):
         name = name or source.partition("(const ")[0].rpartition(" ")[2]
@@ -51,7 +51,7 @@ def _body(statements):
     return f'extern "C" __global__ void kernel(float* x) {{ {statements} }}'
 
 
-def test_a_right_kernel_is_right_in_every_order_of_its_threads(cupy, make):
+def test_correct_kernel_is_correct_in_every_order_of_threads(cupy, make):
     kernel = make(SUM, "-DBARRIER=__syncthreads()")
     for _ in range(50):
         total = cupy.empty(3)
@@ -59,7 +59,7 @@ def test_a_right_kernel_is_right_in_every_order_of_its_threads(cupy, make):
         assert (total.get() == 499500).all()
 
 
-def test_a_missing_barrier_shows(cupy, make):
+def test_missing_barrier_gives_wrong_results(cupy, make):
     kernel = make(SUM, "-DBARRIER=(void)0")
     x, total = cupy.arange(1000).astype("float64"), cupy.empty(3)
     for _ in range(10):
@@ -67,7 +67,7 @@ def test_a_missing_barrier_shows(cupy, make):
         assert (total.get() != 499500).all()
 
 
-def test_no_launch_has_the_order_of_another_one(cupy, make):
+def test_every_launch_has_another_order_of_threads(cupy, make):
     kernel = make(
         'extern "C" __global__ void order(const float*, long long* y) { y[0] = (y[0] * 17 + threadIdx.x) % 999983; }'
     )
@@ -79,7 +79,7 @@ def test_no_launch_has_the_order_of_another_one(cupy, make):
     assert len(orders) == 5
 
 
-def test_indices(cupy, make):
+def test_kernel_reads_its_block_and_thread_indices(cupy, make):
     kernel = make(
         """extern "C" __global__ void indices(const float*, long long* y) {
             const unsigned block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
@@ -92,7 +92,7 @@ def test_indices(cupy, make):
     assert np.array_equal(y.get(), np.arange(60)[:, None] * 1000 + np.arange(24))
 
 
-def test_what_a_block_shares_is_nan_at_first(cupy, make):
+def test_uninitialised_shared_memory_is_nan(cupy, make):
     kernel = make(_body("__shared__ float own; if (gridDim.x == 1) own = 3; else x[blockIdx.x] = own;"), name="kernel")
     x = cupy.zeros(2, "float32")
     kernel((1,), (1,), (x,))
@@ -101,7 +101,7 @@ def test_what_a_block_shares_is_nan_at_first(cupy, make):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-def test_what_nobody_wrote_is_nan(cupy, dtype):
+def test_uninitialised_array_is_nan(cupy, dtype):
     dtype = cupy.asarray(np.zeros(1), _numpy_dtype(dtype)).dtype
     x = cupy.ones(6, dtype)
     for array in (cupy.empty((3, 2), dtype), cupy.empty_like(x), x):
@@ -110,7 +110,7 @@ def test_what_nobody_wrote_is_nan(cupy, dtype):
     assert x[2:].data.ptr == x.data.ptr + 2 * dtype.itemsize
 
 
-def test_reading_past_the_end_gives_nan(cupy, make):
+def test_read_past_the_end_gives_nan(cupy, make):
     y = cupy.zeros(1025, "float32")
     make(COPY, "-DVALUE=float")((5,), (256,), (cupy.ones(1024, "float32"), y, 1025))
     assert y.get()[:-1].all()
@@ -121,15 +121,15 @@ def test_reading_past_the_end_gives_nan(cupy, make):
     ("value", "dtype"), [("unsigned short", "float16"), ("float", "float32"), ("double", "float64")]
 )
 @pytest.mark.parametrize("size", [0, 7, 1024])
-def test_writing_past_the_end_is_an_error(cupy, make, fails, value, dtype, size):
+def test_write_past_the_end_is_an_error(cupy, make, fails, value, dtype, size):
     kernel = make(COPY, f"-DVALUE={value}")
     x, y = cupy.ones(size, dtype), cupy.zeros(size, dtype)
     kernel((5,), (256,), (x, y, size))
     with fails("outside of the memory of argument 1"):
-        kernel((5,), (256,), (x, y, size + 1))  # even though what is read there is NaN as well
+        kernel((5,), (256,), (x, y, size + 1))  # even though the value read past the end is NaN as well
 
 
-def test_views_are_where_they_are(cupy, make):
+def test_kernel_writes_through_views(cupy, make):
     x, y = cupy.asarray(np.arange(6.0).reshape(2, 3)), cupy.zeros((2, 3))
     make(COPY, "-DVALUE=double")((1,), (32,), (x[1], y[0, 1:], 2))
     assert y.get().tolist() == [[0, 3, 4], [0, 0, 0]]
@@ -156,7 +156,7 @@ def test_views_are_where_they_are(cupy, make):
         ("x[threadIdx.x] = __shfl_xor_sync(1, x[0], 2);", "a shuffle of a part of a warp"),
     ],
 )
-def test_what_is_undefined_is_an_error(cupy, make, fails, statements, words):
+def test_undefined_behaviour_is_an_error(cupy, make, fails, statements, words):
     float4 = "struct alignas(16) float4 { float x, y, z, w; };\n#line 1\n"
     kernel = make(float4 + _body(statements), name="kernel")
     right = make(_body("__syncthreads(); x[threadIdx.x] = 2;"), name="kernel")
@@ -168,7 +168,7 @@ def test_what_is_undefined_is_an_error(cupy, make, fails, statements, words):
         assert (x.get() == 2).all()
 
 
-def test_vectors_that_are_aligned(cupy, make):
+def test_aligned_vectors_are_read_and_written(cupy, make):
     float4 = "struct alignas(16) float4 { float x, y, z, w; };\n"
     statements = "reinterpret_cast<float4*>(x)[threadIdx.x + 1] = reinterpret_cast<const float4&>(x[4 * threadIdx.x]);"
     kernel = make(float4 + _body(statements), name="kernel")
@@ -177,7 +177,7 @@ def test_vectors_that_are_aligned(cupy, make):
     assert x.get().tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
-def test_shuffles(cupy, make):
+def test_shuffles_exchange_values_of_a_warp(cupy, make):
     lane = "unsigned lane = threadIdx.x % 32;"
     for statements, expected in (
         ("__shfl_xor_sync(~0u, x[threadIdx.x], 5)", np.arange(64) ^ 5),
@@ -204,18 +204,18 @@ def test_shuffles(cupy, make):
         ((0,), (1,), "nowhere 0"),
     ],
 )
-def test_what_cuda_does_not_launch(cupy, make, fails, grid, block, words):
+def test_launch_with_a_bad_grid_or_block_is_an_error(cupy, make, fails, grid, block, words):
     kernel = make(COPY, "-DVALUE=float")
     with fails(words):
         kernel(grid, block, (cupy.zeros(1, "float32"), cupy.zeros(1, "float32"), 1))
 
 
-def test_a_kernel_says_how_large_its_blocks_may_be(cupy, make, fails):
+def test_launch_bounds_limit_the_block(cupy, make, fails):
     with fails("256 threads at most, not 257"):
         make(SUM, "-DBARRIER=__syncthreads()")((1,), (257,), (cupy.zeros(1), cupy.zeros(1), 1))
 
 
-def test_arguments_are_those_of_the_kernel(cupy, make):
+def test_arguments_must_have_the_types_of_the_kernel(cupy, make):
     kernel = make('extern "C" __global__ void f(const float* x, float* y, int n, double a) { if (y) y[n] = x[0] * a; }')
     x, y = cupy.ones(3, "float32"), cupy.zeros(3, "float32")
     kernel((1,), (1,), (x, y[1:], np.int32(1), 4.0))
@@ -233,7 +233,7 @@ def test_arguments_are_those_of_the_kernel(cupy, make):
         kernel((1,), (1,), (x, y, n, a))
 
 
-def test_unknown_names_and_options(cupy, make):
+def test_unknown_kernel_names_and_options_are_refused(cupy, make):
     for name in ("missing", "SUM"):
         with pytest.raises(AttributeError, match=name):
             make(COPY, "-DVALUE=float", name=name)
@@ -243,18 +243,18 @@ def test_unknown_names_and_options(cupy, make):
         cupy.RawModule(code=COPY, options=["-DVALUE=float"])
 
 
-def test_the_compiler_speaks_of_the_lines_of_the_source(make):
+def test_compiler_errors_refer_to_lines_of_the_source(make):
     with pytest.raises(RuntimeError, match=r".NOTHING. does not name a type\nkernels.cu:2:"):
         make(COPY, "-DVALUE=NOTHING")
 
 
-def test_without_a_compiler(make, monkeypatch):
+def test_missing_compiler_is_named(make, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(RuntimeError, match="needs g\\+\\+, and there is none on PATH"):
         make(COPY, "-DVALUE=float")
 
 
-def test_processes_share_what_is_compiled(tmp_path):
+def test_processes_share_compiled_kernels(tmp_path):
     code = f"import cupy; cupy.RawModule(code={COPY!r}, options=('-DVALUE=int',)).get_function('copy')"
     environment = os.environ | {"PYTHONPATH": str(STANDINS), "TMPDIR": str(tmp_path)}
     processes = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(4)]

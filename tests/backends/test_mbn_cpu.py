@@ -1,4 +1,4 @@
-"""Arithmetic on host memory: the same bits by every route, little memory, and threads that hurt nobody."""
+"""Arithmetic on host memory: the same bits for every memory order and number of threads, little memory, the pool."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ def draw(shape, dtype="float32", seed=0):
 
 
 def step(backend, x, dy, **masking):
-    """Return all that a step gives: output, gradients, statistics."""
+    """Return the output of a training step, its gradients, the new statistics, and the output in evaluation."""
     bn = mbn.BatchNorm1d(x.shape[1], dtype="float64" if x.dtype == np.float64 else None, backend=backend)
     y, pullback = bn.vjp(x, **masking)
     return y, *pullback(dy), bn.running_mean, bn.running_var, bn.eval()(x)
@@ -54,13 +54,13 @@ def step(backend, x, dy, **masking):
         *(((40, 3, 600), 1), ((40, 3, 600), -1), ((2, 3, 20_000), 1)),
     ],
 )
-def test_statistics_with_one_value_that_dwarfs_the_rest(name, dtype, kind, shape, axis):
+def test_statistics_are_accurate_where_one_value_dwarfs_the_others(name, dtype, kind, shape, axis):
     counts, arguments = np.ones((shape[0], *shape[2:])), {}
     if kind is not None:
         arguments, counts = strategies.maskings(counts.shape)[kind]
-    n, *place = np.argwhere(counts)[0]
+    n, *position = np.argwhere(counts)[0]
     x = np.ones(shape)
-    x[n, :, *place] = np.resize([3.22e6, 12147.75, 1e10, 188.2, 4.2e8, 1129002.5, 1e6], shape[1])
+    x[n, :, *position] = np.resize([3.22e6, 12147.75, 1e10, 188.2, 4.2e8, 1129002.5, 1e6], shape[1])
     x = x.astype(dtype)
     bn = mbn.BatchNorm1d(shape[1], dtype="float64", momentum=1.0, axis=axis, backend=name)
     zeros, ones = np.zeros(shape[1]), np.ones(shape[1])
@@ -78,7 +78,7 @@ def assert_same_bits(given, expected):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_bits_do_not_depend_on_threads(backend, shape, dtype, monkeypatch, *, masked):
+def test_bits_do_not_depend_on_the_number_of_threads(backend, shape, dtype, monkeypatch, *, masked):
     x, dy = draw(shape, dtype), draw(shape, dtype, 1)
     masking = {"mask": np.arange(x.size // shape[1]).reshape(shape[:1] + shape[2:]) % 3 > 0} if masked else {}
     monkeypatch.setattr(thread_pool, "get_num_threads", lambda: 1)
@@ -104,9 +104,9 @@ def test_bits_do_not_depend_on_memory_order(backend, shape, dtype, *, masked):
 
 @pytest.mark.parametrize("shape", [(3000, 2), (300_000, 2), (4000, 70), (30, 3, 1000), (2000, 3, 5)])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_statistics_are_exact_at_every_size(backend, shape, dtype):
+def test_results_are_within_bounds_at_every_size(backend, shape, dtype):
     x = draw(shape, dtype)
-    x[0] = 1e6  # a bad value to take differences to
+    x[0] = 1e6  # a bad shift: differences from it lose digits
     bn = mbn.BatchNorm1d(shape[1], momentum=1.0, eps=0.0, dtype=dtype, backend=backend)
     y = bn(x)
     exact = oracle.train(x, np.zeros(shape[1]), np.ones(shape[1]), momentum=1.0, eps=0.0)
@@ -117,7 +117,7 @@ def test_statistics_are_exact_at_every_size(backend, shape, dtype):
 
 @pytest.mark.parametrize("shape", [(65536, 256), (1_048_576, 16), (1024, 128, 128)])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_memory_beside_the_output_is_a_few_mebibytes(backend, shape, *, transposed):
+def test_call_takes_a_few_mebibytes_beside_the_output(backend, shape, *, transposed):
     x = draw(shape)
     x = np.asfortranarray(x) if transposed else x
     bn = mbn.BatchNorm1d(shape[1], backend=backend)
@@ -130,7 +130,7 @@ def test_memory_beside_the_output_is_a_few_mebibytes(backend, shape, *, transpos
         assert peak - y.nbytes <= 8 << 20
 
 
-def test_many_threads_at_once(backend):
+def test_layer_gives_the_same_output_in_many_threads(backend):
     x = draw((200_000, 7))
     bn = mbn.BatchNorm1d(7, backend=backend).eval()
     expected = bn(x)
@@ -140,7 +140,7 @@ def test_many_threads_at_once(backend):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_fork_has_a_pool_of_its_own(backend):
+def test_forked_process_has_a_pool_of_its_own(backend):
     program = f"""
 import os, threading
 import numpy as np
@@ -211,7 +211,7 @@ elif when == "thread":
         *((backend, "__del__", "large call") for backend in ("numpy", "numba", "torch")),
     ],
 )
-def test_large_call_while_the_interpreter_shuts_down(backend, when, before):
+def test_large_call_works_while_the_interpreter_shuts_down(backend, when, before):
     arguments = [sys.executable, "-c", _LATE, backend, when, before]
     run = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=120)
     assert (run.stdout, run.stderr) == ("done", "")
@@ -238,12 +238,12 @@ class TestThreads:
         if thread_pool._pool is not None:
             thread_pool._pool.shutdown()
 
-    def test_each_task_runs_once(self):
+    def test_every_task_is_executed_once(self):
         done = []
         thread_pool.run_tasks(done.append, 1000)
         assert sorted(done) == list(range(1000))
 
-    def test_the_caller_works_alone_where_no_thread_starts(self, monkeypatch):
+    def test_caller_executes_all_tasks_if_no_thread_starts(self, monkeypatch):
         def start(thread):
             raise RuntimeError(f"can't start new thread {thread.name}")
 
@@ -253,7 +253,7 @@ class TestThreads:
             thread_pool.run_tasks(lambda _: names.append(threading.current_thread().name), 50)
         assert names == [threading.current_thread().name] * 100
 
-    def test_a_helper_that_is_refused_and_begins_all_the_same_is_waited_for(self, monkeypatch):
+    def test_caller_waits_for_a_thread_that_starts_despite_an_error(self, monkeypatch):
         begun, done = threading.Event(), []
 
         class Pool(ThreadPoolExecutor):
@@ -278,7 +278,7 @@ class TestThreads:
         barrier = threading.Barrier(4, timeout=30)
         thread_pool.run_tasks(lambda _: barrier.wait(), 4)
 
-    def test_no_more_threads_than_said(self):
+    def test_limited_caps_the_number_of_threads(self):
         names = set()
         with thread_pool.limited(1):
             thread_pool.run_tasks(lambda _: names.add(threading.current_thread().name), 100)
@@ -291,7 +291,7 @@ class TestThreads:
         assert set(seen) == {"raise"}
 
     @pytest.mark.parametrize("error", [ValueError, IndexError, KeyboardInterrupt])
-    def test_an_error_comes_out_and_nothing_runs_on(self, error):
+    def test_error_of_a_task_is_raised_and_stops_the_others(self, error):
         done = []
 
         def task(i):

@@ -1,4 +1,4 @@
-"""CuPy's border, devices and memory, through a stand-in that has CuPy's strictness and no GPU; and CuPy without one."""
+"""CuPy's border, devices and memory, on a stand-in as strict as CuPy that needs no GPU; and CuPy without a GPU."""
 
 import copy
 import mmap
@@ -25,7 +25,7 @@ def _forward(backend, x, params, state, weights, *, training=True):
 
 
 def _expected(x, dy, counts, weight):
-    """Return the output and the gradients of x, weight and bias, in float64 and by their definition."""
+    """Return the output and the gradients of x, weight and bias, computed in float64 by their definitions."""
     axes = (0, *range(2, x.ndim))
     x, dy = (np.where(counts > 0, values, 0).astype("float64") for values in (x, dy))
     weight = weight.reshape(-1, *[1] * (x.ndim - 2))
@@ -55,7 +55,7 @@ def test_stand_in_refuses_numpy_arrays(cupy):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("shape", [(64, 5), (64, 8), (16, 5, 7), (3, 5, 32), (7, 2, 300)])
-def test_agrees_with_numpy(cupy, shape, dtype):
+def test_results_agree_with_numpy(cupy, shape, dtype):
     bn = mbn.BatchNorm1d(shape[1], dtype="float64", backend="cupy")
     reference = mbn.BatchNorm1d(shape[1], dtype="float64", backend="numpy")
     x = _sample(*shape, dtype=dtype)
@@ -69,27 +69,27 @@ def test_agrees_with_numpy(cupy, shape, dtype):
         np.testing.assert_allclose(bn.state_dict()[name].get(), expected, rtol=1e-14)
 
 
-FORMS = pytest.mark.parametrize(
-    "form",
+VIEWS = pytest.mark.parametrize(
+    "view",
     [lambda x: x, lambda x: x.swapaxes(-1, -2), lambda x: x[::2, :, ::3], lambda x: x.swapaxes(-1, -2)[:, :4]],
     ids=["contiguous", "transposed", "sliced", "both"],
 )
 
 
-@FORMS
-def test_output_has_the_memory_order_of_x(cupy, form):
-    x = form(cupy.asarray(_sample(6, 8, 9)))
+@VIEWS
+def test_output_has_the_memory_order_of_x(cupy, view):
+    x = view(cupy.asarray(_sample(6, 8, 9)))
     before = x.get()
     y = mbn.BatchNorm1d(x.shape[1], backend="cupy")(x)
     assert y.strides == cupy.empty_like(x).strides
     assert np.array_equal(x.get(), before)
 
 
-@FORMS
+@VIEWS
 @pytest.mark.parametrize("training", [True, False])
-def test_gradient_has_the_memory_order_of_x(cupy, form, training):
+def test_gradient_has_the_memory_order_of_x(cupy, view, training):
     backend = mbn.get_backend("cupy")
-    x = form(cupy.asarray(_sample(6, 8, 9)))
+    x = view(cupy.asarray(_sample(6, 8, 9)))
     n, c, length = x.shape
     dy = cupy.asarray(_sample(n, length, c)).swapaxes(-1, -2)  # another memory order
     weight, bias, mean, var = (cupy.asarray(_sample(c)) for _ in range(4))
@@ -105,14 +105,14 @@ def test_gradient_has_the_memory_order_of_x(cupy, form, training):
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("shape", [(64, 5), (16, 5, 7), (7, 5, 300), (7, 5, 301)])
 @pytest.mark.parametrize("is_weighted", [False, True])
-def test_gradient(cupy, shape, dtype, is_weighted):
+def test_gradient_agrees_with_its_definition(cupy, shape, dtype, is_weighted):
     backend = mbn.get_backend("cupy")
     generator = np.random.default_rng(1)
-    places = shape[:1] + shape[2:]
-    w = generator.integers(0, 4, places) * generator.uniform(0.5, 1, places) if is_weighted else np.ones(places)
+    cells = shape[:1] + shape[2:]
+    w = generator.integers(0, 4, cells) * generator.uniform(0.5, 1, cells) if is_weighted else np.ones(cells)
     w = w.astype("float32").astype("float64")
     counts = np.expand_dims(w, 1)
-    # A dy that goes with y and with the weights, as that of a squared and weighted error does: little is left of it.
+    # A dy that is nearly proportional to y and the weights, as that of a weighted squared error: most of dx cancels.
     dy = (counts * (generator.standard_normal(shape) / 100 + _sample(*shape) - 3)).astype(dtype)
     x, weight = _sample(*shape, dtype=dtype), _sample(5)
     weights = cupy.asarray(w.astype("float32")) if is_weighted else None
@@ -138,7 +138,7 @@ def test_gradient(cupy, shape, dtype, is_weighted):
         *(("float64", power) for power in (-1070, -600, -300, 300, 600, 1020)),
     ],
 )
-def test_no_values_are_too_large_or_too_small(cupy, dtype, power):
+def test_values_of_any_size_are_normalised(cupy, dtype, power):
     ones = np.random.default_rng(5).integers(-8, 9, (40, 6)).astype("float64")
     ones[:, 2] = ones[0, 2]
     dy = _sample(40, 6, dtype=dtype).astype("float64")
@@ -160,7 +160,7 @@ def test_no_values_are_too_large_or_too_small(cupy, dtype, power):
 
 
 def _of_size(cupy, ones, dy, dtype, power, weight_power):
-    """Return output, new statistics and gradients of a batch times a power of two."""
+    """Return output, new statistics and gradients of a batch that is multiplied by a power of two."""
     layer_dtype = "float64" if dtype == "float64" else "float32"
     bn = mbn.BatchNorm1d(6, eps=0, momentum=1.0, dtype=layer_dtype, backend="cupy")
     bn.weight = np.ldexp(np.array([1.0, -2, 1, 1, 3, -1]), weight_power)
@@ -170,7 +170,7 @@ def _of_size(cupy, ones, dy, dtype, power, weight_power):
     return y.get().astype("float64"), [s.get() for s in statistics], [g.get().astype("float64") for g in gradients]
 
 
-def test_statistics_in_float64_of_narrower_values(cupy):
+def test_float64_statistics_of_float32_values_are_accurate(cupy):
     x = _sample(200, 4)
     x[0] = 1e6
     bn, wide = (mbn.BatchNorm1d(4, dtype="float64", momentum=1.0, backend="cupy") for _ in range(2))
@@ -180,7 +180,7 @@ def test_statistics_in_float64_of_narrower_values(cupy):
     np.testing.assert_allclose(bn.running_var.get(), wide.running_var.get(), rtol=8e-16)
 
 
-def test_merged_statistics_may_be_of_any_size(cupy):
+def test_fit_merges_statistics_of_any_size(cupy):
     for power in (-1060, -600, 600, 1015):
         x = np.ldexp(np.random.default_rng(5).integers(-8, 9, (60, 3)).astype("float64"), power)
         ordinary = np.ldexp(x, -power)
@@ -193,7 +193,7 @@ def test_merged_statistics_may_be_of_any_size(cupy):
         np.testing.assert_allclose(bn.running_var.get(), var, rtol=1e-14)
 
 
-def test_life_cycle(cupy):
+def test_layer_can_be_set_loaded_pickled_copied_and_moved(cupy):
     bn = mbn.BatchNorm1d(3, momentum=None, backend="cupy")
     y = bn(_sample(8, 3))
     assert isinstance(y, cupy.ndarray)
@@ -211,7 +211,7 @@ def test_life_cycle(cupy):
 
 
 @pytest.mark.parametrize("name", [1, "cuda:1", "Device"])
-def test_each_array_is_computed_on_its_own_device(cupy, name):
+def test_layer_computes_on_its_device(cupy, name):
     device = cupy.cuda.Device(1) if name == "Device" else name
     bn = mbn.BatchNorm1d(3, momentum=None, backend="cupy", device=device)
     x = mbn.asarray(_sample(8, 3), backend="cupy", device=device)
@@ -221,7 +221,7 @@ def test_each_array_is_computed_on_its_own_device(cupy, name):
 
 
 @pytest.mark.parametrize("is_weighted", [False, True])
-def test_each_verb_makes_the_device_of_its_array_current(cupy, is_weighted):
+def test_every_kernel_computes_on_the_device_of_its_array(cupy, is_weighted):
     backend = mbn.get_backend("cupy")
     with cupy.cuda.Device(1):
         x, dy = cupy.asarray(_sample(6, 3, 4)), cupy.asarray(_sample(6, 3, 4))
@@ -248,7 +248,7 @@ def test_each_verb_makes_the_device_of_its_array_current(cupy, is_weighted):
     assert {array.device.id for array in made} == {1}
 
 
-def test_nothing_but_a_look_at_values_waits_for_the_device(cupy, monkeypatch):
+def test_step_and_pullback_do_not_wait_for_the_device(cupy, monkeypatch):
     backend = mbn.get_backend("cupy")
     x, vector, batches = cupy.asarray(_sample(6, 3, 4)), cupy.asarray(_sample(3)), cupy.asarray(3)
     mask, lengths = cupy.asarray(np.arange(6) != 4), cupy.asarray([4, 0, 2, 1, 3, 4])
@@ -278,20 +278,20 @@ def test_nothing_but_a_look_at_values_waits_for_the_device(cupy, monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:2", 2, -1, 0.5])
-def test_unusable_device_names_the_usable_ones(cupy, device):
+def test_error_for_an_unusable_device_names_the_usable_ones(cupy, device):
     del cupy
     with pytest.raises(ValueError, match="CuPy's devices here are cuda:0, cuda:1, not"):
         mbn.BatchNorm1d(3, backend="cupy", device=device)
 
 
 @pytest.mark.parametrize("name", ["longdouble", "nonsense"])
-def test_unknown_dtype(cupy, name):
+def test_unknown_dtype_is_refused(cupy, name):
     del cupy
     with pytest.raises(TypeError):
         mbn.asarray([1.0], name, backend="cupy")
 
 
-def test_cupy_has_bfloat16_from_version_14_on(cupy, monkeypatch):
+def test_bfloat16_needs_cupy_14(cupy, monkeypatch):
     assert mbn.asarray([1.0], "bfloat16", backend="cupy").dtype.name == "bfloat16"
     monkeypatch.setattr(cupy, "__version__", "13.6.0")
     for name in [name for name in sys.modules if name.partition(".")[0] == "mbn_cupy"]:
@@ -302,7 +302,7 @@ def test_cupy_has_bfloat16_from_version_14_on(cupy, monkeypatch):
         mbn.asarray([1.0], "bfloat16", backend="cupy")
 
 
-def test_an_item_is_as_wide_as_shape_order_and_alignment_let_it_be(cupy):
+def test_layout_chooses_the_widest_item_for_shape_order_and_alignment(cupy):
     from mbn_cupy.launches import layout
 
     def item(x, *others):
@@ -312,7 +312,7 @@ def test_an_item_is_as_wide_as_shape_order_and_alignment_let_it_be(cupy):
     x = cupy.asarray(_sample(8, 12))
     assert item(x) == (4, 1)
     assert item(x[:, 4:]) == (4, 1)
-    assert item(x[:, 2:]) == item(x[:, :6]) == (2, 1)  # a line begins between two items; another number of channels
+    assert item(x[:, 2:]) == item(x[:, :6]) == (2, 1)  # a row begins between two items; 6 channels are no multiple of 4
     assert item(x[:, 1:]) == item(x[:, ::2]) == (1, 1)
     assert item(x.T) == (1, 4)
     assert item(x, cupy.empty((12, 8)).T) == (1, 1)
@@ -326,7 +326,7 @@ def test_an_item_is_as_wide_as_shape_order_and_alignment_let_it_be(cupy):
 
 @pytest.mark.parametrize("shape", [(40, 8), (6, 5, 16)])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_memory_may_begin_anywhere(cupy, shape, dtype):
+def test_unaligned_arrays_give_the_same_results(cupy, shape, dtype):
     def unaligned(values):
         base = cupy.asarray(np.concatenate([values.ravel()[:1], values.ravel()]))
         return cupy.ndarray(base._host[1:].reshape(shape), base._memory, base._device_id)
@@ -345,7 +345,7 @@ def test_memory_may_begin_anywhere(cupy, shape, dtype):
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_count_stays_at_its_limit(cupy, momentum):
+def test_count_of_batches_stays_at_its_limit(cupy, momentum):
     bn = mbn.BatchNorm1d(3, momentum=momentum, backend="cupy")
     limit = np.iinfo(np.int64).max
     bn.num_batches_tracked = limit - 1
@@ -379,7 +379,7 @@ def test_indices_have_64_bits(cupy):
 
 @pytest.mark.parametrize("shape", [(65536, 16), (4096, 256), (64, 16, 1024)])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_nothing_large_is_allocated_but_the_result(cupy, shape, dtype, monkeypatch):
+def test_step_and_pullback_allocate_nothing_large_but_their_result(cupy, shape, dtype, monkeypatch):
     x, bn = cupy.asarray(_sample(*shape, dtype=dtype)), mbn.BatchNorm1d(shape[1], backend="cupy")
     sizes = []
     empty, empty_like = cupy.empty, cupy.empty_like
@@ -401,13 +401,13 @@ def test_nothing_large_is_allocated_but_the_result(cupy, shape, dtype, monkeypat
     assert x.nbytes <= sum(sizes) < 1.08 * x.nbytes
 
 
-def test_no_device(cupy, monkeypatch):
+def test_backend_is_unavailable_without_a_device(cupy, monkeypatch):
     monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", lambda: 0)
     with pytest.raises(mbn.BackendUnavailableError, match="CUDA finds no device"):
         mbn.get_backend("cupy")
 
 
-def test_without_a_gpu_the_error_says_what_cuda_said():
+def test_error_without_a_gpu_has_the_message_of_cuda():
     cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
     try:
         cupy.cuda.runtime.getDeviceCount()
@@ -420,7 +420,7 @@ def test_without_a_gpu_the_error_says_what_cuda_said():
     assert cause in str(caught.value)
 
 
-def test_arrays_are_handed_over_on_their_device(cupy):
+def test_dlpack_exchange_keeps_device_and_memory(cupy):
     backend = mbn.get_backend("cupy")
     x = backend.asarray(_sample(3, 4), device="cuda:1")
     with backend.exported(x) as exported:

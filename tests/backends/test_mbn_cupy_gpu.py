@@ -1,4 +1,4 @@
-"""What only a GPU shows of CuPy's backend: streams, CUDA graphs, the memory pool, and more than 2**31 values."""
+"""Tests of CuPy's backend that need a GPU: streams, CUDA graphs, the memory pool, and more than 2**31 values."""
 
 import importlib
 
@@ -18,7 +18,7 @@ def cupy():
 
 @pytest.fixture
 def pool(cupy):
-    """Give CuPy a memory pool of its own, so that nobody else takes what a graph writes to."""
+    """Give CuPy a memory pool of its own, so that other tests cannot take memory that a graph writes to."""
     pool = cupy.cuda.MemoryPool()
     with cupy.cuda.using_allocator(pool.malloc):
         yield pool
@@ -29,7 +29,7 @@ def _sample(*shape, seed=0):
 
 
 @pytest.mark.parametrize("shape", [(32, 64), (1024, 256), (64, 32, 128)])
-def test_a_graph_replays_training(cupy, pool, shape):
+def test_cuda_graph_replays_training(cupy, pool, shape):
     del pool
     x, y = cupy.asarray(_sample(*shape)), cupy.empty(shape, np.float32)
     mean, var = cupy.zeros(shape[1], np.float32), cupy.ones(shape[1], np.float32)
@@ -54,7 +54,7 @@ def test_a_graph_replays_training(cupy, pool, shape):
         np.testing.assert_allclose(var.get(), reference.running_var, rtol=3e-7)
 
 
-def test_a_graph_replays_the_backward_pass(cupy, pool):
+def test_cuda_graph_replays_the_backward_pass(cupy, pool):
     del pool
     x, dy = cupy.asarray(_sample(512, 48)), cupy.asarray(_sample(512, 48, seed=1))
     bn = mbn.BatchNorm1d(48, backend="cupy")
@@ -69,19 +69,19 @@ def test_a_graph_replays_the_backward_pass(cupy, pool):
             np.testing.assert_array_equal(gradient.get(), value)
 
 
-def test_work_is_in_the_current_stream(cupy):
+def test_kernels_are_launched_in_the_current_stream(cupy):
     bn, x = mbn.BatchNorm1d(256, backend="cupy"), cupy.asarray(_sample(4096, 256))
     expected = bn(x).get()
     with cupy.cuda.Stream(non_blocking=True) as stream:
         late = cupy.full_like(x, np.nan)
-        for _ in range(50):  # what comes before takes its time
+        for _ in range(50):  # slow work that y has to wait for
             late += 1
         late[...] = x
         y = bn(late)
         assert np.array_equal(y.get(stream=stream), expected)
 
 
-def test_memory_beyond_the_output_is_small_and_comes_back(cupy, pool):
+def test_call_takes_little_memory_beyond_the_output_and_frees_it(cupy, pool):
     x, bn = cupy.asarray(_sample(65536, 256)), mbn.BatchNorm1d(256, backend="cupy")
     bn(x)
     before = pool.used_bytes()
@@ -90,20 +90,20 @@ def test_memory_beyond_the_output_is_small_and_comes_back(cupy, pool):
     assert pool.total_bytes() <= before + 1.1 * y.nbytes
 
 
-@pytest.mark.parametrize("form", ["rows", "places"])
-def test_more_values_than_32_bits_can_count(cupy, pool, form):
+@pytest.mark.parametrize("axes", ["rows", "positions"])
+def test_more_values_than_32_bits_can_count_are_normalised(cupy, pool, axes):
     del pool
     n, c = (1 << 20) + 3, 2064  # 2.2e9 values of 2 bytes, and as many for the output
     if cupy.cuda.runtime.memGetInfo()[0] < 5 * n * c:
         pytest.skip("the GPU has too little memory free: 11 GB are needed")
-    x = cupy.empty((n, c) if form == "rows" else (1, c, n), np.float16)
-    piece = cupy.asarray(_sample(c) if form == "rows" else _sample(c, 1)).astype(np.float16)
+    x = cupy.empty((n, c) if axes == "rows" else (1, c, n), np.float16)
+    piece = cupy.asarray(_sample(c) if axes == "rows" else _sample(c, 1)).astype(np.float16)
     x[...] = piece
     half = n // 2
-    (x[:half] if form == "rows" else x[:, :, :half])[...] += 1
+    (x[:half] if axes == "rows" else x[:, :, :half])[...] += 1
     y = mbn.functional.batch_norm(x, training=True, out=x).output
     moments = mbn.get_backend("cupy").moments(y)
     np.testing.assert_allclose(moments.mean.hi.get(), 0, atol=1e-3)
     np.testing.assert_allclose(moments.m2.get() / n, 1, rtol=1e-3)
-    last = y[-1] if form == "rows" else y[0, :, -1]
+    last = y[-1] if axes == "rows" else y[0, :, -1]
     np.testing.assert_allclose(last.get(), -1, atol=2e-3)

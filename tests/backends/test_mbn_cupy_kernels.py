@@ -1,4 +1,4 @@
-"""CuPy's kernels: CUDA's compiler takes them as they are meant, and no bug that is planted in them passes the suite."""
+"""CuPy's kernels: CUDA's compiler compiles them as intended, and the suite finds every bug that is planted in them."""
 
 import importlib
 import os
@@ -19,9 +19,9 @@ import mbn_cupy
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 PASSES = {"moments": 0, "normalize": 1, "grad_sums": 0, "grad_input": 1}
-"""The kernels that go through values, and how many arrays each writes."""
+"""The kernels that read values, and the number of arrays that each writes."""
 FEW = 16
-"""Bytes on the stack which the assembler prefers to a register more: a few numbers, and no array of a thread's own."""
+"""Allowed bytes of stack per thread: a few spilled numbers, but no array."""
 FOLDER = Path(mbn_cupy.__path__[0])
 
 
@@ -34,7 +34,7 @@ def compilation(cupy):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("item", ["one value", "channels", "positions"])
 @pytest.mark.parametrize("value", BYTES)
-def test_compiles_for_each_gpu(compilation, value, item, weighted):
+def test_kernels_compile_for_each_gpu(compilation, value, item, weighted):
     compiler = cuda_compilers.find()
     if compiler is None:
         pytest.skip("there is neither nvcc nor nvidia-cuda-nvrtc")
@@ -54,7 +54,7 @@ def test_compiles_for_each_gpu(compilation, value, item, weighted):
 
 
 def _assert_vectors(ptx, size, values):
-    """Assert that an item of some bytes is read and written at once."""
+    """Assert that an item of this size in bytes is read and written by one instruction."""
     kernels = re.split(r"\.entry (\w+)\(", ptx)
     code = dict(zip(kernels[1::2], kernels[2::2], strict=True))
     assert set(PASSES) < set(code)
@@ -66,7 +66,7 @@ def _assert_vectors(ptx, size, values):
             ), name
 
 
-def test_compiles_as_cupy_does(compilation):
+def test_kernels_compile_with_nvrtc(compilation):
     if not cuda_compilers.has_nvrtc():
         pytest.skip("nvidia-cuda-nvrtc is not installed")
     options = compilation.Variant("float32", "float64", 4, 1, weighted=True).options
@@ -80,7 +80,7 @@ class Bug(NamedTuple):
     right: str
     wrong: str
     named_by: str
-    """The tests of the suite that run; one of them has to fail."""
+    """An expression of pytest that selects tests of the suite; one of them has to fail."""
 
 
 _LOOP = "for (int i = 0; i < N; ++i) mine[i].merge(others"

@@ -1,4 +1,4 @@
-"""What JAX's kernels and border are required to do beyond what the conformance suite asks of every backend."""
+"""Requirements of JAX's kernels and border beyond those of the conformance suite."""
 
 import copy
 import json
@@ -50,7 +50,7 @@ def test_two_prod_is_exact(rng, compiled):
     np.testing.assert_array_equal(exact(two_prod(jnp.asarray(a), jnp.asarray(b))), a.astype(np.float64) * b)
 
 
-def test_products_stay_exact_where_their_sum_could_be_contracted(rng):
+def test_multiply_and_add_of_pairs_is_not_contracted(rng):
     a, b, c = wide_range(rng), wide_range(rng), wide_range(rng)
 
     @jax.jit
@@ -63,13 +63,13 @@ def test_products_stay_exact_where_their_sum_could_be_contracted(rng):
     assert np.max(error / (np.abs(a.astype(np.float64) * b) + np.abs(c))) < 2.0**-44
 
 
-def test_division_is_exact_to_a_pair(rng):
+def test_divide_is_accurate_to_a_pair(rng):
     a = wide_range(rng)
     quotient = jax.jit(lambda a: pairs.divide(pairs.as_pair(a, a.dtype), pairs.as_pair(49.0, a.dtype)))(a)
     np.testing.assert_allclose(exact(quotient), a.astype(np.float64) / 49, rtol=2.0**-44)
 
 
-def test_constants_do_not_tempt_the_compiler(rng):
+def test_add_of_pairs_with_a_constant_is_not_simplified(rng):
     a = rng.uniform(0.0, 1.0, 1000).astype(np.float32)
 
     @jax.jit
@@ -79,7 +79,7 @@ def test_constants_do_not_tempt_the_compiler(rng):
     np.testing.assert_array_equal(exact(one_minus(a)), 1 - a.astype(np.float64))
 
 
-def test_floats_keep_what_float32_would_round_away():
+def test_as_pair_keeps_the_digits_of_a_python_float():
     assert exact(pairs.as_pair(0.1, np.dtype("float32"))) == pytest.approx(0.1, rel=2.0**-47)
 
 
@@ -87,7 +87,7 @@ def test_floats_keep_what_float32_would_round_away():
     "shape", [(2, 3), (37, 5), (64, 2), (65, 2), (4099, 3), (200_001, 1), (5, 3, 7), (2, 2, 70_001)]
 )
 @pytest.mark.parametrize("offset", [0, 1e6])
-def test_moments_against_fsum(rng, shape, offset):
+def test_moments_agree_with_fsum(rng, shape, offset):
     x = (offset + rng.standard_normal(shape)).astype(np.float32)
     count, mean, m2 = backend.kernels.moments(Batch(jnp.asarray(x)))
     channels = np.moveaxis(x, 1, 0).reshape(shape[1], -1).astype(np.float64)
@@ -117,7 +117,7 @@ def test_constant_channel_is_exactly_the_bias(n):
 
 
 @pytest.mark.parametrize("outlier", [1e4, 1e8, 1e12])
-def test_outlier_as_the_first_value(rng, outlier):
+def test_results_with_an_outlier_as_first_value_are_within_bounds(rng, outlier):
     x = rng.standard_normal((1000, 3)).astype(np.float32)
     x[0] = outlier
     y, state, _ = step(backend, jnp.asarray(x), NOTHING[0], new_state(3), **OPTIONS)
@@ -132,12 +132,12 @@ def test_outlier_as_the_first_value(rng, outlier):
 
 @pytest.mark.parametrize("outlier", [1e5, 1e12, 1e18])
 @pytest.mark.parametrize(("n", "weighted"), [(passes.FAR + 3, False), (5000, True)])
-def test_a_first_value_that_no_digits_are_to_spare_for(rng, n, weighted, outlier):
+def test_moments_with_a_huge_first_value_are_accurate(rng, n, weighted, outlier):
     x = rng.standard_normal((n, 1)).astype(np.float32)
     x[0] = outlier
     weights = np.ones(n, np.float32)
     if weighted:
-        weights[0] = 2.0**-60  # it counts for next to nothing, and yet comes first
+        weights[0] = 2.0**-60  # it has almost no weight, and yet it is the first shift
     _, mean, m2 = backend.kernels.moments(Batch(jnp.asarray(x), jnp.asarray(weights) if weighted else None))
     wide, weights = x.astype(np.float64), weights.astype(np.float64)[:, None]
     expected = math.fsum((weights * wide).ravel()) / math.fsum(weights.ravel())
@@ -148,7 +148,7 @@ def test_a_first_value_that_no_digits_are_to_spare_for(rng, n, weighted, outlier
 
 @pytest.mark.parametrize("shape", [(60, 3, 7), (300, 5, 129), (4096, 64, 16)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_bits_do_not_depend_on_where_the_channels_lie(rng, shape, masked):
+def test_bits_do_not_depend_on_the_channel_axis(rng, shape, masked):
     x, dy = rng.standard_normal((2, *shape)).astype(np.float32)
     mask = {"mask": rng.random((shape[0], shape[2])) < 0.9} if masked else {}
 
@@ -181,14 +181,14 @@ def test_narrow_dtypes_are_rounded_once(rng, dtype):
     assert ulp.error(np.asarray(state.running_mean), truth.running_mean, "float32") <= 1
 
 
-def test_no_variance_and_no_eps_is_the_bias_and_nan_stays_nan():
+def test_normalize_gives_the_bias_for_zero_variance_and_eps():
     x, mean, bias = jnp.ones((2, 2)), jnp.zeros(2), jnp.asarray([3.0, 4.0])
     y = backend.kernels.normalize(Batch(x), Stats(mean, jnp.asarray([0.0, jnp.nan]), None), Params(None, bias), 0.0)
     np.testing.assert_array_equal(np.asarray(y), [[3, np.nan], [3, np.nan]])
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.1, 0.0])
-def test_lerp_rounds_about_once(rng, weight):
+def test_lerp_has_about_one_rounding(rng, weight):
     start, end = wide_range(rng), wide_range(rng)
     actual = np.asarray(backend.kernels.lerp(jnp.asarray(start), jnp.asarray(end), weight))
     truth = (1 - weight) * start.astype(np.float64) + weight * end.astype(np.float64)
@@ -196,12 +196,12 @@ def test_lerp_rounds_about_once(rng, weight):
     assert np.max(ulps) < 0.5 + 1e-6
 
 
-def test_lerp_takes_steps():
+def test_lerp_takes_the_step_of_a_cumulative_average():
     weight = backend.kernels.step(None, jnp.asarray(4), 8, 1)
     np.testing.assert_array_equal(backend.kernels.lerp(jnp.ones(2), jnp.full(2, 5.0), weight), [2, 2])
 
 
-def test_dtypes_are_stable_and_nothing_is_compiled_twice(rng):
+def test_repeated_steps_keep_dtypes_and_compile_once(rng):
     x, state = jnp.asarray(rng.standard_normal((8, 3)).astype(np.float32)), new_state(3)
     _, state, _ = step(backend, x, NOTHING[0], state, **OPTIONS)
     compiled = compiled_step._cache_size()
@@ -214,7 +214,7 @@ def test_dtypes_are_stable_and_nothing_is_compiled_twice(rng):
     assert state.num_batches_tracked == 4
 
 
-def test_another_momentum_or_eps_compiles_nothing():
+def test_step_with_another_momentum_or_eps_is_not_compiled_again():
     x, state = jnp.ones((8, 3)), new_state(3)
     step(backend, x, NOTHING[0], state, **OPTIONS)
     compiled = compiled_step._cache_size()
@@ -223,13 +223,13 @@ def test_another_momentum_or_eps_compiles_nothing():
     assert compiled_step._cache_size() == compiled
 
 
-def test_layers_on_a_device_of_their_own_are_copied():
+def test_layer_on_a_given_device_can_be_copied_and_pickled():
     bn = mbn.BatchNorm1d(3, backend="jax", device="cpu")
     for twin in (copy.deepcopy(bn), pickle.loads(pickle.dumps(bn))):
         assert twin(jnp.ones((2, 3))).shape == (2, 3)
 
 
-def test_cumulative_average():
+def test_momentum_none_gives_the_cumulative_average():
     state = new_state(1)
     for value in (1.0, 2.0, 6.0):
         x = jnp.full((4, 1), value)
@@ -237,7 +237,7 @@ def test_cumulative_average():
     assert state.running_mean[0] == pytest.approx(3.0, rel=1e-6)
 
 
-def test_traced_calls_give_the_same_bits_and_leak_nothing(rng):
+def test_traced_step_gives_the_same_bits_and_leaks_no_tracer(rng):
     x, state = jnp.asarray(rng.standard_normal((9, 3, 4)).astype(np.float32)), new_state(3)
 
     def train(x, state):
@@ -251,7 +251,7 @@ def test_traced_calls_give_the_same_bits_and_leak_nothing(rng):
         np.testing.assert_allclose(leaf, one[0], rtol=1e-6, atol=1e-6)
 
 
-def test_gradient_is_finite_where_nothing_varies():
+def test_gradient_of_constant_channels_is_zero():
     def loss(x):
         return jnp.sum(step(backend, x, *NOTHING, **{**OPTIONS, "eps": 0.0})[0])
 
@@ -267,7 +267,7 @@ def test_asarray_copies_host_data():
         host[:] = 1
 
 
-def test_asarray_dtypes():
+def test_asarray_converts_dtypes():
     assert backend.asarray(np.asarray(3), "int64").dtype == jnp.int32
     assert backend.asarray([1.5, 2]).dtype == jnp.float32
     assert backend.asarray(np.ones(2), "bfloat16").dtype == jnp.bfloat16
@@ -277,12 +277,12 @@ def test_asarray_dtypes():
 @pytest.mark.parametrize(
     ("x", "dtype"), [(np.ones(2), None), (np.ones(2, np.float32), "float64"), (jnp.ones(2), "float64")]
 )
-def test_float64_is_refused_with_the_way_out(x, dtype):
+def test_asarray_refuses_float64_and_names_the_switch(x, dtype):
     with pytest.raises(TypeError, match=r"JAX_ENABLE_X64=1.*jax\.config.*float32"):
         backend.asarray(x, dtype)
 
 
-def test_devices():
+def test_device_is_named_and_is_none_where_uncommitted():
     cpu = jax.local_devices(backend="cpu")[0]
     for given in (cpu, "cpu", "cpu:0", *backend.capabilities.devices):
         assert backend.device(backend.asarray([1.0], device=given)) is not None
@@ -292,7 +292,7 @@ def test_devices():
 
 
 @pytest.mark.parametrize("device", ["abacus", "cpu:99", "cpu:-1", "cpu:first", 3])
-def test_unknown_devices_are_refused_by_the_names_there_are(device):
+def test_error_for_an_unknown_device_names_the_known_ones(device):
     with pytest.raises(ValueError, match="it has .*cpu"):
         backend.asarray([1.0], device=device)
 
@@ -352,8 +352,8 @@ print(json.dumps([errors, slopes]))
 """
 
 
-def test_with_64_bit_numbers_everything_is_exact_to_float64():
-    # A process of its own: the switch belongs to the user.
+def test_results_with_64_bit_numbers_are_accurate_to_float64():
+    # In another process, since the switch is global.
     environment = {**os.environ, "JAX_ENABLE_X64": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-W", "error", "-c", X64]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -366,7 +366,7 @@ def test_with_64_bit_numbers_everything_is_exact_to_float64():
         assert max(mean, var) < (1e-14 if dtype_and_offset.startswith("float64") else 2.0**-40), dtype_and_offset
 
 
-def test_memory_is_handed_over_or_refused():
+def test_from_dlpack_shares_memory_or_refuses():
     torch = pytest.importorskip("torch", reason="another framework's arrays come by DLPack")
     tensor = torch.arange(96.0).reshape(8, 12)
     for given in (tensor, tensor.T, tensor.bfloat16(), tensor > 3):
@@ -383,14 +383,14 @@ def test_memory_is_handed_over_or_refused():
     np.testing.assert_array_equal(traced, tensor.numpy())
 
 
-def test_memory_that_compiled_code_could_not_read_on_a_gpu_is_refused(monkeypatch):
+def test_from_dlpack_refuses_unaligned_memory(monkeypatch):
     torch = pytest.importorskip("torch", reason="another framework's arrays come by DLPack")
     monkeypatch.setattr(type(jnp.zeros(4)), "unsafe_buffer_pointer", lambda view: 4 + 0 * view.ndim)
     with pytest.raises(BufferError, match="multiple of 16 bytes"):
         backend.from_dlpack(torch.zeros(4))
 
 
-def test_a_standard_deviation_below_the_least_normal_number_makes_no_nan():
+def test_subnormal_standard_deviation_gives_no_nan():
     x = jnp.asarray(3e-37 * (1 + 1e-4 * np.random.default_rng(3).standard_normal((17, 2))), jnp.float32)
     y = mbn.BatchNorm1d(2, eps=0.0, backend="jax")(x)
     assert jnp.isfinite(y).all()

@@ -11,7 +11,7 @@ from mbn.contract import Batch, Params, State, Stats
 
 
 @pytest.mark.parametrize(("shape", "weighted"), [((3, 2, 4), False), ((6, 2), True)])
-def test_derivatives_to_third_order_in_every_mode(rng, shape, weighted):
+def test_derivatives_to_third_order_are_accurate_in_every_mode(rng, shape, weighted):
     x, u, dy = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for _ in range(3))
     weight, bias = jnp.asarray([2.0, -0.5]), jnp.asarray([1.0, 0.0])
     weights = jnp.asarray(rng.integers(0, 3, (shape[0], *shape[2:])) / 2, jnp.float32) if weighted else None
@@ -50,8 +50,8 @@ def test_derivatives_to_third_order_in_every_mode(rng, shape, weighted):
 
 
 @pytest.mark.parametrize("eps", [1e-3, 1e-5, 1e-7])
-def test_derivatives_of_few_values_in_every_mode(rng, eps):
-    # A constant and xhat explain all of two values but for what eps leaves.
+def test_derivatives_of_two_values_are_accurate_in_every_mode(rng, eps):
+    # Two values are combinations of a constant and xhat, so the gradient cancels but for a remainder of order eps.
     x, u, dy = (jnp.asarray(rng.standard_normal((2, 3)), jnp.float32) for _ in range(3))
     weight, bias = jnp.asarray([2.0, -0.5, 1.0]), jnp.asarray([1.0, 0.0, 0.5])
 
@@ -71,7 +71,7 @@ def test_derivatives_of_few_values_in_every_mode(rng, eps):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_gradients_of_many_values_far_from_zero(rng, weighted):
+def test_gradients_of_many_values_far_from_zero_are_accurate(rng, weighted):
     shape = 100_000, 2
     x = (1e4 + rng.standard_normal(shape)).astype(np.float32)
     dy = (100 + rng.standard_normal(shape)).astype(np.float32)
@@ -95,7 +95,7 @@ def test_gradients_of_many_values_far_from_zero(rng, weighted):
     assert relative_error(dx, invstd * (dy - w * np.sum(dy, axis=0) / n - w * xhat * truth / n)) < 3e-6
 
 
-def test_evaluation_differentiates_by_the_running_statistics(rng):
+def test_evaluation_has_gradients_of_the_running_statistics(rng):
     x, dy = batches(rng, 2)
     mean, var, weight = (jnp.asarray(rng.uniform(0.5, 2.0, 3), jnp.float32) for _ in range(3))
 
@@ -113,7 +113,7 @@ def test_evaluation_differentiates_by_the_running_statistics(rng):
         assert relative_error(actual, expected) < 1e-6
 
 
-def test_kernels_differentiate_on_their_own(rng):
+def test_gradient_of_composed_kernels_is_that_of_the_step(rng):
     x, dy = batches(rng, 2)
     weights = jnp.asarray([1, 2, 0, 1, 1, 0.5, 1, 1], jnp.float32)
 
@@ -123,13 +123,13 @@ def test_kernels_differentiate_on_their_own(rng):
         stats = Stats(moments.mean, kernels.variance(moments, 0), moments.count)
         return jnp.sum(dy * kernels.normalize(batch, stats, NOTHING[0], 1e-5))
 
-    def whole(x):
+    def of_step(x):
         return jnp.sum(dy * step(backend, x, *NOTHING, **OPTIONS, weights=weights)[0])
 
-    assert_same(jax.jit(jax.grad(loss))(x), jax.jit(jax.grad(whole))(x), 2e-6)
+    assert_same(jax.jit(jax.grad(loss))(x), jax.jit(jax.grad(of_step))(x), 2e-6)
 
 
-def test_pullbacks_differentiate_by_what_they_hold(rng):
+def test_pullback_has_derivatives_with_respect_to_x_and_weight(rng):
     x, dy = batches(rng, 2)
     weight = jnp.asarray([1.0, 2.0, 3.0])
 

@@ -1,4 +1,4 @@
-"""JAX with more devices than one: shard_map and sharded arrays."""
+"""JAX with several devices: shard_map and sharded arrays."""
 
 import os
 import subprocess
@@ -8,8 +8,8 @@ from pathlib import Path
 import jax_samples  # noqa: F401 - without JAX there is nothing to test
 
 
-def test_with_two_devices():
-    # A process of its own: the number of devices is that of a process.
+def test_cases_on_two_devices_pass():
+    # In another process, since the number of devices is fixed for a process.
     environment = {
         **os.environ,
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",

@@ -1,4 +1,4 @@
-"""JAX's layout for GPUs: what it computes, on the CPU, and what it is lowered to where there is no GPU to run it on."""
+"""JAX's lowering for GPUs, without a GPU: its results on the CPU, and the operations that it is lowered to."""
 
 import math
 
@@ -26,7 +26,7 @@ SHAPES = [
 
 @pytest.fixture(autouse=True)
 def _in_64_bits():
-    """Lower as a ``WidePrimitive`` does."""
+    """Enable 64-bit numbers, as ``WidePrimitive`` does when it is lowered."""
     with primitives.enable_x64(True):
         yield
 
@@ -44,7 +44,7 @@ def test_every_value_is_summed_once(shape):
 
 
 def moments_of(x, weights=None):
-    """Return mean and variance in the layout for GPUs, in float64."""
+    """Return mean and variance by the kernel for GPUs, in float64."""
     parts = jax.jit(passes._moments_on_gpu)(x, weights)
     mean, rest, unit, var, var_rest, var_unit = (np.asarray(part, np.float64) for part in parts)
     return (mean + rest) * unit, (var + var_rest) * var_unit**2
@@ -54,7 +54,7 @@ def moments_of(x, weights=None):
 @pytest.mark.parametrize("offset", [0, 1e6])
 @pytest.mark.parametrize("outlier", [None, 1e9])
 @pytest.mark.parametrize("far", [passes.FAR, 500])
-def test_moments_against_fsum(rng, monkeypatch, shape, offset, outlier, far):
+def test_moments_agree_with_fsum(rng, monkeypatch, shape, offset, outlier, far):
     monkeypatch.setattr(passes, "FAR", far)
     x = (offset + rng.standard_normal(shape)).astype(np.float32)
     if outlier is not None:
@@ -75,7 +75,7 @@ def test_constant_channels_have_no_variance(monkeypatch, far):
 
 
 @pytest.mark.parametrize("outlier", [1e5, 1e12, 1e18])
-def test_a_first_value_that_counts_for_next_to_nothing(rng, outlier):
+def test_moments_with_a_huge_first_value_of_tiny_weight_are_accurate(rng, outlier):
     x, weights = rng.standard_normal((50, 1, 100)).astype(np.float32), np.ones((50, 1, 100), np.float32)
     x[0, 0, 0], weights[0, 0, 0] = outlier, 2.0**-60
     mean, var = moments_of(x, weights)
@@ -87,7 +87,7 @@ def test_a_first_value_that_counts_for_next_to_nothing(rng, outlier):
 
 @pytest.mark.parametrize("platform", ["cuda", "rocm"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_nothing_waits_or_moves_on_a_gpu(platform, masked):
+def test_step_is_lowered_without_branches_transposes_or_scatters(platform, masked):
     bn = mbn.BatchNorm1d(8, backend="jax")
     x = jax.ShapeDtypeStruct((2048, 8, 1024), "float32")
     mask = {"mask": jax.ShapeDtypeStruct((2048, 1024), "bool")} if masked else {}

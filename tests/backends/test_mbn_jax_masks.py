@@ -1,4 +1,4 @@
-"""Masks and weights on JAX: traced, and in derivatives."""
+"""Masks and sample weights on JAX: traced, and in derivatives."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from steps import step
 from mbn.contract import Params, State
 
 
-def test_masks_may_be_traced(rng):
+def test_traced_masks_give_the_same_results_and_compile_once(rng):
     bn, x = new_layer(), jnp.asarray(rng.standard_normal((4, 3, 5)), jnp.float32)
     given = {
         "mask": jnp.asarray(rng.random((4, 5)) < 0.7),
@@ -23,7 +23,7 @@ def test_masks_may_be_traced(rng):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_masked_values_and_their_derivatives_touch_nothing(rng, training, poison):
+def test_masked_values_affect_no_result_and_no_derivative(rng, training, poison):
     x, u, dy = batches(rng, 3)
     weights = jnp.asarray([1, 0, 1, 1, 0, 1, 1, 1], jnp.float32)
     masked = weights[:, None] == 0
@@ -37,7 +37,7 @@ def test_masked_values_and_their_derivatives_touch_nothing(rng, training, poison
         def slope(x):
             return jax.vjp(lambda x: output(x)[0] ** 2, x)[1](dy)[0]
 
-        def clean(x):  # what follows a layer leaves out the same places
+        def clean(x):  # a layer after this one has the same mask
             return jnp.where(masked, 0, x)
 
         bent = jax.grad(lambda x: jnp.sum(clean(slope(x) ** 2)))
@@ -47,7 +47,7 @@ def test_masked_values_and_their_derivatives_touch_nothing(rng, training, poison
     assert_same(everything(*leaky), everything(*(jnp.where(masked, 0, array) for array in (x, u, dy))))
 
 
-def test_a_batch_without_values_gives_zeros_and_moves_nothing():
+def test_fully_masked_batch_gives_zeros_and_keeps_the_statistics():
     state = State(jnp.full(3, 2.0), jnp.full(3, 3.0), jnp.asarray(1))
 
     @jax.jit
@@ -64,13 +64,13 @@ def test_a_batch_without_values_gives_zeros_and_moves_nothing():
     assert_same(after, state._replace(num_batches_tracked=2))
 
 
-def test_weights_of_no_sense_give_nan_where_they_are_traced():
+def test_invalid_traced_weights_give_nan():
     weights = jax.jit(lambda lengths, weight: backend.kernels.sample_weights((2, 3), "float32", None, lengths, weight))
     actual = weights(jnp.asarray([2, 4]), jnp.asarray([[0.5, -1.0, 2.0], [1.0, 1.0, 1.0]]))
     np.testing.assert_array_equal(actual, [[0.5, np.nan, 0.0], [np.nan] * 3])
 
 
-def test_values_are_compared_as_long_as_they_have_any():
+def test_within_checks_concrete_values_and_skips_traced_ones():
     lengths, seen = jnp.asarray([0, 3]), []
 
     @jax.jit

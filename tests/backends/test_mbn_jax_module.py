@@ -1,4 +1,4 @@
-"""What the module of flax is required to be: the layer in its numbers, and flax's own in everything else."""
+"""The module of flax: it computes as the layer does, and behaves as a module of flax in everything else."""
 
 import copy
 import doctest
@@ -33,7 +33,7 @@ KINDS = [
 
 
 class Net(nnx.Module):
-    """A network as flax's users write them."""
+    """A network with a layer's module."""
 
     def __init__(self, rngs):
         self.first = nnx.Linear(5, 4, rngs=rngs)
@@ -62,14 +62,14 @@ def pickled_and_back(module):
 
 
 def run(script, *arguments, **variables):
-    """Run a script in a process that finds what this one finds."""
+    """Run a script in a process with the import path of this one."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **variables}
     command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
     subprocess.run(command, check=True, env=environment)
 
 
 def assert_same(module, layer):
-    """Assert that both hold the same, to the bit."""
+    """Assert that module and layer hold the same arrays, to the bit."""
     held = {key: np.asarray(value) for key, value in nnx.to_pure_dict(nnx.state(module)).items()}
     expected = layer.state_dict(backend="numpy")
     assert held.keys() == expected.keys()
@@ -80,7 +80,7 @@ def assert_same(module, layer):
 
 @pytest.mark.parametrize("arguments", KINDS)
 @pytest.mark.parametrize("shape", [(16, 4), (16, 4, 4)])
-def test_it_computes_what_the_layer_computes(arguments, shape):
+def test_module_gives_the_bits_of_the_layer(arguments, shape):
     layer = new_layer(**arguments)
     if layer.weight is not None:
         layer.weight = [1.0, -2.0, 3.0, 0.5]
@@ -95,7 +95,7 @@ def test_it_computes_what_the_layer_computes(arguments, shape):
 
 
 @pytest.mark.parametrize("arguments", KINDS)
-def test_its_variables_are_those_that_flax_looks_for(arguments):
+def test_module_has_param_and_batch_stat_variables(arguments):
     layer = new_layer(**arguments)
     module = layer.as_module()
     params, tracked = nnx.to_pure_dict(nnx.state(module, nnx.Param)), nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
@@ -103,17 +103,17 @@ def test_its_variables_are_those_that_flax_looks_for(arguments):
     assert set(tracked) == {key for key, value in layer.state._asdict().items() if value is not None}
 
 
-def test_it_begins_in_the_mode_of_the_layer():
+def test_module_starts_in_the_mode_of_the_layer():
     assert not new_layer().as_module().use_running_average
     assert new_layer().eval().as_module().use_running_average
 
 
-def test_flax_switches_its_mode():
+def test_mode_follows_train_eval_view_and_argument():
     net = Net(nnx.Rngs(0))
     net.eval()
     net(data(16, 5))
     assert net.norm.num_batches_tracked[...] == 0
-    nnx.view(net, deterministic=False, use_running_average=False)(data(16, 5))  # of the same variables
+    nnx.view(net, deterministic=False, use_running_average=False)(data(16, 5))  # the view shares the variables
     net.norm(data(), use_running_average=False)
     assert net.norm.num_batches_tracked[...] == 2
     net.train()
@@ -125,7 +125,7 @@ def test_flax_switches_its_mode():
     assert "use_running_average" in nnx.view_info(net)
 
 
-def test_a_frozen_layer_makes_a_frozen_module():
+def test_module_of_a_frozen_layer_is_frozen():
     layer = new_layer()
     layer(data())
     module = layer.freeze().as_module()
@@ -135,7 +135,7 @@ def test_a_frozen_layer_makes_a_frozen_module():
     np.testing.assert_equal(statistics(module), before)
 
 
-def test_masks_lengths_and_weights_go_through():
+def test_module_takes_masks_lengths_and_sample_weights():
     x, rows = data(16, 4, 6), jnp.arange(16)
     for given in (
         {"mask": rows[:, None] > jnp.arange(6)},
@@ -154,7 +154,7 @@ def test_masks_lengths_and_weights_go_through():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
-def test_halves_are_normalised_in_float32(dtype):
+def test_module_normalises_halves_in_float32(dtype):
     module, layer = new_layer().as_module(), new_layer()
     y = module(data().astype(dtype))
     assert y.dtype == dtype
@@ -162,7 +162,7 @@ def test_halves_are_normalised_in_float32(dtype):
     assert_same(module, layer)
 
 
-def test_training_a_network_is_training_in_pure_jax():
+def test_training_with_the_module_equals_training_in_pure_jax():
     net, layer = Net(nnx.Rngs(0)), new_layer()
     x, target = data(16, 5), jax.random.randint(jax.random.key(1), 16, 0, 3)
 
@@ -200,7 +200,7 @@ def test_training_a_network_is_training_in_pure_jax():
     assert net.norm.num_batches_tracked[...] == 20
 
 
-def test_gradients_are_those_of_the_layer():
+def test_module_gives_the_gradients_of_the_layer():
     module, layer = new_layer().as_module(), new_layer()
     x = data()
     gradients = nnx.to_pure_dict(nnx.grad(lambda module: jnp.sum(module(x) ** 3))(module))
@@ -211,7 +211,7 @@ def test_gradients_are_those_of_the_layer():
         np.testing.assert_array_equal(value, getattr(expected, key))
 
 
-def test_equal_modules_share_what_is_compiled():
+def test_equal_modules_share_a_compiled_function():
     step = nnx.jit(lambda module, x: module(x))
     traced = []
 
@@ -233,7 +233,7 @@ def test_equal_modules_share_what_is_compiled():
     assert len(traced) == 2
 
 
-def test_making_a_module_leaves_the_layer_as_it_was():
+def test_as_module_leaves_the_layer_unchanged():
     layer = new_layer()
     module = layer.as_module()
     assert jax.tree.structure(layer) == jax.tree.structure(new_layer())
@@ -243,7 +243,7 @@ def test_making_a_module_leaves_the_layer_as_it_was():
     assert module.num_batches_tracked[...] == 1
 
 
-def test_split_and_merge():
+def test_module_can_be_split_and_merged():
     module, layer = new_layer().as_module(), new_layer()
     graphdef, params, tracked = nnx.split(module, nnx.Param, nnx.BatchStat)
 
@@ -262,14 +262,14 @@ def test_split_and_merge():
     assert module.num_batches_tracked[...] == 2
 
 
-def test_it_is_a_pytree_to_jax_itself():
+def test_module_is_a_pytree_of_jax():
     module, layer = new_layer().as_module(), new_layer()
     y, module = jax.jit(lambda module, x: (module(x), module))(module, data())
     np.testing.assert_allclose(y, layer(data()), atol=1e-6)
     assert module.num_batches_tracked[...] == 1
 
 
-def test_an_ensemble_by_vmap():
+def test_vmap_trains_an_ensemble_of_modules():
     @nnx.vmap(in_axes=0, out_axes=0)
     def make(rate):
         module = new_layer().as_module()
@@ -288,7 +288,7 @@ def test_an_ensemble_by_vmap():
     np.testing.assert_array_equal(ensemble.num_batches_tracked[...], [1, 1, 1])
 
 
-def test_scan_over_batches():
+def test_scan_trains_the_module_over_batches():
     module, layer = new_layer().as_module(), new_layer()
     batches = data(5, 16, 4)
     nnx.scan(lambda module, x: (module, module(x)), in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))(module, batches)
@@ -308,7 +308,7 @@ def test_remat_counts_a_batch_once():
     np.testing.assert_allclose(net.norm.running_var[...], plain.norm.running_var[...], rtol=1e-6)
 
 
-def test_it_can_be_made_under_a_trace():
+def test_module_can_be_made_under_a_trace():
     abstract = nnx.eval_shape(lambda: Net(nnx.Rngs(0)))
     assert abstract.norm.running_mean.get_value().shape == (4,)
     made = nnx.jit(lambda: Net(nnx.Rngs(0)))()
@@ -317,7 +317,7 @@ def test_it_can_be_made_under_a_trace():
     assert nnx.graphdef(made.norm) == nnx.graphdef(abstract.norm) == nnx.graphdef(new_layer().as_module())
 
 
-def test_a_layer_that_is_traced_makes_one_too():
+def test_traced_layer_can_make_a_module():
     @jax.jit
     def normalised(layer, x):
         return layer.as_module()(x)
@@ -326,7 +326,7 @@ def test_a_layer_that_is_traced_makes_one_too():
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, nnx.clone, pickled_and_back])
-def test_copies_are_on_their_own(again):
+def test_copies_of_a_module_are_independent(again):
     module = new_layer().as_module()
     module(data())
     other = again(module)
@@ -335,7 +335,7 @@ def test_copies_are_on_their_own(again):
     assert (module.num_batches_tracked[...], other.num_batches_tracked[...]) == (1, 2)
 
 
-def test_a_pickled_module_wakes_up_in_another_process(tmp_path):
+def test_pickled_module_loads_in_another_process(tmp_path):
     module = new_layer().as_module()
     module(data())
     (tmp_path / "module").write_bytes(pickle.dumps(module))
@@ -349,7 +349,7 @@ def test_a_pickled_module_wakes_up_in_another_process(tmp_path):
 
 
 @pytest.mark.parametrize("x", [np.zeros((3, 5)), np.zeros((1, 4)), np.zeros(4), np.zeros((3, 4), int)])
-def test_a_failed_call_changes_nothing(x):
+def test_failed_call_leaves_the_module_unchanged(x):
     module = new_layer().as_module()
     before = statistics(module)
     with pytest.raises((TypeError, ValueError)):
@@ -357,7 +357,7 @@ def test_a_failed_call_changes_nothing(x):
     np.testing.assert_equal(statistics(module), before)
 
 
-def test_a_module_that_is_closed_over_is_refused_in_training_alone():
+def test_jit_of_a_closed_over_module_fails_in_training_alone():
     module = new_layer().as_module()
     before = statistics(module)
     with pytest.raises(Exception, match="different trace level"):
@@ -367,24 +367,24 @@ def test_a_module_that_is_closed_over_is_refused_in_training_alone():
     np.testing.assert_allclose(jax.jit(module)(data()), module(data()), atol=1e-6)
 
 
-def test_an_empty_batch_is_counted_and_nothing_else():
+def test_empty_batch_gives_the_same_state_as_the_layer():
     module, layer = new_layer().as_module(), new_layer()
     assert module(jnp.zeros((0, 4), jnp.float32)).shape == (0, 4)
     layer(jnp.zeros((0, 4), jnp.float32))
     assert_same(module, layer)
 
 
-def test_it_tells_what_layer_it_is():
+def test_repr_names_the_layer():
     assert "BatchNorm1d(4, eps=0.001, momentum=0.1" in repr(new_layer(eps=1e-3).as_module())
 
 
-def test_the_example_in_its_docstring_runs():
+def test_docstring_example_passes():
     result = doctest.testmod(module_of_flax)
     assert result.attempted > 5
     assert result.failed == 0
 
 
-def test_it_goes_where_its_arrays_go():
+def test_module_computes_on_the_device_of_its_arrays():
     script = """
         import jax, mbn
         from flax import nnx
@@ -398,7 +398,7 @@ def test_it_goes_where_its_arrays_go():
     run(script, XLA_FLAGS="--xla_force_host_platform_device_count=2", JAX_PLATFORMS="cpu")
 
 
-def test_float64_where_jax_has_it():
+def test_module_of_a_float64_layer_computes_in_float64():
     script = """
         import jax, mbn
         from flax import nnx
@@ -414,7 +414,7 @@ def test_float64_where_jax_has_it():
     run(script, JAX_ENABLE_X64="1")
 
 
-def test_without_flax_the_error_says_how_to_get_it(monkeypatch):
+def test_as_module_without_flax_says_how_to_install_it(monkeypatch):
     monkeypatch.delitem(sys.modules, "mbn_jax.module")
     monkeypatch.delattr("mbn_jax.module")
     monkeypatch.setitem(sys.modules, "flax", None)
@@ -422,7 +422,7 @@ def test_without_flax_the_error_says_how_to_get_it(monkeypatch):
         new_layer().as_module()
 
 
-def test_nothing_but_a_module_needs_flax():
+def test_layer_does_not_import_flax():
     script = """
         import sys, mbn
         mbn.BatchNorm1d(4, backend="jax")([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 9.0]])

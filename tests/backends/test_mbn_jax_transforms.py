@@ -1,4 +1,4 @@
-"""JAX's transformations of layers and steps: jit, vmap, scan, checkpoint, and what a trace may leave behind."""
+"""JAX's transformations of layers and steps: jit, vmap, scan, checkpoint, and tracers that must not stay in a layer."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def train_step(bn, x):
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_a_jitted_step_takes_and_returns_the_layer(rng, momentum):
+def test_jitted_step_takes_and_returns_the_layer(rng, momentum):
     bn, twin = new_layer(momentum=momentum), new_layer(momentum=momentum)
     for count, x in enumerate(batches(rng, 4), 1):
         bn, y = train_step(bn, x)
@@ -28,7 +28,7 @@ def test_a_jitted_step_takes_and_returns_the_layer(rng, momentum):
     assert bn.num_batches_tracked == 4
 
 
-def test_a_jitted_step_may_set_what_the_layer_holds(rng):
+def test_jitted_step_may_set_parameters_and_statistics(rng):
     @jax.jit
     def step(bn, x):
         bn(x)
@@ -43,7 +43,7 @@ def test_a_jitted_step_may_set_what_the_layer_holds(rng):
     assert int(bn.num_batches_tracked) == 5
 
 
-def test_layers_are_pytrees():
+def test_layer_is_a_pytree():
     bn = new_layer()
     paths, tree = jax.tree.flatten_with_path(bn)
     assert [jax.tree_util.keystr(path) for path, _ in paths] == [
@@ -60,7 +60,7 @@ def test_layers_are_pytrees():
     assert jax.tree.structure(bn.train()) == tree
 
 
-def test_mode_and_settings_are_static(rng):
+def test_mode_is_static_under_jit(rng):
     bn, x = new_layer(), batches(rng)
     bn, _ = train_step(bn, x)
     after, y = train_step(bn.eval(), x)
@@ -81,7 +81,7 @@ CLOSURES = {
 
 
 @pytest.mark.parametrize("closure", CLOSURES)
-def test_training_layers_that_are_closed_over_are_refused(rng, closure):
+def test_closed_over_layer_is_refused_in_training(rng, closure):
     bn, x = new_layer(), batches(rng)
     before = bn.state
     with pytest.raises(RuntimeError) as caught:
@@ -95,8 +95,8 @@ def test_training_layers_that_are_closed_over_are_refused(rng, closure):
 
 @pytest.mark.parametrize("backend", [None, "jax"])
 @pytest.mark.parametrize("pass_through", [train_step, lambda bn, x: jax.lax.scan(train_step, bn, x[None])])
-def test_those_that_are_not_bound_are_told_how_to_be(rng, pass_through, backend):
-    new_layer()  # from then on JAX knows layers
+def test_traced_layer_without_num_features_is_refused(rng, pass_through, backend):
+    new_layer()  # registers layers as pytrees
     bn, x = mbn.BatchNorm1d(None, backend=backend), batches(rng)
     with pytest.raises(RuntimeError, match=r"without num_features or without a backend(.|\n)*call it once outside"):
         pass_through(bn, x)
@@ -118,7 +118,7 @@ PASSED_THROUGH = {
 
 
 @pytest.mark.parametrize("name", PASSED_THROUGH)
-def test_a_layer_that_is_not_bound_passes_through_as_one_that_is(rng, name):
+def test_unbound_layer_passes_through_transformations_as_a_bound_one(rng, name):
     twin, x = new_layer(), batches(rng)
     bn = PASSED_THROUGH[name](open_layer := mbn.BatchNorm1d(3), x)
     twin(x)
@@ -127,7 +127,7 @@ def test_a_layer_that_is_not_bound_passes_through_as_one_that_is(rng, name):
     assert_same(bn.state, twin.state, 1e-6)
 
 
-def test_a_whole_layer_can_be_differentiated_by(rng):
+def test_grad_with_respect_to_a_layer_gives_its_parameter_gradients(rng):
     def loss(bn, x):
         return jnp.sum(bn(x) ** 3), bn
 
@@ -140,7 +140,7 @@ def test_a_whole_layer_can_be_differentiated_by(rng):
 
 
 @pytest.mark.parametrize("closure", ["jit", "vmap", "scan", "checkpoint"])
-def test_so_are_those_that_belong_to_an_outer_trace_alone(rng, closure):
+def test_closed_over_layer_of_an_outer_trace_is_refused_in_training(rng, closure):
     @jax.jit
     def step(bn, x):
         before = bn.state
@@ -154,7 +154,7 @@ def test_so_are_those_that_belong_to_an_outer_trace_alone(rng, closure):
     assert holds_values(bn)
 
 
-def test_a_layer_of_the_trace_may_be_closed_over_by_a_gradient_in_it(rng):
+def test_gradient_within_a_jit_may_close_over_its_layer(rng):
     @jax.jit
     def step(bn, x):
         return bn, *jax.value_and_grad(lambda x: jnp.sum(bn(x) ** 3))(x)
@@ -175,7 +175,7 @@ EAGER = {
 
 
 @pytest.mark.parametrize("transformation", EAGER)
-def test_statistics_are_values_where_only_derivatives_are_traced(rng, transformation):
+def test_derivatives_without_jit_leave_no_tracers_in_the_layer(rng, transformation):
     bn, twin, x = new_layer(), new_layer(), batches(rng)
     options = {"mask": np.arange(8) > 2} if transformation == "grad" else {}
     EAGER[transformation](lambda x: bn(x, **options), x)
@@ -184,12 +184,12 @@ def test_statistics_are_values_where_only_derivatives_are_traced(rng, transforma
     assert_same(bn, twin)
 
 
-def test_evaluation_may_be_closed_over(rng):
+def test_closed_over_layer_works_in_evaluation(rng):
     bn, x = new_layer().eval(), batches(rng)
     assert_same(jax.jit(bn)(x), bn(x))
 
 
-def test_layers_made_under_a_trace_hold_values(rng):
+def test_layer_made_under_a_trace_holds_values(rng):
     @jax.jit
     def evaluate(x):
         bn = mbn.BatchNorm1d(None).eval()
@@ -201,7 +201,7 @@ def test_layers_made_under_a_trace_hold_values(rng):
     evaluate(batches(rng)).block_until_ready()
 
 
-def test_copies_outlive_a_donated_layer(rng):
+def test_state_dict_outlives_a_donated_layer(rng):
     bn, x = new_layer(), batches(rng)
     saved = bn.state_dict()
     jax.jit(lambda bn, x: (bn, bn(x)), donate_argnums=0)(bn, x)
@@ -222,7 +222,7 @@ SHARED = Params(None, None), State(None, None, None), None, None
 @pytest.mark.parametrize(
     "one_each", [(0, 1, 2, 3), (0,), (1,), (2,), (3,)], ids=["all", "params", "state", "x", "weights"]
 )
-def test_vmap_of_a_gradient_is_a_loop(rng, one_each):
+def test_vmap_of_a_gradient_equals_a_loop(rng, one_each):
     def pick(i, axes, tree):
         return jax.tree.map(
             lambda axis, leaf: leaf if axis is None or not leaf.ndim else leaf[i],
@@ -266,7 +266,7 @@ def test_scan_carries_the_layer(rng):
     assert_same((bn, y), (twin, jnp.stack([twin(one) for one in x])))
 
 
-def test_checkpoint_changes_nothing(rng):
+def test_checkpoint_gives_the_same_gradient(rng):
     params, state, x = Params(jnp.ones(3), jnp.zeros(3)), new_state(3), batches(rng)
     again = jax.value_and_grad(jax.checkpoint(loss), (0, 2), has_aux=True)
     assert_same(again(params, state, x), gradient(params, state, x), 1e-6)

@@ -1,4 +1,4 @@
-"""What is Numba's own: what is compiled, when, and who is told."""
+"""Tests of Numba alone: when functions are compiled, their cache, and the messages about both."""
 
 import logging
 import os
@@ -30,7 +30,7 @@ def step(cache):
     return run.stdout.splitlines()
 
 
-def test_the_first_call_says_that_it_compiles_and_the_next_process_need_not(tmp_path):
+def test_first_call_logs_its_compilation_and_the_next_process_uses_the_cache(tmp_path):
     first = step(tmp_path)
     assert [line for line in first if line.startswith("Numba compiles")] == [
         f"Numba compiles {name} for float32, once for this machine." for name in ("train", "pull_back", "evaluate")
@@ -39,7 +39,7 @@ def test_the_first_call_says_that_it_compiles_and_the_next_process_need_not(tmp_
     assert step(tmp_path) == []
 
 
-def test_nothing_is_said_of_what_others_compile(caplog):
+def test_compilation_of_other_functions_is_not_logged(caplog):
     import numba
 
     @numba.njit
@@ -74,7 +74,7 @@ print(mbn.BatchNorm1d(3, eps=0, backend="torch").eval()(torch.full((2, 3), 3.0))
 
 
 def calls(folder, disk, *dtypes):
-    """Return what a process prints that calls a compiled function, and what it says beside."""
+    """Return the output and the warnings of a process that calls a compiled function."""
     program = folder / "program.py"
     if not program.exists():
         program.write_text(_CALLS)
@@ -102,7 +102,7 @@ def make_unreadable(file):
 
 @pytest.mark.parametrize("suffix", ["nbi", "nbc"])
 @pytest.mark.parametrize("damage", [empty, scramble, make_unreadable])
-def test_a_damaged_cache_costs_a_compilation_and_is_told_once(tmp_path, damage, suffix):
+def test_damaged_cache_is_compiled_again_with_one_warning(tmp_path, damage, suffix):
     assert calls(tmp_path, "there", "float32") == ("3.0\n", "")
     (file,) = tmp_path.rglob(f"*.{suffix}")
     damage(file)
@@ -112,7 +112,7 @@ def test_a_damaged_cache_costs_a_compilation_and_is_told_once(tmp_path, damage, 
     assert said.count("\n") == 1
 
 
-def test_a_full_disk_costs_a_compilation_and_is_told_once(tmp_path):
+def test_full_disk_leads_to_a_compilation_with_one_warning(tmp_path):
     pytest.importorskip("resource", reason="no limits on this system")
     out, said = calls(tmp_path, "full", "float32", "float64")
     assert out == "3.0 3.0\n"
@@ -120,7 +120,7 @@ def test_a_full_disk_costs_a_compilation_and_is_told_once(tmp_path):
     assert said.count("\n") == 1
 
 
-def test_torch_needs_no_cache(tmp_path):
+def test_torch_works_without_the_cache(tmp_path):
     pytest.importorskip("resource", reason="no limits on this system")
     out, said = run(["-c", _EVALUATION], tmp_path)
     assert out == f"{[[3.0] * 3] * 2}\n"
@@ -128,10 +128,10 @@ def test_torch_needs_no_cache(tmp_path):
     assert said.count("\n") == 1
 
 
-def test_code_of_another_signature_is_not_run(tmp_path):
+def test_cached_code_of_another_signature_is_compiled_again(tmp_path):
     both = "float32", "int64"
     assert calls(tmp_path, "there", *both) == ("3.0 2\n", "")
-    one, two = sorted(tmp_path.rglob("*.nbc"))  # as two processes leave them that write at the same time
+    one, two = sorted(tmp_path.rglob("*.nbc"))  # swap the files, as two processes may that write at the same time
     contents = one.read_bytes(), two.read_bytes()
     two.write_bytes(contents[0])
     one.write_bytes(contents[1])
@@ -141,7 +141,7 @@ def test_code_of_another_signature_is_not_run(tmp_path):
     assert said.count("\n") == 1
 
 
-def test_a_broken_numba_is_told_and_leaves_torch_its_other_kernels(monkeypatch, caplog):
+def test_broken_numba_is_logged_and_torch_uses_numpy_kernels(monkeypatch, caplog):
     class Broken:
         def find_spec(self, name, *_):
             if name == "mbn_cpu.kernels.numba_passes":
@@ -155,7 +155,7 @@ def test_a_broken_numba_is_told_and_leaves_torch_its_other_kernels(monkeypatch, 
     assert said == "Numba does not work here, which makes mbn slower: OSError: could not load libllvmlite.so"
 
 
-def test_without_a_folder_for_the_cache_each_process_compiles_and_says_so(monkeypatch, caplog):
+def test_missing_cache_folder_leads_to_a_compilation_with_a_warning(monkeypatch, caplog):
     def no_folder(_):
         raise RuntimeError("cannot cache function: no locator available")
 
@@ -168,7 +168,7 @@ def test_without_a_folder_for_the_cache_each_process_compiles_and_says_so(monkey
 
 
 @pytest.mark.parametrize("shape", [(8, 3), (30_000, 40), (40, 3, 900)])
-def test_read_only_and_unusual_arrays_compile_nothing_more(shape):
+def test_read_only_unaligned_and_strided_arrays_compile_nothing_more(shape):
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     bn = mbn.BatchNorm1d(shape[1], backend="numba")
 
@@ -197,7 +197,7 @@ def test_read_only_and_unusual_arrays_compile_nothing_more(shape):
     assert not frozen.flags.writeable
 
 
-def test_numpy_stays_the_owner_of_numpy_arrays():
+def test_numpy_arrays_still_belong_to_the_numpy_backend():
     mbn.get_backend("numba")
     bn = mbn.BatchNorm1d(3)
     bn(np.ones((4, 3), np.float32))
@@ -210,7 +210,7 @@ def test_numpy_stays_the_owner_of_numpy_arrays():
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("order", ["C", "last", "F"])
 @pytest.mark.parametrize("training", [False, True])
-def test_what_has_no_weight_is_left_out_of_every_loop(shape, dtype, order, *, training):
+def test_values_of_weight_0_are_left_out_of_every_loop(shape, dtype, order, *, training):
     rng = np.random.default_rng(0)
     x, dy = (rng.normal(3, 2, shape).astype(dtype) for _ in range(2))
     weight = rng.integers(0, 3, shape[:1] + shape[2:])
@@ -228,7 +228,7 @@ def test_what_has_no_weight_is_left_out_of_every_loop(shape, dtype, order, *, tr
         np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance * np.abs(other).max())
 
 
-def test_every_half_is_widened_exactly():
+def test_widen_is_exact_for_every_half():
     bits = np.arange(1 << 16, dtype=np.uint16)
     values = np.empty(bits.size, np.float32)
     numba_float16.widen(bits, values.view(np.uint32), values)
@@ -238,10 +238,10 @@ def test_every_half_is_widened_exactly():
 
 
 @np.errstate(over="ignore", under="ignore", invalid="ignore")
-def test_halves_are_rounded_to_the_nearest_and_ties_to_even():
-    # Every half, what lies in the middle of two, and the neighbours of both.
-    places = np.arange(1 << 20, dtype=np.uint32)[:, None] << 12
-    bits = (places + np.array([-1, 0, 1]).astype(np.uint32)).reshape(-1)
+def test_narrow_rounds_to_nearest_even():
+    # Every half, every midpoint of two, and the neighbours of both.
+    points = np.arange(1 << 20, dtype=np.uint32)[:, None] << 12
+    bits = (points + np.array([-1, 0, 1]).astype(np.uint32)).reshape(-1)
     rounded = np.empty(bits.size, np.uint16)
     numba_float16.narrow(bits, rounded)
     expected = bits.view(np.float32).astype(np.float16)
@@ -253,7 +253,7 @@ def test_halves_are_rounded_to_the_nearest_and_ties_to_even():
 @pytest.mark.parametrize("backend", ["numpy", "numba"])
 @pytest.mark.parametrize("shape", [(3, 2), (700, 300)])
 @pytest.mark.parametrize("training", [True, False])
-def test_out_in_the_other_order_of_bytes(backend: str, shape: tuple[int, ...], *, training: bool) -> None:
+def test_out_may_have_the_other_byte_order(backend: str, shape: tuple[int, ...], *, training: bool) -> None:
     x = np.random.default_rng(5).standard_normal(shape).astype(np.float32)
     vectors = np.zeros(shape[1], np.float32), np.ones(shape[1], np.float32)
     for dtype in (np.float32, np.float64):

@@ -1,4 +1,4 @@
-"""What is Torch's own: memory formats, its border with NumPy, threads, and torch.nn next door."""
+"""Tests of Torch alone: memory formats, its border with NumPy, threads, and agreement with torch.nn."""
 
 import os
 import subprocess
@@ -35,7 +35,7 @@ print(digest.hexdigest())
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
-    "form",
+    "view",
     [
         lambda x: x,
         lambda x: x.mT.contiguous().mT,
@@ -47,8 +47,8 @@ print(digest.hexdigest())
     ],
     ids=["contiguous", "channels last", "rows last", "sliced", "expanded", "transposed", "expanded rows"],
 )
-def test_results_have_the_memory_format_of_x(form, dtype, masked, needs_grad):
-    x = form(sample(8, 4, 9, dtype=dtype))
+def test_output_and_gradient_have_the_memory_format_of_x(view, dtype, masked, needs_grad):
+    x = view(sample(8, 4, 9, dtype=dtype))
     mask = torch.arange(len(x)) % 3 > 0 if masked else None
     before = x.clone()
     bn = mbn.BatchNorm1d(4, backend="torch")
@@ -56,7 +56,7 @@ def test_results_have_the_memory_format_of_x(form, dtype, masked, needs_grad):
     y = bn(leaf, mask=mask)
     results = [y]
     if needs_grad:
-        results += torch.autograd.grad(y, leaf, form(sample(8, 4, 9, dtype=dtype, seed=1)))
+        results += torch.autograd.grad(y, leaf, view(sample(8, 4, 9, dtype=dtype, seed=1)))
     for result in results:
         assert (result.dtype, result.device, result.stride()) == (x.dtype, x.device, torch.empty_like(x).stride())
     assert torch.equal(x, before)
@@ -70,7 +70,7 @@ def _read_only(x):
 
 
 @pytest.mark.parametrize(
-    "form",
+    "view",
     [
         _read_only,
         lambda x: x[::-1, ::-1],
@@ -80,14 +80,14 @@ def _read_only(x):
     ],
     ids=["read-only", "reversed", "big-endian", "packed record", "Fortran order"],
 )
-def test_numpy_input_of_any_form(form):
-    x = form(np.arange(12, dtype="f4").reshape(4, 3))
+def test_asarray_takes_numpy_arrays_of_any_layout(view):
+    x = view(np.arange(12, dtype="f4").reshape(4, 3))
     brought = backend.asarray(x)
     assert brought.dtype == torch.float32
     assert np.array_equal(backend.to_numpy(brought), x)
 
 
-def test_bfloat16_crosses_the_border_both_ways():
+def test_bfloat16_converts_from_and_to_numpy():
     ml_dtypes = pytest.importorskip("ml_dtypes")
     x = np.arange(12).reshape(4, 3).astype(ml_dtypes.bfloat16).T
     brought = mbn.asarray(x, backend="torch")
@@ -98,26 +98,26 @@ def test_bfloat16_crosses_the_border_both_ways():
     assert np.array_equal(back, x)
 
 
-def test_bfloat16_without_ml_dtypes_says_what_is_missing(monkeypatch):
+def test_bfloat16_without_ml_dtypes_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     with pytest.raises(TypeError, match="pip install ml_dtypes"):
         mbn.to_numpy(torch.zeros(2, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("name", ["float128", "nonsense", "nn"])
-def test_unknown_dtype(name):
+def test_unknown_dtype_is_refused(name):
     with pytest.raises(TypeError, match=name):
         backend.asarray([1.0], dtype=name)
 
 
 @pytest.mark.parametrize("device", ["nonsense", f"cuda:{torch.cuda.device_count()}", "cuda:256", 3.5])
-def test_unusable_device_names_the_usable_ones(device):
+def test_error_for_an_unusable_device_names_the_usable_ones(device):
     with pytest.raises(ValueError, match="Torch's devices here are cpu"):
         mbn.BatchNorm1d(3, backend="torch", device=device)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cpu:0", torch.device("cpu"), *backend.capabilities.devices])
-def test_usable_devices(device):
+def test_layer_is_made_on_the_given_device(device):
     bn = mbn.BatchNorm1d(3, backend="torch", device=device)
     assert bn.running_mean.device.type == torch.device(device).type
 
@@ -140,7 +140,7 @@ def test_bits_do_not_depend_on_the_number_of_threads():
 @pytest.mark.parametrize("shape", [(64, 5), (16, 5, 7)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_agrees_with_torch_nn(shape, dtype, momentum):
+def test_results_agree_with_torch_nn(shape, dtype, momentum):
     reference = torch.nn.BatchNorm1d(5, momentum=momentum, dtype=dtype)
     bn = mbn.BatchNorm1d(5, momentum=momentum, dtype=dtype, backend="torch")
     for seed in range(3):
@@ -151,7 +151,7 @@ def test_agrees_with_torch_nn(shape, dtype, momentum):
     torch.testing.assert_close(bn.eval()(x), reference.eval()(x).detach())
 
 
-def test_state_dict_goes_to_torch_nn_and_back():
+def test_state_dict_loads_into_torch_nn_and_back():
     ours, theirs = mbn.BatchNorm1d(5, backend="torch"), torch.nn.BatchNorm1d(5)
     ours(sample(64, 5))
     theirs.load_state_dict(ours.state_dict())
@@ -165,7 +165,7 @@ def test_state_dict_goes_to_torch_nn_and_back():
         assert ours.state_dict()[name].dtype == expected.dtype
 
 
-def test_memory_is_handed_over():
+def test_from_dlpack_shares_memory_with_jax():
     jax = pytest.importorskip("jax", reason="another framework's arrays come by DLPack")
     for dtype in ("float32", "float16", "bfloat16"):
         array = jax.numpy.arange(6, dtype=dtype)
@@ -173,7 +173,7 @@ def test_memory_is_handed_over():
         assert (tensor.data_ptr(), str(tensor.dtype)) == (array.unsafe_buffer_pointer(), f"torch.{dtype}")
 
 
-def test_what_is_exported_is_what_is_seen():
+def test_exported_tensor_has_the_values_of_its_view():
     x = torch.arange(6.0)
     with backend.exported(x) as exported:
         assert torch.from_dlpack(exported).data_ptr() == x.data_ptr()

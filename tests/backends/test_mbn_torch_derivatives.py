@@ -1,4 +1,4 @@
-"""Torch's derivatives: of every order, in every mode, and what they leave alone."""
+"""Torch's derivatives: of every order, in every mode, with masks, and what autograd saves."""
 
 from functools import partial
 from itertools import product
@@ -20,18 +20,18 @@ import mbn
 torch = pytest.importorskip("torch")
 forward_ad = torch.autograd.forward_ad
 
-# The first use of forward mode loads parts of Torch that it has itself deprecated.
+# The first use of forward mode loads parts of Torch that Torch has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (4, 3, 2)])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_derivatives_are_those_of_finite_differences(shape, training, kind):
+def test_first_and_second_derivatives_agree_with_finite_differences(shape, training, kind):
     arguments = leaves_of(draw_arguments(shape, training=training))
     function = partial(output_of, weights=draw_weights(kind, shape, torch.float64))
     statistics = [array.detach() for array in arguments[3:]]
-    if statistics:  # as a layer has them, and as functions of something
+    if statistics:  # without gradients, as in a layer; below, with gradients
         assert torch.autograd.gradcheck(lambda *given: function(*given, *statistics), arguments[:3])
     for check in (
         partial(torch.autograd.gradcheck, check_forward_ad=True, check_batched_forward_grad=True),
@@ -41,7 +41,7 @@ def test_derivatives_are_those_of_finite_differences(shape, training, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_third_derivatives_are_those_of_finite_differences(kind):
+def test_third_derivatives_agree_with_finite_differences(kind):
     def gradients(*arguments):
         y = output_of(*arguments, weights=draw_weights(kind, (5, 3), torch.float64))
         return torch.autograd.grad((y**3).sum(), arguments, create_graph=True)
@@ -54,7 +54,7 @@ def test_third_derivatives_are_those_of_finite_differences(kind):
 @pytest.mark.parametrize("slope", [0, 1e4])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", ["backward", "create_graph", "torch.func"])
-def test_gradients_are_exact(dtype, offset, slope, kind, way):
+def test_gradients_are_accurate(dtype, offset, slope, kind, way):
     shape = 60, 3, 7
     x, *vectors = draw_arguments(shape, dtype)
     x, dy = x + offset, sample(*shape, dtype=dtype, seed=5) + slope
@@ -66,7 +66,7 @@ def test_gradients_are_exact(dtype, offset, slope, kind, way):
         actual = torch.autograd.grad(function(*leaves), leaves, dy, create_graph=way == "create_graph")
     leaves = leaves_of([x, *vectors], torch.float64)
     with torch.no_grad():
-        leaves[0] -= x[0, 0, 0]  # changes nothing but the precision of what follows
+        leaves[0] -= x[0, 0, 0]  # the results are the same, but more precise
     expected = torch.autograd.grad(plain(*leaves), leaves, dy.double())
     bound = 3e-7 if dtype == torch.float32 else 1e-12 if slope == 0 else 1e-9
     assert max(map(relative_error, actual, expected)) < bound
@@ -75,7 +75,7 @@ def test_gradients_are_exact(dtype, offset, slope, kind, way):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("modes", list(product("rf", repeat=3)), ids="".join)
 @pytest.mark.parametrize("kind", [None, "real"])
-def test_third_derivatives_in_every_order_of_modes(dtype, modes, kind):
+def test_third_derivatives_are_accurate_in_every_order_of_modes(dtype, modes, kind):
     x, weight, bias = draw_arguments((5, 3, 2), dtype)
     direction = sample(*x.shape, dtype=dtype, seed=6)
     weights = draw_weights(kind, x.shape, dtype)
@@ -99,7 +99,7 @@ def test_third_derivatives_in_every_order_of_modes(dtype, modes, kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("training", [True, False])
-def test_derivatives_of_a_backward_pass(dtype, kind, training):
+def test_repeated_backward_passes_are_accurate(dtype, kind, training):
     arguments = draw_arguments((6, 3, 4), dtype, training=training)
     weights = draw_weights(kind, (6, 3, 4), dtype)
 
@@ -116,7 +116,7 @@ def test_derivatives_of_a_backward_pass(dtype, kind, training):
         assert relative_error(actual, expected) < 1e-6
 
 
-def test_forward_mode_over_backward_mode():
+def test_forward_over_backward_mode_is_accurate():
     x, weight, bias = draw_arguments((5, 3))
     tangent = sample(5, 3, dtype=torch.float64, seed=6)
 
@@ -152,7 +152,7 @@ def test_derivatives_of_a_constant_channel_without_eps_are_zero(kind):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_nothing_leaks_from_under_a_mask(training):
+def test_masked_values_affect_no_output_and_no_derivative(training):
     x, weight, bias, *statistics = draw_arguments((6, 3), training=training)
     mask = torch.tensor([True, True, False, True, True, False])
     dy, tangent = (sample(6, 3, dtype=x.dtype, seed=seed) for seed in (5, 6))
@@ -180,7 +180,7 @@ def test_nothing_leaks_from_under_a_mask(training):
         assert torch.equal(clean, poisoned)
 
 
-def test_nothing_is_left_under_a_mask():
+def test_fully_masked_batch_gives_zeros_and_keeps_the_statistics():
     x = torch.full((6, 3), torch.nan, requires_grad=True)
     bn = mbn.BatchNorm1d(3, eps=0, backend="torch")
     y = bn(x, mask=torch.zeros(6, dtype=torch.bool))
@@ -205,7 +205,7 @@ def test_output_is_the_same_with_and_without_autograd(kind):
     assert [output.requires_grad for output in outputs[:4]] == [True, True, False, False]
 
 
-def test_autograd_keeps_x_and_vectors():
+def test_autograd_saves_only_x_and_vectors():
     saved = []
     x = sample(100, 8).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
@@ -214,7 +214,7 @@ def test_autograd_keeps_x_and_vectors():
     assert y.grad_fn.next_functions[0][0].variable is x
 
 
-def test_nothing_is_recorded_where_nothing_requires_a_gradient():
+def test_output_requires_no_gradient_if_no_input_does():
     bn = mbn.BatchNorm1d(3, backend="torch")
     for parameter in bn.parameters():
         parameter.requires_grad_(requires_grad=False)
@@ -223,7 +223,7 @@ def test_nothing_is_recorded_where_nothing_requires_a_gradient():
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("settings", [{"affine": False}, {"bias": False}, {"track_running_stats": False}, {}])
-def test_backward_passes_of_layers_of_every_make(settings, training):
+def test_backward_agrees_with_torch_nn_for_every_kind_of_layer(settings, training):
     x, dy = sample(6, 3), sample(6, 3, seed=1)
     ours = mbn.BatchNorm1d(3, **settings, backend="torch").train(training)
     theirs = torch.nn.BatchNorm1d(3, **{name: value for name, value in settings.items() if name != "bias"})
@@ -241,7 +241,7 @@ def test_backward_passes_of_layers_of_every_make(settings, training):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_gradients_of_parameters_alone(training):
+def test_backward_computes_gradients_of_parameters_alone(training):
     bn = mbn.BatchNorm1d(3, backend="torch").train(training)
     bn.bias.requires_grad_(requires_grad=False)
     x, dy = sample(5, 3), sample(5, 3, seed=1)
@@ -252,7 +252,7 @@ def test_gradients_of_parameters_alone(training):
 
 
 @pytest.mark.parametrize("name", ["x", "weight"])
-def test_what_is_changed_before_the_backward_pass_is_detected(name):
+def test_backward_detects_a_changed_input_or_weight(name):
     bn, x = mbn.BatchNorm1d(3, backend="torch"), sample(5, 3)
     y = bn(x)
     with torch.no_grad():
@@ -261,7 +261,7 @@ def test_what_is_changed_before_the_backward_pass_is_detected(name):
         y.sum().backward()
 
 
-def test_running_statistics_may_change_before_the_backward_pass():
+def test_backward_ignores_changed_running_statistics():
     gradients = []
     for change in (0, 1):
         bn, x = mbn.BatchNorm1d(3, backend="torch").eval(), sample(5, 3).requires_grad_()

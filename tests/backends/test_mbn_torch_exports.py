@@ -1,4 +1,4 @@
-"""What Torch makes of a model with layers of mbn in it: graphs that do what the model does, or one clear refusal."""
+"""Traces, graphs and exports of models with layers of mbn: they do what the model does, or are refused."""
 
 import copy
 import io
@@ -12,7 +12,7 @@ import mbn
 
 torch = pytest.importorskip("torch")
 
-# The traces are deprecated, and warn of each condition: on shapes that the layer checks, here.
+# The tracers are deprecated, and warn of every condition; the layer has conditions on shapes.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:You are using the legacy:DeprecationWarning"),
@@ -40,7 +40,7 @@ def _replaced(training):
 
 
 class Holder(torch.nn.Module):
-    """A model with a layer that is no module, and so not registered."""
+    """A model with a layer that is no module, and so is not registered."""
 
     def __init__(self, bn):
         super().__init__()
@@ -65,16 +65,16 @@ def _assert_same_steps(actual, model):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("make", [_replaced, _model, partial(_model, momentum=None), partial(_model, correction=0)])
-def test_traces_do_what_the_model_does(training, make):
+def test_jit_trace_does_what_the_model_does(training, make):
     model = make(training)
     file = io.BytesIO()
-    torch.jit.save(torch.jit.trace(model, (X,)), file)  # the trace is a step of the model, as it is with torch's own
+    torch.jit.save(torch.jit.trace(model, (X,)), file)  # tracing is a training step of the model, as with torch.nn
     file.seek(0)
     _assert_same_steps(torch.jit.load(file), model)
 
 
 @pytest.mark.parametrize("name", ["mask", "lengths", "sample_weight"])
-def test_traces_take_what_is_said_of_places(name):
+def test_jit_trace_takes_masks_lengths_and_sample_weights(name):
     x = sample(8, 3, 4)
     values = {"mask": x[:, 0] > 3, "lengths": torch.arange(8) % 5, "sample_weight": x[:, 0].abs()}[name]
     module = mbn.BatchNorm1d(3, backend="torch").as_module()
@@ -96,7 +96,7 @@ def test_traces_take_what_is_said_of_places(name):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("make", [_replaced, _model])
-def test_onnx_graphs_do_what_the_model_does(training, make):
+def test_onnx_export_does_what_the_model_does(training, make):
     pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
     model, file = make(training), io.BytesIO()
@@ -119,7 +119,7 @@ def test_onnx_graphs_do_what_the_model_does(training, make):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_module_is_a_leaf_of_a_graph(training):
+def test_module_is_a_leaf_of_a_symbolic_trace(training):
     model = _replaced(training)
     twin = copy.deepcopy(model)
     graph = torch.fx.symbolic_trace(model)
@@ -128,7 +128,7 @@ def test_a_module_is_a_leaf_of_a_graph(training):
     _assert_same_steps(graph, twin)
 
 
-def test_a_leaf_takes_what_is_said_of_places():
+def test_leaf_of_a_symbolic_trace_takes_a_mask():
     class Model(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -152,13 +152,13 @@ def test_a_leaf_takes_what_is_said_of_places():
     ],
     ids=["layer", "open layer", "function", "module alone"],
 )
-def test_graphs_that_could_not_be_right_are_refused(model, words):
+def test_symbolic_trace_into_a_layer_is_refused(model, words):
     with pytest.raises(TypeError, match=words):
         torch.fx.symbolic_trace(model())
 
 
 @pytest.mark.parametrize("make", [_replaced, lambda training: _model(training)[1]], ids=["model", "module"])
-def test_scripts_are_refused(make):
+def test_jit_script_is_refused(make):
     model = make(training=False)
     with pytest.raises(RuntimeError, match=r"replace_batchnorm\(model, back=True\)"):
         torch.jit.script(model)
@@ -181,7 +181,7 @@ TRACERS = {
 
 @pytest.mark.parametrize("trainable", [True, False])
 @pytest.mark.parametrize("trace", TRACERS.values(), ids=TRACERS)
-def test_statistics_that_no_graph_would_keep_are_refused(trace, trainable):
+def test_tracing_a_layer_that_is_no_module_is_refused_in_training(trace, trainable):
     bn = mbn.BatchNorm1d(3, backend="torch")
     for parameter in bn.parameters():
         parameter.requires_grad_(trainable)
@@ -194,7 +194,7 @@ def test_statistics_that_no_graph_would_keep_are_refused(trace, trainable):
     assert bn.num_batches_tracked == 1
 
 
-def test_constants_may_be_constants_of_a_graph():
+def test_jit_trace_of_a_constant_layer_works_in_evaluation():
     bn = mbn.BatchNorm1d(3, backend="torch").eval()
     bn.running_mean, bn.running_var = 0.5, 2
     for parameter in bn.parameters():
@@ -207,7 +207,7 @@ def test_constants_may_be_constants_of_a_graph():
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("decomposed", [True, False])
-def test_exported_programs_are_saved_and_loaded(training, strict, decomposed):
+def test_exported_program_can_be_saved_and_loaded(training, strict, decomposed):
     model, file = _replaced(training), io.BytesIO()
     batch = torch.export.Dim("batch", min=2)
     program = torch.export.export(model, (X,), dynamic_shapes=({0: batch},), strict=strict)
@@ -216,7 +216,7 @@ def test_exported_programs_are_saved_and_loaded(training, strict, decomposed):
     _assert_same_steps(torch.export.load(file).module(), model)
 
 
-def test_open_layers_are_not_bound_to_an_export():
+def test_export_of_an_unbound_layer_is_refused():
     bn = mbn.BatchNorm1d(None)
     with pytest.raises(RuntimeError, match="call it once before"):
         torch.export.export(Holder(bn), (sample(8, 3),), strict=False)

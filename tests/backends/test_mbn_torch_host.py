@@ -1,4 +1,4 @@
-"""Tensors in host memory: what the kernels there make of any of them, and what they leave alone."""
+"""Tensors in host memory: results of the kernels for all kinds of tensors, and outputs written to ``out``."""
 
 import copy
 import pickle
@@ -20,12 +20,12 @@ private = import_module("mbn_torch.private")
 EAGER = import_module("mbn_torch.kernels.eager").EAGER
 
 SHAPES = [(32, 8), (700, 40), (130, 12, 33), (9, 4, 5000), (70_000, 8), (150, 16, 256)]
-"""Some for each way: small, for Torch's operations, and for passes in tiles."""
+"""Shapes for every path: steps at once for small batches, Torch's operations, and passes in tiles."""
 
 
 @pytest.fixture(params=["numpy", "numba"])
 def kernels(request, monkeypatch):
-    """Have the kernels with or without Numba, whatever is installed."""
+    """Choose the kernels with or without Numba, whatever is installed."""
     if request.param == "numba":
         pytest.importorskip("numba")
         assert type(installed.fastest()) is not installed.WithNumpy
@@ -36,7 +36,7 @@ def kernels(request, monkeypatch):
 
 
 def _results(x, dy, **masking):
-    """Return what training and evaluation of a layer make of x, gradients of both included."""
+    """Return the outputs, statistics and gradients of a layer in training and in evaluation."""
     bn = mbn.BatchNorm1d(x.shape[1], dtype="float64" if x.dtype == torch.float64 else None, backend="torch")
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -50,12 +50,12 @@ def _results(x, dy, **masking):
     return results
 
 
-def _forms(x):
+def _views(x):
     """Return x in several memory orders."""
-    forms = [x, torch.stack([x, x], -1)[..., 0], torch.cat([x, x])[len(x) :]]
+    views = [x, torch.stack([x, x], -1)[..., 0], torch.cat([x, x])[len(x) :]]
     if x.ndim == 2:
-        return [*forms, x.T.contiguous().T]
-    return [*forms, x.mT.contiguous().mT, x.permute(1, 2, 0).contiguous().permute(2, 0, 1)]
+        return [*views, x.T.contiguous().T]
+    return [*views, x.mT.contiguous().mT, x.permute(1, 2, 0).contiguous().permute(2, 0, 1)]
 
 
 @pytest.mark.usefixtures("kernels")
@@ -65,10 +65,10 @@ def test_bits_depend_on_neither_memory_order_nor_threads(shape, dtype):
     x, dy = sample(*shape, dtype=dtype), sample(*shape, dtype=dtype, seed=1)
     before, expected = torch.get_num_threads(), None
     try:
-        for form in _forms(x):
+        for view in _views(x):
             for num_threads in (1, 2, 5):
                 torch.set_num_threads(num_threads)
-                results = _results(form, dy)
+                results = _results(view, dy)
                 expected = expected or results
                 assert all(map(torch.equal, results, expected))
     finally:
@@ -79,18 +79,18 @@ def test_bits_depend_on_neither_memory_order_nor_threads(shape, dtype):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("offset", [0, 1000])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_agrees_with_float64(shape, offset, masked):
+def test_results_agree_with_float64(shape, offset, masked):
     x, dy = offset + sample(*shape), sample(*shape, seed=1)
     masking = {"mask": torch.arange(len(x)) % 3 > 0} if masked else {}
     wide = _results(x.double(), dy.double(), **masking)
     for actual, expected in zip(_results(x, dy, **masking), wide, strict=True):
-        # Running statistics are rounded before they are used.
+        # Running statistics are rounded before evaluation uses them.
         assert relative_error(actual, expected) < (1e-6 if offset == 0 else 1e-5)
 
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(
-    "form",
+    "view",
     [
         torch.nn.Parameter,
         lambda x: x.clone().requires_grad_(),
@@ -104,20 +104,20 @@ def test_agrees_with_float64(shape, offset, masked):
     ids=["parameter", "leaf", "function", "conjugate", "negative", "sliced", "detached", "subclass"],
 )
 @pytest.mark.parametrize("size", [16, 3000])
-def test_odd_tensors(form, size):
+def test_unusual_tensors_give_the_same_output(view, size):
     x = sample(size, 8)
     expected = mbn.BatchNorm1d(8, backend="torch")(x)
-    given = form(x)
+    given = view(x)
     y = mbn.BatchNorm1d(8, backend="torch")(given)
     torch.testing.assert_close(y.detach().as_subclass(torch.Tensor), expected.detach())
     assert isinstance(y, torch.Tensor)
     assert torch.equal(given.detach().as_subclass(torch.Tensor), x)
-    given.detach().resize_(size + 1, 8)  # nobody has forbidden it
+    given.detach().resize_(size + 1, 8)  # no exported view forbids it
 
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("negative", ["x", "dy"])
-def test_gradients_of_negative_views(negative):
+def test_negative_views_give_the_same_gradients(negative):
     x, dy = sample(50, 8), sample(50, 8, seed=1)
     expected = _results(x, dy)
     views = {"x": x, "dy": dy}
@@ -129,7 +129,7 @@ def test_gradients_of_negative_views(negative):
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_outputs_can_do_what_tensors_can(shape, training):
+def test_outputs_can_be_copied_pickled_resized_and_shared(shape, training):
     bn = mbn.BatchNorm1d(shape[1], backend="torch").train(training)
     x = sample(*shape)
     with torch.no_grad():
@@ -147,7 +147,7 @@ def test_outputs_can_do_what_tensors_can(shape, training):
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("shape", SHAPES)
-def test_inference_mode(shape):
+def test_inference_mode_gives_the_same_output(shape):
     x = sample(*shape)
     expected = mbn.BatchNorm1d(shape[1], backend="torch")(x)
     with torch.inference_mode():
@@ -160,7 +160,7 @@ def test_inference_mode(shape):
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_number_of_threads_is_that_of_torch(num_threads, monkeypatch):
+def test_kernels_use_the_number_of_threads_of_torch(num_threads, monkeypatch):
     seen = []
     run = thread_pool.run_tasks
 
@@ -180,7 +180,7 @@ def test_number_of_threads_is_that_of_torch(num_threads, monkeypatch):
 
 
 class _Operations(torch.utils._python_dispatch.TorchDispatchMode):
-    """Sees all operations."""
+    """Records the names of all operations."""
 
     def __init__(self):
         super().__init__()
@@ -191,7 +191,7 @@ class _Operations(torch.utils._python_dispatch.TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_modes_see_all_operations():
+def test_dispatch_modes_see_all_operations():
     bn = mbn.BatchNorm1d(8, backend="torch")
     x = sample(50, 8)
     expected = mbn.BatchNorm1d(8, backend="torch")(x)
@@ -202,7 +202,7 @@ def test_modes_see_all_operations():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_traced_by_torch_jit():
+def test_jit_trace_of_the_module_works():
     bn = mbn.BatchNorm1d(8, backend="torch").eval()
     with torch.no_grad():
         traced = torch.jit.trace(bn.as_module(), sample(50, 8))
@@ -210,7 +210,7 @@ def test_traced_by_torch_jit():
         torch.testing.assert_close(traced(x), bn(x))
 
 
-def test_without_versions_of_dlpack(monkeypatch):
+def test_arrays_are_writable_without_versions_of_dlpack(monkeypatch):
     monkeypatch.setattr(private, "_HAS_VERSIONS", False)
     x = sample(50, 8)
     assert not host.as_array(x).flags.writeable
@@ -226,7 +226,7 @@ def test_advice_on_memory_changes_no_value(size):
     assert torch.equal(x, expected)
 
 
-def test_no_memory_of_the_system_to_advise(monkeypatch):
+def test_missing_madvise_is_no_error(monkeypatch):
     monkeypatch.delattr(memory.mmap, "MADV_HUGEPAGE", raising=False)
     monkeypatch.setattr(memory, "_madvise", memory._madvise.__wrapped__)
     assert memory._madvise() is None
@@ -255,19 +255,19 @@ def _call(x, out, *params, training=True, weights=None):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_output_is_written_where_it_should(shape, masked, training):
+def test_out_gets_the_output_in_any_memory_order(shape, masked, training):
     x = sample(*shape)
     weights = (torch.arange(len(x)) % 3 > 0).float() if masked else None
     if masked and x.ndim == 3:
         weights = weights[:, None].expand(-1, shape[2])
     expected = _call(x, torch.empty_like(x), training=training, weights=weights)
-    for out in (*_forms(torch.zeros_like(x)), x):
+    for out in (*_views(torch.zeros_like(x)), x):
         y = _call(x, out, training=training, weights=weights)
         assert y is out
         assert torch.equal(out, expected)
 
 
-def test_output_is_written_under_compilation():
+def test_out_gets_the_output_under_compilation():
     x = sample(50, 8)
     out, expected = torch.empty_like(x), _call(x, torch.empty_like(x))
     torch._dynamo.reset()
@@ -275,17 +275,17 @@ def test_output_is_written_under_compilation():
     torch.testing.assert_close(out, expected)
 
 
-def test_conflicts():
+def test_conflict_names_overlaps_and_gradients():
     x = sample(6, 4)
-    whole = sample(7, 8)
+    base = sample(7, 8)
     leaf = x.clone().requires_grad_()
     with torch.inference_mode():
         inferred = torch.empty_like(x)
     for out, given, words in (
         (torch.empty_like(x), x, None),
         (x, x, None),
-        (whole[:6, ::2], whole[:6, 1::2], None),
-        (whole[:6, :4], whole[1:, :4], "overlaps"),
+        (base[:6, ::2], base[:6, 1::2], None),
+        (base[:6, :4], base[1:, :4], "overlaps"),
         (x.view(4, 6).T, x, "overlaps"),
         (x[:0], x[:0], None),
         (torch.empty(1, 4).expand(6, 4), x, "overlaps itself"),
@@ -303,7 +303,7 @@ def test_conflicts():
         assert backend.conflict(inferred, x) is None
 
 
-def test_recorded_parameters_refuse_an_output():
+def test_out_is_refused_if_a_parameter_requires_a_gradient():
     x, weight = sample(6, 4), torch.ones(4, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"torch\.no_grad"):
         _call(x, torch.empty_like(x), weight, None)
@@ -311,12 +311,12 @@ def test_recorded_parameters_refuse_an_output():
         _call(x, torch.empty_like(x), weight, None)
 
 
-def test_numpy_shares_what_torch_has():
+def test_as_array_shares_memory():
     x = sample(4, 3)
     assert np.shares_memory(host.as_array(x), x.numpy())
 
 
-def test_statistics_in_units_may_come_from_other_kernels():
+def test_scaled_statistics_pass_between_kernels():
     x, dy = 1e200 * sample(20, 3, dtype=torch.float64), sample(20, 3, dtype=torch.float64, seed=1)
     results = []
     batch = Batch(x, None, "float64")

@@ -1,4 +1,4 @@
-"""Layers as modules of Torch: in models, in step with the layer, moved, copied, compiled, exported and replicated."""
+"""Layers as modules of Torch: in models, sharing tensors with the layer, moved, copied, compiled and exported."""
 
 import copy
 import io
@@ -16,7 +16,7 @@ import mbn
 torch = pytest.importorskip("torch")
 backend = mbn.get_backend("torch")
 
-# Parts of Torch use others that it has deprecated.
+# Torch uses functions that it has deprecated itself.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
@@ -65,8 +65,8 @@ def _tensors(module):
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _assert_in_step(layer, module):
-    """Check that both hold the very same tensors, and do the same."""
+def _assert_shared(layer, module):
+    """Check that layer and module hold the same tensor objects, and compute the same."""
     for key, tensor in _tensors(module).items():
         assert getattr(layer, key) is tensor
         assert getattr(module.layer, key) is tensor
@@ -78,7 +78,7 @@ def _assert_in_step(layer, module):
     assert layer.num_batches_tracked == module.num_batches_tracked == before + 2 * module.training
 
 
-def test_is_a_batch_norm_to_torch():
+def test_module_is_a_batchnorm1d_of_torch():
     bn, module = _layer_and_module(eps=1e-3, momentum=None)
     theirs = torch.nn.BatchNorm1d(3, eps=1e-3, momentum=None)
     assert isinstance(module, torch.nn.BatchNorm1d)
@@ -90,7 +90,7 @@ def test_is_a_batch_norm_to_torch():
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_trains_in_a_model_as_torch_nn(momentum):
+def test_module_trains_in_a_model_as_torch_nn(momentum):
     models = [_model(_layer_and_module(momentum=momentum)[1]), _model(torch.nn.BatchNorm1d(3, momentum=momentum))]
     for foreach in (False, True):
         for model in models:
@@ -102,32 +102,32 @@ def test_trains_in_a_model_as_torch_nn(momentum):
     torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=1e-4, atol=1e-5)
     x = sample(4, 5, seed=9)
     torch.testing.assert_close(models[0].eval()(x), models[1].eval()(x), rtol=1e-4, atol=1e-4)
-    _assert_in_step(models[0][1].layer, models[0][1])
+    _assert_shared(models[0][1].layer, models[0][1])
 
 
-def test_layer_and_module_stay_in_step():
+def test_layer_and_module_share_tensors_through_changes_and_loads():
     bn, module = _layer_and_module()
-    _assert_in_step(bn, module)
+    _assert_shared(bn, module)
     bn.running_mean = 3
     bn.weight = [1, 2, 3]
     assert module.running_mean.tolist() == [3, 3, 3]
     assert module.weight.tolist() == [1, 2, 3]
     bn.fit([sample(9, 3)], progress=False)
-    _assert_in_step(bn, module)
+    _assert_shared(bn, module)
     bn.reset_running_stats()
     assert module.num_batches_tracked == 0
     bn.load_state_dict(torch.nn.BatchNorm1d(3).state_dict())
-    _assert_in_step(bn, module)
+    _assert_shared(bn, module)
     module.load_state_dict({**bn.state_dict(), "bias": torch.ones(3)})
     assert bn.bias.tolist() == [1, 1, 1]
     module.reset_parameters()
     assert bn.bias.tolist() == [0, 0, 0]
-    bn.to(dtype="float32", device="cpu")  # where it is
-    _assert_in_step(bn, module)
+    bn.to(dtype="float32", device="cpu")  # dtype and device that it has
+    _assert_shared(bn, module)
 
 
 @pytest.mark.parametrize("where", [{"backend": "numpy"}, {"dtype": "float64"}])
-def test_a_layer_that_moves_leaves_the_module_alone(where):
+def test_moving_the_layer_leaves_the_module_unchanged(where):
     bn, module = _layer_and_module()
     bn.to(**where)
     module(sample(6, 3))
@@ -139,7 +139,7 @@ def test_a_layer_that_moves_leaves_the_module_alone(where):
     assert bn.running_mean is not module.running_mean
 
 
-def test_arguments_and_modes_are_each_ones_own():
+def test_layer_and_module_have_their_own_arguments_and_modes():
     bn, module = _layer_and_module()
     module.momentum, module.eps = 0.5, 1e-3
     module.eval()
@@ -154,23 +154,23 @@ def test_arguments_and_modes_are_each_ones_own():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_every_kind_of_input_goes_through(training):
+def test_module_takes_masks_lengths_and_sample_weights(training):
     bn = mbn.BatchNorm1d(3, axis=-1, correction=0, backend="torch").train(training)
     twin, module = copy.deepcopy(bn), bn.as_module()
     x = sample(4, 5, 3)
-    for places in (
+    for masking in (
         {"mask": torch.rand(4, 5) > 0.3},
         {"lengths": torch.tensor([5, 0, 2, 3])},
         {"sample_weight": torch.rand(4)},
     ):
-        assert torch.equal(module(x, **places), twin(x, **places))
+        assert torch.equal(module(x, **masking), twin(x, **masking))
     assert module(x[:0]).shape == (0, 5, 3)
     twin(x[:0])
     torch.testing.assert_close(dict(module.state_dict()), dict(twin.state_dict()), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("arguments", [{"affine": False}, {"bias": False}, {"track_running_stats": False}])
-def test_what_a_layer_lacks_its_module_lacks(arguments):
+def test_module_lacks_the_entries_that_its_layer_lacks(arguments):
     bn, module = _layer_and_module(**arguments)
     theirs = torch.nn.BatchNorm1d(3, **arguments)
     module.load_state_dict(theirs.state_dict())
@@ -181,7 +181,7 @@ def test_what_a_layer_lacks_its_module_lacks(arguments):
     torch.testing.assert_close(dict(theirs.state_dict()), dict(bn.state_dict(backend="torch")))
 
 
-def test_open_layers_and_layers_elsewhere_have_no_module():
+def test_as_module_refuses_unbound_layers_and_other_backends():
     with pytest.raises(TypeError, match="no backend yet.*backend='torch'"):
         mbn.BatchNorm1d(3).as_module()
     with pytest.raises(TypeError, match="numpy has no modules"):
@@ -190,7 +190,7 @@ def test_open_layers_and_layers_elsewhere_have_no_module():
         mbn.BatchNorm1d(None, backend="torch").as_module()
 
 
-def test_state_dicts_go_both_ways_whatever_their_version():
+def test_state_dicts_of_every_version_load_from_and_into_torch_nn():
     _, module = _layer_and_module()
     theirs = torch.nn.BatchNorm1d(3)
     for seed in range(2):
@@ -208,18 +208,18 @@ def test_state_dicts_go_both_ways_whatever_their_version():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_loaded_tensors_may_take_the_places_of_others(dtype):
+def test_load_state_dict_with_assign_replaces_the_tensors(dtype):
     bn, module = _layer_and_module()
     theirs = torch.nn.BatchNorm1d(3)
     theirs(sample(6, 3))
     module.load_state_dict(theirs.to(dtype).state_dict(), assign=True)
     assert module.running_var.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert torch.equal(module.running_var.to(dtype), theirs.running_var)
-    _assert_in_step(bn, module)
+    _assert_shared(bn, module)
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
-def test_halves_are_for_inputs(half):
+def test_module_keeps_float32_when_the_model_becomes_half(half):
     bn, module = _layer_and_module()
     bn.weight = sample(3)
     module(sample(6, 3)).square().sum().backward()
@@ -229,30 +229,30 @@ def test_halves_are_for_inputs(half):
     assert model(sample(6, 5).to(half)).dtype == half
     assert module.weight.grad.dtype == torch.float32
     assert module.type(half).num_batches_tracked.dtype == torch.int64
-    _assert_in_step(bn, module)
+    _assert_shared(bn, module)
 
 
-def test_moves_take_the_layer_along():
+def test_moving_the_module_moves_the_layer():
     bn, module = _layer_and_module()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     module.double()
-    _assert_in_step(bn, module)
+    _assert_shared(bn, module)
     module(sample(6, 3, dtype=torch.float64)).pow(3).sum().backward()
     optimizer.step()
     assert bn.bias.ne(0).all()
     for device in reversed(backend.capabilities.devices):
         module.to(device, torch.float32)
-        _assert_in_step(bn, module)
+        _assert_shared(bn, module)
     module.to("meta")
     assert bn.weight.is_meta
     assert module(torch.empty(6, 3, device="meta")).is_meta
     copy.deepcopy(module).to_empty(device="cpu")
     module.to_empty(device="cpu").reset_parameters()
-    _assert_in_step(bn, module)
+    _assert_shared(bn, module)
 
 
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
-def test_copies_have_a_layer_of_their_own(copied):
+def test_copies_of_a_module_have_a_layer_of_their_own(copied):
     bn, module = _layer_and_module()
     module(sample(6, 3))
     other = copied(module)
@@ -260,11 +260,11 @@ def test_copies_have_a_layer_of_their_own(copied):
     assert bn.num_batches_tracked == 1
     assert bn.weight.grad is None
     other.double()
-    _assert_in_step(other.layer, other)
-    _assert_in_step(bn, module)
+    _assert_shared(other.layer, other)
+    _assert_shared(bn, module)
 
 
-def test_what_is_loaded_follows_its_tensors_to_another_device():
+def test_module_loaded_with_map_location_works_on_that_device():
     file = io.BytesIO()
     torch.save(_layer_and_module()[1], file)
     file.seek(0)
@@ -272,7 +272,7 @@ def test_what_is_loaded_follows_its_tensors_to_another_device():
     assert module(torch.empty(6, 3, device="meta")).is_meta
 
 
-def test_a_functional_call_leaves_no_trace():
+def test_functional_call_leaves_the_module_unchanged():
     bn, module = _layer_and_module()
     tensors = {key: tensor.detach().clone() for key, tensor in _tensors(module).items()}
     tensors["weight"] *= 2
@@ -281,10 +281,10 @@ def test_a_functional_call_leaves_no_trace():
     assert tensors["num_batches_tracked"] == 1
     assert bn.num_batches_tracked == 0
     torch.testing.assert_close(y, 2 * copy.deepcopy(bn)(x))
-    _assert_in_step(bn, module)
+    _assert_shared(bn, module)
 
 
-def test_ensembles_train_as_their_members():
+def test_vmap_trains_an_ensemble_as_its_members():
     modules = [_layer_and_module(dtype="float64")[1] for _ in range(3)]
     params, buffers = torch.func.stack_module_state(modules)
     x = sample(3, 8, 3, dtype=torch.float64)
@@ -300,7 +300,7 @@ def test_ensembles_train_as_their_members():
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointing_counts_once(use_reentrant):
+def test_checkpoint_counts_a_batch_once(use_reentrant):
     bn, module = _layer_and_module()
     twin = copy.deepcopy(module)
     gradients = []
@@ -313,7 +313,7 @@ def test_checkpointing_counts_once(use_reentrant):
     torch.testing.assert_close(dict(twin.state_dict()), dict(module.state_dict()), rtol=0, atol=0)
 
 
-def test_update_bn_averages_over_the_data():
+def test_update_bn_gives_the_statistics_of_torch_nn():
     bn, module = _layer_and_module(momentum=0.3)
     theirs = torch.nn.BatchNorm1d(3, momentum=0.3)
     batches = [sample(8, 3, seed=seed) for seed in range(4)]
@@ -324,7 +324,7 @@ def test_update_bn_averages_over_the_data():
     assert module.momentum == module.layer.momentum == 0.3
 
 
-def test_averaged_models_average_statistics_too():
+def test_averaged_model_averages_statistics():
     _, module = _layer_and_module()
     averaged = torch.optim.swa_utils.AveragedModel(torch.nn.Sequential(module), use_buffers=True)
     means = []
@@ -333,7 +333,7 @@ def test_averaged_models_average_statistics_too():
         averaged.update_parameters(torch.nn.Sequential(module))
         means.append(module.running_mean.clone())
     torch.testing.assert_close(averaged.module[0].running_mean, (means[0] + means[1]) / 2)
-    _assert_in_step(averaged.module[0].layer, averaged.module[0])
+    _assert_shared(averaged.module[0].layer, averaged.module[0])
 
 
 def test_autocast_keeps_statistics_in_float32():
@@ -347,7 +347,7 @@ def test_autocast_keeps_statistics_in_float32():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_compiles_without_a_break(training):
+def test_module_compiles_without_a_graph_break(training):
     bn, module = _layer_and_module(momentum=None)
     model = torch.nn.Sequential(torch.nn.Linear(5, 3), module).train(training)
     twin = copy.deepcopy(model)
@@ -361,12 +361,12 @@ def test_compiles_without_a_break(training):
     torch.testing.assert_close(dict(module.state_dict()), dict(twin[1].state_dict()))
     assert count_graphs() == 1
     assert bn.num_batches_tracked == (3 if training else 0)
-    _assert_in_step(bn, module)
+    _assert_shared(bn, module)
 
 
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("training", [True, False])
-def test_exports_for_any_batch(training, strict):
+def test_module_exports_for_any_batch_size(training, strict):
     bn, module = _layer_and_module()
     model = torch.nn.Sequential(torch.nn.Linear(5, 3), module).train(training)
     batch = torch.export.Dim("batch", min=2)
@@ -379,10 +379,10 @@ def test_exports_for_any_batch(training, strict):
     expected = dict(model.named_buffers())
     for key, buffer in exported.named_buffers():
         torch.testing.assert_close(buffer, expected[key])
-    _assert_in_step(bn, module)
+    _assert_shared(bn, module)
 
 
-def test_outputs_survive_a_later_step():
+def test_backward_works_after_a_later_training_step():
     _, module = _layer_and_module(dtype="float64")
     x = sample(8, 3, dtype=torch.float64).requires_grad_()
     expected = torch.autograd.grad(copy.deepcopy(module).eval()(x).pow(3).sum(), x)
@@ -392,18 +392,18 @@ def test_outputs_survive_a_later_step():
     assert torch.autograd.gradgradcheck(module, (x,))
 
 
-def test_layers_trained_in_inference_mode_become_modules():
+def test_layer_trained_in_inference_mode_becomes_a_module():
     bn = mbn.BatchNorm1d(3, backend="torch")
     with torch.inference_mode():
         bn(sample(6, 3))
     module = bn.as_module()
-    _assert_in_step(bn, module)
+    _assert_shared(bn, module)
     with torch.inference_mode():
         module(sample(6, 3))
     assert module.num_batches_tracked == 4
 
 
-def test_statistics_that_end_with_a_transformation_are_refused():
+def test_vmap_over_a_training_module_is_refused():
     bn, module = _layer_and_module()
     with pytest.raises(RuntimeError, match="running statistics that end with this transformation"):
         torch.vmap(module)(sample(2, 6, 3))
@@ -411,7 +411,7 @@ def test_statistics_that_end_with_a_transformation_are_refused():
 
 
 @pytest.mark.parametrize("x", [torch.zeros(4, 7), torch.zeros(1, 3), torch.zeros(4, 3, dtype=torch.int64)])
-def test_a_refused_input_changes_nothing(x):
+def test_refused_input_leaves_the_statistics_unchanged(x):
     bn, module = _layer_and_module()
     with pytest.raises((TypeError, ValueError)):
         module(x)
@@ -423,7 +423,7 @@ def _state(value, dtype=torch.float32, size=3):
     return mbn.State(*(torch.full((size,), value, dtype=dtype) for _ in range(2)), torch.tensor(int(value)))
 
 
-def test_statistics_are_written_all_or_none():
+def test_write_copies_all_statistics_or_none():
     before = _state(1.0)
     assert backend.write(before, _state(2.0)) is before
     assert [tensor.sum() for tensor in before] == [6, 6, 2]
@@ -433,7 +433,7 @@ def test_statistics_are_written_all_or_none():
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers on this system")
-def test_an_interrupt_splits_no_update():
+def test_interrupted_write_leaves_a_consistent_state():
     before, states = _state(0.0, size=10**6), [_state(value, size=10**6) for value in (1.0, 2.0)]
     previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
@@ -446,10 +446,10 @@ def test_an_interrupt_splits_no_update():
             assert {float(value) for tensor in before for value in tensor.unique()} in ({1.0}, {2.0})
     finally:
         signal.signal(signal.SIGALRM, previous)
-        torch.set_grad_enabled(True)  # an interrupt as no_grad begins leaves it on: Python has no way to prevent that
+        torch.set_grad_enabled(True)  # an interrupt at the start of no_grad can leave it on
 
 
-def test_replicas_agree(tmp_path):
+def test_distributed_data_parallel_agrees_with_torch_nn(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, "-W", "ignore", "-c", _REPLICA]
     processes = [subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment) for rank in range(2)]
@@ -478,7 +478,7 @@ def test_replicas_agree(tmp_path):
         lambda bn: torch.nn.Sequential(torch.nn.ReLU()).__setitem__(0, bn),
     ],
 )
-def test_containers_say_that_a_layer_goes_in_as_a_module(put):
+def test_containers_refuse_a_layer_and_name_as_module(put):
     bn = mbn.BatchNorm1d(3, backend="torch")
     for layer in (bn, copy.deepcopy(bn), mbn.BatchNorm1d(None)):
         with pytest.raises(TypeError, match=r"mbn.layer.BatchNorm1d \(put its as_module\(\) into the model\)"):

@@ -1,4 +1,4 @@
-"""Modules of mbn where Torch puts tensors in the places of others, takes some away, or has none with values yet."""
+"""Modules of mbn where Torch replaces their tensors, removes some, or gives them values later."""
 
 import copy
 
@@ -12,12 +12,12 @@ torch = pytest.importorskip("torch")
 from torch._subclasses import FakeTensorMode
 from torch.func import functional_call, replace_all_batch_norm_modules_, stack_module_state
 
-# Parts of Torch use others that it has deprecated.
+# Torch uses functions that it has deprecated itself.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 
 
 def _pair(*, training=True, **arguments):
-    """Return a module of mbn and torch's own with the same tensors."""
+    """Return a module of mbn and one of torch.nn with the same values."""
     ours = mbn.BatchNorm1d(3, backend="torch", **arguments).as_module()
     theirs = torch.nn.BatchNorm1d(3, **arguments)
     for module in (ours, theirs):
@@ -27,7 +27,7 @@ def _pair(*, training=True, **arguments):
 
 
 def _assert_same(ours, theirs, x=None):
-    """Check that both make the same of a batch in both modes, and of their statistics."""
+    """Check that both modules give the same outputs in both modes, and the same statistics."""
     x = sample(8, 3) if x is None else x
     for training in (True, False, True):
         torch.testing.assert_close(ours.train(training)(x), theirs.train(training)(x))
@@ -36,12 +36,12 @@ def _assert_same(ours, theirs, x=None):
     assert f"track_running_stats={theirs.track_running_stats}" in repr(ours)
 
 
-def _take_away(module, *names):
+def _remove(module, *names):
     for name in names:
         setattr(module, name, None)
 
 
-def _give_back(module):
+def _restore(module):
     module.track_running_stats = True
     module.running_mean, module.running_var = torch.ones(3), torch.full((3,), 2.0)
     module.num_batches_tracked = torch.tensor(7)
@@ -49,17 +49,17 @@ def _give_back(module):
 
 CHANGES = {
     "by its attribute": lambda module: setattr(module, "track_running_stats", False),
-    "mean and variance": lambda module: _take_away(module, "running_mean", "running_var"),
-    "all": lambda module: _take_away(module, "running_mean", "running_var", "num_batches_tracked"),
-    "count": lambda module: _take_away(module, "num_batches_tracked"),
-    "parameters": lambda module: _take_away(module, "weight", "bias"),
+    "mean and variance": lambda module: _remove(module, "running_mean", "running_var"),
+    "all": lambda module: _remove(module, "running_mean", "running_var", "num_batches_tracked"),
+    "count": lambda module: _remove(module, "num_batches_tracked"),
+    "parameters": lambda module: _remove(module, "weight", "bias"),
     "by torch.func": replace_all_batch_norm_modules_,
 }
 
 
 @pytest.mark.parametrize("moved", [False, True])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_statistics_are_taken_away_and_given_back(change, moved):
+def test_removed_and_restored_statistics_behave_as_in_torch_nn(change, moved):
     pair = ours, theirs = _pair()
     for module in pair:
         change(module)
@@ -67,12 +67,12 @@ def test_statistics_are_taken_away_and_given_back(change, moved):
             module.double().float()
     _assert_same(ours, theirs)
     for module in pair:
-        _give_back(module)
+        _restore(module)
     _assert_same(ours, theirs)
     assert ours.num_batches_tracked == 9
 
 
-def test_adaptation_at_test_time_uses_statistics_of_the_batch():
+def test_test_time_adaptation_uses_statistics_of_the_batch():
     models = []
     for replace in (False, True):
         torch.manual_seed(0)
@@ -95,7 +95,7 @@ def test_adaptation_at_test_time_uses_statistics_of_the_batch():
     torch.testing.assert_close(dict(models[0][1]), dict(models[1][1]))
 
 
-def test_a_module_without_statistics_is_vectorised():
+def test_module_without_statistics_works_under_vmap():
     model = torch.nn.Sequential(mbn.BatchNorm1d(3, backend="torch").as_module())
     replace_all_batch_norm_modules_(model)
     x = sample(4, 8, 3)
@@ -104,7 +104,7 @@ def test_a_module_without_statistics_is_vectorised():
         torch.testing.assert_close(row, model(one))
 
 
-def test_half_of_the_statistics_is_refused():
+def test_running_var_without_running_mean_is_refused():
     module, _ = _pair()
     module.running_mean = None
     for training in (True, False):
@@ -112,17 +112,17 @@ def test_half_of_the_statistics_is_refused():
             module.train(training)(sample(8, 3))
 
 
-def test_a_frozen_module_uses_its_statistics():
+def test_frozen_module_uses_its_running_statistics():
     module, theirs = _pair(training=False)
     module.layer.freeze()
     module.train().track_running_stats = False
     torch.testing.assert_close(module(sample(8, 3)), theirs(sample(8, 3)))
 
 
-def test_what_shares_with_a_module_follows_it():
+def test_layer_follows_the_removed_tensors_of_its_module():
     bn = mbn.BatchNorm1d(3, backend="torch")
     module = bn.as_module()
-    _take_away(module, "running_mean", "running_var", "bias")
+    _remove(module, "running_mean", "running_var", "bias")
     module.double()
     for layer in (bn, module.layer):
         assert list(layer.state_dict()) == ["weight"]
@@ -139,7 +139,7 @@ def test_what_shares_with_a_module_follows_it():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_ensembles_of_a_base_without_values(training):
+def test_vmap_over_a_meta_module_works(training):
     modules = [torch.nn.Sequential(torch.nn.Linear(5, 3), _pair(training=training)[0]) for _ in range(3)]
     params, buffers = stack_module_state(modules)
     base, x = copy.deepcopy(modules[0]).to("meta"), sample(8, 5)
@@ -154,7 +154,7 @@ def test_ensembles_of_a_base_without_values(training):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("base", ["float32", "float64", "meta"])
-def test_the_given_tensors_decide(base, training, compiled):
+def test_functional_call_computes_in_the_dtype_of_the_given_tensors(base, training, compiled):
     module, expected = _pair(training=training)
     module = module.to(base) if base == "meta" else module.to(getattr(torch, base))
     for dtype in (torch.float32, torch.float64):
@@ -172,7 +172,7 @@ def test_the_given_tensors_decide(base, training, compiled):
     assert module.layer.state_dict()["running_mean"].dtype == (torch.float64 if base == "float64" else torch.float32)
 
 
-def test_given_tensors_of_two_dtypes_are_refused():
+def test_functional_call_refuses_tensors_of_two_dtypes():
     module, _ = _pair()
     params = {key: value.double() for key, value in module.named_parameters()}
     with pytest.raises(TypeError, match="running_mean is float32 and the other parameters and statistics are float64"):
@@ -181,7 +181,7 @@ def test_given_tensors_of_two_dtypes_are_refused():
 
 @pytest.mark.parametrize("given", ["context", "argument"])
 @pytest.mark.parametrize("filled", ["to_empty", "assign"])
-def test_layers_without_values_get_some_later(given, filled):
+def test_meta_layer_gets_values_later(given, filled):
     if given == "context":
         with torch.device("meta"):
             bn = mbn.BatchNorm1d(3, backend="torch")
@@ -205,7 +205,7 @@ def test_layers_without_values_get_some_later(given, filled):
     bn(sample(8, 3))
 
 
-def test_layers_are_made_without_memory():
+def test_layers_work_in_fake_tensor_mode():
     with FakeTensorMode():
         for bn in (mbn.BatchNorm1d(3, backend="torch"), mbn.BatchNorm1d(None)):
             x = torch.ones(8, 3)
@@ -225,7 +225,7 @@ def test_layers_are_made_without_memory():
     "count",
     [torch.tensor(5.5), torch.tensor(0.0, dtype=torch.float64), torch.tensor(3, dtype=torch.int32), torch.tensor([2])],
 )
-def test_counts_of_other_kinds_count_on(momentum, count):
+def test_count_of_another_dtype_or_shape_behaves_as_in_torch_nn(momentum, count):
     pair = _pair(momentum=momentum)
     for module in pair:
         module.num_batches_tracked = count.clone()

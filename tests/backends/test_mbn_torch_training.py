@@ -1,4 +1,4 @@
-"""Training in Torch: parameters, optimizers, checkpointing, autocast, and copies of what is trained."""
+"""Training in Torch: parameters, optimizers, checkpointing, autocast, and copies of layers in training."""
 
 from functools import partial
 
@@ -9,12 +9,12 @@ import mbn
 
 torch = pytest.importorskip("torch")
 
-# The first use of forward mode loads parts of Torch that it has itself deprecated.
+# The first use of forward mode loads parts of Torch that Torch has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_state_is_detached(momentum):
+def test_running_statistics_are_detached(momentum):
     bn = mbn.BatchNorm1d(3, momentum=momentum, backend="torch")
     y = bn(sample(5, 3).requires_grad_())
     assert y.requires_grad
@@ -22,7 +22,7 @@ def test_state_is_detached(momentum):
 
 
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
-def test_copies_have_leaves_of_their_own(copied):
+def test_copies_of_a_layer_have_parameters_of_their_own(copied):
     bn = mbn.BatchNorm1d(3, backend="torch")
     bn(sample(5, 3).requires_grad_())
     other = copied(bn)
@@ -37,7 +37,7 @@ def test_copies_have_leaves_of_their_own(copied):
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
-def test_optimizers_train_as_they_train_torch_nn(optimizer):
+def test_optimizer_trains_a_layer_as_torch_nn(optimizer):
     layers = torch.nn.BatchNorm1d(3), mbn.BatchNorm1d(3, backend="torch")
     for bn in layers:
         steps = optimizer(bn.parameters(), lr=0.1)
@@ -49,7 +49,7 @@ def test_optimizers_train_as_they_train_torch_nn(optimizer):
         torch.testing.assert_close(layers[1].state_dict()[name], expected)
 
 
-def test_optimizers_keep_their_hold():
+def test_parameters_stay_the_same_objects_when_they_are_set_or_loaded():
     bn = mbn.BatchNorm1d(3, backend="torch")
     before, held = bn.state_dict(), list(bn.parameters())
     bn.weight.requires_grad_(requires_grad=False)
@@ -66,13 +66,13 @@ def test_optimizers_keep_their_hold():
     assert before["bias"].dtype == torch.float32
 
 
-def test_parameters_are_found_by_a_module():
+def test_weight_of_a_layer_is_a_parameter_for_torch():
     module = torch.nn.Module()
     module.weight = mbn.BatchNorm1d(3, backend="torch").weight
     assert list(module.state_dict()) == ["weight"]
 
 
-def test_layer_of_inference_mode_trains():
+def test_layer_made_in_inference_mode_can_be_trained():
     with torch.inference_mode():
         bn = mbn.BatchNorm1d(3, backend="torch")
         bn(sample(5, 3))
@@ -84,7 +84,7 @@ def test_layer_of_inference_mode_trains():
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_activation_checkpointing_counts_a_batch_once(use_reentrant):
+def test_checkpoint_counts_a_batch_once(use_reentrant):
     results = []
     for checkpoint in (partial(torch.utils.checkpoint.checkpoint, use_reentrant=use_reentrant), lambda f, x: f(x)):
         bn, x = mbn.BatchNorm1d(3, backend="torch"), sample(5, 3).requires_grad_()
@@ -96,7 +96,7 @@ def test_activation_checkpointing_counts_a_batch_once(use_reentrant):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_changes_nothing(dtype):
+def test_autocast_changes_no_result(dtype):
     results = []
     for enabled in (False, True):
         bn, x = mbn.BatchNorm1d(3, backend="torch"), (100 + sample(50, 3)).to(dtype).requires_grad_()

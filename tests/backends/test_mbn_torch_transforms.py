@@ -1,4 +1,4 @@
-"""Torch's transforms: vectorised, by torch.func, and compiled."""
+"""Torch's transformations: vmap, torch.func and torch.compile."""
 
 import subprocess
 import sys
@@ -23,14 +23,14 @@ import mbn
 torch = pytest.importorskip("torch")
 backend = mbn.get_backend("torch")
 
-# The first use of forward mode loads parts of Torch that it has itself deprecated.
+# The first use of forward mode loads parts of Torch that Torch has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_vmap_over_everything(momentum, training, kind):
+def test_vmap_over_params_state_and_x_equals_a_loop(momentum, training, kind):
     bn = mbn.BatchNorm1d(3, momentum=momentum, dtype="float64", backend="torch")
     x = sample(4, 6, 3, 2, dtype=torch.float64)
     params = mbn.Params(sample(4, 3, dtype=x.dtype), sample(4, 3, dtype=x.dtype, seed=1))
@@ -50,7 +50,7 @@ def test_vmap_over_everything(momentum, training, kind):
         torch.testing.assert_close(torch.utils._pytree.tree_map(lambda array, i=i: array[i], batched), single)
 
 
-def test_jacobians_agree():
+def test_jacobians_agree_with_the_definition():
     x, weight, bias = draw_arguments((4, 3))
     function = partial(output_of, weight=weight, bias=bias)
     expected = torch.func.jacrev(partial(by_definition, weight=weight, bias=bias))(x)
@@ -65,7 +65,7 @@ def test_jacobians_agree():
         torch.testing.assert_close(actual, expected)
 
 
-def test_gradients_per_sample():
+def test_per_sample_gradients_agree_with_the_definition():
     x, weight, bias, *statistics = draw_arguments((8, 3), training=False)
 
     def loss(batch_norm, weight, x):
@@ -79,7 +79,7 @@ def test_gradients_per_sample():
 
 
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.vmap, torch.func.jacfwd])
-def test_layer_keeps_no_statistics_of_a_transformation(transform):
+def test_transformed_layer_is_refused_in_training(transform):
     bn = mbn.BatchNorm1d(3, backend="torch")
     before = bn.state
     with pytest.raises(RuntimeError, match=r"bn\.apply"):
@@ -89,8 +89,8 @@ def test_layer_keeps_no_statistics_of_a_transformation(transform):
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("form", ["plain", "mask", "lengths", "sample_weight"])
-def test_compiled_layer(momentum, form):
+@pytest.mark.parametrize("kind", ["plain", "mask", "lengths", "sample_weight"])
+def test_compiled_layer_agrees_with_the_eager_one(momentum, kind):
     layers = [mbn.BatchNorm1d(3, momentum=momentum, backend="torch") for _ in range(2)]
     layers = [layers[0], compile_fully(layers[1])]
     for step, size in enumerate((8, 8, 8)):
@@ -100,7 +100,7 @@ def test_compiled_layer(momentum, form):
             "mask": {"mask": x[:, 0] > 102},
             "lengths": {"lengths": torch.arange(size) % 5},
             "sample_weight": {"sample_weight": x[:, 0] - 90},
-        }[form]
+        }[kind]
         results = []
         for bn in layers:
             leaf = x.clone().requires_grad_()
@@ -111,7 +111,7 @@ def test_compiled_layer(momentum, form):
         assert count_graphs() == 1
 
 
-def test_statistics_are_reset_in_compiled_code():
+def test_reset_running_stats_works_in_compiled_code():
     bn = mbn.BatchNorm1d(3, backend="torch")
 
     @torch.compile(fullgraph=True, backend="eager")
@@ -130,7 +130,7 @@ def test_statistics_are_reset_in_compiled_code():
     assert bn.num_batches_tracked == 1
 
 
-def test_compiled_training_ends_where_the_eager_one_does():
+def test_compiled_training_agrees_with_the_eager_one():
     states = []
     for compiled in (False, True):
         bn = mbn.BatchNorm1d(3, momentum=None, backend="torch")
@@ -152,7 +152,7 @@ def test_compiled_training_ends_where_the_eager_one_does():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_compiled_apply(training):
+def test_compiled_apply_agrees_with_the_eager_one(training):
     bn = mbn.BatchNorm1d(3, momentum=None, backend="torch")
     apply = compile_fully(lambda params, state, x: bn.apply(params, state, x, training=training))
     state = other = bn.state
@@ -165,7 +165,7 @@ def test_compiled_apply(training):
     assert bn.num_batches_tracked == 0
 
 
-def test_compiled_by_inductor():
+def test_inductor_agrees_with_eager_code():
     bn = mbn.BatchNorm1d(3, backend="torch")
     function = partial(output_of, weight=bn.weight, bias=bn.bias)
     leaves = [sample(64, 3).requires_grad_() for _ in range(2)]
@@ -179,7 +179,7 @@ def test_compiled_by_inductor():
 
 @pytest.mark.parametrize("weights", [{"sample_weight": -torch.ones(4)}, {"lengths": torch.tensor([1, 2, 3, 9])}])
 @pytest.mark.parametrize("training", [True, False])
-def test_weights_that_are_none_are_seen_under_a_trace(weights, training):
+def test_invalid_traced_weights_give_nan(weights, training):
     bn = mbn.BatchNorm1d(3, backend="torch").train(training)
     (name,), (values,) = weights.keys(), weights.values()
     call = compile_fully(lambda x, values: bn(x, **{name: values}))
@@ -195,7 +195,7 @@ OPEN = {
 
 
 @pytest.mark.parametrize("make", OPEN.values(), ids=OPEN)
-def test_open_layers_begin_outside_of_what_is_compiled(make):
+def test_unbound_layer_needs_a_graph_break(make):
     bn, twin = make(), mbn.BatchNorm1d(3, backend="torch")
     with pytest.raises(
         torch._dynamo.exc.Unsupported, match=r"make it with both, mbn.BatchNorm1d\(C, backend='torch'\)"
@@ -232,21 +232,21 @@ def _vectorised(function, x, direction):
     return (values[0] for values in torch.vmap(partial(_vjp, function))(x[None], direction[None]))
 
 
-WAYS = {
+TRANSFORMS = {
     "torch.func.vjp": (_vjp, 1),
     "torch.func.jvp": (lambda function, x, direction: torch.func.jvp(function, (x,), (direction,)), 1),
     "torch.compile": (_compiled, 1),
     "torch.vmap": (_vectorised, 1),
     "twice": (_twice, 2),
 }
-"""Ways to an output and a derivative, and the order of that."""
+"""Functions that return an output and a derivative, and the order of the derivative."""
 
 
 @pytest.mark.parametrize("kind", [None, "mask"])
 @pytest.mark.parametrize("power", [-900, -520, 520, 900])
-@pytest.mark.parametrize("way", WAYS)
-def test_no_values_are_too_large_or_too_small(way, power, kind):
-    call, order = WAYS[way]
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_take_values_of_any_size(transform, power, kind):
+    call, order = TRANSFORMS[transform]
     ones = torch.randint(-8, 9, (40, 3), generator=torch.Generator().manual_seed(5)).double()
     ones[:, 2] = ones[0, 2]
     weights = draw_weights(kind, ones.shape, ones.dtype)
@@ -263,7 +263,7 @@ def test_no_values_are_too_large_or_too_small(way, power, kind):
 
 
 @pytest.mark.parametrize("kind", [None, "mask"])
-def test_one_value_that_dwarfs_the_others_under_a_transform(kind):
+def test_statistics_under_vmap_are_accurate_where_one_value_dwarfs_the_others(kind):
     x = torch.ones((145, 4, 18), dtype=torch.float64)
     x[0, :, 0] = 3.22e6
     weights = None if kind is None else torch.ones((145, 18), dtype=torch.float64)
@@ -297,13 +297,13 @@ torch.testing.assert_close(y, torch.nn.functional.batch_norm(x, None, None, trai
         ("mbn.set_default_backend('torch')", "", True),
     ],
 )
-def test_the_first_use_of_a_function_may_be_a_compiled_one(before, argument, fullgraph):
+def test_first_call_of_a_function_may_be_compiled(before, argument, fullgraph):
     program = _FIRST.format(before=before, argument=argument, fullgraph=fullgraph)
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
 
 
-def test_a_backend_that_is_loaded_by_a_compiled_function_is_told_how():
+def test_compiled_function_refuses_to_load_a_backend():
     program = _FIRST.format(before="", argument=", backend='torch'", fullgraph=True)
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert "call mbn.get_backend('torch') once before" in run.stderr
@@ -315,12 +315,12 @@ def _functions(x):
     return y, mean, var, z, *pullback(x)[:2]
 
 
-def test_compiled_functions_need_no_backend():
+def test_compiled_functions_agree_with_eager_ones():
     x = sample(6, 3)
     torch.testing.assert_close(torch.compile(_functions, backend="eager", fullgraph=True)(x), _functions(x))
 
 
-def test_a_compiled_function_does_not_pass_over_a_context():
+def test_compiled_function_refuses_a_use_backend_context():
     x = sample(6, 3)
     compiled = torch.compile(_functions, backend="eager", fullgraph=True)
     with mbn.use_backend("torch"), pytest.raises(Exception, match="does not see the choice of mbn.use_backend"):
@@ -330,7 +330,7 @@ def test_a_compiled_function_does_not_pass_over_a_context():
     torch.testing.assert_close(compiled(x), _functions(x))
 
 
-def test_a_compiled_reset_writes_to_the_parameters():
+def test_compiled_reset_parameters_keeps_the_parameter_objects():
     bn = mbn.BatchNorm1d(3, backend="torch")
     weight, bias = bn.weight, bn.bias
     bn(sample(6, 3))
@@ -356,8 +356,8 @@ def test_a_compiled_reset_writes_to_the_parameters():
 )
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor"
-)  # of Torch's, where it compiles half of a function
-def test_changes_that_no_compiler_follows_are_said(words, change):
+)  # a warning of Torch itself, where it compiles half of a function
+def test_changes_that_cannot_be_compiled_are_refused(words, change):
     bn, other = (mbn.BatchNorm1d(3, backend="torch") for _ in range(2))
     with pytest.raises(Exception, match=f"torch.compile cannot follow {words}: do it before"):
         torch.compile(change, backend="eager", fullgraph=True)(bn)

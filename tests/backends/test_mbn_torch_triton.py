@@ -1,4 +1,4 @@
-"""The kernels in Triton where there is no GPU: interpreted on tensors in host memory, and compiled for some cards."""
+"""The kernels in Triton without a GPU: interpreted on tensors in host memory, and compiled for some cards."""
 
 import os
 import re
@@ -35,7 +35,7 @@ MODULES = {
     "finish_grad_sums": triton_gradients,
     "grad_input": triton_gradients,
 }
-"""The modules of the kernels."""
+"""The module of each kernel."""
 AREAS = {
     "accuracy": "test_accuracy or test_population",
     "gradients": "test_gradients or test_masks or test_out",
@@ -52,9 +52,10 @@ SLOW = {
         *("same_bits", "long_channels", "190000x3", "9000x3", "9000x5", "40x3x200", "40x5x200", "145x18", "40x600"),
     ],
 }
-"""The tests that are left out, in accuracy and elsewhere: each takes seconds to interpret, and is like one that stays.
+"""The tests that are left out, by whether the area is accuracy: each takes seconds, and is like one that stays.
 
-Of masks, whose weights are made before a kernel sees them, there are a few; halves are computed as float32 is.
+A few tests of masks are enough, since sample weights are made before a kernel reads them; halves are computed as
+float32 is.
 """
 
 
@@ -68,7 +69,7 @@ def _interpret(nested, *arguments):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("area", AREAS)
-def test_conformance(area, nested):
+def test_interpreted_kernels_conform(area, nested):
     suite = Path(mbn.__file__).parent / "conformance"
     files = [str(path) for path in sorted(suite.glob("test_*.py")) if _is_of(area, path.stem)]
     output, code = _interpret(
@@ -88,13 +89,13 @@ def _is_of(area, name):
 
 
 @pytest.mark.slow
-def test_cases(nested):
+def test_interpreted_cases_pass(nested):
     output, code = _interpret(nested, str(HERE / "interpreted_cases.py"), "-c", str(HERE.parents[1] / "pyproject.toml"))
     assert code == 0, output
 
 
 class _Recorder:
-    """Stands for the kernels and keeps their launches."""
+    """Replaces the modules of the kernels and keeps their launches."""
 
     def __init__(self):
         self.launches = []
@@ -116,15 +117,15 @@ def recorder(monkeypatch):
 
 
 def _launches(recorder, *batch, **options):
-    """Return the launches of all three together, in which there is each kernel."""
-    launches = [launch for part in _run(recorder, *batch, **options) for launch in part]
+    """Return the launches of training, pullback and evaluation in one list, and check that each kernel is in it."""
+    launches = [launch for part in _launches_by_step(recorder, *batch, **options) for launch in part]
     is_wide = batch[1] == torch.float64
     assert {name for name, *_ in launches} == {name for name in MODULES if is_wide or "rough" not in name}
     return launches
 
 
-def _run(recorder, shape, dtype, order=None, *, weighted=False, expanded=False):
-    """Return the launches of training, of its pullback and of evaluation."""
+def _launches_by_step(recorder, shape, dtype, order=None, *, weighted=False, expanded=False):
+    """Return three lists: the launches of training, of its pullback and of evaluation."""
     x = torch.empty(shape, dtype=dtype, device="meta")
     x = x if order is None else x.permute(order)
     narrow = torch.float64 if dtype == torch.float64 else torch.float32
@@ -148,8 +149,8 @@ def _run(recorder, shape, dtype, order=None, *, weighted=False, expanded=False):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_numbers_of_launches(recorder, dtype):
-    assert list(map(len, _run(recorder, (512, 64), dtype))) == [3, 3, 1]
+def test_steps_have_few_launches(recorder, dtype):
+    assert list(map(len, _launches_by_step(recorder, (512, 64), dtype))) == [3, 3, 1]
 
 
 _TYPES = {
@@ -163,7 +164,7 @@ _TYPES = {
 
 
 def _compile(name, args, kwargs, capability):
-    """Compile a launch as Triton would at the first one on a card."""
+    """Compile a kernel for a launch, as Triton does at the first launch on a card."""
     kernel = getattr(MODULES[name], name)
     options = {key: kwargs[key] for key in ("num_warps", "enable_fp_fusion")}
     bound = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
@@ -178,12 +179,12 @@ def _compile(name, args, kwargs, capability):
             signature[parameter.name] = "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
     source = ASTSource(kernel, signature, constants, attributes)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what Triton has to say of itself
+        warnings.simplefilter("ignore")  # Triton's own warnings
         return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def _resources(compiled, tmp_path):
-    """Return registers per thread, and bytes of stack and local memory."""
+    """Return the registers per thread, and the bytes of stack and of local memory."""
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -199,12 +200,12 @@ BATCHES = {
     "positions of halves": ((4096, 256, 1024), torch.float16),
     "channels last": ((4096, 1024, 256), torch.float32, (0, 2, 1)),
 }
-"""Of which each value has to be loaded along with 16 bytes."""
+"""Batches whose values have to be loaded 16 bytes at a time."""
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("batch", BATCHES)
-def test_compiled_kernels_are_fast(recorder, tmp_path, batch, capability):
+def test_compiled_kernels_do_not_spill_and_load_vectors(recorder, tmp_path, batch, capability):
     if capability != 90 and batch not in {"rows", "positions of halves"}:
         pytest.skip("compiled for one card")
     for name, _, args, kwargs in _launches(recorder, *BATCHES[batch]):
@@ -229,12 +230,12 @@ def test_compiled_kernels_are_fast(recorder, tmp_path, batch, capability):
     ids=["float64", "positions", "beyond 32 bits"],
 )
 @pytest.mark.parametrize("weighted", [False, True])
-def test_everything_compiles(recorder, batch, weighted):
+def test_kernels_compile_for_every_kind_of_batch(recorder, batch, weighted):
     for name, _, args, kwargs in _launches(recorder, *batch, weighted=weighted, expanded=True):
         assert "cubin" in _compile(name, args, kwargs, 90).asm
 
 
-def test_without_triton(monkeypatch):
+def test_backend_has_no_gpu_kernels_without_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "mbn_torch.kernels.gpu", None)
     monkeypatch.delattr("mbn_torch.kernels.gpu")
     module._on_gpu.cache_clear()
@@ -243,14 +244,14 @@ def test_without_triton(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_where_triton_does_not_work():
+def test_backend_warns_where_triton_does_not_work():
     module._on_gpu.cache_clear()
     with pytest.warns(RuntimeWarning, match="Triton does not work"):
         assert module._on_gpu(0) is None
     module._on_gpu.cache_clear()
 
 
-def test_places(monkeypatch):
+def test_kernels_are_chosen_by_the_common_device(monkeypatch):
     x = torch.ones(2)
     assert common_device(x, None, x) == CPU
     assert common_device(x, torch.empty(2, device="meta")) is None

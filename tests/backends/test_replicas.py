@@ -1,4 +1,4 @@
-"""A batch that replicas share gives each of them its part of what the whole batch gives."""
+"""Replicas that share a batch get the results of the undivided batch, each for its part."""
 
 import importlib
 from functools import partial
@@ -33,7 +33,7 @@ def split(values: Any, sizes: list[int]) -> list[Any]:
 def data(dtype: str, length: int | None) -> tuple[np.ndarray, np.ndarray]:
     shape = (37, C) if length is None else (37, C, length)
     x, dy = np.random.default_rng(5).standard_normal((2, *shape))
-    x += 100 * np.arange(37).reshape(-1, *[1] * (x.ndim - 1)) / 37  # no shard has the mean of all
+    x += 100 * np.arange(37).reshape(-1, *[1] * (x.ndim - 1)) / 37  # so that every shard has a mean of its own
     return x.astype(dtype), dy.astype(dtype)
 
 
@@ -47,17 +47,17 @@ def vectors(backend: Backend, dtype: str) -> tuple[Params, State]:
     return Params(weight, bias), State(mean, var, backend.asarray(np.array(4), "int64"))
 
 
-def assert_near(part: Any, whole: Any, dtype: str) -> None:
+def assert_near(part: Any, expected: Any, dtype: str) -> None:
     tolerance = 3e-6 if dtype == "float32" else 1e-11
-    whole = np.asarray(whole, float)
-    np.testing.assert_allclose(np.asarray(part, float), whole, tolerance, tolerance * max(abs(whole).max(), 1))
+    expected = np.asarray(expected, float)
+    np.testing.assert_allclose(np.asarray(part, float), expected, tolerance, tolerance * max(abs(expected).max(), 1))
 
 
 @pytest.mark.parametrize("sizes", SHARDS.values(), ids=SHARDS)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("length", [None, 5])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_replicas_agree_with_the_whole_batch(
+def test_replicas_agree_with_the_undivided_batch(
     backend: Backend, sizes: list[int], length: int | None, dtype: str, *, masked: bool
 ) -> None:
     x, dy = data(dtype, length)
@@ -89,7 +89,7 @@ def test_replicas_agree_with_the_whole_batch(
             np.testing.assert_array_equal(other, of_replicas[0])
 
 
-def test_one_value_per_channel_of_all_replicas_is_refused(backend: Backend) -> None:
+def test_one_value_per_channel_over_all_replicas_is_refused(backend: Backend) -> None:
     settings = Settings(C, "float32", 1e-5, 0.1, 1, 1)
     params, state = vectors(backend, "float32")
 
@@ -103,7 +103,7 @@ def test_one_value_per_channel_of_all_replicas_is_refused(backend: Backend) -> N
         one.run(lambda _: step(one))
 
 
-def test_not_a_number_on_one_replica_stays_in_its_channel(backend: Backend) -> None:
+def test_nan_on_one_replica_stays_in_its_channel(backend: Backend) -> None:
     x, dy = data("float32", None)
     x[3, 1] = np.nan
     settings, group = Settings(C, "float32", 1e-5, 0.1, 1, 1), ThreadGroup(2)
@@ -119,7 +119,7 @@ def test_not_a_number_on_one_replica_stays_in_its_channel(backend: Backend) -> N
         assert np.isnan(np.concatenate(results)).all(0).tolist() == [False, True, False]
 
 
-def test_evaluation_asks_no_other_replica(backend: Backend) -> None:
+def test_evaluation_does_not_communicate(backend: Backend) -> None:
     settings = Settings(C, "float32", 1e-5, 0.1, 1, 1)
     params, state = vectors(backend, "float32")
     x = backend.asarray(data("float32", None)[0], "float32")
@@ -130,9 +130,9 @@ def test_evaluation_asks_no_other_replica(backend: Backend) -> None:
 
 
 class TestTorch:
-    """Autograd, once and twice."""
+    """Replicas under autograd, differentiated up to three times."""
 
-    def test_a_replica_takes_part_whatever_it_needs(self) -> None:
+    def test_replica_without_a_gradient_of_x_takes_part_in_the_backward_pass(self) -> None:
         torch = pytest.importorskip("torch")
         backend, sizes = mbn.get_backend("torch"), [0, 20, 17]
         settings, group = Settings(C, "float32", 1e-5, 0.1, 1, 1), ThreadGroup(3)
@@ -155,7 +155,7 @@ class TestTorch:
 
     @pytest.mark.parametrize("masked", [False, True])
     @pytest.mark.parametrize("dtype", ["float32", "float64"])
-    def test_derivatives(self, dtype: str, *, masked: bool) -> None:
+    def test_derivatives_agree_with_the_undivided_batch(self, dtype: str, *, masked: bool) -> None:
         torch = pytest.importorskip("torch")
         backend = mbn.get_backend("torch")
         x, dy = data(dtype, 4)
@@ -175,21 +175,21 @@ class TestTorch:
             third = torch.autograd.grad((second[0] * v).sum(), (x, params.weight))
             return [tensor.detach().numpy() for tensor in (y, *first, *second, *third)]
 
-        whole = step(x, dy, v, mask)
+        expected = step(x, dy, v, mask)
         sizes = [20, 16, 1]
         group = ThreadGroup(3)
         parts = list(zip(*(split(values, sizes) for values in (x, dy, v, mask)), strict=True))
         results = zip(*group.run(lambda rank: step(*parts[rank], group)), strict=True)
-        for of_replicas, truth in zip(results, whole, strict=True):
+        for of_replicas, truth in zip(results, expected, strict=True):
             is_vector = truth.ndim == 1
             assert_near(sum(of_replicas) if is_vector else np.concatenate(of_replicas), truth, dtype)
 
 
 class TestJax:
-    """Replicas along a named axis, differentiated to any order."""
+    """Replicas along a named axis, differentiated twice."""
 
     @pytest.mark.parametrize(("size", "masked"), [(2, True), (4, False)])
-    def test_derivatives(self, size: int, *, masked: bool) -> None:
+    def test_derivatives_agree_with_the_undivided_batch(self, size: int, *, masked: bool) -> None:
         jax = pytest.importorskip("jax")
         from mbn_jax.group import AxisGroup
 
@@ -236,30 +236,34 @@ class TestJax:
         shards = [values.reshape(size, -1, *values.shape[1:]) for values in (x, dy, v, mask)]
         run = jax.jit(jax.vmap(partial(derivatives, AxisGroup("replicas")), axis_name="replicas"))
         own_arrays, own_sums, own_after = run(*shards)
-        for own, whole in zip(own_arrays, arrays, strict=True):
-            assert_near(own.reshape(whole.shape), whole, "float32")
-        for own, whole in zip(own_sums, sums, strict=True):
-            assert_near(own.sum(0), whole, "float32")
-        for own, whole in zip(own_after, after, strict=True):
+        for own, expected in zip(own_arrays, arrays, strict=True):
+            assert_near(own.reshape(expected.shape), expected, "float32")
+        for own, expected in zip(own_sums, sums, strict=True):
+            assert_near(own.sum(0), expected, "float32")
+        for own, expected in zip(own_after, after, strict=True):
             for replica in own:
-                assert_near(replica, whole, "float32")
+                assert_near(replica, expected, "float32")
 
 
 SEAMS = {
-    ("mbn.step.compose", "merged"): lambda: test_replicas_agree_with_the_whole_batch(
+    ("mbn.step.compose", "merged"): lambda: test_replicas_agree_with_the_undivided_batch(
         mbn.get_backend("numpy"), [20, 17], None, "float32", masked=False
     ),
-    ("mbn.step.compose", "summed"): lambda: test_replicas_agree_with_the_whole_batch(
+    ("mbn.step.compose", "summed"): lambda: test_replicas_agree_with_the_undivided_batch(
         mbn.get_backend("numpy"), [20, 17], None, "float32", masked=False
     ),
-    ("mbn_torch.integration", "merged"): lambda: TestTorch().test_derivatives("float64", masked=False),
-    ("mbn_jax.kernels.own_statistics", "summed"): lambda: TestJax().test_derivatives(2, masked=False),
+    ("mbn_torch.integration", "merged"): lambda: TestTorch().test_derivatives_agree_with_the_undivided_batch(
+        "float64", masked=False
+    ),
+    ("mbn_jax.kernels.own_statistics", "summed"): lambda: TestJax().test_derivatives_agree_with_the_undivided_batch(
+        2, masked=False
+    ),
 }
 
 
 @pytest.mark.parametrize("seam", SEAMS, ids=".".join)
-def test_each_part_of_the_seam_is_needed(seam: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replicas_disagree_without_merged_or_summed(seam: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     module, name = seam
-    monkeypatch.setattr(importlib.import_module(module), name, lambda *arguments: arguments[-2])  # each for itself
+    monkeypatch.setattr(importlib.import_module(module), name, lambda *arguments: arguments[-2])  # no communication
     with pytest.raises(AssertionError):
         SEAMS[seam]()

@@ -1,4 +1,4 @@
-"""Samples of tensors, and what the tests of Torch compare with."""
+"""Samples of tensors for the tests of Torch, the definition of batch norm, and functions that compare results."""
 
 import copy
 import io
@@ -20,17 +20,17 @@ def sample(*shape, dtype=torch.float32, seed=0):
 
 
 def draw_weights(kind, shape, dtype):
-    """Return weights for an x of a shape: none, a mask or real numbers."""
+    """Return sample weights for an x of this shape: None, those of a mask, or real numbers."""
     if kind is None:
         return None
     generator = torch.Generator().manual_seed(9)
-    places = shape[0], *shape[2:]
-    mask = torch.rand(places, generator=generator) > 0.3
-    return mask.to(dtype) * (torch.rand(places, generator=generator).to(dtype) if kind == "real" else 1)
+    cells = shape[0], *shape[2:]
+    mask = torch.rand(cells, generator=generator) > 0.3
+    return mask.to(dtype) * (torch.rand(cells, generator=generator).to(dtype) if kind == "real" else 1)
 
 
 def output_of(x, weight, bias, *statistics, weights=None, eps=1e-5):
-    """Normalise by the backend, without statistics given by those of x."""
+    """Normalise by the backend, by the given statistics or else by those of x."""
     y, _, _ = step(
         backend,
         x,
@@ -62,7 +62,7 @@ def by_definition(x, weight, bias, *statistics, weights=None, eps=1e-5):
 
 
 def draw_arguments(shape, dtype=torch.float64, *, training=True):
-    """Return x, weight and bias, and in evaluation running statistics."""
+    """Return x, weight and bias, and for evaluation also running statistics."""
     vectors = [sample(3, dtype=dtype, seed=seed) for seed in (1, 2)]
     statistics = [] if training else [sample(3, dtype=dtype, seed=3), sample(3, dtype=dtype, seed=4).abs()]
     return [sample(*shape, dtype=dtype), *vectors, *statistics]
@@ -73,7 +73,7 @@ def leaves_of(arrays, dtype=None):
 
 
 def relative_error(actual, expected):
-    """Return the largest error relative to the largest value."""
+    """Return the largest error, relative to the largest expected value."""
     actual, expected = actual.detach().double(), expected.detach()
     return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-300))
 
@@ -89,7 +89,7 @@ def count_graphs():
 
 
 def _saved(value):
-    """Return what ``torch.save`` and ``torch.load`` make of it."""
+    """Return the value after ``torch.save`` and ``torch.load``."""
     file = io.BytesIO()
     torch.save(value, file)
     file.seek(0)
@@ -97,18 +97,18 @@ def _saved(value):
 
 
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda value: pickle.loads(pickle.dumps(value)), "torch.save": _saved}
-"""Ways to copy a layer or module, by name."""
+"""Functions that copy a layer or module, by name."""
 
 
 POWERS = [
     *((torch.float32, power) for power in (-148, -110, 60, 100, 124)),
     *((torch.float64, power) for power in (-1070, -600, -300, 300, 600, 1020)),
 ]
-"""By dtype, powers of two of which small multiples have no more than subnormal, or very large, squares or inverses."""
+"""Dtypes and powers of two; small multiples of these powers have subnormal or very large squares or inverses."""
 
 
 def assert_size_changes_nothing(dtype, power):
-    """Check that a batch times a power of two gives the same but for that power."""
+    """Check that a batch multiplied by a power of two gives the same results, but for that power."""
     generator = torch.Generator().manual_seed(5)
     ones = torch.randint(-8, 9, (40, 3), generator=generator).to(dtype)
     ones[:, 2] = ones[0, 2]
