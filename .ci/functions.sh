@@ -1,6 +1,6 @@
-# What `.ci/run` does more than once or has to get right; sourced by it, and by its tests.
+# Functions of `.ci/run`; `.ci/run` sources this file, and so do its tests.
 
-# Print one of the README's commands: the first line of its shell block of this number, which has to have this word.
+# Print a command of the README: the first line of its shell block number $1, which has to contain $2.
 readme_command() {
     local command
     command=$(awk -v wanted="$1" '/^```sh$/ && ++block == wanted {getline; print; exit}' README.md)
@@ -28,13 +28,13 @@ quick_check() {
     asv --config asv.numpy.json continuous --factor 2 -a rounds=2 --bench "Step.*'numpy'.*\(32, 64\)" HEAD~1 HEAD
 }
 
-# Tell whether a commit can run the benchmarks of the quick check.
+# Succeed if the commit $1 can run the benchmarks of the quick check.
 can_be_measured() {
     asv --config asv.numpy.json run --quick --bench "Step.*'numpy'.*\(32, 64\)" "$1^!"
 }
 
-# Fail if HEAD is slower than the commit before it, or cannot be measured. asv returns 1 for the former, and 2 if either
-# commit fails or if it was called wrongly.
+# Fail if HEAD is slower than the commit before it, or cannot be measured. asv returns 1 if HEAD is slower, and 2 if
+# either commit fails or asv was called wrongly.
 no_regression() {
     local status=0
     quick_check || status=$?

@@ -1,7 +1,7 @@
-"""The backends that are watched, and where: on a GPU where there is one.
+"""The backends that are measured, on a GPU if they find one.
 
-A backend that does not work where the benchmarks run must cost nothing but a mark in the table: asv reads
-NotImplementedError from ``setup`` as "n/a".
+A backend that does not work on a machine must cost nothing but a mark in the table: asv reads NotImplementedError from
+``setup`` as "n/a".
 """
 
 import mbn
@@ -18,7 +18,7 @@ def layer(name: str, workload: Workload) -> Layer:
     """Return a layer on a backend, with its input.
 
     Raises:
-        NotImplementedError: no such backend works here, or the workload is none for it.
+        NotImplementedError: The backend does not work here, or cannot do the workload.
     """
     try:
         devices = mbn.get_backend(name).capabilities.devices

@@ -1,4 +1,4 @@
-"""How far each backend is from the truth, so that a loss of digits shows in the history as a loss of speed does."""
+"""The errors of each backend against the oracle, so that the history shows a loss of digits like a loss of speed."""
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from ._backends import NAMES, layer
 
 SHAPE = (1024, 16)
 OFFSETS = [1e4]
-"""Where sums of squares, and float32 sums of values, have lost most of their digits."""
+"""Offsets of x at which sums of squares, and float32 sums of values, have lost most of their digits."""
 
 
 class Float32:

@@ -1,6 +1,6 @@
-"""The backends on a GPU, beside torch.nn, flax and the GPU's own copy; where there is no GPU, nothing.
+"""The backends on a GPU, beside torch.nn, flax and the GPU's own copy; without a GPU all are "n/a".
 
-``asv_bench/gpu.py`` measures the same on a machine that has no asv, and writes what asv would.
+``asv_bench/gpu.py`` measures the same on a machine that has no asv, and writes results as asv would.
 """
 
 import math
@@ -16,13 +16,13 @@ from mbn.commands.processes import NotRun, Process
 SUBJECTS = ["cupy", "torch", "jax", "torch.nn", "flax.nnx", LIMIT]
 MODES = [*DEFAULT_MODES, PULLBACK]
 ROUNDS = 2
-"""Turns of a mode, which tell how far a time is to be trusted."""
+"""The number of measurements of each mode; their spread tells how reliable they are."""
 
 _LARGE = 2**30
 
 
 class Input(NamedTuple):
-    """What is normalised, and whether as a CUDA graph."""
+    """A workload, and whether it is captured as a CUDA graph."""
 
     workload: Workload
     captured: bool = False
@@ -37,23 +37,23 @@ INPUTS = {
     **{f"{shape} float32": Input(Workload(shape)) for shape in ((256, 128, 1024), (65536, 256), (1024, 256), (32, 64))},
     **{f"{shape} float32, CUDA graph": Input(Workload(shape), captured=True) for shape in ((1024, 256), (32, 64))},
 }
-"""Large ones first: what they need of a GPU's memory is there for the others."""
+"""Large inputs come first, so that the memory pool they fill serves the smaller ones."""
 
 Outcomes = dict[tuple[str, str], Timed | NotRun]
-"""By subject and input."""
+"""Outcomes by subject and input."""
 
 
 def modes(subject: str, given: Input) -> list[str]:
-    """Return what is measured: the copy is the same in all modes, and a pullback is no graph without its forward."""
+    """Return the measured modes: the copy is the same in all, and a pullback cannot be captured without its forward."""
     if subject == LIMIT:
         return ["eval"]
     return [mode for mode in MODES if not (given.captured and mode == PULLBACK)]
 
 
 def measure(subjects: Iterable[str], inputs: dict[str, Input], device: str) -> Iterator[Outcomes]:
-    """Measure one subject after another, each in a process that has the device to itself, and yield what is known.
+    """Measure one subject after another, each in a process that has the device to itself; yield all outcomes so far.
 
-    A subject goes through all inputs in one process, and gets a new one where it broke: CUDA does not recover.
+    A subject gets all inputs in one process, and a new process after an error, since CUDA does not recover.
     """
     found: Outcomes = {}
     for subject in subjects:
@@ -83,11 +83,11 @@ def _outcome(process: Process, spec: str, given: Input, wanted: list[str]) -> Ti
 
 
 Values = dict[tuple[str, str, str], float]
-"""By subject, mode and input."""
+"""Values by subject, mode and input."""
 
 
 def medians(found: Outcomes) -> Values:
-    """Return the seconds of a call."""
+    """Return the median seconds of a call."""
     return {
         (subject, mode, name): timed.median(mode)
         for (subject, name), timed in found.items()
@@ -97,7 +97,7 @@ def medians(found: Outcomes) -> Values:
 
 
 def peaks(found: Outcomes) -> Values:
-    """Return the bytes beyond arrays, of whom tells them."""
+    """Return the bytes beyond arrays, for the subjects that tell them."""
     return {
         (subject, mode, name): peak
         for (subject, name), timed in found.items()
@@ -108,14 +108,14 @@ def peaks(found: Outcomes) -> Values:
 
 
 def bandwidth(seconds: Values) -> float | None:
-    """Return the bytes a second that the device's own copy reads and writes, in the largest one; None below 1 GiB."""
+    """Return the bytes per second that the device's largest copy reads and writes; None below 1 GiB."""
     copies = [(INPUTS[name].workload.nbytes, time) for (subject, _, name), time in seconds.items() if subject == LIMIT]
     nbytes, time = max(copies, default=(0, 0.0))
     return 2 * nbytes / time if nbytes >= _LARGE else None
 
 
 def times_ideal(seconds: Values) -> Values:
-    """Return how many times as long a call takes as the passes over memory that it must make, at that bandwidth."""
+    """Return the seconds of a call relative to the ideal: its necessary passes over memory at that bandwidth."""
     speed = bandwidth(seconds)
     return {
         (subject, mode, name): time * speed / (PASSES[mode] * INPUTS[name].workload.nbytes)
@@ -157,7 +157,7 @@ class Step:
 
 
 def results(found: Outcomes, known: dict[str, Values]) -> dict[str, Values]:
-    """Return what asv calls results, by benchmark: what was known before, with what was measured now in its place."""
+    """Return asv's results by benchmark: the known results, replaced by those that were measured now."""
 
     def merged(benchmark: str, values: Values) -> Values:
         before = known.get(benchmark, {})

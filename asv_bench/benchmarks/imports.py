@@ -1,4 +1,4 @@
-"""What ``import mbn`` costs a program, which is next to nothing beyond NumPy: it imports no framework."""
+"""The cost of ``import mbn``, which is almost nothing beyond NumPy, since it imports no framework."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What the frontend adds to a backend: a call on an input so small that it is mostly overhead."""
+"""The overhead of the frontend: a call on an input so small that it is mostly overhead."""
 
 from timeit import timeit
 

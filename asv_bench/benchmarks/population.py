@@ -1,4 +1,4 @@
-"""What ``fit`` costs over many batches, and how far it is from the statistics of the whole data set."""
+"""The cost of ``fit`` over many batches, and its error against the statistics of all data at once."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from mbn.commands.bench.workloads import Workload
 from ._backends import NAMES, layer
 
 SIZES = np.random.default_rng(3).integers(1, 64, 1000)
-"""Of batches."""
+"""The sizes of the batches."""
 
 
 class Fit:

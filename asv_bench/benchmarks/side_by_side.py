@@ -1,6 +1,6 @@
 """The backends and their peers on the six shapes, as ``mbn bench`` measures them: in turn, each in its own process.
 
-That takes minutes, and is done once, before asv asks for the single numbers.
+The measurement takes minutes, and is done once, before asv asks for single numbers.
 """
 
 from mbn.commands.bench import measurement, peers

@@ -1,4 +1,4 @@
-"""Time of a step by backend, layout, dtype and mask: what ``asv continuous`` compares two commits by."""
+"""Time of a step by backend, memory order, dtype and mask; ``asv continuous`` compares two commits by it."""
 
 from mbn.commands.bench.workloads import MODES, Workload
 
@@ -16,7 +16,7 @@ INPUTS = {
 
 
 class Step:
-    """A step without compilation; float32 where nothing else is said."""
+    """A step without compilation, in float32 unless the input says otherwise."""
 
     params = (NAMES, list(MODES), list(INPUTS))
     param_names = ("backend", "mode", "x")

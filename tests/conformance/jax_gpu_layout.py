@@ -1,4 +1,4 @@
-"""JAX's layout for GPUs, on the CPU: a plugin of pytest, with which all that is compiled takes it."""
+"""A plugin of pytest that lowers JAX's primitives for GPUs on the CPU too."""
 
 import gc
 from functools import partial
@@ -15,7 +15,7 @@ settings.register_profile(
     "gpu",
     deadline=None,
     derandomize=True,
-    max_examples=12,  # each of them compiles
+    max_examples=12,  # each example is compiled
     suppress_health_check=[HealthCheck.too_slow],
 )
 for _primitive in PRIMITIVES:

@@ -1,4 +1,4 @@
-"""Runs of the suite against backends with planted bugs: each in a fork, of one process that has imported everything."""
+"""Run the suite against backends with planted bugs, each in a fork of a process that has imported the suite."""
 
 import os
 import sys
@@ -14,14 +14,14 @@ from mbn.conformance.runner import run
 class Bug(NamedTuple):
     plant: Callable[[], object]
     named_by: str
-    """The test that has to name it, the only one that runs."""
+    """The test that has to find the bug; no other test runs."""
     error: str = "assert"
     """The beginning of the message: a failed assertion, unless the bug itself raises another error."""
 
 
 def conform(backend: str, bugs: Mapping[str, Bug], folder: Path) -> None:
-    """Run the tests that have to name the bugs; write a report on each to the folder."""
-    # What fails is named all the same; the smallest example that fails is of no interest here.
+    """Run the tests that have to find the bugs; write a report on each bug to the folder."""
+    # Without the phase that shrinks examples: a test fails all the same.
     settings.register_profile("planted", deadline=None, derandomize=True, max_examples=20, phases=[Phase.generate])
     run("numpy", pytest_args=["--collect-only", "-qq"])  # imports the suite once for all
     for name, bug in bugs.items():

@@ -1,6 +1,6 @@
-"""The truth against arithmetic of another kind: fractions, and quotients of tiny differences for derivatives.
+"""The oracle against other arithmetic: fractions, and for derivatives quotients of tiny differences.
 
-The measure of error is held to NumPy's own.
+The unit in the last place is compared with NumPy's own.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def exact_moments(values: list[float]) -> tuple[Fraction, Fraction]:
     return mean, sum((value - mean) ** 2 for value in exact)
 
 
-def test_statistics_are_exact() -> None:
+def test_oracle_statistics_are_exact() -> None:
     step = oracle.train(X, np.array([0.5, 0]), np.array([1, 2.0]), momentum=0.25, eps=1e-5)
     for channel in range(2):
         mean, m2 = exact_moments(X[:, channel].ravel().tolist())
@@ -34,7 +34,7 @@ def test_statistics_are_exact() -> None:
             assert abs(value / expected - 1) < 2.0**-95
 
 
-def test_outputs_are_exact() -> None:
+def test_oracle_outputs_are_exact() -> None:
     weight, bias = np.array([0.3, -2]), np.array([1, 0.1])
     y = oracle.train(X, np.zeros(2), np.ones(2), weight, bias, momentum=0.1, eps=0.25).y
     for index in np.ndindex(X.shape):
@@ -46,13 +46,13 @@ def test_outputs_are_exact() -> None:
         assert abs(value**2 * (m2 / 21 + Fraction(1, 4)) / unit**2 - 1) < 2.0**-80
 
 
-def test_evaluation_and_zero_variance() -> None:
+def test_oracle_evaluates_with_zero_variance_to_zero() -> None:
     y = oracle.evaluate(X, np.array([1e6, 0]), np.array([4, 0.0]), eps=0.0)
     np.testing.assert_array_equal(y.hi[:, 0], (X[:, 0].astype(float) - 1e6) / 2)
     np.testing.assert_array_equal(y.hi[:, 1], 0)
 
 
-def test_weights_are_frequencies() -> None:
+def test_oracle_weights_count_like_repeated_values() -> None:
     counts = np.random.default_rng(2).integers(0, 4, (7, 3))
     x = np.where(counts[:, None] > 0, X, np.nan)
     flat = np.moveaxis(X, 1, 2).reshape(-1, 2)
@@ -68,7 +68,7 @@ def test_weights_are_frequencies() -> None:
     assert not step.y.hi[np.isnan(x)].any()
 
 
-def test_real_weights_are_exact() -> None:
+def test_oracle_statistics_with_real_weights_are_exact() -> None:
     weights = np.random.default_rng(3).uniform(0.1, 3, (7, 3)).astype(np.float32)
     step = oracle.train(X, np.zeros(2), np.ones(2), momentum=1.0, eps=1e-5, weights=weights)
     exact = [Fraction(float(value)) for value in weights.ravel()]
@@ -83,7 +83,7 @@ def test_real_weights_are_exact() -> None:
 
 
 @pytest.mark.parametrize("unit", [2.0**-600, 2.0**600])
-def test_the_truth_knows_no_overflow(unit: float) -> None:
+def test_oracle_does_not_overflow(unit: float) -> None:
     x, mean, counts = np.array([[1.0], [2], [6]]), np.array([2.0]), np.array([1, 2, 1])
     arguments = {"momentum": 0.5, "eps": 0.0, "weights": counts}
     plain = oracle.train(x, np.zeros(1), np.zeros(1), **arguments)
@@ -96,7 +96,7 @@ def test_the_truth_knows_no_overflow(unit: float) -> None:
 
 
 @pytest.mark.parametrize("weights", [np.zeros(3), np.array([0, 1, 0]), np.array([0.25, 0.25, 0.5])])
-def test_a_batch_without_a_variance_keeps_the_statistics(weights: np.ndarray) -> None:
+def test_oracle_keeps_statistics_for_a_batch_without_a_variance(weights: np.ndarray) -> None:
     x = np.array([[1.0], [3], [7]])
     step = oracle.train(x, np.array([5.0]), np.array([2.0]), momentum=0.5, eps=0.0, weights=weights)
     assert step.running_mean.hi == 5
@@ -108,7 +108,7 @@ def test_a_batch_without_a_variance_keeps_the_statistics(weights: np.ndarray) ->
 
 
 def one_channel(weights: list[int] | None) -> Callable[[list[Decimal]], list[Decimal]]:
-    """Return batch norm of one channel as its definition reads, with eps 1/8, weight 1.5 and bias 0.25."""
+    """Return batch norm of one channel by its definition, with eps 1/8, weight 1.5 and bias 0.25."""
 
     def batch_norm(x: list[Decimal]) -> list[Decimal]:
         w = weights or [1] * len(x)
@@ -123,7 +123,7 @@ def one_channel(weights: list[int] | None) -> Callable[[list[Decimal]], list[Dec
 
 @pytest.mark.parametrize("power", [1, 2])
 @pytest.mark.parametrize("weights", [None, [1, 0, 2, 1, 3]], ids=["plain", "weighted"])
-def test_derivatives_are_limits_of_quotients(weights: list[int] | None, power: int) -> None:
+def test_oracle_derivatives_agree_with_difference_quotients(weights: list[int] | None, power: int) -> None:
     x, v, dy = np.random.default_rng(4).normal(size=(3, 5))
     h = Decimal("1e-30")
     function = one_channel(weights)
@@ -156,7 +156,7 @@ def test_derivatives_are_limits_of_quotients(weights: list[int] | None, power: i
             np.testing.assert_allclose(derivative.dx[:, 0], dx.astype(float), rtol=1e-14, atol=1e-14)
 
 
-def test_gradients_of_parameters_are_those_of_a_linear_function() -> None:
+def test_oracle_parameter_gradients_do_not_depend_on_the_parameters() -> None:
     x, v, dy = np.random.default_rng(5).normal(size=(3, 4, 2, 3))
     plain = derivatives.along(x, v, dy, eps=1e-3)
     scaled = derivatives.along(x, v, dy, np.array([2.0, 3.0]), np.ones(2), eps=1e-3)
@@ -168,7 +168,7 @@ def test_gradients_of_parameters_are_those_of_a_linear_function() -> None:
     assert not plain[1].dbias.any()
 
 
-def test_gradients_are_the_first_of_the_derivatives() -> None:
+def test_oracle_gradients_equal_the_first_derivatives() -> None:
     x, dy = np.random.default_rng(6).normal(size=(2, 4, 2))
     statistics = np.array([0.5, 1]), np.array([4, 0.0])
     for arguments in ({}, {"weights": np.array([1, 0, 2, 1])}, {"statistics": statistics}):
@@ -177,10 +177,10 @@ def test_gradients_are_the_first_of_the_derivatives() -> None:
         for name, size in zip(("dx", "dweight", "dbias"), exact.sizes, strict=True):
             np.testing.assert_array_equal(getattr(exact, name), getattr(first, name))
             assert (abs(getattr(exact, name)) <= size * (1 + 1e-15)).all()
-    np.testing.assert_array_equal(exact.dx, dy * [1, 0])  # constants of 4 and 0 for a variance: 2 / 2, and 3 * 0
+    np.testing.assert_array_equal(exact.dx, dy * [1, 0])  # constant variances of 4 and 0: factors 2 / 2 and 3 * 0
 
 
-def test_gradients_of_a_constant_are_zero() -> None:
+def test_oracle_gradients_of_a_constant_channel_are_zero() -> None:
     dy = np.random.default_rng(7).normal(size=(5, 1))
     exact = derivatives.gradients(np.full((5, 1), 0.1), dy, eps=0.0)
     assert not exact.dx.any()
@@ -189,7 +189,7 @@ def test_gradients_of_a_constant_are_zero() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_spacing_is_numpys(dtype: str) -> None:
+def test_spacing_agrees_with_numpy(dtype: str) -> None:
     values = np.array([1, 1.5, 2, 3e4, 1e-3, 1e-7, 0]).astype(dtype)
     np.testing.assert_array_equal(ulp.spacing(values.astype(float), dtype), np.spacing(values).astype(float))
 

@@ -1,4 +1,4 @@
-"""A toy backend: the least that is correct, to plant bugs in."""
+"""A toy backend, as short as a correct backend can be, in which tests plant bugs."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from mbn.contract import Array, Backend, Batch, Capabilities, Kernels, Moments, 
 
 
 class ToyKernels(Kernels):
-    """The shortest correct kernels of NumPy arrays: everything in extended precision, rounded once."""
+    """The shortest correct kernels for NumPy arrays: all results in extended precision, rounded once."""
 
     def sample_weights(self, shape: tuple[int, ...], dtype: str, mask: Any, lengths: Any, sample_weight: Any) -> Array:
         weights = np.ones(shape, dtype)
@@ -24,7 +24,7 @@ class ToyKernels(Kernels):
         d = np.where(w, x, 0).astype(np.longdouble)
         count = x.size // x.shape[1] if weights is None else w.sum()
         mean = (w * d).sum(axis=over(x)) / (count or 1)
-        mean = mean + (w * (d - column(mean, x))).sum(axis=over(x)) / (count or 1)  # exact now for a constant
+        mean = mean + (w * (d - column(mean, x))).sum(axis=over(x)) / (count or 1)  # makes the mean of a constant exact
         return Moments(count, mean, (w * (d - column(mean, x)) ** 2).sum(axis=over(x)))
 
     def merge(self, first: Moments, second: Moments) -> Moments:
@@ -81,7 +81,7 @@ class ToyKernels(Kernels):
 
 
 class Toy(Backend):
-    """The shortest correct backend of NumPy arrays."""
+    """The shortest correct backend for NumPy arrays."""
 
     name = "toy"
     version = "1"
@@ -187,7 +187,7 @@ def spread(weights: Any, x: Array) -> Array:
     return np.ones((1,) * x.ndim) if weights is None else np.expand_dims(weights.astype(np.float64), 1)
 
 
-# NumPy has no transformations: a loop does for one of them, and what is not compiled gives the same numbers.
+# NumPy has no transformations: a loop stands for vmap, and the function itself for a compiled one.
 
 
 def looped(function: Any) -> Any:

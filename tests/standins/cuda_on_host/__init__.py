@@ -1,9 +1,9 @@
-"""CUDA C++ on the CPU: compiles the source of kernels with g++ and runs them, where there is no GPU.
+"""CUDA C++ on the CPU: it compiles the source of kernels with g++ and runs them without a GPU.
 
-It is required to be stricter than a GPU. The threads of a block run one at a time, in an order that is shuffled between
-barriers; what a block shares is NaN when it starts; and what CUDA leaves undefined ends the launch with a LaunchError
-that says where: a barrier that a thread of the block doesn't reach, a misaligned address, an index outside of an array,
-an overflow. It has the part of CUDA C++ that mbn's kernels use; how fast kernels are it cannot say.
+It is stricter than a GPU. The threads of a block run one at a time, in an order that is shuffled between barriers;
+shared memory is NaN when a block starts; and undefined behaviour ends the launch with a LaunchError that names the
+line: a barrier that a thread of the block doesn't reach, a misaligned address, an index outside of an array, an
+overflow. It has the part of CUDA C++ that mbn's kernels use; it does not tell how fast they are.
 """
 
 import ctypes
@@ -23,11 +23,11 @@ _HEADERS = ("cuda.hpp", "block.hpp", "checks.hpp")
 _OPTIONS = (
     *("-x", "c++", "-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-gnu-unique"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
-    # A GPU's compiler knows neither rule; and each operation is rounded by itself, in the widths that are written.
+    # CUDA's compiler has no strict aliasing; and every operation has to be rounded on its own, in the given precision.
     *("-fno-strict-aliasing", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-fno-exceptions", "-fno-rtti"),
     "-fsanitize=alignment,null,bounds-strict,shift,integer-divide-by-zero,signed-integer-overflow",
 )
-_LIBRARIES = ("-Wl,-z,defs", "-nodefaultlibs", "-lm", "-lc", "-lgcc")  # all but the sanitizer's own, which would print
+_LIBRARIES = ("-Wl,-z,defs", "-nodefaultlibs", "-lm", "-lc", "-lgcc")  # not the sanitizer's library: it would print
 _KERNEL = re.compile(r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\(([^,)]+)[^)]*\)\s*)?(\w+)\s*\(')
 _MOST_THREADS = 1024
 _LIMITS = (("grid", (2**31 - 1, 65535, 65535)), ("block", (1024, 1024, 64)))
@@ -35,7 +35,7 @@ _running = threading.Lock()
 
 
 class LaunchError(RuntimeError):
-    """A launch that CUDA refuses, or a kernel that does what CUDA leaves undefined."""
+    """A launch that CUDA refuses, or undefined behaviour in a kernel."""
 
 
 class _Description(ctypes.Structure):
@@ -49,7 +49,11 @@ class _Description(ctypes.Structure):
 
 
 class Kernel:
-    """A kernel of a library; ``parameters`` has the kind ("P"ointer, "I"nteger or "F"loat) and the size of each."""
+    """A kernel of a library.
+
+    Attributes:
+        parameters: For each, its kind ("P"ointer, "I"nteger or "F"loat) and its size in bytes.
+    """
 
     def __init__(self, description: _Description) -> None:
         count = description.parameters
@@ -57,10 +61,10 @@ class Kernel:
         self._description = description
 
     def launch(self, grid: Sequence[int], block: Sequence[int], values: Sequence[bytes], seed: int) -> None:
-        """Run all threads; ``values`` are the arguments as bytes, ``seed`` the order of blocks and threads.
+        """Run all threads; ``values`` are the arguments as bytes, ``seed`` determines the order of blocks and threads.
 
         Raises:
-            LaunchError: CUDA has no such grid or block, or the kernel did what it must not.
+            LaunchError: CUDA has no such grid or block, or the kernel has undefined behaviour.
         """
         for (name, limits), sizes in zip(_LIMITS, (grid, block), strict=True):
             if not all(0 < size <= limit for size, limit in zip(sizes, limits, strict=True)):
@@ -92,7 +96,7 @@ class Library:
         """Return a kernel.
 
         Raises:
-            AttributeError: there is none of that name.
+            AttributeError: There is no kernel of that name.
         """
         try:
             return Kernel(_Description.in_dll(self._loaded, f"cuda_on_host_{name}"))
@@ -102,18 +106,18 @@ class Library:
 
 
 @cache
-def compile(source: str, options: tuple[str, ...] = ()) -> Library:  # noqa: A001 - it is what this does
-    """Return the kernels of a CUDA source, compiled with options for a C++ compiler, as ``-D``; kept between runs.
+def compile(source: str, options: tuple[str, ...] = ()) -> Library:  # noqa: A001 - the name says what the function does
+    """Return the kernels of a CUDA source, compiled with options of a C++ compiler such as ``-D``, and cached on disk.
 
     Raises:
-        RuntimeError: there is no g++, or it refuses the source; with what it says.
+        RuntimeError: There is no g++, or it refuses the source; the error has its messages.
     """
     compiler = shutil.which("g++")
     if compiler is None:
         message = "Running CUDA kernels without a GPU needs g++, and there is none on PATH."
         raise RuntimeError(message)
     exported = "\n".join(f"CUDA_ON_HOST_KERNEL({name}, {bound or 0})" for bound, name in _KERNEL.findall(source))
-    # What a compiler says of the source is said of its own lines.
+    # With #line the compiler's messages refer to the lines of the source.
     text = f'#include "cuda.hpp"\n#line 1 "kernels.cu"\n{source}\n#line 1 "exported"\n{exported}\n'
     headers = "".join((_HERE / name).read_text() for name in _HEADERS)
     identity = repr((text, headers, _OPTIONS, _LIBRARIES, options, _version(compiler)))
@@ -127,7 +131,7 @@ def compile(source: str, options: tuple[str, ...] = ()) -> Library:  # noqa: A00
         if run.returncode:
             message = f"g++ refuses the kernels:\n{run.stderr}"
             raise RuntimeError(message)
-        made.replace(path)  # whole or not at all, whoever else makes it now
+        made.replace(path)  # atomic, since other processes may compile the same source
     return Library(path)
 
 

@@ -1,8 +1,8 @@
-// One block of threads at a time: each thread is a fiber, and they run in turn from barrier to barrier.
+// One block of threads at a time: each thread is a fiber, and the fibers run in turn from barrier to barrier.
 //
-// Between two barriers the threads run in an order that is shuffled anew each time, so that what needs a barrier and has
-// none gets wrong values. A fiber is left and taken up by _setjmp and _longjmp, which make no system calls. What goes
-// wrong in a kernel ends the launch: its fibers are left where they are, and the next launch starts new ones.
+// Between two barriers the threads run in an order that is shuffled anew each time, so that a kernel without a needed
+// barrier gets wrong values. _setjmp and _longjmp leave a fiber and resume it; they make no system calls. An error in a
+// kernel ends the launch: its fibers are abandoned, and the next launch starts new ones.
 
 #pragma once
 
@@ -48,7 +48,7 @@ struct Generator {
     }
 };
 
-// What all threads of a block or of a warp have to reach, at the same line, before any goes on.
+// All threads of a block or of a warp have to reach a barrier, at the same line, before any continues.
 struct Barrier {
     unsigned size, arrived;
     int line;
@@ -63,8 +63,8 @@ struct Fiber {
 
 inline Fiber fibers[MOST_THREADS];
 inline char* stacks;
-inline unsigned threads, current;                  // how many a block has, and which one runs
-inline unsigned order[MOST_THREADS], ready, next;  // who runs until all wait, and who is next
+inline unsigned threads, current;                  // the threads of a block, and the thread that runs
+inline unsigned order[MOST_THREADS], ready, next;  // the threads that run until all wait, and the next of them
 inline Barrier block_barrier, warp_barriers[MOST_THREADS / WARP];
 inline Generator generator;
 inline void (*body)(void* const*);
@@ -72,7 +72,7 @@ inline void* const* arguments;
 inline jmp_buf launcher;
 inline char error[512];
 
-enum Outcome { STARTED, ENDED, FAILED };  // what _setjmp(launcher) returns
+enum Outcome { STARTED, ENDED, FAILED };  // returned by _setjmp(launcher)
 
 template <class... Values>
 [[noreturn]] void fail(const char* format, Values... values) {
@@ -86,7 +86,7 @@ template <class... Values>
     _longjmp(launcher, FAILED);
 }
 
-// Let those go on who wait at a barrier that everybody has reached, and those who wait at none.
+// Let the threads continue that wait at no barrier, or at one that all its threads have reached.
 inline void begin_round() {
     const Barrier* closed = nullptr;
     ready = next = 0;
@@ -104,8 +104,8 @@ inline void begin_round() {
     if (!ready) {
         _longjmp(launcher, ENDED);
     }
-    for (unsigned place = 0; place < ready; ++place) {
-        Barrier*& barrier = fibers[order[place]].waits_at;
+    for (unsigned i = 0; i < ready; ++i) {
+        Barrier*& barrier = fibers[order[i]].waits_at;
         if (barrier) {
             barrier->arrived = 0;
         }

@@ -1,5 +1,5 @@
-// What fails in a kernel ends the launch with an error, where it would end the process: the checks that the compiler adds
-// (-fsanitize=undefined), which call these functions and name the line, and memory that nobody has.
+// A failure in a kernel ends the launch with an error instead of the process: a failed check that the compiler has added
+// (-fsanitize=undefined), which calls one of these functions with the line, or an access to unmapped memory.
 
 #pragma once
 
@@ -9,24 +9,24 @@
 
 namespace cuda_on_host {
 
-// How the data of every check begins.
-struct Place {
+// The location in the source; the data of every check begin with it.
+struct Location {
     const char* file;
     unsigned line, column;
 };
 
 struct Mismatch {
-    Place place;
+    Location location;
     const void* type;
     unsigned char log_alignment, kind;
 };
 
 [[noreturn]] inline void fail_at(const void* data, const char* what) {
-    const Place& place = *static_cast<const Place*>(data);
-    fail("%s at %s:%u", what, place.file, place.line);
+    const Location& location = *static_cast<const Location*>(data);
+    fail("%s at %s:%u", what, location.file, location.line);
 }
 
-// While this lives, a fault is an error of the kernel.
+// During the lifetime of this object, a segmentation fault is an error of the kernel.
 class Faults {
     struct sigaction before;
 
@@ -43,7 +43,7 @@ class Faults {
 
 }  // namespace cuda_on_host
 
-// Nothing in the source calls these, but what the compiler adds to it.
+// Called by the code that the compiler adds to the source.
 extern "C" {
 
 [[gnu::used]] inline void __ubsan_handle_type_mismatch_v1(void* data, void* pointer) {
@@ -52,7 +52,7 @@ extern "C" {
         cuda_on_host::fail_at(data, "null pointer");
     }
     cuda_on_host::fail("misaligned address %p, not a multiple of %llu, at %s:%u", pointer,
-                       1ULL << mismatch.log_alignment, mismatch.place.file, mismatch.place.line);
+                       1ULL << mismatch.log_alignment, mismatch.location.file, mismatch.location.line);
 }
 
 #define CHECK(name, what, ...) \

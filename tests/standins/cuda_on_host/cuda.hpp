@@ -1,6 +1,6 @@
-// What CUDA C++ has and C++ has not, for kernels that run on the host: the part of it that they use.
+// The parts of CUDA C++ that C++ lacks and that mbn's kernels use, for kernels that run on the host.
 //
-// A kernel's own source comes behind this, then CUDA_ON_HOST_KERNEL for each of its kernels.
+// The source of the kernels follows this header, then CUDA_ON_HOST_KERNEL for each of them.
 
 #pragma once
 
@@ -22,7 +22,8 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __align__(bytes) alignas(bytes)
-// In a segment of its own, which can be found whatever is shared; who writes there is not for the compiler to say.
+// Thread-local variables lie in a segment of their own, which launch() finds and fills; "used" keeps the compiler from
+// removing variables that seem to be never written.
 #define __shared__ __attribute__((used)) static thread_local
 
 struct alignas(8) uint2 {
@@ -34,13 +35,13 @@ struct alignas(16) uint4 {
 };
 
 template <class T>
-T __ldca(const T* place) {
-    return *place;
+T __ldca(const T* address) {
+    return *address;
 }
 
 template <class T>
-void __stwb(T* place, T value) {
-    *place = value;
+void __stwb(T* address, T value) {
+    *address = value;
 }
 
 inline double __dmul_rn(double a, double b) { return a * b; }
@@ -53,9 +54,9 @@ inline void __syncwarp(unsigned = ~0U, int line = __builtin_LINE()) {
 
 namespace cuda_on_host {
 
-inline thread_local char is_shared;  // there is a segment, even if no kernel shares anything
+inline thread_local char is_shared;  // makes the segment exist, even if no kernel has shared memory
 
-// The value of another lane of the warp, all of which take part; a lane's own where there is no such lane.
+// Return the value of another lane of the warp, or the lane's own value if there is no such lane. All lanes take part.
 template <class T>
 T exchange(unsigned mask, T value, unsigned lane, int line) {
     static T values[MOST_THREADS];
@@ -75,7 +76,7 @@ struct Memory {
     size_t size;
 };
 
-// Return all that the kernels of this library share, for the thread of the host that asks.
+// Return the shared memory of the kernels of this library, for the calling thread of the host.
 inline Memory find_shared_memory() {
     Memory found{&is_shared, 1};
     auto look = [](dl_phdr_info* info, size_t, void* result) {
@@ -93,7 +94,7 @@ inline Memory find_shared_memory() {
     return found;
 }
 
-// Run all blocks, in an order that goes with the seed; return what went wrong, or null.
+// Run all blocks in an order that the seed determines; return an error message, or null.
 inline const char* launch(void (*kernel)(void* const*), const unsigned* grid, const unsigned* block,
                           void* const* values, unsigned long long seed) {
     if (!stacks) {
@@ -112,23 +113,23 @@ inline const char* launch(void (*kernel)(void* const*), const unsigned* grid, co
     generator = {seed};
     unsigned count = grid[0] * grid[1] * grid[2];
     unsigned* blocks = static_cast<unsigned*>(malloc(count * sizeof(unsigned)));
-    for (unsigned place = 0; place < count; ++place) {
-        blocks[place] = place;
+    for (unsigned i = 0; i < count; ++i) {
+        blocks[i] = i;
     }
     generator.shuffle(blocks, count);
     Memory shared = find_shared_memory();
     Faults faults;
     bool is_right = true;
-    for (unsigned place = 0; is_right && place < count; ++place) {
+    for (unsigned i = 0; is_right && i < count; ++i) {
         memset(shared.start, 0xFF, shared.size);  // NaN in every precision
-        blockIdx = {blocks[place] % grid[0], blocks[place] / grid[0] % grid[1], blocks[place] / grid[0] / grid[1]};
+        blockIdx = {blocks[i] % grid[0], blocks[i] / grid[0] % grid[1], blocks[i] / grid[0] / grid[1]};
         is_right = run_block();
     }
     free(blocks);
     return is_right ? nullptr : error;
 }
 
-// What a launch has to know of a kernel; the host reads it as it lies here.
+// The description of a kernel, which the host reads in this layout.
 struct Kernel {
     const char* (*launch)(const unsigned*, const unsigned*, void* const*, unsigned long long);
     unsigned bound, parameters;
@@ -146,9 +147,9 @@ struct Signature;
 
 template <class... T, void (*kernel)(T...)>
 struct Signature<kernel> {
-    template <size_t... place>
-    static void call([[maybe_unused]] void* const* values, std::index_sequence<place...>) {
-        kernel(*static_cast<T*>(values[place])...);
+    template <size_t... index>
+    static void call([[maybe_unused]] void* const* values, std::index_sequence<index...>) {
+        kernel(*static_cast<T*>(values[index])...);
     }
 
     static void body(void* const* values) { call(values, std::index_sequence_for<T...>()); }

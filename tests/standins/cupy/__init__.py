@@ -1,11 +1,11 @@
-"""A stand-in for CuPy where there is no GPU: NumPy's arithmetic behind CuPy's border, and kernels run on the CPU.
+"""A stand-in for CuPy without a GPU: NumPy's arithmetic behind CuPy's interface, and kernels that run on the CPU.
 
-It has what ``mbn_cupy`` and the conformance suite use and no more, and it is put first on ``sys.path`` under CuPy's
-name. It is as strict as CuPy: a NumPy array is no operand (TypeError), an array does not turn into a NumPy array by
-itself (TypeError), and nothing warns of a division by zero. It is stricter where CuPy only warns, only waits or does
-not look: the operands of an operation and the arrays of a kernel have to be on the current device, no index is boolean,
-memory that nobody has written to is NaN, and nobody writes outside of an array's memory. What it cannot show is how
-CuPy compiles, rounds and orders its memory, nor how fast anything is.
+It has only the functions that ``mbn_cupy`` and the conformance suite use; tests put it first on ``sys.path`` under
+CuPy's name. It is as strict as CuPy: a NumPy array is no operand (TypeError), an array is not converted to a NumPy
+array implicitly (TypeError), and a division by zero does not warn. It is stricter where CuPy only warns, only waits or
+does not check: the operands of an operation and the arrays of a kernel have to be on the current device, an index must
+not be boolean, uninitialised memory is NaN, and a write outside of an array's memory is an error. It does not show how
+CuPy compiles, rounds and orders its memory, nor how fast it is.
 """
 
 import numpy as np
@@ -20,7 +20,7 @@ __version__ = "14.2.0+standin"
 
 
 def asarray(a, dtype=None):
-    """Return ``a`` on the current device: an array itself where it is there already, a copy of anything else."""
+    """Return ``a`` on the current device: itself if it is an array there, otherwise a copy."""
     if isinstance(a, ndarray):
         host = a._host
         if a._device_id == current_id() and (dtype is None or dtype == a.dtype):
@@ -37,7 +37,7 @@ def ascontiguousarray(a, dtype=None):
 
 
 class _OnHost:
-    """What lies on a pretended GPU, to NumPy."""
+    """An array of a simulated GPU that tells NumPy by DLPack that it is on the host."""
 
     def __init__(self, array):
         self.__dlpack__ = array.__dlpack__

@@ -1,4 +1,4 @@
-"""CuPy's array with NumPy's arithmetic, on the current one of the pretended devices."""
+"""CuPy's array with NumPy's arithmetic, on the current one of the simulated devices."""
 
 from types import SimpleNamespace
 
@@ -9,9 +9,9 @@ from ._memory import allocated
 
 
 class ndarray:  # noqa: N801 - CuPy's name
-    """An array that keeps its values to itself, ``_host``, and says on which device they are pretended to lie."""
+    """An array on a simulated device, with its values in the private attribute ``_host``."""
 
-    __array_ufunc__ = None  # so that NumPy leaves `numpy_array + x` to this class, which refuses it
+    __array_ufunc__ = None  # NumPy leaves `numpy_array + x` to this class, which refuses it
     __hash__ = None
 
     def __init__(self, host, memory, device_id):
@@ -50,7 +50,7 @@ class ndarray:  # noqa: N801 - CuPy's name
     def __getitem__(self, key):
         parts = tuple(map(_index, key if isinstance(key, tuple) else (key,)))
         if not any(part is Ellipsis for part in parts):
-            parts += (Ellipsis,)  # what picks a single value is a view of it
+            parts += (Ellipsis,)  # an index of a single value gives a view of it
         return self._result(self._host[parts])
 
     def __setitem__(self, key, value):
@@ -138,7 +138,7 @@ ndarray.__abs__ = lambda self: call(np.abs, self)
 
 
 def unwritten(shape, dtype, strides=None):
-    """Return an array on the current device that nobody has written to."""
+    """Return an uninitialised array, all NaN, on the current device."""
     return ndarray(*allocated(shape, np.dtype(dtype), strides), current_id())
 
 
@@ -150,7 +150,7 @@ def stored(host, device_id=None):
 
 
 def call(function, *operands, out=None, **options):
-    """Do what NumPy does, on the current device."""
+    """Return the result of a NumPy function, on the current device."""
     if out is not None:
         options["out"] = operand(out)
     with np.errstate(all="ignore"):
@@ -159,10 +159,10 @@ def call(function, *operands, out=None, **options):
 
 
 def operand(value):
-    """Return what NumPy takes for a value that CuPy takes.
+    """Return an operand of CuPy as an operand of NumPy.
 
     Raises:
-        TypeError: CuPy doesn't take it.
+        TypeError: CuPy doesn't take this type.
         ValueError: it is not on the current device.
     """
     if isinstance(value, ndarray):

@@ -1,4 +1,4 @@
-"""Two pretended GPUs, of which one is the current one of each thread; all work on them is done when a call returns."""
+"""Two simulated GPUs; each thread has one as its current device, and a call returns when its work is done."""
 
 import threading
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ _current = threading.local()
 
 
 class Device:
-    """A pretended GPU; ``with`` makes it the current one."""
+    """A simulated GPU; ``with`` makes it the current device."""
 
     __hash__ = None
 

@@ -1,4 +1,4 @@
-"""Pretended device memory: it lies as CuPy's does, and shows who reads what nobody wrote or writes outside of it."""
+"""Simulated device memory: aligned as CuPy's; it shows uninitialised reads and writes outside of an allocation."""
 
 import itertools
 
@@ -11,10 +11,10 @@ _made = itertools.count()
 
 
 class Memory:
-    """A new allocation: NaN, between two guards which have to stay as they are.
+    """A new allocation, full of NaN, between two guards that must not change.
 
-    Two bytes at a time are NaN in each precision, alone and with others. The NaN of the guards are not those of other
-    allocations: one that is read past the end of one array and is written past the end of another shows.
+    The pattern of two bytes is NaN in every precision, alone and repeated. Each allocation has another NaN in its
+    guards, so that a NaN read past the end of one array is noticed when it is written past the end of another.
     """
 
     def __init__(self, size):
@@ -30,19 +30,19 @@ class Memory:
     def array(self, shape, dtype, strides):
         return np.ndarray(shape, dtype, self._bytes, self._start, strides)
 
-    def is_whole(self):
-        """Return whether nobody has written to the guards."""
+    def is_intact(self):
+        """Return whether the guards are unchanged."""
         return all(part[: len(expected)].tobytes() == expected for part, expected in self._guards)
 
 
 class Borrowed:
-    """Memory of somebody else, which has no guards."""
+    """Memory of another owner, without guards."""
 
-    def is_whole(self):
+    def is_intact(self):
         return True
 
 
 def allocated(shape, dtype, strides=None):
-    """Return a NumPy array of NaN in memory of its own, and that memory."""
+    """Return a NumPy array of NaN in a new allocation, and the allocation."""
     memory = Memory(int(np.prod(shape)) * dtype.itemsize)
     return memory.array(shape, dtype, strides), memory

@@ -1,4 +1,4 @@
-"""CuPy's RawModule, for kernels that run on the CPU; what CuPy would pass on as garbage is a TypeError."""
+"""CuPy's RawModule, for kernels that run on the CPU; wrong arguments, which CuPy passes on, are a TypeError."""
 
 import itertools
 import struct
@@ -8,7 +8,7 @@ import numpy as np
 
 from ._array import ndarray, operand
 
-_seeds = itertools.count()  # no launch has the order of threads of another one
+_seeds = itertools.count()  # every launch has another order of threads
 
 
 class RawModule:
@@ -41,21 +41,21 @@ class RawKernel:
             message = f"The kernel takes {len(parameters)} arguments, not {len(args)}."
             raise TypeError(message)
         values = []
-        for place, (value, (kind, size)) in enumerate(zip(args, parameters, strict=True)):
+        for index, (value, (kind, size)) in enumerate(zip(args, parameters, strict=True)):
             kinds, as_bytes = _argument(value)
             if kind not in kinds or len(as_bytes) != size:
-                message = f"Argument {place} is {value!r}, of {len(as_bytes)} bytes; its parameter is {kind}{size}."
+                message = f"Argument {index} is {value!r}, of {len(as_bytes)} bytes; its parameter is {kind}{size}."
                 raise TypeError(message)
             values.append(as_bytes)
         self._kernel.launch(grid, block, values, next(_seeds))
-        for place, value in enumerate(args):
-            if isinstance(value, ndarray) and not value._memory.is_whole():
-                message = f"The kernel wrote outside of the memory of argument {place}."
+        for index, value in enumerate(args):
+            if isinstance(value, ndarray) and not value._memory.is_intact():
+                message = f"The kernel wrote outside of the memory of argument {index}."
                 raise cuda_on_host.LaunchError(message)
 
 
 def _argument(value):
-    """Return the kinds of parameters which a value goes with, and its bytes."""
+    """Return the kinds of parameters that a value may be an argument for, and its bytes."""
     if isinstance(value, ndarray):
         return "P", struct.pack("P", operand(value) is not None and value.data.ptr)
     if isinstance(value, np.generic):
