@@ -1,4 +1,4 @@
-"""A backend that is written for another version of the contract, or for none, is told so."""
+"""Errors for backends that are written for version 1 of the contract, or have no kernels."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from mbn.contract import Backend
 
 
 @pytest.mark.parametrize("name", ["moments", "normalize", "batch_norm", "pullback"])
-def test_backends_of_version_1_are_refused(name: str) -> None:
+def test_backend_of_version_1_is_refused(name: str) -> None:
     mixin = type("Arithmetic", (), {name: lambda *_: None})
     for bases, attributes in (((Toy,), {name: lambda *_: None}), ((mixin, Toy), {})):
         with pytest.raises(TypeError, match=f"Old is written for version 1 of mbn.contract: it has {name}"):
@@ -18,17 +18,17 @@ def test_backends_of_version_1_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["Residuals", "widened"])
-def test_names_of_version_1_say_where_they_have_gone(name: str) -> None:
+def test_import_of_a_name_of_version_1_names_its_replacement(name: str) -> None:
     with pytest.raises(ImportError, match=f"{name} is of version 1 .* version 2 has"):
         getattr(mbn.contract, name)
 
 
-def test_helpers_may_have_any_other_name() -> None:
+def test_backend_may_have_methods_of_other_names() -> None:
     assert issubclass(type("New", (Toy,), {"weights": lambda *_: None}), Backend)
 
 
 @pytest.mark.parametrize("kernels", [None, Toy, dict])
-def test_kernels_are_an_instance(kernels: Any) -> None:
+def test_kernels_must_be_an_instance(kernels: Any) -> None:
     mbn.register_backend("without", type("Without", (Toy,), {"name": "without", "kernels": kernels}))
     with pytest.raises(mbn.BackendUnavailableError, match="its attribute kernels is to be an instance"):
         mbn.get_backend("without")

@@ -1,6 +1,6 @@
-"""Kill processes while they save: ``python killed_while_saving.py FOLDER KILLS`` prints what the kills have left.
+"""Kill processes while they save: ``python killed_while_saving.py FOLDER KILLS`` counts the files that they leave.
 
-Each process saves two layers in turn to one file, until it is killed; after that the file has to be one of the two.
+Each process saves two layers in turn to one file, until it is killed; then the file must hold one of the two layers.
 """
 
 import json
@@ -27,13 +27,13 @@ LAYERS = {num_features: layer(num_features) for num_features in (4_000, 40_000)}
 
 
 def save_for_ever(path: Path) -> NoReturn:
-    signal.alarm(60)  # should nobody be left to kill it
+    signal.alarm(60)  # ends the process if its parent is gone
     while True:
         for bn in LAYERS.values():
             bn.save(path)
 
 
-def is_whole(bn: mbn.BatchNorm1d) -> bool:
+def is_complete(bn: mbn.BatchNorm1d) -> bool:
     saved = LAYERS[bn.num_features]
     same = (np.array_equal(value, bn.state_dict()[key]) for key, value in saved.state_dict().items())
     return repr(bn.to(backend="numpy")) == repr(saved) and all(same)
@@ -51,7 +51,7 @@ def main(folder: Path, kills: int) -> None:
         time.sleep(delay)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        left["whole"] += is_whole(mbn.BatchNorm1d.load(path))
+        left["whole"] += is_complete(mbn.BatchNorm1d.load(path))
         unfinished = list(folder.glob(".mbn-*"))
         left["unfinished"] += bool(unfinished)
     LAYERS[4_000].save(path)

@@ -1,4 +1,4 @@
-"""Whole models' checkpoints: one layer out of many entries, of safetensors and of torch, and nothing is ever run."""
+"""Checkpoints of models: one layer is read from the entries of all, in safetensors and torch; no code is executed."""
 
 import sys
 from pathlib import Path
@@ -24,7 +24,7 @@ def layer_entries(c: int, seed: int, dtype: Any = np.float32) -> dict[str, np.nd
 
 
 def model_entries() -> dict[str, np.ndarray]:
-    """Return those of a big model: 300 batch norms, and other layers between them."""
+    """Return the entries of a large model: 300 batch norms, and other layers between them."""
     entries = {f"{PREFIX}{key}": value for key, value in layer_entries(4, 7).items()}
     for k in range(300):
         entries |= {f"module.blocks.{k}.norm.{key}": value for key, value in layer_entries(3, k).items()}
@@ -54,7 +54,7 @@ def nested(entries: dict[str, Any], kind: str) -> dict[str, Any]:
 
 @pytest.fixture(params=["safetensors", "plain", "state_dict", "model", "legacy"])
 def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """Give a checkpoint of the model, of every kind."""
+    """Return the path of a checkpoint of the model, of every kind."""
     if request.param == "safetensors":
         save_file(model_entries(), tmp_path / "model.safetensors")
         return tmp_path / "model.safetensors"
@@ -65,14 +65,14 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("prefix", [PREFIX, PREFIX[:-1]])
-def test_a_layer_from_a_checkpoint(path: Path, prefix: str) -> None:
+def test_from_checkpoint_reads_the_layer_of_a_prefix(path: Path, prefix: str) -> None:
     for backend in ("numpy", "torch", None):
         bn = mbn.BatchNorm1d.from_checkpoint(path, prefix, backend=backend, eps=1e-3, momentum=None)
         assert (bn.num_features, bn.eps, bn.momentum, bn.training, bn.backend) == (4, 1e-3, None, True, backend)
         assert_is(bn, layer_entries(4, 7))
 
 
-def test_a_wrong_prefix_is_answered_with_the_nearest(path: Path) -> None:
+def test_error_for_an_unknown_prefix_names_the_nearest(path: Path) -> None:
     for prefix, nearest in (
         ("encoder.bn1.", PREFIX),
         ("module.encoder.bn2", PREFIX),
@@ -85,7 +85,7 @@ def test_a_wrong_prefix_is_answered_with_the_nearest(path: Path) -> None:
         assert len(str(caught.value)) < 800
 
 
-def test_entries_of_other_layers_are_refused(path: Path) -> None:
+def test_from_checkpoint_refuses_entries_of_other_layers(path: Path) -> None:
     with pytest.raises(ValueError, match="lack running_mean, .*track_running_stats=False.*Batch norms in it: '"):
         mbn.BatchNorm1d.from_checkpoint(path, "module.blocks.3.fc.")
     with pytest.raises(ValueError, match=r"weight has shape \(5, 3\)"):
@@ -95,7 +95,7 @@ def test_entries_of_other_layers_are_refused(path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["plain", "state_dict", "model"])
-def test_a_state_dict_of_a_model(kind: str) -> None:
+def test_load_state_dict_reads_the_layer_of_a_prefix(kind: str) -> None:
     given = nested(tensors(model_entries()), kind)
     for bn in (mbn.BatchNorm1d(4), mbn.BatchNorm1d(None, backend="torch")):
         assert bn.load_state_dict(given, prefix=PREFIX) == ([], [])
@@ -106,7 +106,7 @@ def test_a_state_dict_of_a_model(kind: str) -> None:
         mbn.BatchNorm1d(4).load_state_dict(given, prefix=3)  # type: ignore[arg-type]
 
 
-def test_a_state_dict_of_a_module_tells_its_version() -> None:
+def test_load_state_dict_requires_the_entries_of_the_version_of_a_module() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
     entries = model.state_dict()
     del entries["1.num_batches_tracked"]
@@ -115,7 +115,7 @@ def test_a_state_dict_of_a_module_tells_its_version() -> None:
     mbn.BatchNorm1d(4).load_state_dict(dict(entries), prefix="1.")
 
 
-def test_a_whole_model_without_a_prefix(path: Path) -> None:
+def test_checkpoint_of_a_model_is_refused_without_a_prefix(path: Path) -> None:
     words = "Give prefix= to select one layer's entries.*Batch norms in it: '"
     with pytest.raises(ValueError, match=f"there are no entries of a layer alone.*{words}"):
         mbn.BatchNorm1d.from_checkpoint(path)
@@ -135,7 +135,7 @@ def test_a_whole_model_without_a_prefix(path: Path) -> None:
             mbn.BatchNorm1d(4).load_state_dict(given)  # type: ignore[arg-type]
 
 
-def test_a_layer_of_ours_is_no_checkpoint(tmp_path: Path) -> None:
+def test_from_checkpoint_refuses_a_file_of_save(tmp_path: Path) -> None:
     mbn.BatchNorm1d(4, eps=0.5).save(tmp_path / "bn.safetensors")
     with pytest.raises(
         ValueError, match=r"bn.safetensors: it is a layer of BatchNorm1d.save, .*BatchNorm1d\.load\(path"
@@ -144,7 +144,7 @@ def test_a_layer_of_ours_is_no_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
-def test_a_count_that_is_floating(dtype: str, tmp_path: Path) -> None:
+def test_floating_count_is_taken_if_it_is_an_integer(dtype: str, tmp_path: Path) -> None:
     entries = {f"bn.{key}": value.to(getattr(torch, dtype)) for key, value in tensors(layer_entries(4, 7)).items()}
     torch.save(entries, tmp_path / "m.pt")
     loaded = mbn.BatchNorm1d(4, backend="torch", dtype="float64")
@@ -171,7 +171,7 @@ def test_errors_name_the_entry_and_the_file(tmp_path: Path) -> None:
         mbn.BatchNorm1d(4, affine=False).load_state_dict(entries, prefix="bn")
 
 
-def test_one_prefix_in_two_dictionaries() -> None:
+def test_prefix_in_two_dictionaries_is_refused() -> None:
     given = {
         name: tensors({f"bn.{key}": value for key, value in layer_entries(4, k).items()})
         for k, name in enumerate(("model", "ema"))
@@ -184,7 +184,7 @@ def test_one_prefix_in_two_dictionaries() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
-def test_entries_of_any_precision(dtype: str, tmp_path: Path) -> None:
+def test_from_checkpoint_takes_entries_of_any_precision(dtype: str, tmp_path: Path) -> None:
     entries = layer_entries(4, 5, getattr(ml_dtypes, dtype, dtype))
     torch.save(
         {
@@ -202,7 +202,7 @@ def test_entries_of_any_precision(dtype: str, tmp_path: Path) -> None:
         assert_is(bn, entries)
 
 
-def test_a_layer_without_some_of_it(tmp_path: Path) -> None:
+def test_from_checkpoint_takes_a_layer_without_bias_or_weight(tmp_path: Path) -> None:
     entries = layer_entries(4, 5)
     for left_out, text in (("bias",), "bias=False"), (("weight", "bias"), "affine=False"):
         kept = {key: value for key, value in entries.items() if key not in left_out}
@@ -213,13 +213,13 @@ def test_a_layer_without_some_of_it(tmp_path: Path) -> None:
 
 
 class Attack:
-    """An object whose unpickling would run something."""
+    """An object whose unpickling would execute code."""
 
     def __reduce__(self) -> Any:
         return Path.touch, (Path("attacked"),)
 
 
-def test_nothing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_checkpoint_executes_no_pickled_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for is_zip in (True, False):
         torch.save({"bn.weight": Attack()}, "model.pt", _use_new_zipfile_serialization=is_zip)
@@ -232,7 +232,7 @@ def test_nothing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 damaged", b"\x80\x02damaged", b'{"weight_map": {}}'])
-def test_damaged_files(content: bytes, tmp_path: Path) -> None:
+def test_damaged_or_missing_file_is_named(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=str(path)):
@@ -242,7 +242,7 @@ def test_damaged_files(content: bytes, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_zip", [True, False])
-def test_files_of_torch_that_end_too_early(tmp_path: Path, *, is_zip: bool) -> None:
+def test_truncated_torch_file_is_refused(tmp_path: Path, *, is_zip: bool) -> None:
     path = tmp_path / "model.pt"
     torch.save(tensors(layer_entries(4, 1)), path, _use_new_zipfile_serialization=is_zip)
     path.write_bytes(path.read_bytes()[:600])
@@ -251,7 +251,7 @@ def test_files_of_torch_that_end_too_early(tmp_path: Path, *, is_zip: bool) -> N
     assert len(str(caught.value)) - len(str(path)) < 300
 
 
-def test_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_file_without_torch_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save(tensors(layer_entries(4, 1)), tmp_path / "model.pt")
     save_file(layer_entries(4, 1), tmp_path / "model.safetensors")
     monkeypatch.setitem(sys.modules, "torch", None)

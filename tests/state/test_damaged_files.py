@@ -1,4 +1,4 @@
-"""Files that are not what they should be: each is refused in one sentence, and nothing of it is used."""
+"""Damaged and wrong files: each is refused in one sentence, and none of its contents is used."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def loaded(path: Path) -> Any:
-    """Return all that a layer from a file is, comparable to the bit; or None where the file is refused."""
+    """Return the snapshot of a loaded layer, comparable to the bit; or None if the file is refused."""
     try:
         snapshot = mbn.BatchNorm1d.load(path)._snapshot()
     except ValueError:
@@ -37,7 +37,7 @@ def loaded(path: Path) -> Any:
 
 
 def forge(path: Path, change: Change) -> None:
-    """Change what a file says, and make its checksum fit."""
+    """Change the contents of a file, and make its checksum fit."""
     arguments, entries, training, frozen = files.read(path)
     described = {"version": files.VERSION, "arguments": arguments, "training": training, "frozen": frozen}
     change(described, entries)
@@ -46,23 +46,23 @@ def forge(path: Path, change: Change) -> None:
 
 
 def test_every_truncation_is_refused(path: Path) -> None:
-    whole = path.read_bytes()
+    intact = path.read_bytes()
     assert loaded(path) is not None
-    for length in range(len(whole)):
-        path.write_bytes(whole[:length])
+    for length in range(len(intact)):
+        path.write_bytes(intact[:length])
         assert loaded(path) is None
 
 
-def test_every_flip_is_refused_or_harmless(path: Path) -> None:
-    whole, expected = path.read_bytes(), loaded(path)
+def test_every_flipped_bit_is_refused_or_harmless(path: Path) -> None:
+    intact, expected = path.read_bytes(), loaded(path)
     refused = 0
-    for place in range(len(whole)):
+    for position in range(len(intact)):
         for flip in (1, 2, 4, 8, 16, 32, 64, 128, 255):
-            path.write_bytes(whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :])
+            path.write_bytes(intact[:position] + bytes([intact[position] ^ flip]) + intact[position + 1 :])
             found = loaded(path)
             assert found in (None, expected)
             refused += found is None
-    assert refused > 0.99 * 9 * len(whole)
+    assert refused > 0.99 * 9 * len(intact)
 
 
 def test_appended_bytes_are_refused(path: Path) -> None:
@@ -70,7 +70,7 @@ def test_appended_bytes_are_refused(path: Path) -> None:
     assert loaded(path) is None
 
 
-def test_missing_file_is_no_value_error(tmp_path: Path) -> None:
+def test_missing_file_is_an_oserror(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         mbn.BatchNorm1d.load(tmp_path / "nowhere")
     with pytest.raises(IsADirectoryError, match=tmp_path.name):
@@ -78,7 +78,7 @@ def test_missing_file_is_no_value_error(tmp_path: Path) -> None:
 
 
 class Trap:
-    """What would make a folder if it was unpickled."""
+    """An object whose unpickling would make a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -87,7 +87,7 @@ class Trap:
         return os.mkdir, (self.folder,)
 
 
-def test_pickles_are_not_opened(tmp_path: Path) -> None:
+def test_pickle_is_refused_and_not_unpickled(tmp_path: Path) -> None:
     (tmp_path / "bn").write_bytes(pickle.dumps(Trap(tmp_path / "trapped")))
     with pytest.raises(
         ValueError, match=r"/bn holds no layer: it is damaged or no safetensors file \(.*\)\. .*from_checkpoint"
@@ -97,7 +97,7 @@ def test_pickles_are_not_opened(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("metadata", [None, {}, {"format": "pt"}])
-def test_weights_from_elsewhere_are_refused_with_the_way_out(path: Path, metadata: dict[str, str] | None) -> None:
+def test_safetensors_of_another_origin_are_refused_with_a_hint(path: Path, metadata: dict[str, str] | None) -> None:
     entries = load_file(path)
     save_file(entries, path, metadata)
     with pytest.raises(
@@ -118,7 +118,7 @@ def test_wrong_descriptions_are_refused(path: Path, text: str) -> None:
         mbn.BatchNorm1d.load(path)
 
 
-def test_later_format_needs_a_later_mbn(path: Path) -> None:
+def test_later_format_version_is_refused(path: Path) -> None:
     save_file(load_file(path), path, {files.KEY: '{"version": 2, "layers": []}'})
     with pytest.raises(ValueError, match="format is version 2, and this mbn reads version 1: install a newer mbn"):
         mbn.BatchNorm1d.load(path)

@@ -1,4 +1,4 @@
-"""Files apart from any backend: what they hold, how they are written, and that nothing else is ever loaded."""
+"""Files of layers, apart from any backend: their contents, safe writing, and loading."""
 
 import fcntl
 import json
@@ -38,7 +38,7 @@ def path(tmp_path: Path) -> Path:
 
 @given(data=st.data())
 @settings(deadline=None)
-def test_everything_goes_round(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_loaded_layer_equals_the_saved_one(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     flags = st.booleans()
     dtype, num_features = data.draw(st.sampled_from(["float32", "float64"])), data.draw(st.integers(1, 4))
     arguments = {
@@ -69,7 +69,7 @@ def test_everything_goes_round(tmp_path_factory: pytest.TempPathFactory, data: s
         assert (loaded.entries[key].dtype, loaded.entries[key].tobytes()) == (value.dtype, value.tobytes())
 
 
-def test_loaded_layer_is_open(path: Path) -> None:
+def test_loaded_layer_is_unbound_unless_a_backend_is_chosen(path: Path) -> None:
     torch = pytest.importorskip("torch", reason="a second framework binds the layer")
     bn = mbn.BatchNorm1d.load(str(path))
     assert bn.backend is None
@@ -81,14 +81,14 @@ def test_loaded_layer_is_open(path: Path) -> None:
         mbn.BatchNorm1d.load(path, backend="numpi")
 
 
-def test_file_is_loaded_by_a_subclass(path: Path) -> None:
+def test_subclass_loads_a_file_as_itself(path: Path) -> None:
     class Mine(mbn.BatchNorm1d):
         pass
 
     assert type(Mine.load(path)) is Mine
 
 
-def test_file_holds_the_entries_of_torch(path: Path) -> None:
+def test_file_has_the_entries_of_torch(path: Path) -> None:
     torch = pytest.importorskip("torch", reason="it is the one that loads them")
     from safetensors.torch import load_file as load_tensors
 
@@ -105,7 +105,7 @@ def test_equal_layers_make_equal_files(path: Path, tmp_path: Path) -> None:
     assert {file.read_bytes() for file in tmp_path.iterdir()} == {path.read_bytes()}
 
 
-def test_arrays_of_any_memory_order_are_written_as_they_read(path: Path) -> None:
+def test_arrays_of_any_memory_order_make_the_same_file(path: Path) -> None:
     snapshot = files.read(path)
     strided = {key: value.repeat(3)[::-3][::-1] if value.ndim else value for key, value in snapshot.entries.items()}
     before = path.read_bytes()
@@ -113,20 +113,20 @@ def test_arrays_of_any_memory_order_are_written_as_they_read(path: Path) -> None
     assert path.read_bytes() == before
 
 
-def test_link_stays_a_link(path: Path, tmp_path: Path) -> None:
+def test_save_to_a_link_keeps_the_link(path: Path, tmp_path: Path) -> None:
     link, ahead = tmp_path / "link", tmp_path / "ahead"
     link.symlink_to(path)
     ahead.symlink_to("not there yet")
-    for place in (link, ahead):
-        mbn.BatchNorm1d(7).save(place)
-        assert place.is_symlink()
-        assert mbn.BatchNorm1d.load(place).num_features == 7
+    for name in (link, ahead):
+        mbn.BatchNorm1d(7).save(name)
+        assert name.is_symlink()
+        assert mbn.BatchNorm1d.load(name).num_features == 7
     assert mbn.BatchNorm1d.load(path).num_features == 7
     assert mbn.BatchNorm1d.load(tmp_path / "not there yet").num_features == 7
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
-def test_permissions_are_those_of_any_new_file_or_of_the_old_one(path: Path, tmp_path: Path, umask: int) -> None:
+def test_save_uses_default_permissions_or_those_of_the_old_file(path: Path, tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
         mbn.BatchNorm1d(4).save(tmp_path / "new")
@@ -149,7 +149,7 @@ def test_permissions_are_those_of_any_new_file_or_of_the_old_one(path: Path, tmp
         ("circle", "circle"),
     ],
 )
-def test_place_that_takes_no_file_is_an_oserror(path: Path, tmp_path: Path, name: str, named: str) -> None:
+def test_save_to_an_impossible_path_is_an_oserror(path: Path, tmp_path: Path, name: str, named: str) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "circle").symlink_to("circle")
     os.mkfifo(tmp_path / "pipe")
@@ -203,7 +203,7 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_file_reaches_the_disk_before_it_takes_the_name(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_syncs_the_file_before_it_is_renamed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
     replace = Path.replace
 
@@ -220,13 +220,13 @@ def test_file_reaches_the_disk_before_it_takes_the_name(path: Path, monkeypatch:
     assert steps == [f"file of {size}", "name", "folder"]
 
 
-def test_killed_process_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
+def test_killed_save_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     command = [sys.executable, killed_while_saving.__file__, tmp_path, "200"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     left = json.loads(run.stdout)
     assert left["whole"] == 200
-    assert left["unfinished"] > 0  # some kills have struck in the middle of it
+    assert left["unfinished"] > 0  # some processes were killed during a save
 
 
 _KILLED = """
@@ -244,7 +244,7 @@ def leave_unfinished(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["new", "bn.safetensors", "[x]*?" + 240 * "y"])
-def test_what_a_killed_process_has_left_is_cleared_up_by_the_next_save_of_the_path(path: Path, name: str) -> None:
+def test_next_save_removes_the_temporary_file_of_a_killed_one(path: Path, name: str) -> None:
     other = path.with_name("other")
     leave_unfinished(path.with_name(name))
     leave_unfinished(other)
@@ -254,11 +254,11 @@ def test_what_a_killed_process_has_left_is_cleared_up_by_the_next_save_of_the_pa
     (left,) = path.parent.glob(".mbn-*.tmp")  # that of the other path
     assert left in before
     with largest_file(0), pytest.raises(OSError, match="File too large"):
-        mbn.BatchNorm1d(4).save(other)  # which needs the place on the disk, and so clears up first
+        mbn.BatchNorm1d(4).save(other)  # save removes leftovers before it needs disk space
     assert set(path.parent.iterdir()) == {path, path.with_name(name)}
 
 
-def test_a_save_clears_up_nothing_that_another_still_writes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_keeps_the_temporary_file_of_a_concurrent_save(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace = Path.replace
 
     def save_between(beside: Path, target: Path) -> Path:
@@ -273,9 +273,7 @@ def test_a_save_clears_up_nothing_that_another_still_writes(path: Path, monkeypa
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_save_whose_file_is_cleared_up_before_it_is_locked_begins_anew(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_save_starts_again_if_its_temporary_file_is_removed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flock = fcntl.flock
 
     def clear_up_before(descriptor: int, operation: int) -> None:
@@ -300,7 +298,7 @@ def assert_filled(path: Path) -> None:
     assert len({number for value in values for number in value.ravel().tolist()}) == 1
 
 
-def test_layer_is_saved_as_it_was_at_one_moment(path: Path) -> None:
+def test_save_writes_the_state_of_one_moment(path: Path) -> None:
     other = mbn.BatchNorm1d(4)
     fill(other, 2)
 
@@ -317,7 +315,7 @@ def test_layer_is_saved_as_it_was_at_one_moment(path: Path) -> None:
     assert_filled(path)
 
 
-def test_layer_is_saved_while_it_is_loaded(path: Path) -> None:
+def test_concurrent_saves_and_loads_are_consistent(path: Path) -> None:
     bn = mbn.BatchNorm1d(4)
     fill(bn, 0)
     bn.save(path)
@@ -335,10 +333,10 @@ def test_layer_is_saved_while_it_is_loaded(path: Path) -> None:
 
 
 class Layer(mbn.BatchNorm1d):
-    """A class of somebody's own."""
+    """A subclass of a user."""
 
 
-def test_loading_is_of_the_class_alone(tmp_path: Path) -> None:
+def test_load_is_a_method_of_the_class_alone(tmp_path: Path) -> None:
     path = tmp_path / "bn.safetensors"
     bn = Layer(4)
     bn.save(path)

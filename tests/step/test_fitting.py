@@ -1,4 +1,4 @@
-"""Fitting, on what data sets come from: loaders, mapped files and streams that are cut off."""
+"""``fit`` on all sources of data: loaders, mapped files, arrays in files, and streams that are interrupted."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ TENSOR, LABELS = torch.from_numpy(X), torch.arange(10)
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """Rows of a length that nobody knows."""
+    """A data set of unknown length."""
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return iter(TENSOR)
@@ -36,7 +36,7 @@ class Stream(torch.utils.data.IterableDataset):
     [torch.utils.data.TensorDataset(TENSOR, LABELS), torch.utils.data.TensorDataset(TENSOR), TENSOR, Stream()],
     ids=["inputs and labels", "inputs alone", "a tensor", "a stream"],
 )
-def test_torch_loader(dataset: Any) -> None:
+def test_fit_takes_a_torch_data_loader(dataset: Any) -> None:
     bn = mbn.BatchNorm1d(4).fit(torch.utils.data.DataLoader(dataset, batch_size=3), progress=True)
     assert bn.backend == "torch"
     assert int(bn.num_batches_tracked) == 4
@@ -44,11 +44,11 @@ def test_torch_loader(dataset: Any) -> None:
     np.testing.assert_allclose(bn.running_var, X.var(0, ddof=1), rtol=1e-6)
 
 
-def test_mapped_file_is_never_in_memory(tmp_path: Path) -> None:
+def test_fit_on_batches_of_a_mapped_file_takes_the_memory_of_one(tmp_path: Path) -> None:
     batch, path = 1 << 20, tmp_path / "data.npy"
     np.save(path, np.random.default_rng(2).standard_normal((32 * 4096, 64)).astype(np.float32))
     data = np.load(path, mmap_mode="r")
-    mbn.BatchNorm1d(64).fit([data[:2]], progress=False)  # imports what it needs
+    mbn.BatchNorm1d(64).fit([data[:2]], progress=False)  # imports modules before the measurement
     tracemalloc.start()
     bn = mbn.BatchNorm1d(64).fit((np.array(data[i : i + 4096]) for i in range(0, len(data), 4096)), progress=False)
     _, peak = tracemalloc.get_traced_memory()
@@ -59,7 +59,7 @@ def test_mapped_file_is_never_in_memory(tmp_path: Path) -> None:
 
 
 def watched(make: Callable[[], Any], count: int) -> Iterator[Any]:
-    """Give batches, each when the one before is gone."""
+    """Yield batches, and check that each has been freed when the next is requested."""
     before: weakref.ref[Any] | None = None
     for _ in range(count):
         if before is not None:
@@ -81,13 +81,13 @@ BATCHES: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("name", BATCHES)
 @pytest.mark.parametrize("progress", [True, False])
-def test_one_batch_at_a_time(name: str, *, progress: bool) -> None:
+def test_fit_holds_one_batch_at_a_time(name: str, *, progress: bool) -> None:
     bn = mbn.BatchNorm1d(None).fit(watched(BATCHES[name], 9), progress=progress)
     assert int(bn.num_batches_tracked) == 9
 
 
 class Later(NumpyBackend):
-    """A backend that keeps a batch until somebody asks for a result."""
+    """A backend that computes lazily: it holds a batch until ``finish`` is called."""
 
     name = "later"
     is_waiting = False
@@ -101,7 +101,7 @@ class Later(NumpyBackend):
         super().finish(*values)
 
 
-def test_batch_is_done_with_before_the_next_one_is_made() -> None:
+def test_fit_finishes_a_batch_before_it_requests_the_next() -> None:
     mbn.register_backend("later", Later)
     bn = mbn.BatchNorm1d(4, backend="later")
 
@@ -114,11 +114,11 @@ def test_batch_is_done_with_before_the_next_one_is_made() -> None:
 
 
 class Graph:
-    """What the graph of an activation holds on to."""
+    """An object that the graph of an activation refers to."""
 
 
 class Activation(torch.autograd.Function):
-    """The identity, with a graph that tells whether it is still there."""
+    """The identity, whose graph refers to an object; the object is freed with the graph."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, graph: Graph) -> torch.Tensor:
@@ -126,7 +126,7 @@ class Activation(torch.autograd.Function):
         return x.clone()
 
 
-def test_graphs_of_torch_are_let_go() -> None:
+def test_fit_frees_the_graph_of_every_batch() -> None:
     source, graphs = TENSOR.clone().requires_grad_(), []
 
     def activations() -> Iterator[torch.Tensor]:
@@ -144,16 +144,16 @@ def test_graphs_of_torch_are_let_go() -> None:
     assert not bn.running_var.requires_grad
 
 
-def test_first_batch_binds() -> None:
+def test_first_batch_of_a_fit_binds_the_layer() -> None:
     for bn in (mbn.BatchNorm1d(None), mbn.BatchNorm1d(4)):
         bn.fit([TENSOR], progress=False)
         assert (bn.backend, bn.num_features) == ("torch", 4)
 
 
 @pytest.mark.parametrize("last", [X, TENSOR[:, :3], TENSOR.to(torch.int32), jax.numpy.array(X)], ids=type)
-def test_refused_batch_leaves_the_layer_open(last: Any) -> None:
+def test_fit_with_a_refused_batch_leaves_the_layer_unbound(last: Any) -> None:
     bn, batches = mbn.BatchNorm1d(None), [TENSOR, TENSOR, last]
-    if isinstance(last, np.ndarray):  # which a bound layer takes
+    if isinstance(last, np.ndarray):  # a bound layer takes it, so another batch has to be refused
         batches = [*batches, TENSOR[:0, :2]]
     with pytest.raises((TypeError, ValueError)):
         bn.fit(batches, progress=False)
@@ -161,7 +161,7 @@ def test_refused_batch_leaves_the_layer_open(last: Any) -> None:
     assert bn.num_features is None
 
 
-def test_what_batches_do_to_the_layer_stays() -> None:
+def test_changes_of_the_layer_by_its_batches_stay() -> None:
     bn = mbn.BatchNorm1d(4, backend="numpy")
 
     def batches() -> Iterator[np.ndarray]:
@@ -176,7 +176,7 @@ def test_what_batches_do_to_the_layer_stays() -> None:
 
 def talking() -> Iterator[np.ndarray]:
     for _ in range(3):
-        print("a batch")  # noqa: T201 - as whoever makes batches may do
+        print("a batch")  # noqa: T201 - as user code may
         yield X
 
 
@@ -209,7 +209,7 @@ def test_progress_goes_to_standard_error(
     assert environment or len(err.splitlines()) == 1
 
 
-def test_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
+def test_fit_without_progress_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     mbn.BatchNorm1d(4).fit([X, X], progress=False)
     assert capsys.readouterr() == ("", "")
 
@@ -239,7 +239,7 @@ except KeyboardInterrupt:
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to one process")
 @pytest.mark.parametrize("progress", ["progress", "no progress"])
-def test_interrupt_leaves_the_layer_as_it_was(progress: str) -> None:
+def test_interrupted_fit_leaves_the_layer_unchanged(progress: str) -> None:
     command = [sys.executable, "-c", INTERRUPTED, progress]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
@@ -250,7 +250,7 @@ def test_interrupt_leaves_the_layer_as_it_was(progress: str) -> None:
 
 
 class Rows:
-    """An array in a file, as h5py gives them: it has a shape and slices, and is no array of anybody's."""
+    """An array in a file, like those of h5py: it has a shape and slices, but no backend owns it."""
 
     def __init__(self, values: np.ndarray) -> None:
         self.values, self.shape, self.dtype = values, values.shape, values.dtype
@@ -263,7 +263,7 @@ class Rows:
 
 @pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
 @pytest.mark.parametrize("longest", [3, len(X)])
-def test_a_data_set_is_walked_in_slices(longest: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_reads_an_array_in_a_file_by_slices(longest: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mbn.step.population._SLICE", longest * X[0].nbytes + 1)
     rows = Rows(X)
     bn = mbn.BatchNorm1d(4, backend=backend).fit(rows, progress=False)
@@ -273,7 +273,7 @@ def test_a_data_set_is_walked_in_slices(longest: int, backend: str, monkeypatch:
     assert int(bn.num_batches_tracked) == 1
 
 
-def test_a_mapped_file_takes_the_memory_of_a_slice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_on_a_mapped_file_takes_the_memory_of_a_slice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = np.random.default_rng(3).standard_normal((1 << 16, 16)).astype(np.float32)
     np.save(tmp_path / "x.npy", data)
     monkeypatch.setattr("mbn.step.population._SLICE", 1 << 16)
@@ -289,7 +289,7 @@ def test_a_mapped_file_takes_the_memory_of_a_slice(tmp_path: Path, monkeypatch: 
 
 
 class Named(dict[str, Any]):
-    """A batch as some loaders give it."""
+    """A batch as a dict, as some loaders return it."""
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ class Named(dict[str, Any]):
         ([None], TypeError, "None is no array"),
     ],
 )
-def test_what_is_no_data_set(batches: Any, error: type[Exception], words: str) -> None:
+def test_fit_refuses_other_data(batches: Any, error: type[Exception], words: str) -> None:
     bn = mbn.BatchNorm1d(4, backend="numpy")
     before = bn.state
     with pytest.raises(error, match=words):
@@ -314,7 +314,7 @@ def test_what_is_no_data_set(batches: Any, error: type[Exception], words: str) -
     assert bn.state is before
 
 
-def test_settings_that_change_during_a_fit_stay() -> None:
+def test_mode_that_changes_during_a_fit_stays() -> None:
     for bn in (mbn.BatchNorm1d(4, backend="numpy"), mbn.BatchNorm1d(None)):
         bn.fit((bn.eval() and X for _ in range(2)), progress=False)
         assert bn.training is False

@@ -1,4 +1,4 @@
-"""Folding into the dense layers of frameworks, whoever holds the statistics."""
+"""Folding a layer into dense layers of frameworks, for bound and unbound layers."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ X = torch.from_numpy(np.random.default_rng(1).standard_normal((16, 3)).astype(np
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_torch_linear(*, has_bias: bool) -> None:
+def test_fold_linear_into_a_torch_linear_gives_the_same_output(*, has_bias: bool) -> None:
     linear = torch.nn.Linear(3, 4, bias=has_bias)
     bn = configured(mbn.BatchNorm1d(4, backend="torch"), seed=1).eval()
     folded = torch.nn.Linear(3, 4)
@@ -22,7 +22,7 @@ def test_torch_linear(*, has_bias: bool) -> None:
     assert weight.is_contiguous()
 
 
-def test_layer_that_has_no_backend_yet_takes_that_of_the_weight() -> None:
+def test_fold_linear_of_an_unbound_layer_uses_the_backend_of_the_weight() -> None:
     bn = configured(mbn.BatchNorm1d(4), seed=1)
     weight, bias = torch.randn(4, 3), np.ones(4, np.float32)
     folded = mbn.fold_linear(weight, bias, bn)
@@ -34,7 +34,7 @@ def test_layer_that_has_no_backend_yet_takes_that_of_the_weight() -> None:
     assert all(isinstance(array, np.ndarray) for array in bn.fold())
 
 
-def test_arrays_of_another_framework_are_refused() -> None:
+def test_fold_linear_refuses_arrays_of_another_framework() -> None:
     bn = mbn.BatchNorm1d(4, backend="numpy")
     weight, bias = torch.ones(4, 3), torch.ones(4)
     with pytest.raises(TypeError, match="weight is an array of torch and the backend is numpy"):
@@ -44,7 +44,7 @@ def test_arrays_of_another_framework_are_refused() -> None:
 
 
 @pytest.mark.parametrize("given", [None, torch.nn.BatchNorm1d(3)], ids=["None", "torch's"])
-def test_what_is_no_layer_is_refused(given) -> None:
+def test_fold_linear_refuses_an_argument_that_is_no_layer(given) -> None:
     with pytest.raises(TypeError, match=r"fold_linear takes a mbn.BatchNorm1d, not .*mbn.from_torch"):
         mbn.fold_linear(np.ones((3, 2), np.float32), None, given)
 
