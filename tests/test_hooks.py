@@ -1,4 +1,4 @@
-"""What a layer asks of a backend, and when: seen through a backend that takes notes."""
+"""The hooks of a backend that a layer calls, and when: observed with a backend that records its calls."""
 
 import copy
 import pickle
@@ -13,7 +13,7 @@ X = np.random.default_rng(1).standard_normal((5, 4)).astype(np.float32)
 
 
 class NoteTaker(NumpyBackend):
-    """NumPy's arithmetic, and a record of the hooks."""
+    """NumPy's backend, with a record of the calls of its hooks."""
 
     name = "notes"
 
@@ -44,12 +44,12 @@ def notes():
 
 @pytest.fixture
 def layer_type(monkeypatch):
-    """Give a class of layers that no backend has seen."""
+    """Return a class of layers that is registered with no backend."""
     monkeypatch.setattr("mbn.layer._introduced", set())
     return type("Layer", (mbn.BatchNorm1d,), {})
 
 
-def test_a_class_of_layers_is_introduced_once(notes, layer_type):
+def test_layer_class_is_registered_once(notes, layer_type):
     first = layer_type(4, backend=notes)
     layer_type(4, backend=notes)
     copy.deepcopy(first)
@@ -58,14 +58,14 @@ def test_a_class_of_layers_is_introduced_once(notes, layer_type):
     assert [kind for kind, _, _ in notes.registered] == [layer_type, mbn.BatchNorm1d]
 
 
-def test_the_first_input_introduces_as_well(notes, layer_type):
+def test_first_input_registers_the_class(notes, layer_type):
     bn = layer_type(None)
     assert notes.registered == []
     bn.to(backend=notes)(X)
     assert [kind for kind, _, _ in notes.registered] == [layer_type]
 
 
-def test_a_pickle_introduces_its_class_in_another_process(notes, monkeypatch):
+def test_unpickling_registers_the_class(notes, monkeypatch):
     monkeypatch.setattr("mbn.layer._introduced", set())
     pickled = pickle.dumps(mbn.BatchNorm1d(4, backend=notes))
     monkeypatch.setattr("mbn.layer._introduced", set())
@@ -74,7 +74,7 @@ def test_a_pickle_introduces_its_class_in_another_process(notes, monkeypatch):
     assert [kind for kind, _, _ in notes.registered] == [mbn.BatchNorm1d]
 
 
-def test_a_layer_is_its_arrays_and_a_hashable_rest(notes, layer_type):
+def test_flatten_gives_the_arrays_and_a_hashable_rest(notes, layer_type):
     bn = layer_type(4, axis=-1, momentum=None, backend=notes).freeze().eval()
     ((_, flatten, unflatten),) = notes.registered
     arrays, rest = flatten(bn)
@@ -89,7 +89,7 @@ def test_a_layer_is_its_arrays_and_a_hashable_rest(notes, layer_type):
     assert unflatten(rest, (None, "whatever stands for arrays"))._storage.params is None
 
 
-def test_parameters_are_made_by_the_backend(notes):
+def test_parameters_are_created_by_the_backend(notes):
     bn = mbn.BatchNorm1d(4, backend=notes)
     assert notes.parameters == [None, None]
     weight, bias = bn.params
@@ -99,7 +99,7 @@ def test_parameters_are_made_by_the_backend(notes):
     assert notes.parameters[-1] is bias
 
 
-def test_a_step_that_is_a_repetition_is_not_stored(notes):
+def test_step_that_the_backend_does_not_store_keeps_the_state(notes):
     bn = mbn.BatchNorm1d(4, backend=notes)
     before = bn.state
     notes.storing = False
@@ -111,7 +111,7 @@ def test_a_step_that_is_a_repetition_is_not_stored(notes):
     assert int(bn.num_batches_tracked) == 1
 
 
-def test_a_step_that_cannot_be_stored_changes_nothing(notes):
+def test_step_that_cannot_be_stored_changes_nothing(notes):
     bn, lazy = mbn.BatchNorm1d(4, backend=notes), mbn.BatchNorm1d(None, backend=notes)
     before = bn.state
     notes.storing = RuntimeError("this state ends with its trace")
@@ -123,7 +123,7 @@ def test_a_step_that_cannot_be_stored_changes_nothing(notes):
     bn.apply(bn.params, bn.state, X, training=True)
 
 
-def test_masks_are_for_backends_that_declare_them(notes, monkeypatch):
+def test_masks_are_refused_by_a_backend_that_does_not_declare_them(notes, monkeypatch):
     monkeypatch.setattr(NoteTaker, "capabilities", NumpyBackend.capabilities._replace(masks=False))
     bn = mbn.BatchNorm1d(4, backend=notes)
     before = bn.state

@@ -1,4 +1,4 @@
-"""The layer apart from any backend's arithmetic: how it binds, moves and describes itself."""
+"""The layer apart from the arithmetic of backends: binding, moving, loading, attributes, threads."""
 
 import copy
 import pickle
@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch", reason="the tests of foreign arrays need a 
 X = np.random.default_rng(1).standard_normal((5, 4)).astype(np.float32)
 
 
-def test_repr_is_torchs_and_the_backend() -> None:
+def test_repr_is_that_of_torch_with_the_backend() -> None:
     theirs = repr(torch.nn.BatchNorm1d(4, momentum=None, affine=False))
     assert repr(mbn.BatchNorm1d(4, momentum=None, affine=False)) == f"{theirs[:-1]}, backend=None)"
     assert repr(mbn.BatchNorm1d(4, backend="torch")).endswith("backend='torch')")
@@ -27,7 +27,7 @@ def test_repr_is_torchs_and_the_backend() -> None:
     assert repr(mbn.BatchNorm1d(None)).startswith("BatchNorm1d(None, eps=1e-05, ")
 
 
-def test_first_input_binds() -> None:
+def test_first_input_binds_the_layer() -> None:
     bn = mbn.BatchNorm1d(4)
     assert isinstance(bn.running_mean, np.ndarray)
     y = bn(torch.from_numpy(X))
@@ -61,7 +61,7 @@ def test_lists_bind_to_numpy() -> None:
     assert y.dtype == np.float32
 
 
-def test_foreign_arrays_are_refused_with_the_way_out() -> None:
+def test_bound_layer_refuses_arrays_of_another_framework() -> None:
     bn = configured(mbn.BatchNorm1d(4, backend="numpy"), seed=2)
     before = copy.deepcopy(bn.state_dict())
     x = torch.from_numpy(X)
@@ -82,7 +82,7 @@ def test_bound_layer_takes_host_data() -> None:
     np.testing.assert_allclose(mbn.to_numpy(y), mbn.BatchNorm1d(4)(X), atol=1e-6)
 
 
-def test_moving_takes_the_state_along() -> None:
+def test_move_to_another_backend_keeps_the_state() -> None:
     bn = configured(mbn.BatchNorm1d(4), seed=3)
     expected = {key: value.copy() for key, value in bn.state_dict().items()}
     assert bn.to(backend="torch") is bn
@@ -93,7 +93,7 @@ def test_moving_takes_the_state_along() -> None:
     assert bn.running_mean.dtype == np.float64
 
 
-def test_dtype_of_an_open_layer() -> None:
+def test_unbound_layer_can_change_its_dtype() -> None:
     bn = mbn.BatchNorm1d(4).to(dtype=torch.float64)
     assert bn.backend is None
     assert bn.running_mean.dtype == np.float64
@@ -114,7 +114,7 @@ def test_refused_move_changes_nothing(move: dict[str, str]) -> None:
         np.testing.assert_array_equal(value, bn.state_dict()[key])
 
 
-def test_device_of_an_open_layer_waits_for_the_backend() -> None:
+def test_device_of_an_unbound_layer_is_checked_by_its_first_input() -> None:
     bn = mbn.BatchNorm1d(4, device="cpu")
     assert bn(torch.from_numpy(X)).device == torch.device("cpu")
     open_layer = mbn.BatchNorm1d(4, device="cuda:99")
@@ -140,25 +140,25 @@ def test_state_dict_loads_into_torch() -> None:
     np.testing.assert_allclose(mbn.to_numpy(bn.eval()(X)), theirs(torch.from_numpy(X)).detach().numpy(), atol=1e-6)
 
 
-def test_pickles_of_a_backend_are_its_name() -> None:
+def test_backend_pickles_and_copies_as_itself() -> None:
     backend = mbn.get_backend("numpy")
     assert pickle.loads(pickle.dumps(backend)) is backend
     assert copy.deepcopy(backend) is backend
 
 
-def test_open_layer_survives_copies() -> None:
+def test_unbound_layer_can_be_copied_and_pickled() -> None:
     for twin in (copy.deepcopy(mbn.BatchNorm1d(None)), pickle.loads(pickle.dumps(mbn.BatchNorm1d(None)))):
         assert twin.backend is None
         assert twin(X).shape == X.shape
 
 
-def test_modes_and_moves_chain() -> None:
+def test_mode_methods_and_moves_can_be_chained() -> None:
     bn = mbn.BatchNorm1d(4).eval().freeze().train().unfreeze().to(backend="numpy")
     assert bn.training
     assert [parameter.shape for parameter in bn.parameters()] == [(4,), (4,)]
 
 
-def test_arguments_can_be_changed() -> None:
+def test_momentum_and_eps_can_be_set() -> None:
     bn = mbn.BatchNorm1d(4)
     bn.momentum = None
     bn.eps = 1
@@ -167,7 +167,7 @@ def test_arguments_can_be_changed() -> None:
 
 
 @pytest.mark.parametrize("name", ["numpy", "numba", "torch"])
-def test_the_arrays_that_apply_is_given_say_their_dtype(name: str) -> None:
+def test_apply_computes_in_the_dtype_of_the_given_arrays(name: str) -> None:
     if name == "numba":
         pytest.importorskip(name, reason="this is about its backend")
     narrow, wide = (
@@ -185,7 +185,7 @@ def test_the_arrays_that_apply_is_given_say_their_dtype(name: str) -> None:
         narrow.apply(mixed, wide.state, X, training=True)
 
 
-def test_nested_foreign_state_is_taken_by_a_load_alone() -> None:
+def test_apply_refuses_parameters_of_another_framework() -> None:
     bn = mbn.BatchNorm1d(4, backend="numpy")
     with pytest.raises(TypeError, match="weight is an array of torch"):
         bn.apply(bn.params._replace(weight=torch.ones(4)), bn.state, X, training=True)
@@ -205,7 +205,7 @@ def test_nested_foreign_state_is_taken_by_a_load_alone() -> None:
     ],
 )
 @pytest.mark.parametrize("backend", [None, "numpy", "torch"])
-def test_what_a_layer_is_made_with_cannot_be_set(name: str, value: object, instead: str, backend: str | None) -> None:
+def test_constructor_arguments_cannot_be_set(name: str, value: object, instead: str, backend: str | None) -> None:
     bn = configured(mbn.BatchNorm1d(4, backend=backend), seed=6)
     before, text = getattr(bn, name), repr(bn)
     with pytest.raises(AttributeError, match=f"{name} of a layer can't be set.*{instead}"):
@@ -214,7 +214,7 @@ def test_what_a_layer_is_made_with_cannot_be_set(name: str, value: object, inste
     assert repr(bn) == text
 
 
-def test_a_layer_tells_its_dtype_and_device() -> None:
+def test_layer_has_its_dtype_and_device() -> None:
     bn = mbn.BatchNorm1d(4, backend="torch", dtype="float64")
     assert (bn.dtype, bn.device) == ("float64", torch.device("cpu"))
     assert mbn.BatchNorm1d(4, device="cpu").device == "cpu"
@@ -222,13 +222,13 @@ def test_a_layer_tells_its_dtype_and_device() -> None:
 
 @pytest.mark.parametrize("name", ["affine", "track_running_stats", "bias"])
 @pytest.mark.parametrize("value", ["no", 1, None, np.zeros(2, bool)])
-def test_flags_are_true_or_false(name: str, value: Any) -> None:
+def test_flags_other_than_true_or_false_are_refused(name: str, value: Any) -> None:
     with pytest.raises(TypeError, match=f"{name} is True or False"):
         mbn.BatchNorm1d(4, **{name: value})
     assert mbn.BatchNorm1d(4, **{name: np.True_}).affine is True
 
 
-def test_mode_is_true_or_false() -> None:
+def test_mode_other_than_true_or_false_is_refused() -> None:
     bn = mbn.BatchNorm1d(4)
     with pytest.raises(TypeError, match="training is True or False, not 'no'"):
         bn.training = "no"  # type: ignore[assignment]
@@ -238,7 +238,7 @@ def test_mode_is_true_or_false() -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "dtype"),
+    ("given", "dtype"),
     [
         (("cpu",), "float32"),
         ((torch.device("cpu"),), "float32"),
@@ -249,16 +249,16 @@ def test_mode_is_true_or_false() -> None:
         ((None, "float64"), "float64"),
     ],
 )
-def test_moving_by_position(place: tuple[Any, ...], dtype: str) -> None:
+def test_to_takes_device_and_dtype_by_position(given: tuple[Any, ...], dtype: str) -> None:
     for backend in ("torch", None):
         bn = configured(mbn.BatchNorm1d(4, backend=backend), seed=3)
-        assert bn.to(*place) is bn
+        assert bn.to(*given) is bn
         assert bn.dtype == dtype
         assert mbn.to_numpy(bn.running_mean).dtype == dtype
 
 
 @pytest.mark.parametrize(
-    ("place", "error", "words"),
+    ("given", "error", "words"),
     [
         ("jax", TypeError, r"bn.to\(backend='jax'\)"),
         ("cuda:99", ValueError, "not 'cuda:99'"),
@@ -266,10 +266,10 @@ def test_moving_by_position(place: tuple[Any, ...], dtype: str) -> None:
         (torch.zeros(3), ValueError, "devices here"),
     ],
 )
-def test_refused_move_by_position(place: Any, error: type[Exception], words: str) -> None:
+def test_to_refuses_other_positional_arguments(given: Any, error: type[Exception], words: str) -> None:
     bn = mbn.BatchNorm1d(4, backend="torch")
     with pytest.raises(error, match=words):
-        bn.to(place)
+        bn.to(given)
     assert bn.dtype == "float32"
 
 
@@ -299,7 +299,7 @@ def test_sparse_tensors_are_refused(kind: str) -> None:
         ("weight", lambda bn, x, sparse: mbn.fold_linear(sparse(x[:4]), None, bn)),
     ],
 )
-def test_sparse_tensors_are_refused_wherever_one_may_stand(kind: str, name: str, call: Any) -> None:
+def test_sparse_tensors_are_refused_as_any_argument(kind: str, name: str, call: Any) -> None:
     x = torch.from_numpy(X)
     bn = mbn.BatchNorm1d(4, backend="torch").eval()
     with pytest.raises(TypeError, match=rf"{name} is a tensor of layout torch\..*Give {name}.to_dense\(\)"):
@@ -310,7 +310,7 @@ def test_sparse_tensors_are_refused_wherever_one_may_stand(kind: str, name: str,
 
 @pytest.mark.parametrize("index", range(4))
 @pytest.mark.parametrize("training", [True, False])
-def test_sparse_vectors_are_refused_in_functions(index: int, training: bool) -> None:
+def test_sparse_vectors_are_refused_by_functional_batch_norm(index: int, training: bool) -> None:
     vectors = [torch.ones(4) for _ in range(4)]
     vectors[index] = vectors[index].to_sparse()
     name = ("running_mean", "running_var", "weight", "bias")[index]
@@ -327,7 +327,7 @@ def test_nested_tensors_are_refused() -> None:
             call(x)
 
 
-def test_attributes_of_a_subclass_outlive_the_first_call() -> None:
+def test_attributes_of_a_subclass_survive_the_first_call() -> None:
     class Layer(mbn.BatchNorm1d):
         def reset_parameters(self) -> None:
             super().reset_parameters()
@@ -338,7 +338,7 @@ def test_attributes_of_a_subclass_outlive_the_first_call() -> None:
     assert bn.gain == 1
 
 
-def test_a_load_while_the_input_is_received_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_during_a_call_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     bn, other = mbn.BatchNorm1d(4, backend="numpy"), configured(mbn.BatchNorm1d(4), seed=3)
 
     def load_first(*arguments: Any) -> Any:
@@ -352,7 +352,7 @@ def test_a_load_while_the_input_is_received_stays(monkeypatch: pytest.MonkeyPatc
 
 
 class Bare(mbn.BatchNorm1d):
-    """A layer that is copied by its attributes, without what their class says of copies."""
+    """A layer that is copied by its attributes alone, without ``__getstate__`` of its base."""
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__.copy()
@@ -363,7 +363,7 @@ class Bare(mbn.BatchNorm1d):
 
 
 @pytest.mark.parametrize("change", ["call", "eps", "reset", "attribute"])
-def test_shallow_copies_share_nothing_that_changes(change: str) -> None:
+def test_shallow_copies_do_not_affect_each_other(change: str) -> None:
     bn = Bare(4, backend="numpy")
     other = copy.copy(bn)
     bn(X)
@@ -380,14 +380,14 @@ def test_shallow_copies_share_nothing_that_changes(change: str) -> None:
         np.testing.assert_array_equal(value, before[0][key])
 
 
-def test_a_subclass_may_say_what_its_parameters_are() -> None:
+def test_subclass_may_override_params() -> None:
     bn = Bare(4, backend="numpy")
     assert bn.weight.tolist() == [1] * 4
     assert bn.params.weight.tolist() == [2] * 4
     assert bn.state.running_var.tolist() == [1] * 4
 
 
-def test_attributes_of_a_layer_of_an_earlier_version_stay() -> None:
+def test_state_of_an_earlier_version_is_restored() -> None:
     bn = mbn.BatchNorm1d(4, backend="numpy")
     held = {f"_{name}": value for name, value in bn._storage._asdict().items()}
     old = {**held, "_training": False, "_frozen": False, "__qualname__": "", "nparams": 3, "xstate": 2}
@@ -398,8 +398,8 @@ def test_attributes_of_a_layer_of_an_earlier_version_stay() -> None:
 
 
 @pytest.mark.parametrize("change", ["running_mean", "eps", "as_module"])
-def test_a_change_during_a_step_or_another_change_is_not_lost(change: str) -> None:
-    """Whatever a thread changes, another one may change the storage while it does."""
+def test_change_by_another_thread_during_a_change_is_not_lost(change: str) -> None:
+    """While a thread changes the storage, another thread may change it too."""
     bn = mbn.BatchNorm1d(4, backend="torch")
     make, calls = bn._change, []
 

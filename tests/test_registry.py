@@ -1,4 +1,4 @@
-"""From names and arrays to backends: every way of choosing, in its order, and every way that it can fail."""
+"""From names and arrays to backends: the order of the choices, registration, and all errors."""
 
 import asyncio
 import sys
@@ -23,7 +23,7 @@ def _toys() -> Iterator[None]:
     return
 
 
-def test_order_of_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_is_chosen_by_argument_context_default_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(**arguments: str) -> str | None:
         return mbn.BatchNorm1d(4, **arguments).backend
 
@@ -43,7 +43,7 @@ def test_order_of_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen() == "environment"
 
 
-def test_layers_stay_with_the_choice_they_were_made_by() -> None:
+def test_layer_keeps_the_backend_of_the_context_it_was_made_in() -> None:
     with mbn.use_backend("toy"):
         bn = mbn.BatchNorm1d(4)
     assert bn.backend == "toy"
@@ -51,7 +51,7 @@ def test_layers_stay_with_the_choice_they_were_made_by() -> None:
     assert bn.backend == "toy"
 
 
-def test_functional_follows_the_choice() -> None:
+def test_functional_uses_the_chosen_backend() -> None:
     x = np.arange(8, dtype=np.float32).reshape(2, 4)
     calls = []
 
@@ -70,7 +70,7 @@ def test_functional_follows_the_choice() -> None:
     assert calls == [(2, 4), (2, 4)]
 
 
-def test_get_backend() -> None:
+def test_get_backend_takes_a_name_a_backend_or_the_choice() -> None:
     assert mbn.get_backend("toy") is mbn.get_backend("toy")
     assert mbn.get_backend(mbn.get_backend("toy")) is mbn.get_backend("toy")
     assert mbn.get_backend().name == "numpy"
@@ -82,12 +82,12 @@ def test_get_backend() -> None:
         pass
 
 
-def test_choice_is_each_threads_own() -> None:
+def test_use_backend_affects_its_thread_alone() -> None:
     with mbn.use_backend("toy"), ThreadPoolExecutor(1) as pool:
         assert pool.submit(lambda: mbn.BatchNorm1d(4).backend).result() is None
 
 
-def test_choice_is_each_tasks_own() -> None:
+def test_use_backend_affects_its_task_alone() -> None:
     async def choose(name: str) -> str | None:
         with mbn.use_backend(name):
             await asyncio.sleep(0)
@@ -99,7 +99,7 @@ def test_choice_is_each_tasks_own() -> None:
     assert asyncio.run(both()) == ["toy", "context"]
 
 
-def test_choice_ends_with_the_block_even_on_an_error() -> None:
+def test_use_backend_ends_with_its_block_even_on_an_error() -> None:
     with pytest.raises(KeyError), mbn.use_backend("toy"):
         raise KeyError
     assert mbn.BatchNorm1d(4).backend is None
@@ -108,7 +108,7 @@ def test_choice_ends_with_the_block_even_on_an_error() -> None:
 @pytest.mark.parametrize(
     "choose", [mbn.get_backend, mbn.set_default_backend, lambda name: mbn.BatchNorm1d(4, backend=name)]
 )
-def test_unknown_name(choose: object) -> None:
+def test_unknown_name_is_refused_with_a_suggestion(choose: object) -> None:
     with pytest.raises(
         mbn.BackendNotFoundError, match=r"no backend 'numpi'\. Did you mean 'numpy'\?.*numpy, torch"
     ) as caught:
@@ -120,7 +120,7 @@ def test_unknown_name(choose: object) -> None:
 
 
 @pytest.mark.parametrize("nonsense", ["False", "0", " torch", "numpy,torch"])
-def test_nonsense_in_the_environment(monkeypatch: pytest.MonkeyPatch, nonsense: str) -> None:
+def test_unknown_name_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch, nonsense: str) -> None:
     monkeypatch.setenv("MBN_BACKEND", nonsense)
     with pytest.raises(mbn.BackendNotFoundError, match=f"MBN_BACKEND is '{nonsense}'"):
         mbn.BatchNorm1d(4)
@@ -132,8 +132,8 @@ def test_empty_environment_variable_is_no_choice(monkeypatch: pytest.MonkeyPatch
     assert mbn.BatchNorm1d(4).backend is None
 
 
-def test_framework_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch", None)  # what the import system takes for "not there"
+def test_missing_framework_makes_its_backend_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)  # makes the import fail
     for module in ("mbn_torch.backend", "mbn_torch.kernels.eager"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     registry._loaded.pop("torch", None)
@@ -145,7 +145,7 @@ def test_framework_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
     assert isinstance(caught.value.__cause__, ModuleNotFoundError)
 
 
-def test_framework_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusable_framework_makes_its_backend_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_device() -> None:
         raise RuntimeError("no device today")
 
@@ -165,7 +165,7 @@ def test_framework_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: 1 / 0, "ZeroDivision"),
     ],
 )
-def test_broken_backend(target: object, cause: str) -> None:
+def test_broken_backend_is_unavailable(target: object, cause: str) -> None:
     mbn.register_backend("broken", target)
     with pytest.raises(mbn.BackendUnavailableError, match=f"'broken' .* is broken: {cause}") as caught:
         mbn.get_backend("broken")
@@ -174,13 +174,13 @@ def test_broken_backend(target: object, cause: str) -> None:
     assert mbn.get_backend("toy").name == "toy"
 
 
-def test_backend_that_is_none() -> None:
+def test_class_that_is_no_backend_is_refused() -> None:
     mbn.register_backend("dictionary", dict)
     with pytest.raises(mbn.BackendUnavailableError, match="gives a dict, which is not a mbn.contract.Backend"):
         mbn.get_backend("dictionary")
 
 
-def test_registering() -> None:
+def test_register_backend_takes_a_path_a_class_or_an_instance() -> None:
     for target, kind in [
         ("toy:Toy", Toy),
         (Toy(), Toy),
@@ -191,7 +191,7 @@ def test_registering() -> None:
         assert type(mbn.get_backend("toy")) is kind
 
 
-def test_backend_of_another_name() -> None:
+def test_backend_with_another_name_is_refused() -> None:
     mbn.register_backend("alias", Toy)
     with pytest.raises(mbn.BackendUnavailableError, match="'alias' .* calls itself 'toy'"):
         mbn.get_backend("alias")
@@ -208,14 +208,14 @@ def test_backend_of_another_name() -> None:
         ("ok", 3, TypeError),
     ],
 )
-def test_refused_registration(name: str, target: object, error: type[Exception]) -> None:
+def test_invalid_registration_changes_nothing(name: str, target: object, error: type[Exception]) -> None:
     before = mbn.list_backends()
     with pytest.raises(error):
         mbn.register_backend(name, target)
     assert mbn.list_backends() == before
 
 
-def test_owner_of_own_array_types() -> None:
+def test_owner_of_an_array_type_is_cached() -> None:
     class Array:
         shape = (2, 4)
 
@@ -234,7 +234,7 @@ def test_owner_of_own_array_types() -> None:
     assert asked.count(x) == 1  # the answer is kept for the class
 
 
-def test_arrays_of_known_backends_cost_no_look_at_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_owner_of_a_known_array_is_found_without_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
     def look() -> None:
         raise AssertionError("entry points are read")
 
@@ -245,6 +245,6 @@ def test_arrays_of_known_backends_cost_no_look_at_entry_points(monkeypatch: pyte
         registry.owner_of(object())
 
 
-def test_lists_and_scalars_are_numpys() -> None:
+def test_lists_and_scalars_belong_to_numpy() -> None:
     for x in ([[1.0]], (1.0,), 1, 1.0, np.float32(1), np.ones(3)):
         assert registry.owner_of(x).name == "numpy"
