@@ -1,4 +1,4 @@
-"""What every test file shares: a registry that is as it was before each test, and the skips that CI expects."""
+"""Shared by all tests: the registry is restored after each test, and unexpected skips fail where CI asks for it."""
 
 import os
 import re
@@ -13,7 +13,7 @@ import mbn
 from mbn import registry
 
 NO_OTHERS = "MBN_NO_UNEXPECTED_SKIPS"
-"""The environment variable that has any other skip fail, for where everything is installed."""
+"""The environment variable with which unexpected skips fail; CI sets it where everything is installed."""
 EXPECTED_SKIPS = {
     r"(cupy|torch|jax) finds no GPU": "CI has none; who has one runs these tests with it",
     r"there is a GPU": "the counterpart of these tests",
@@ -26,7 +26,7 @@ EXPECTED_SKIPS = {
     r"(torch\.nn\.BatchNorm1d|the formula) takes no masks": "the same, for the peers",
     r"no step of nnx\.BatchNorm with a mask or float64 is measured": "the same",
 }
-"""Regular expressions that the reasons begin with, and why a skip is right there."""
+"""Regular expressions that match the start of a reason, and why such a skip is right."""
 
 
 SLOW = "slow", "processes"
@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def unexpected(report: Any) -> str | None:
-    """Return why a test or a file has been skipped, if nobody expects that."""
+    """Return the reason of an unexpected skip of a test or a file, or None."""
     if not report.skipped or hasattr(report, "wasxfail"):
         return None
     reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
@@ -71,13 +71,13 @@ def _refuse(report: Any) -> Any:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, Any, Any]:
-    """Have a test fail that is skipped unexpectedly."""
+    """Let a test fail that is skipped unexpectedly."""
     return _refuse((yield))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report() -> Generator[None, Any, Any]:
-    """Have a file fail that is skipped unexpectedly."""
+    """Let a file fail that is skipped unexpectedly."""
     return _refuse((yield))
 
 

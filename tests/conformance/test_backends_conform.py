@@ -1,4 +1,4 @@
-"""Every backend passes the suite, each in a process of its own."""
+"""Every backend passes the conformance suite, each in another process."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def _before(folder: Path) -> str:
 
 
 SUMS = "(test_accuracy or test_gradients or test_masks or test_population) and not (any_eps or any_size) or 5x3"
-"""The part of the suite in which JAX's layout for GPUs, another one of its sums, can go wrong."""
+"""The tests that JAX's lowering for GPUs can fail, since it adds in another order."""
 GPU_LAYOUT = {
     "PYTEST_PLUGINS": "jax_gpu_layout",
     "PYTHONPATH": _before(HERE),
@@ -96,7 +96,7 @@ def test_runs_as_plain_pytest() -> None:
         ([], "needs --backend NAME; known backends: numpy"),
     ],
 )
-def test_wrong_names_are_one_line(arguments: list[str], words: str) -> None:
+def test_wrong_backend_names_are_one_line(arguments: list[str], words: str) -> None:
     command = [sys.executable, "-m", "pytest", "--pyargs", "mbn.conformance", "-p", "mbn.conformance.plugin"]
     run = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
     assert run.returncode == pytest.ExitCode.USAGE_ERROR

@@ -1,4 +1,4 @@
-"""The suite must be able to fail: it has to name every bug that is planted in a correct backend."""
+"""The suite must be able to fail: it has to find every bug that is planted in a correct backend."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ Conform = Callable[[str, list[str]], dict[str, dict[str, Any]]]
 
 NAMES = list(toy_bugs.BUGS)
 GROUPS = [NAMES[start : start + 9] for start in range(0, len(NAMES), 9)]
-"""A process for each would take most of its time to start."""
+"""Bugs that share a process, since a process for each would spend most of its time on its start."""
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def conform(nested: Nested, tmp_path: Path) -> Conform:
 
 
 def is_named(report: dict[str, Any], bug: Bug) -> bool:
-    """Tell whether the expected test alone failed, and for the bug: any other error may be a mistake in the plant."""
+    """Return whether the expected test alone failed, by the expected error; another may be a mistake in the bug."""
     failures = report["failed"]
     errors = ("AssertionError", "assert ", "Failed: DID NOT RAISE") if bug.error == "assert" else bug.error
     is_expected = any(failure["message"].startswith(errors) for failure in failures)
@@ -54,12 +54,12 @@ def test_correct_backend_passes(conform: Conform) -> None:
 
 
 @pytest.mark.parametrize("names", GROUPS, ids=lambda names: f"{names[0]} to {names[-1]}")
-def test_planted_bugs_are_named(names: list[str], conform: Conform) -> None:
+def test_suite_finds_planted_bugs(names: list[str], conform: Conform) -> None:
     reports = conform(toy_bugs.__file__, names)
     assert [name for name in names if not is_named(reports[name], toy_bugs.BUGS[name])] == []
 
 
 @pytest.mark.parametrize("script", [derivative_bugs, host_bugs, jax_bugs], ids=["derivatives", "host memory", "JAX"])
-def test_bugs_in_real_backends_are_named(script: ModuleType, conform: Conform) -> None:
+def test_suite_finds_bugs_in_real_backends(script: ModuleType, conform: Conform) -> None:
     reports = conform(script.__file__, list(script.BUGS))
     assert [name for name, bug in script.BUGS.items() if not is_named(reports[name], bug)] == []
