@@ -1,6 +1,7 @@
 """The packages that a test may need besides NumPy: a marker for each, and a skip where it is not installed.
 
-A test needs a framework if its module imports it, if one of its parameters is its name (``torch``, ``torch.nn``), or if a marker says so.
+A test needs a framework if its module imports it, if one of its parameters is its name (``torch``, ``torch.nn``), or
+if a marker says so.
 """
 
 from importlib.util import find_spec
@@ -9,7 +10,7 @@ from types import ModuleType
 import pytest
 
 FRAMEWORKS = ("numba", "torch", "jax", "triton", "flax", "keras", "onnx", "matplotlib", "strict")
-"""``strict`` is the plug-in tests/plugin. Most tests of CuPy's kernels need none: a stand-in compiles them for the host."""
+"""``strict`` is the plug-in tests/plugin. CuPy is none: a stand-in compiles its kernels for the host."""
 _MODULES = {"strict": "mbn_strict"}
 
 

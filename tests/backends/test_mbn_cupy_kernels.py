@@ -187,7 +187,10 @@ BUGS = {
         "test_sample_weights_are_accurate_beside_a_large_mean",
     ),
     "scales of gradients out of range": Bug(
-        "cuda/gradients.cu", "gradient *= projection.after", "gradient *= 1", "test_dx_is_accurate_where_dy_is_as_large_as_x"
+        "cuda/gradients.cu",
+        "gradient *= projection.after",
+        "gradient *= 1",
+        "test_dx_is_accurate_where_dy_is_as_large_as_x",
     ),
     "weights out of range": Bug(
         "channel_stats.py",
