@@ -4,8 +4,10 @@ A test needs a framework if its module imports it, if one of its parameters is i
 if a marker says so.
 """
 
+import importlib
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any, NoReturn
 
 import pytest
 
@@ -29,3 +31,18 @@ def mark(item: pytest.Item) -> None:
             item.add_marker(framework)
         if item.get_closest_marker(framework) and not is_installed(framework):
             item.add_marker(pytest.mark.skip(reason=f"{framework} is not installed"))
+
+
+class _Missing:
+    """A framework that is not installed: a test that uses it is skipped, and the other tests of its file run."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> NoReturn:
+        pytest.skip(f"{self._name} is not installed")
+
+
+def optional(name: str) -> Any:
+    """Return a framework that some tests of a file use, or a stand-in that skips those tests."""
+    return importlib.import_module(name) if is_installed(name) else _Missing(name)

@@ -10,38 +10,19 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import frameworks
 import numpy as np
 import pytest
+import second_framework
 
 import mbn
 from mbn.contract import Batch, Kernels
 from mbn_numpy.backend import NumpyBackend
 
-torch = pytest.importorskip("torch", reason="data loaders are torch's")
-jax = pytest.importorskip("jax", reason="it computes later")
+torch, jax = frameworks.optional("torch"), frameworks.optional("jax")
 
 X = np.random.default_rng(1).normal(2, 3, (10, 4)).astype(np.float32)
-TENSOR, LABELS = torch.from_numpy(X), torch.arange(10)
-
-
-class Stream(torch.utils.data.IterableDataset):
-    """A data set of unknown length."""
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return iter(TENSOR)
-
-
-@pytest.mark.parametrize(
-    "dataset",
-    [torch.utils.data.TensorDataset(TENSOR, LABELS), torch.utils.data.TensorDataset(TENSOR), TENSOR, Stream()],
-    ids=["inputs and labels", "inputs alone", "a tensor", "a stream"],
-)
-def test_fit_takes_a_torch_data_loader(dataset: Any) -> None:
-    bn = mbn.BatchNorm1d(4).fit(torch.utils.data.DataLoader(dataset, batch_size=3), progress=True)
-    assert bn.backend == "torch"
-    assert int(bn.num_batches_tracked) == 4
-    np.testing.assert_allclose(bn.running_mean, X.mean(0), rtol=1e-6)
-    np.testing.assert_allclose(bn.running_var, X.var(0, ddof=1), rtol=1e-6)
+FOREIGN = second_framework.asarray(X)
 
 
 def test_fit_on_batches_of_a_mapped_file_takes_the_memory_of_one(tmp_path: Path) -> None:
@@ -73,8 +54,8 @@ def watched(make: Callable[[], Any], count: int) -> Iterator[Any]:
 BATCHES: dict[str, Callable[[], Any]] = {
     "NumPy": X.copy,
     "NumPy and labels": lambda: [X.copy(), np.arange(10)],
-    "Torch": TENSOR.clone,
-    "Torch and labels": lambda: [TENSOR.clone(), LABELS],
+    "Torch": lambda: torch.tensor(X),
+    "Torch and labels": lambda: [torch.tensor(X), torch.arange(10)],
     "JAX": lambda: jax.numpy.array(X),
 }
 
@@ -113,48 +94,19 @@ def test_fit_finishes_a_batch_before_it_requests_the_next() -> None:
     bn.fit(batches(), progress=False)
 
 
-class Graph:
-    """An object that the graph of an activation refers to."""
-
-
-class Activation(torch.autograd.Function):
-    """The identity, whose graph refers to an object; the object is freed with the graph."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, graph: Graph) -> torch.Tensor:
-        ctx.graph = graph
-        return x.clone()
-
-
-def test_fit_frees_the_graph_of_every_batch() -> None:
-    source, graphs = TENSOR.clone().requires_grad_(), []
-
-    def activations() -> Iterator[torch.Tensor]:
-        for _ in range(5):
-            assert not any(graph() for graph in graphs)
-            graph = Graph()
-            graphs.append(weakref.ref(graph))
-            x = Activation.apply(source, graph)
-            del graph
-            yield x
-            del x
-
-    bn = mbn.BatchNorm1d(4, backend="torch").fit(activations(), progress=False)
-    assert len(graphs) == 5
-    assert not bn.running_var.requires_grad
-
-
 def test_first_batch_of_a_fit_binds_the_layer() -> None:
     for bn in (mbn.BatchNorm1d(None), mbn.BatchNorm1d(4)):
-        bn.fit([TENSOR], progress=False)
-        assert (bn.backend, bn.num_features) == ("torch", 4)
+        bn.fit([FOREIGN], progress=False)
+        assert (bn.backend, bn.num_features) == (second_framework.NAME, 4)
 
 
-@pytest.mark.parametrize("last", [X, TENSOR[:, :3], TENSOR.to(torch.int32), jax.numpy.array(X)], ids=type)
+@pytest.mark.parametrize(
+    "last", [X, FOREIGN[:, :3], second_framework.asarray(X.astype("int32"))], ids=["host", "shape", "dtype"]
+)
 def test_fit_with_a_refused_batch_leaves_the_layer_unbound(last: Any) -> None:
-    bn, batches = mbn.BatchNorm1d(None), [TENSOR, TENSOR, last]
+    bn, batches = mbn.BatchNorm1d(None), [FOREIGN, FOREIGN, last]
     if isinstance(last, np.ndarray):  # a bound layer takes it, so another batch has to be refused
-        batches = [*batches, TENSOR[:0, :2]]
+        batches = [*batches, FOREIGN[:0, :2]]
     with pytest.raises((TypeError, ValueError)):
         bn.fit(batches, progress=False)
     assert bn.backend is None
