@@ -39,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "processes: starts processes of its own")
     for framework in frameworks.FRAMEWORKS:
         config.addinivalue_line("markers", f"{framework}: needs {framework}")
-    if not hasattr(config, "workerinput"):
+    if hasattr(config, "cache") and not hasattr(config, "workerinput"):
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 

@@ -23,14 +23,19 @@ def is_installed(framework: str) -> bool:
 
 def mark(item: pytest.Item) -> None:
     """Give a test the markers of the frameworks that it needs; skip it where one of them is missing."""
-    module, call = getattr(item, "module", None), getattr(item, "callspec", None)
-    values = call.params.values() if call else ()
     for framework in FRAMEWORKS:
-        is_imported = isinstance(getattr(module, framework, None), ModuleType)
-        if is_imported or any(isinstance(value, str) and value.partition(".")[0] == framework for value in values):
+        is_imported = isinstance(getattr(getattr(item, "module", None), framework, None), ModuleType)
+        if is_imported or framework in _parameters(item):
             item.add_marker(framework)
         if item.get_closest_marker(framework) and not is_installed(framework):
             item.add_marker(pytest.mark.skip(reason=f"{framework} is not installed"))
+
+
+def _parameters(item: pytest.Item) -> set[str]:
+    """Return the packages that a test's parameters name: ``torch`` of "torch", "torch.nn" and "mbn_torch.group"."""
+    values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    given = (part for value in values for part in (value if isinstance(value, tuple) else (value,)))
+    return {part.partition(".")[0].removeprefix("mbn_") for part in given if isinstance(part, str)}
 
 
 class _Missing:

@@ -94,6 +94,7 @@ def test_missing_library_is_named() -> None:
         mbn.get_backend("array_api.no_such_library")
 
 
+@pytest.mark.strict
 @pytest.mark.parametrize("offset", [0, 1e4])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("shape", [(7, 3), (301, 3), (20, 3, 31)])

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[1]
 ASV_BENCH = ROOT / "asv_bench"
 TO_ANOTHER_HOST = re.compile(r"""<(?!a\b)[^>]*\b(?:src|href)=["'](?:https?:)?//|url\(["']?(?:https?:)?//|@import""")

@@ -18,6 +18,8 @@ import mbn
 from mbn.commands.bench import measurement
 from mbn.commands.bench.workloads import Workload
 
+pytestmark = pytest.mark.processes
+
 ASV_BENCH = Path(__file__).parents[1] / "asv_bench"
 IS_BENCHMARK = re.compile("(time|timeraw|peakmem|track)_").match
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -105,7 +107,8 @@ def test_passes():
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_unexpected_skips_fail_where_everything_is_installed(tmp_path, workers):
-    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    for name in ("conftest.py", "frameworks.py", "nested.py"):
+        shutil.copy(ROOT / "tests" / name, tmp_path)
     (tmp_path / "test_some.py").write_text(SKIPS)
     (tmp_path / "test_whole.py").write_text("import pytest\npytest.importorskip('a_module_that_was_renamed')\n")
     command = [

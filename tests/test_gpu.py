@@ -15,6 +15,8 @@ from mbn.commands.bench.measurement import Timed
 from mbn.commands.bench.messages import Preparation, Prepared
 from mbn.commands.processes import NotRun
 
+pytestmark = pytest.mark.processes
+
 ASV_BENCH = Path(__file__).parents[1] / "asv_bench"
 LARGE, SMALL = "(1048576, 256) float32", "(32, 64) float32"
 GIBIBYTE = 2**30

@@ -17,6 +17,8 @@ from mbn import registry
 from mbn.commands.cli import main
 from mbn_numpy.backend import NumpyBackend
 
+pytestmark = pytest.mark.strict
+
 
 @pytest.fixture
 def strict():

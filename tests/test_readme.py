@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[1]
 STANDINS = ROOT / "tests" / "standins"
 DECLARED = "import json, sys, mbn; print(json.dumps(sorted(mbn.get_backend(sys.argv[1]).capabilities.dtypes)))"

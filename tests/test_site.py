@@ -8,6 +8,8 @@ from urllib.parse import unquote, urldefrag, urljoin
 import pytest
 from browser import opened
 
+pytestmark = [pytest.mark.slow, pytest.mark.processes]
+
 for needed in ("sphinx", "furo", "myst_parser", "sphinx_design", "sphinx_copybutton", "matplotlib", "sklearn", "jax"):
     pytest.importorskip(needed)
 pytest.importorskip("torch")

@@ -10,6 +10,8 @@ import pytest
 
 import mbn
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.mark.parametrize("backend", ["numpy", "numba", "torch"])
 def test_fuzz_finds_no_violation_of_the_bounds(backend: str) -> None:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from conftest import STANDINS
 
+pytestmark = pytest.mark.slow
+
 SUM = """
 extern "C" __global__ void __launch_bounds__(256, 2) sum(const double* __restrict__ x, double* total, long long n) {
     __shared__ double parts[256];

@@ -14,6 +14,8 @@ import mbn
 from mbn import registry
 from mbn.contract import Batch, Params, State
 
+pytestmark = pytest.mark.slow
+
 
 def _sample(*shape, dtype="float32"):
     return (3 + 2 * np.random.default_rng(0).standard_normal(shape)).astype(dtype)

@@ -16,6 +16,8 @@ from conftest import STANDINS
 
 import mbn_cupy
 
+pytestmark = pytest.mark.slow
+
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 PASSES = {"moments": 0, "normalize": 1, "grad_sums": 0, "grad_input": 1}
@@ -43,8 +45,10 @@ def test_kernels_compile_for_each_gpu(compilation, value, item, weighted):
     statistic = "float64" if value == "float64" else "float32"
     options = compilation.Variant(value, statistic, channels, positions, weighted).options
 
+    # Cards differ little: all of them compile the variants that take the most registers.
+    cards = ARCHITECTURES if weighted and item == "positions" else ("sm_90",)
     with ThreadPoolExecutor(2) as pool:
-        for compiled in pool.map(lambda name: compiler(compilation.source(), options, name), ARCHITECTURES):
+        for compiled in pool.map(lambda name: compiler(compilation.source(), options, name), cards):
             assert "warning" not in compiled.log
             assert "error" not in compiled.log
             frames = re.findall(r"(\d+) bytes stack frame", compiled.log)

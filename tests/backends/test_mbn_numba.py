@@ -10,6 +10,9 @@ import pytest
 
 import mbn
 from mbn_cpu import installed
+
+numba = pytest.importorskip("numba")
+
 from mbn_cpu.kernels import numba_compilation, numba_float16, numba_loops
 
 _STEP = """

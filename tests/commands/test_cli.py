@@ -170,6 +170,7 @@ def test_broken_backend_gives_exit_code_1(tmp_path):
     }
 
 
+@pytest.mark.matplotlib
 @pytest.mark.usefixtures("plug_ins")
 def test_compare_without_a_result_gives_exit_code_2(tmp_path, monkeypatch):
     picture = tmp_path / "p.png"
@@ -188,6 +189,7 @@ def test_compare_without_a_usable_backend_ends_before_computing(capsys, monkeypa
     assert line.endswith("numpy:cuda: NumPy's only device is 'cpu', not 'cuda'.")
 
 
+@pytest.mark.matplotlib
 def test_plot_is_a_png(tmp_path):
     picture = tmp_path / "p.png"
     assert compare(tmp_path, "--backends", "numpy", "--shape", "4,3", "--plot", str(picture))[0] == 0
@@ -380,6 +382,7 @@ def test_full_disk_is_found_before_computing(tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.matplotlib
 @pytest.mark.parametrize("rescued", [True, False])
 def test_disk_that_fills_up_during_a_comparison_loses_no_result(tmp_path, capsys, monkeypatch, rescued):
     path, picture, elsewhere = tmp_path / "out.json", tmp_path / "p.png", tmp_path / "elsewhere"
@@ -422,6 +425,7 @@ def test_disk_that_fills_up_during_a_comparison_loses_no_result(tmp_path, capsys
     ],
     ids=" ".join,
 )
+@pytest.mark.processes
 def test_unwritable_standard_output_is_one_line(tmp_path, command, where, unbuffered):
     reading, writing = os.pipe()
     os.close(reading)
@@ -453,6 +457,7 @@ def test_compare_writes_json_to_a_device_file(capsys):
     assert "AGREEMENT" in capsys.readouterr().out
 
 
+@pytest.mark.processes
 def test_unwritable_result_of_conform_is_saved_elsewhere(tmp_path, monkeypatch, capfd):
     path, elsewhere = tmp_path / "c.json", tmp_path / "elsewhere"
     elsewhere.mkdir()

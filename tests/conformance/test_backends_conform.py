@@ -12,6 +12,8 @@ from nested import Nested
 
 from mbn.conformance.plugin import AREAS
 
+pytestmark = pytest.mark.processes
+
 HERE = Path(__file__).parent
 STANDINS = HERE.parent / "standins"
 

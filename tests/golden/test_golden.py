@@ -54,6 +54,7 @@ def test_results_have_the_recorded_bits(backend: str, shape: str) -> None:
     assert changed == []
 
 
+@pytest.mark.jax
 @pytest.mark.parametrize("case", list(golden_cases.of_backend("jax")), ids=str)
 def test_results_of_jax_are_within_bounds_of_the_recorded_ones(case: Case) -> None:
     with np.load(HERE / "jax.npz") as recorded:

@@ -53,6 +53,7 @@ def test_every_truncation_is_refused(path: Path) -> None:
         assert loaded(path) is None
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_refused_or_harmless(path: Path) -> None:
     intact, expected = path.read_bytes(), loaded(path)
     refused = 0

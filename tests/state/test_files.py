@@ -220,6 +220,7 @@ def test_save_syncs_the_file_before_it_is_renamed(path: Path, monkeypatch: pytes
     assert steps == [f"file of {size}", "name", "folder"]
 
 
+@pytest.mark.processes
 def test_killed_save_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
     command = [sys.executable, killed_while_saving.__file__, tmp_path, "200"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -13,6 +13,8 @@ from mbn.commands.bench import clocks, measurement, peers, worker
 from mbn.commands.cli import main
 from mbn_numpy.backend import NumpyBackend
 
+pytestmark = pytest.mark.processes
+
 
 class InThisProcess:
     """Answers questions in this process, in place of a worker process."""
