@@ -29,10 +29,6 @@ EXPECTED_SKIPS = {
 """Regular expressions that match the start of a reason, and why such a skip is right."""
 
 
-SLOW = "slow", "processes"
-"""The markers of tests that take long: over a second or two, or processes of their own."""
-
-
 def pytest_configure(config: pytest.Config) -> None:
     """Name the markers, and keep what JAX compiles from one run and process to the next: it takes most of the time."""
     config.addinivalue_line("markers", "slow: takes more than a second or two")
@@ -46,10 +42,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that need a framework; begin with those that take long, so that none of them ends alone."""
+    """Mark the tests that need a framework; begin with those that take minutes, so that none of them ends alone."""
     for item in items:
         frameworks.mark(item)
-    items.sort(key=lambda item: not any(map(item.get_closest_marker, SLOW)))
+    items.sort(key=lambda item: "nested" not in getattr(item, "fixturenames", ()))
 
 
 def unexpected(report: Any) -> str | None:
