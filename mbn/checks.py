@@ -195,7 +195,7 @@ def batch(
             f"x has shape {tuple(shape)}: one value per channel has no variance to train on. Give more values, or "
         )
         if state is None or state.running_mean is None:
-            message += "normalise by running statistics, for which the layer needs track_running_stats=True."
+            message += "normalise by running statistics: there are none here, since they need track_running_stats."
         else:
             message += "normalise by the running statistics: eval(), freeze() or training=False."
         raise ValueError(message)

@@ -330,8 +330,8 @@ def _way_in(x: object) -> str:
     """Return the advice for an object that is no array of any backend: a conversion to one."""
     if isinstance(x, np.ma.MaskedArray):
         return (
-            "give its data, x.filled(0), and its mask by mask=. NumPy's mask has x's shape, and is True where there is "
-            "no value; mask= is (N,) or (N, L), and True where there is one"
+            "give its data, x.filled(0), and its mask by mask=. NumPy's mask has the opposite sense, True where there "
+            "is no value, and x's shape; mask= is True where there is a value, and is (N,) or (N, L)"
         )
     if isinstance(x, Mapping):
         return "give one of its values, x[key]"
