@@ -1,7 +1,14 @@
-"""Which frameworks find a GPU. The framework is asked, not its backend: a broken backend must not cause a skip."""
+"""The frameworks that find a GPU, and the stand-in for CuPy where there is none.
+
+The framework is asked, not its backend: a broken backend must not cause a skip.
+"""
 
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
+
+STANDINS = Path(__file__).parent / "standins"
+"""The folder of the stand-in: first on the path, it is imported as CuPy."""
 
 
 def missing(framework: str) -> str | None:

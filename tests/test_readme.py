@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpus
 import pytest
 
 pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).parents[1]
-STANDINS = ROOT / "tests" / "standins"
 DECLARED = "import json, sys, mbn; print(json.dumps(sorted(mbn.get_backend(sys.argv[1]).capabilities.dtypes)))"
 
 
@@ -29,7 +29,7 @@ def test_table_has_every_built_in_backend() -> None:
 def test_table_has_the_declared_dtypes(name: str) -> None:
     environment = {
         "JAX_ENABLE_X64": "1",  # the footnote on float64
-        "PYTHONPATH": os.pathsep.join([str(STANDINS), *filter(None, sys.path)]),  # CuPy without a GPU
+        "PYTHONPATH": os.pathsep.join([str(gpus.STANDINS), *filter(None, sys.path)]),  # CuPy without a GPU
     }
     command = [sys.executable, "-c", DECLARED, name]
     run = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | environment)

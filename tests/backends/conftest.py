@@ -2,14 +2,12 @@
 
 import importlib
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from gpus import STANDINS
 
 from mbn import registry
-
-STANDINS = Path(__file__).parents[1] / "standins"
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import STANDINS
+from gpus import STANDINS
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import cuda_compilers
 import pytest
-from conftest import STANDINS
+from gpus import STANDINS
 
 import mbn_cupy
 

@@ -15,7 +15,6 @@ from mbn.conformance.plugin import AREAS
 pytestmark = pytest.mark.processes
 
 HERE = Path(__file__).parent
-STANDINS = HERE.parent / "standins"
 
 
 def _before(folder: Path) -> str:
@@ -44,7 +43,7 @@ IN_64_BITS = {"JAX_ENABLE_X64": "1"}
         ("jax", IN_64_BITS, f"not ({NARROW})"),
         ("jax", GPU_LAYOUT, f"({SUMS}) and ({NARROW})"),
         ("jax", GPU_LAYOUT | IN_64_BITS, f"({SUMS}) and not ({NARROW})"),
-        ("cupy", {"PYTHONPATH": _before(STANDINS)}, None),
+        ("cupy", {"PYTHONPATH": _before(gpus.STANDINS)}, None),
         ("numba", {}, None),
         ("strict", {}, None),
     ],
