@@ -24,6 +24,23 @@ browser() {
     fi
 }
 
+# Measure which lines and branches of the frontend and of the CPU's backends their tests execute, print the figures, and
+# fail below either floor. Left out are tests of processes that may write no file: coverage writes one at their end.
+coverage_with_floors() {
+    coverage erase || return
+    coverage run -m pytest -n auto --dist worksteal tests/{commands,contract,interop,state,step} \
+        tests/test_{array_api,convert,handing_over,hooks,layer,public_api,registry,threads}.py \
+        tests/backends/test_{mbn_cpu,mbn_numba,replicas}.py -k "not full_disk_leads and not works_without_the_cache" || return
+    coverage run -m mbn conform numpy -n auto || return
+    coverage run -m mbn conform numba -n auto || return
+    find . -maxdepth 1 -name '.coverage.*' -empty -delete # those of processes that a test has killed
+    coverage combine --quiet || return
+    echo "The frontend, at least 98 %:"
+    coverage report --include '*/mbn/*' --fail-under 98 || return
+    echo "The CPU's backends, at least 95 %:"
+    coverage report --include '*/backends/*' --fail-under 95
+}
+
 quick_check() {
     asv --config asv.numpy.json continuous --factor 2 -a rounds=2 --bench "Step.*'numpy'.*\(32, 64\)" HEAD~1 HEAD
 }

@@ -83,6 +83,29 @@ def test_no_regression_tolerates_only_a_parent_that_cannot_be_measured(tmp_path,
     assert ("nothing to compare with" in run.stdout) == (parent == 2 and expected == 0)
 
 
+COVERAGE = """#!/usr/bin/env bash
+case "$*" in
+    *"-m pytest"*) exit $TESTS ;;
+    *"-m mbn conform numpy"*) exit $NUMPY ;;
+    *"-m mbn conform numba"*) exit $NUMBA ;;
+    */mbn/*--fail-under*98*) exit $FRONTEND ;;
+    */backends/*--fail-under*95*) exit $BACKENDS ;;
+    erase|combine*) exit 0 ;;
+    *) exit 99 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("failing", ["TESTS", "NUMPY", "NUMBA", "FRONTEND", "BACKENDS", None])
+def test_coverage_fails_with_its_tests_and_below_either_floor(tmp_path, failing):
+    coverage = tmp_path / "coverage"
+    coverage.write_text(COVERAGE)
+    coverage.chmod(0o755)
+    codes = {name: str(2 * (name == failing)) for name in ("TESTS", "NUMPY", "NUMBA", "FRONTEND", "BACKENDS")}
+    run = bash("coverage_with_floors\necho went on", tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}", **codes)
+    assert (run.returncode, "went on" in run.stdout) == ((2, False) if failing else (0, True))
+
+
 SKIPS = """
 import pytest
 
