@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import mbn
-from mbn import registry
+from mbn import checks, registry
 from mbn.array_api import ArrayAPIBackend
 from mbn.conformance import oracle, ulp
 
@@ -129,3 +129,49 @@ def test_layer_keeps_working_after_another_backend_is_registered() -> None:
 def test_module_that_is_no_namespace_is_refused(module: str) -> None:
     with pytest.raises(mbn.BackendUnavailableError, match=f"{module} does not follow the array API standard"):
         mbn.get_backend(f"array_api.{module}")
+
+
+@pytest.mark.usefixtures("_unregistered")
+@pytest.mark.parametrize("masking", [("mask",), ("lengths",), ("sample_weight",), ("mask", "lengths", "sample_weight")])
+def test_masked_positions_count_as_in_numpy(masking: tuple[str, ...]) -> None:
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((6, 3, 5)).astype(np.float32)
+    given = {
+        "mask": rng.random((6, 5)) > 0.2,
+        "lengths": np.array([5, 0, 2, 4, 1, 3]),
+        "sample_weight": rng.integers(0, 3, 6).astype(np.float32),
+    }
+    chosen = {name: given[name] for name in masking}
+    twin, bn = mbn.BatchNorm1d(3, affine=False, backend="numpy"), mbn.BatchNorm1d(3, affine=False)
+    y = bn(xp.asarray(x), **{name: xp.asarray(values) for name, values in chosen.items()})
+    np.testing.assert_allclose(np.from_dlpack(y), twin(x, **chosen), 1e-6, 1e-6)
+    np.testing.assert_allclose(np.from_dlpack(bn.running_mean), twin.running_mean, 1e-6, 1e-7)
+
+
+@pytest.mark.usefixtures("_unregistered")
+@pytest.mark.parametrize("affine", [True, False])
+def test_gradients_of_evaluation_are_those_of_numpy(*, affine: bool) -> None:
+    x, twin = strict_array(8, 4), mbn.BatchNorm1d(4, affine=affine, backend="numpy").eval()
+    _, pullback = mbn.BatchNorm1d(4, affine=affine).eval().vjp(x)
+    _, of_twin = twin.vjp(np.from_dlpack(x))
+    np.testing.assert_allclose(np.from_dlpack(pullback(x)[0]), of_twin(np.from_dlpack(x))[0], 1e-6, 1e-7)
+
+
+@pytest.mark.usefixtures("_unregistered")
+def test_unknown_dtype_and_device_are_refused() -> None:
+    backend = mbn.get_backend("array_api.array_api_strict")
+    with pytest.raises(TypeError, match="array_api_strict has no dtype float8; it has .*float32"):
+        backend.asarray([1.0], dtype="float8")
+    with pytest.raises(ValueError, match="the devices of array_api.array_api_strict are .*, not 'cuda'"):
+        backend.asarray([1.0], device="cuda")
+    name = next(name for name in backend.capabilities.devices if "no_x64" in name)
+    assert backend.asarray([1.0], dtype="float32", device=name).device == NARROW
+
+
+@pytest.mark.usefixtures("_unregistered")
+def test_x_on_another_device_or_on_several_is_refused() -> None:
+    bn = mbn.BatchNorm1d(4, backend="array_api.array_api_strict", device=NARROW)
+    with pytest.raises(ValueError, match="x is on .*CPU_DEVICE.*, the layer on .*no_x64"):
+        bn(strict_array(8, 4))
+    with pytest.raises(ValueError, match="x is spread over here, there, and the layer is on here alone"):
+        checks.device("x", None, "here", ("here", "there"))

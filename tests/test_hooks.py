@@ -131,3 +131,32 @@ def test_masks_are_refused_by_a_backend_that_does_not_declare_them(notes, monkey
         with pytest.raises(TypeError, match=r"notes declares no masks.*bn\.to"):
             bn(X, **masking)
     assert bn.state is before
+
+
+def test_out_is_refused_by_a_backend_that_does_not_declare_it(notes, monkeypatch):
+    monkeypatch.setattr(NoteTaker, "capabilities", NumpyBackend.capabilities._replace(out=False))
+    out = np.zeros_like(X)
+    with pytest.raises(TypeError, match="notes declares no out: "):
+        mbn.functional.batch_norm(X, np.zeros(4), np.ones(4), out=out, backend=notes)
+    assert not out.any()
+
+
+def test_interrupted_write_of_a_load_changes_nothing(notes, monkeypatch):
+    bn = mbn.BatchNorm1d(4, backend=notes)
+    before = {name: np.array(values) for name, values in bn.state_dict().items()}
+    write, calls = NoteTaker.write, []
+
+    def interrupted(self, before, after):
+        calls.append(after)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return write(self, before, after)
+
+    monkeypatch.setattr(NoteTaker, "write", interrupted)
+    other = mbn.BatchNorm1d(4, backend="numpy")
+    other(X)
+    with pytest.raises(KeyboardInterrupt):
+        bn.load_state_dict(other.state_dict())
+    monkeypatch.undo()
+    for name, values in bn.state_dict().items():
+        np.testing.assert_array_equal(values, before[name])

@@ -94,3 +94,8 @@ def test_show_versions_lists_installed_packages(capsys: pytest.CaptureFixture[st
     assert "numpy: 2." in printed
     assert "backends: " in printed
     assert "torch" in printed
+
+
+def test_dir_lists_the_names_that_are_imported_when_used() -> None:
+    assert set(mbn.__all__) <= set(dir(mbn))
+    assert {"TYPE_CHECKING", "importlib"}.isdisjoint(dir(mbn))

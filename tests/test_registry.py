@@ -1,6 +1,7 @@
 """From names and arrays to backends: the order of the choices, registration, and all errors."""
 
 import asyncio
+import re
 import sys
 import types
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from toy import Toy
 
 import mbn
 from mbn import registry
+from mbn.commands import backends
 from mbn.contract import Batch, Kernels
 
 
@@ -248,3 +250,13 @@ def test_owner_of_a_known_array_is_found_without_entry_points(monkeypatch: pytes
 def test_lists_and_scalars_belong_to_numpy() -> None:
     for x in ([[1.0]], (1.0,), 1, 1.0, np.float32(1), np.ones(3)):
         assert registry.owner_of(x).name == "numpy"
+
+
+def test_entry_point_whose_name_no_backend_can_have_is_listed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = registry.Known("module:Backend", "entry point of odd", "odd")
+    monkeypatch.setattr(registry, "_all_entry_points", lambda: {"odd:name": known})
+    assert "odd:name" not in mbn.list_backends()
+    backends.show()
+    assert re.search(r"odd:name +its name is not made of letters", capsys.readouterr().out)

@@ -6,6 +6,7 @@ import pytest
 from toy import Toy
 
 import mbn
+from mbn import contract
 from mbn.contract import Backend
 
 
@@ -32,3 +33,8 @@ def test_kernels_must_be_an_instance(kernels: Any) -> None:
     mbn.register_backend("without", type("Without", (Toy,), {"name": "without", "kernels": kernels}))
     with pytest.raises(mbn.BackendUnavailableError, match="its attribute kernels is to be an instance"):
         mbn.get_backend("without")
+
+
+def test_unknown_name_is_no_attribute() -> None:
+    with pytest.raises(AttributeError, match="module 'mbn.contract' has no attribute 'nothing'"):
+        getattr(contract, "nothing")  # noqa: B009 - types know that there is none
