@@ -261,3 +261,12 @@ def test_torch_file_without_torch_says_how_to_install_it(tmp_path: Path, monkeyp
     with pytest.raises(ImportError, match="torch is not installed: pip install torch; or save safetensors"):
         mbn.BatchNorm1d.from_checkpoint(tmp_path / "model.pt", backend="numpy")
     mbn.BatchNorm1d.from_checkpoint(tmp_path / "model.safetensors", backend="numpy")
+
+
+def test_file_without_a_batch_norm_is_refused_with_its_entries(tmp_path):
+    torch.save(torch.ones(3), tmp_path / "tensor.pt")
+    with pytest.raises(ValueError, match="it holds a Tensor, and no state_dict"):
+        mbn.BatchNorm1d.from_checkpoint(tmp_path / "tensor.pt")
+    torch.save({"fc.weight": torch.ones(3, 2)}, tmp_path / "linear.pt")
+    with pytest.raises(ValueError, match=r"no entries begin with 'bn\.'\. There are no running statistics in it, but"):
+        mbn.BatchNorm1d.from_checkpoint(tmp_path / "linear.pt", "bn.")
