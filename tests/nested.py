@@ -1,6 +1,7 @@
 """Test runs in processes of their own, which take minutes: they tell how far they are, under xdist too."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -29,9 +30,9 @@ def nested(request: pytest.FixtureRequest) -> Nested:
                 output += chunk
                 if time.monotonic() - told > SILENCE:
                     told = time.monotonic()
-                    last = output.decode(errors="replace").splitlines()[-1]
+                    percent = re.findall(r"\d+%|$", output.decode(errors="replace"))[-2:][0]
                     with capture.global_and_fixture_disabled():
-                        print(f"\n{request.node.name}: {last[-79:]}", file=sys.stderr, flush=True)  # noqa: T201
+                        print(f"\n{request.node.name}: {percent or 'running'}", file=sys.stderr, flush=True)  # noqa: T201
         return subprocess.CompletedProcess(command, process.returncode, output.decode(errors="replace"))
 
     return run
