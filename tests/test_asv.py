@@ -1,6 +1,7 @@
 """The scripts around asv: pages that need no other host, results without secrets, a check that finds a slowdown."""
 
 import importlib.util
+import io
 import json
 import os
 import re
@@ -11,7 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from browser import opened
 
+matplotlib_image = pytest.importorskip("matplotlib.image")
 pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).parents[1]
@@ -19,6 +22,7 @@ ASV_BENCH = ROOT / "asv_bench"
 TO_ANOTHER_HOST = re.compile(r"""<(?!a\b)[^>]*\b(?:src|href)=["'](?:https?:)?//|url\(["']?(?:https?:)?//|@import""")
 
 needs_asv = pytest.mark.skipif(find_spec("asv") is None, reason="asv is not installed")
+in_a_repository = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no repository")
 
 
 def script(name):
@@ -36,64 +40,56 @@ def git(where, *arguments):
 
 
 @pytest.fixture
-def checkout(tmp_path):
-    """Return the benchmarks' folder in a repository with one commit and a result of it."""
-    bench = tmp_path / "checkout" / "asv_bench"
-    shutil.copytree(ASV_BENCH, bench, ignore=shutil.ignore_patterns(".asv", "results", "__pycache__"))
-    git(bench.parent, "init", "-b", "main")
-    git(bench.parent, "add", ".")
-    git(bench.parent, "commit", "-m", "The benchmarks")
-    name, commit = "some.track_thing", git(bench.parent, "rev-parse", "HEAD")
-    benchmark = {"name": name, "code": "", "params": [["'a'", "'b'"]], "param_names": ["x"], "type": "track"}
-    benchmark |= {"unit": "seconds", "version": "1"}
-    result = {
-        "commit_hash": commit,
+def results(tmp_path):
+    """Return the folder of a machine's results as asv leaves them."""
+    record = {
+        "commit_hash": "0123456789",
         "env_name": "existing-py_home_someone_bin_python",
         "date": 1700000000000,
-        "params": {"machine": "secret", "python": "/home/someone/bin/python"},
+        "params": {"machine": "secret", "python": "/home/someone/bin/python", "numpy": "2"},
         "python": "/home/someone/bin/python",
         "requirements": {},
-        "env_vars": {},
-        "result_columns": ["result", "params", "version", "started_at", "duration"],
-        "results": {name: [[1.0, 2.0], benchmark["params"], "1", 1700000000000, 1.0]},
-        "durations": {},
-        "version": 2,
+        "results": {"some.track_thing": [[1.0, 2.0], [["'a'", "'b'"]], "1"]},
     }
-    machine = bench / "results" / "some-machine"
-    machine.mkdir(parents=True)
-    (bench / "results" / "benchmarks.json").write_text(json.dumps({name: benchmark, "version": 2}))
-    (machine / f"{commit[:8]}-existing-py_home_someone_bin_python.json").write_text(json.dumps(result))
+    machine = tmp_path / "some-machine"
+    machine.mkdir()
+    (machine / "01234567-existing-py_home_someone_bin_python.json").write_text(json.dumps(record))
     (machine / "machine.json").write_text('{"machine": "secret", "version": 1}')
-    return bench
+    return machine
 
 
 @pytest.fixture
-def tidied(checkout):
+def tidied(results):
     """Return the same folder after ``measure.py`` has tidied its results."""
     machine = {"machine": "some-machine", "arch": "x86_64", "cpu": "a processor", "num_cpu": "2", "ram": "1 GiB"}
-    script("measure").tidy(checkout / "results" / "some-machine", machine)
-    return checkout
+    script("measure").tidy(results, machine)
+    return results
 
 
 def test_tidied_results_describe_the_machine_without_private_names(tidied):
-    (path,) = (tidied / "results" / "some-machine").glob("*-*.json")
+    (path,) = tidied.glob("*-*.json")
     record = json.loads(path.read_text())
     assert re.fullmatch(r"[0-9a-f]{8}-existing-py3\.\d+", path.stem)
     assert record["params"]["cpu"] == "a processor"
-    assert "numpy" in record["requirements"]
-    for file in (tidied / "results" / "some-machine").iterdir():
+    for file in tidied.iterdir():
         assert not re.search("secret|someone", file.read_text())
 
 
+def test_packages_begin_no_new_line(tidied):
+    (path,) = tidied.glob("*-*.json")
+    record = json.loads(path.read_text())
+    assert "numpy" in record["requirements"]
+    assert not record["params"].keys() & set(script("measure").PACKAGES)
+
+
 def test_later_results_of_a_commit_are_added_to_its_file(tidied):
-    machine = tidied / "results" / "some-machine"
-    (path,) = machine.glob("*-*.json")
+    (path,) = tidied.glob("*-*.json")
     later = json.loads(path.read_text())
     later["results"] = {"other.track_thing": [[3.0], [], "1"]}
-    (machine / "xxxxxxxx-existing-py_other.json").write_text(json.dumps(later))
-    script("measure").tidy(machine, {"machine": "some-machine"})
+    (tidied / "xxxxxxxx-existing-py_other.json").write_text(json.dumps(later))
+    script("measure").tidy(tidied, {"machine": "some-machine"})
     assert json.loads(path.read_text())["results"].keys() == {"some.track_thing", "other.track_thing"}
-    assert len(list(machine.iterdir())) == 2
+    assert len(list(tidied.iterdir())) == 2
 
 
 def test_description_of_this_machine_has_no_private_name():
@@ -102,13 +98,75 @@ def test_description_of_this_machine_has_no_private_name():
     assert all(isinstance(value, str) for value in described.values())
 
 
-@needs_asv
-@pytest.mark.skipif(find_spec("js") is None, reason="the libraries of the pages are not installed")
-def test_published_pages_refer_to_no_other_host(tidied, tmp_path):
-    site = tmp_path / "site"
-    command = [sys.executable, str(tidied / "publish.py"), str(site)]
+@pytest.fixture
+def history(tmp_path, monkeypatch):
+    """measure.py in a repository of five commits, of which the first has no backend; asv is left out."""
+    bench, backend = tmp_path / "asv_bench", tmp_path / "backends" / "mbn_numpy"
+    bench.mkdir()
+    git(tmp_path, "init", "-b", "main")
+    for number in range(5):
+        if number == 1:
+            backend.mkdir(parents=True)
+            (backend / "__init__.py").write_text("")
+        (bench / "file").write_text(str(number))
+        git(tmp_path, "add", ".")
+        git(tmp_path, "commit", "-m", f"Commit {number}")
+    measure = script("measure")
+    monkeypatch.setattr(measure, "HERE", bench)
+    monkeypatch.setattr(measure, "HISTORY", bench / "results")
+    measure.measured = []
+
+    def stand_in(commit, results, sources, *arguments, config):
+        tree = sources[0]
+        number = int((tree / "asv_bench" / "file").read_text())
+        measure.measured.append(number)
+        if number == 2:
+            return 2
+        machine = results / measure.describe_machine()["machine"]
+        machine.mkdir(parents=True, exist_ok=True)
+        (machine / f"{commit[:8]}-{measure.ENVIRONMENT}.json").write_text("{}")
+        return 0
+
+    monkeypatch.setattr(measure, "measure", stand_in)
+    return measure
+
+
+@pytest.mark.parametrize(("number", "expected"), [(1, [4]), (2, [4, 1]), (3, [4, 2, 1]), (9, [4, 3, 2, 1])])
+def test_commits_are_spread_from_the_first_with_a_backend_to_the_last(history, number, expected):
+    history.main(["--history", str(number)])
+    assert history.measured == expected
+
+
+def test_a_commit_that_fails_is_named_and_the_others_are_measured(history, capfd):
+    assert history.main(["--history", "4"]) == 2
+    assert re.search(r"3 of 4: [0-9a-f]+ Commit 2: asv ended with 2", capfd.readouterr().out)
+    assert history.measured == [4, 3, 2, 1]
+    assert git(history.HERE, "worktree", "list").count("\n") == 0
+
+
+def test_a_commit_with_results_is_measured_again_only_if_that_is_asked_for(history):
+    history.main(["--history", "HEAD"])
+    history.main(["--history", "HEAD", "HEAD~1"])
+    assert history.measured == [4, 3]
+    history.main(["--history", "HEAD", "--again"])
+    assert history.measured == [4, 3, 4]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The pages of the results that this repository holds."""
+    if shutil.which("npm") is None:
+        pytest.skip("there is no npm")
+    folder = tmp_path_factory.mktemp("published") / "site"
+    command = [sys.executable, str(ASV_BENCH / "publish.py"), str(folder)]
     published = subprocess.run(command, capture_output=True, text=True, check=False)
     assert published.returncode == 0, published.stdout + published.stderr
+    return folder
+
+
+@needs_asv
+@in_a_repository
+def test_published_pages_refer_to_no_other_host(site):
     pages = [path for path in site.rglob("*") if path.suffix in (".html", ".css", ".js")]
     for page in pages:
         assert not TO_ANOTHER_HOST.search(page.read_text(encoding="utf-8")), page
@@ -116,9 +174,40 @@ def test_published_pages_refer_to_no_other_host(tidied, tmp_path):
     referred = re.findall(r'<(?:script|link)\b[^>]*\b(?:src|href)="([^"]+)"', index)
     assert len(referred) > 15
     assert [name for name in referred if not (site / name).is_file()] == []
-    assert index.index("jquery.flot.min.js") < index.index("plugins.js") < index.index("graphdisplay.js")
-    (graph,) = (path for path in site.glob("graphs/**/some.track_thing.json") if "summary" not in path.parts)
-    assert json.loads(graph.read_text())[0][1] == [1.0, 2.0]
+
+
+@needs_asv
+@in_a_repository
+def test_a_browser_draws_a_line_for_every_benchmark(site):
+    index = json.loads((site / "index.json").read_text(encoding="utf-8"))
+    assert len(index["graph_param_list"]) == 1  # so one series, and one machine
+    assert len(index["machines"]) == 1
+    with opened(site) as page:
+        page.set_viewport_size({"width": 1280, "height": 1000})
+        page.goto("index.html")
+        page.wait_for_selector("canvas")
+        page.wait_for_load_state("networkidle")
+        thumbnails = page.locator("#summarygrid-display .benchmark-plot").all()
+        assert len(thumbnails) == len(index["benchmarks"])
+        for thumbnail in thumbnails:
+            assert coloured_columns(thumbnail) > MOST
+        for benchmark in index["benchmarks"]:
+            page.goto(f"index.html#{benchmark}")
+            page.wait_for_load_state("networkidle")
+            assert coloured_columns(page.locator("#main-graph")) > MOST
+            assert page.locator("#graphdisplay-navigation").inner_text().count(*index["machines"]) == 1
+        page.goto("index.html#regressions?sort=3&dir=desc")
+        page.wait_for_selector("text=Best after")
+
+
+MOST = 0.7
+"""Of a picture's columns of pixels, which a line crosses and a dot does not."""
+
+
+def coloured_columns(locator):
+    """Return the share of columns with a pixel that has a colour: axes, frames and text are black and grey."""
+    image = matplotlib_image.imread(io.BytesIO(locator.screenshot()))[..., :3]
+    return (image.max(-1) - image.min(-1) > 0.3).any(0).mean()
 
 
 def test_pages_that_refer_to_an_unknown_script_are_refused(tmp_path):
@@ -129,7 +218,7 @@ def test_pages_that_refer_to_an_unknown_script_are_refused(tmp_path):
 
 @needs_asv
 @pytest.mark.skipif(find_spec("virtualenv") is None, reason="virtualenv is not installed")
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no repository")
+@in_a_repository
 def test_quick_check_finds_a_slowdown(tmp_path):
     checkout = tmp_path / "checkout"
     git(tmp_path, "clone", "--quiet", str(ROOT), str(checkout))

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import itertools
 import math
 import os
 import pkgutil
@@ -24,17 +25,18 @@ ASV_BENCH = Path(__file__).parents[1] / "asv_bench"
 IS_BENCHMARK = re.compile("(time|timeraw|peakmem|track)_").match
 
 
-def _modules():
+def _modules(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ASV_BENCH)
-        package = importlib.import_module("benchmarks")
+        package = importlib.import_module(folder)
         return {
-            info.name: importlib.import_module(f"benchmarks.{info.name}")
+            info.name: importlib.import_module(f"{folder}.{info.name}")
             for info in pkgutil.iter_modules(package.__path__)
         }
 
 
-MODULES = _modules()
+MODULES = _modules("benchmarks")
+HISTORY = _modules("history")
 
 
 def _benchmarks():
@@ -102,12 +104,77 @@ def test_subject_that_did_not_run_is_not_measured():
         benchmark.setup(benchmark.setup_cache(), "nowhere", "train", "(32, 64)")
 
 
+@pytest.fixture
+def small(monkeypatch):
+    """Of the history's figures, those that take little time; their names stay."""
+    worker = HISTORY["_worker"]
+    monkeypatch.setattr(worker, "_ROUNDS", 1)
+    monkeypatch.setattr(worker, "_SAMPLE", 0)
+    step = worker.step
+    monkeypatch.setattr(worker, "step", lambda name, mode, x, dy: step(name, mode, x[:8], dy[:8]))
+    return worker
+
+
+HISTORY_BENCHMARKS = [
+    pytest.param(found, method, id=f"{name}.{method}")
+    for name, found in vars(HISTORY["layer"]).items()
+    if hasattr(found, "params")
+    for method in filter(IS_BENCHMARK, dir(found))
+]
+
+
+@pytest.mark.parametrize("backend", HISTORY["layer"].BACKENDS)
+def test_history_has_every_figure_of_this_commit(small, monkeypatch, backend):
+    monkeypatch.setattr(small, "errors", lambda *_: dict.fromkeys(small.QUANTITIES, 0.5))
+    figures = {backend: small.figures(backend)}
+    assert figures[backend][1] == {}
+    for found, method in (param.values for param in HISTORY_BENCHMARKS):
+        for arguments in itertools.product([backend], *found.params[1:]):
+            benchmark = found()
+            benchmark.setup(figures, *arguments)
+            assert math.isfinite(getattr(benchmark, method)(*arguments))
+
+
+@pytest.mark.parametrize("backend", HISTORY["layer"].BACKENDS)
+def test_history_measures_errors_within_the_bounds(backend):
+    missing = {}
+    errors = HISTORY["_worker"].errors(backend, missing)
+    assert missing == {}
+    assert errors.keys() == set(HISTORY["_worker"].QUANTITIES)
+    assert max(errors.values()) <= 4
+
+
+def test_history_lacks_of_an_old_commit_only_the_figures_of_its_missing_parts(small, monkeypatch):
+    monkeypatch.delattr(mbn.BatchNorm1d, "vjp")
+    figures, missing = small.figures("numpy")
+    assert {name for name in missing if "backward" not in name} == {"ulp | gradient of x"}
+    assert figures.keys() >= {"seconds | train | (32, 64)", "bytes | eval", "ulp | y, training"}
+    with pytest.raises(NotImplementedError, match="has no attribute 'vjp'"):
+        HISTORY["layer"].Step().setup({"numpy": (figures, missing)}, "numpy", "backward", "(32, 64)")
+
+
+def test_history_lacks_all_figures_of_a_backend_whose_process_fails(monkeypatch):
+    monkeypatch.setattr(HISTORY["layer"]._worker, "__file__", "nowhere.py")
+    found = {"numpy": HISTORY["layer"]._measured("numpy")}
+    with pytest.raises(NotImplementedError, match=r"nowhere\.py"):
+        HISTORY["layer"].Memory().setup(found, "numpy", "train")
+
+
+def test_history_takes_no_backend_from_another_commit():
+    finder = HISTORY["_worker"]._OneCommit()
+    assert finder.find_spec("mbn_numpy") is None
+    assert finder.find_spec("torch") is None
+    with pytest.raises(ModuleNotFoundError, match="mbn_elsewhere"):
+        finder.find_spec("mbn_elsewhere")
+
+
 @pytest.mark.skipif(find_spec("asv") is None, reason="asv is not installed")
-def test_asv_accepts_the_benchmarks():
+@pytest.mark.parametrize("config", ["asv.conf.json", "asv.history.json"])
+def test_asv_accepts_the_benchmarks(config):
     # asv removes PYTHONPATH from the environment; ASV_PYTHONPATH tells it where an mbn is that is not installed.
     sources = {str(Path(find_spec(package).origin).parents[1]) for package in ("mbn", "mbn_numpy")}
     check = subprocess.run(
-        [sys.executable, "-m", "asv", "check", "-E", "existing"],
+        [sys.executable, "-m", "asv", "--config", config, "check", "-E", "existing"],
         cwd=ASV_BENCH,
         env=os.environ | {"ASV_PYTHONPATH": os.pathsep.join(sorted(sources))},
         capture_output=True,
