@@ -160,6 +160,18 @@ def test_history_lacks_all_figures_of_a_backend_whose_process_fails(monkeypatch)
         HISTORY["layer"].Memory().setup(found, "numpy", "train")
 
 
+def test_history_measures_the_mbn_that_asv_imports(tmp_path, monkeypatch):
+    (tmp_path / "mbn.py").write_text("raise RuntimeError('the mbn of this commit')")
+    monkeypatch.syspath_prepend(tmp_path)
+    _, missing = HISTORY["layer"]._measured("numpy")
+    assert all("the mbn of this commit" in why for why in missing.values())
+    statement, setup = HISTORY["imports"].timeraw_import()
+    imported = subprocess.run(
+        [sys.executable, "-c", f"{setup}\n{statement}"], capture_output=True, text=True, check=False
+    )
+    assert "the mbn of this commit" in imported.stderr
+
+
 def test_history_takes_no_backend_from_another_commit():
     finder = HISTORY["_worker"]._OneCommit()
     assert finder.find_spec("mbn_numpy") is None

@@ -1,6 +1,6 @@
 """The tables of docs/performance.md show the results of asv."""
 
-import importlib.util
+import importlib
 import json
 from pathlib import Path
 
@@ -8,15 +8,18 @@ import pytest
 
 pytest.importorskip("matplotlib")
 TIMES = " \N{MULTIPLICATION SIGN}\N{NO-BREAK SPACE}"
-MEASURED = Path(__file__).parents[1] / "docs" / "measured.py"
+DOCS = Path(__file__).parents[1] / "docs"
 
 
-@pytest.fixture(scope="module")
-def measured():
-    spec = importlib.util.spec_from_file_location("measured", MEASURED)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def measured(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    return importlib.import_module("measured")
+
+
+@pytest.fixture
+def measured_history(measured):
+    return importlib.import_module("measured_history")
 
 
 def asv(values, *axes):
@@ -96,3 +99,43 @@ def test_results_that_lack_a_figure_do_not_count(measured, run, tmp_path):
 def test_missing_results_are_an_error(measured, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"measure\.py"):
         measured.newest(tmp_path)
+
+
+@pytest.fixture
+def history(measured):
+    """Six commits, in which Torch comes second, and NumPy gets faster, slower for a moment, and less exact."""
+    torch, numpy, errors = [None, 5, 5, 5, 5, 5], [9, 9, 3, 6, 3, 3], [0.5, 0.5, 0.5, 0.5, 1.2, 1.2]
+
+    def record(number):
+        times = asv(
+            [1e-3 * numpy[number], torch[number] and 1e-3 * torch[number]],
+            ("numpy", "torch"),
+            ("train",),
+            ("(1024, 256)",),
+        )
+        results = {
+            "layer.Step.track_seconds": times,
+            "layer.Agreement.track_error": asv([errors[number]], ("numpy",), ("y, training",)),
+            "layer.Memory.track_peak": asv([2**20], ("numpy",), ("train",)),
+        }
+        return measured.Run({"commit_hash": f"{number}" * 40, "date": number, "results": results})
+
+    return [record(number) for number in range(6)]
+
+
+def test_steps_of_the_history_are_changes_that_last(measured_history, history, tmp_path):
+    measured_history.generate(tmp_path, history)
+    assert (tmp_path / "history.md").read_text().splitlines() == [
+        "| between | steps by a factor of 1.3 or more |",
+        "| --- | --- |",
+        "| `1111111` to `2222222` | numpy, train, (1024, 256): 9 → 3 ms |",
+        "| `3333333` to `4444444` | numpy, y, training: 0.50 → 1.20 ulp |",
+    ]
+    assert "<svg" in (tmp_path / "history.svg").read_text()
+
+
+def test_the_committed_history_is_long_and_of_one_machine(measured, measured_history):
+    history = measured.runs(measured_history.HISTORY, measured_history.TIMES)
+    assert len(history) >= 12
+    assert len({(run.record["params"]["machine"], run.record["env_name"]) for run in history}) == 1
+    assert len({str(run.record["requirements"]) for run in history}) == 1

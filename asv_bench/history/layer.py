@@ -4,11 +4,12 @@ One process per backend takes all figures, once, before asv asks for the single 
 """
 
 import json
+import os
 import subprocess
 import sys
 
 from . import _worker
-from ._worker import MODES, QUANTITIES, SHAPES, TINY, Figures, key
+from ._worker import COPY, MODES, QUANTITIES, SHAPES, TINY, Figures, key
 
 BACKENDS = ["numpy", "numba", "torch", "jax"]
 _SECONDS = 300
@@ -25,7 +26,7 @@ class _Layer:
     version = "1"
 
     def setup_cache(self) -> All:
-        return {name: _measured(name) for name in BACKENDS}
+        return {name: _measured(name) for name in (*BACKENDS, COPY)}
 
     def setup(self, found: All, name: str, *parameters: str) -> None:
         figures, missing = found[name]
@@ -37,17 +38,19 @@ class _Layer:
 
 def _measured(name: str) -> tuple[Figures, dict[str, str]]:
     command = [sys.executable, _worker.__file__, name]
+    # asv tells this process alone where the commit's mbn lies.
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     try:
-        worker = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_SECONDS)
+        worker = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_SECONDS, env=environment)
     except subprocess.SubprocessError as error:
         return {}, {"": f"{error}: {error.stderr}"}
     return tuple(json.loads(worker.stdout))
 
 
 class Step(_Layer):
-    """The least seconds of a step, forward, or forward and backward."""
+    """The least seconds of a step, forward, or forward and backward; and of a copy of x, which tells of the machine."""
 
-    params = (BACKENDS, list(MODES), [str(shape) for shape in SHAPES])
+    params = ([*BACKENDS, COPY], list(MODES), [str(shape) for shape in SHAPES])
     param_names = ("backend", "mode", "shape")
 
     def track_seconds(self, *_: object) -> float:
