@@ -20,6 +20,7 @@ extensions = [
     "sphinx_design",
     "measured",
     "measured_gpu",
+    "measured_history",
 ]
 exclude_patterns = ["_build", "_generated"]
 html_theme = "furo"

@@ -53,7 +53,7 @@ _MACHINE = {
     "os": "system",
 }
 _INK, _QUIET, _BAND = "#1f2933", "#6b7785", "#f1f4f6"
-_MARKERS = {
+MARKERS = {
     "numpy": ("o", "#0072b2"),
     "numba": ("s", "#e69f00"),
     "torch": ("^", "#d55e00"),
@@ -208,7 +208,7 @@ def chart(ratios: Ratios) -> Figure:
         panel.axhspan(row - 0.5, row + 0.5, color=_BAND, linewidth=0)
     panel.axvline(1, color=_INK, linewidth=1.5, label=f"{BASELINE} = 1")
     for index, subject in enumerate(subjects):
-        marker, color = _MARKERS[subject]
+        marker, color = MARKERS[subject]
         offset = (index + 1) / (len(subjects) + 1) - 0.5
         found = [(row + offset, ratios[subject, x]) for row, x in enumerate(inputs) if (subject, x) in ratios]
         rows, values = zip(*found, strict=True)

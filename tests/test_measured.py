@@ -103,7 +103,7 @@ def test_missing_results_are_an_error(measured, tmp_path):
 
 @pytest.fixture
 def history(measured):
-    """Six commits, in which Torch comes second, and NumPy gets faster, slower for a moment, and less exact."""
+    """Return six commits, in which Torch comes second, and NumPy gets faster, slower for a moment, and less exact."""
     torch, numpy, errors = [None, 5, 5, 5, 5, 5], [9, 9, 3, 6, 3, 3], [0.5, 0.5, 0.5, 0.5, 1.2, 1.2]
 
     def record(number):
@@ -126,15 +126,15 @@ def history(measured):
 def test_steps_of_the_history_are_changes_that_last(measured_history, history, tmp_path):
     measured_history.generate(tmp_path, history)
     assert (tmp_path / "history.md").read_text().splitlines() == [
-        "| between | steps by a factor of 1.3 or more |",
-        "| --- | --- |",
-        "| `1111111` to `2222222` | numpy, train, (1024, 256): 9 → 3 ms |",
-        "| `3333333` to `4444444` | numpy, y, training: 0.50 → 1.20 ulp |",
+        "- `1111111` to `2222222`",
+        "  - numpy, train, (1024, 256): 9 → 3 ms",
+        "- `3333333` to `4444444`",
+        "  - numpy, y, training: 0.50 → 1.20 ulp",
     ]
     assert "<svg" in (tmp_path / "history.svg").read_text()
 
 
-def test_the_committed_history_is_long_and_of_one_machine(measured, measured_history):
+def test_committed_history_is_long_and_of_one_machine(measured, measured_history):
     history = measured.runs(measured_history.HISTORY, measured_history.TIMES)
     assert len(history) >= 12
     assert len({(run.record["params"]["machine"], run.record["env_name"]) for run in history}) == 1
