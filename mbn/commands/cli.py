@@ -161,9 +161,7 @@ def _add_backend_option(parser: argparse.ArgumentParser) -> None:
 
 def _add_files(parser: argparse.ArgumentParser, picture: str) -> None:
     parser.add_argument("--json", type=_file, metavar="FILE", help="write every figure as JSON")
-    parser.add_argument(
-        "--plot", type=_png, metavar="FILE.png", help=f"{picture} (needs matplotlib: pip install 'mbn-batchnorm[plot]')"
-    )
+    parser.add_argument("--plot", type=_png, metavar="FILE.png", help=f"{picture} (needs matplotlib)")
 
 
 def _add_backends(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -32,6 +32,11 @@ class Steps:
         self._total, self._planned = seconds, time.monotonic()
         self.bar.update(self._task, total=seconds)
 
+    def drop(self, seconds: float) -> None:
+        """Take a step that is not needed out of the plan."""
+        self._total -= seconds
+        self.bar.update(self._task, total=self._total)
+
     def begin(self, name: str) -> None:
         """Show the name of the step that begins."""
         self.bar.update(self._task, description=name)

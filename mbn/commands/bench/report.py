@@ -9,9 +9,8 @@ from mbn.commands.output import milliseconds, not_run, print_filled, table
 from mbn.commands.processes import NotRun
 
 _EXPLANATION = """\
-Medians over rounds in which each subject had a turn, in a process of its own.
-"x copy": the time in copies of x, the limit. "MiB more": the peak of memory in a
-call beyond inputs and outputs. "ms first": the first call, with compilation.
+Medians over rounds in which each subject had a turn, in a process of its own. "x copy": the time in copies of x, the \
+limit. "MiB more": the peak of memory in a call beyond inputs and outputs. "ms first": the first call, with compilation.
 """
 TITLES = {
     "train": "Training, forward",

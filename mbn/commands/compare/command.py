@@ -15,6 +15,7 @@ from mbn.commands.compare.messages import Job
 from mbn.commands.compare.reference import reference
 from mbn.commands.options import UsageError
 from mbn.commands.output import console
+from mbn.commands.processes import NotRun
 from mbn.commands.progress import Steps, progress
 from mbn.state import outputs
 
@@ -71,7 +72,8 @@ def _compare(chosen: list[Example], backends: list[str], steps: Steps, *, pictur
     for backend in backends:  # one after another, since each would slow down the others
         steps.begin(backend)
         outcomes[backend] = process.run(backend, jobs)
-        steps.advance(of_backend)
+        does_not_run = all(isinstance(outcome, NotRun) for outcome in outcomes[backend])
+        (steps.drop if does_not_run else steps.advance)(of_backend)
     steps.begin("errors and distances")
     return [
         compare(
