@@ -532,11 +532,11 @@ class BatchNorm1d:
 
     def named_parameters(self) -> Iterator[tuple[str, Array]]:
         """Iterate over the weight and the bias with their names, as far as there are any."""
-        return ((name, value) for name, value in self.params._asdict().items() if value is not None)
+        return ((name, value) for name, value in zip(Params._fields, self.params, strict=True) if value is not None)
 
     def named_buffers(self) -> Iterator[tuple[str, Array]]:
         """Iterate over the running statistics and the count of batches with their names, if there are any."""
-        return ((name, value) for name, value in self.state._asdict().items() if value is not None)
+        return ((name, value) for name, value in zip(State._fields, self.state, strict=True) if value is not None)
 
     def reset_parameters(self) -> None:
         """Set the weight to 1 and the bias to 0, and reset the running statistics."""

@@ -1,9 +1,10 @@
 """The progress of a command on standard error: a bar on a terminal, and elsewhere a line every few seconds."""
 
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
@@ -70,7 +71,10 @@ def progress() -> Iterator[Steps]:
 
     def write_lines() -> None:
         while not done.wait(_PERIOD):
-            steps.bar.console.print(steps.line())
+            # rich would send standard output to nowhere once nobody reads standard error.
+            with suppress(OSError, ValueError):
+                if sys.stderr is not None:
+                    print(steps.line(), file=sys.stderr, flush=True)  # noqa: T201 - this is the progress
 
     if not steps.bar.disable:
         with steps.bar:

@@ -45,9 +45,10 @@ INSTEAD: Mapping[str, str] = {
 
 def missing(layer: object, name: str) -> Any:
     """Raise the AttributeError for an attribute that a layer does not have, with the way to do the same."""
-    if name in INSTEAD and not hasattr(type(layer), name):
-        raise AttributeError(f"{type(layer).__name__!r} object has no attribute {name!r}. {INSTEAD[name]}.")
-    return object.__getattribute__(layer, name)  # raises Python's error, or that of a property of this name
+    if hasattr(type(layer), name):
+        return object.__getattribute__(layer, name)  # raises the error of a property of this name
+    hint = f". {INSTEAD[name]}." if name in INSTEAD else ""
+    raise AttributeError(f"{type(layer).__name__!r} object has no attribute {name!r}{hint}")
 
 
 class _Readable(Generic[T]):

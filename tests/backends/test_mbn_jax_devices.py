@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import jax_samples  # noqa: F401 - without JAX there is nothing to test
+import pytest
 
 
+@pytest.mark.jax
 def test_cases_on_two_devices_pass():
     # In another process, since the number of devices is fixed for a process.
     environment = {

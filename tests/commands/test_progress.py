@@ -1,6 +1,9 @@
 """Progress on standard error: lines at intervals where it is piped, a bar on a terminal, and an estimate in both."""
 
 import io
+import os
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -91,3 +94,16 @@ def test_an_interrupt_ends_the_process_that_is_waited_for():
     with pytest.raises(KeyboardInterrupt), Process("mbn.commands.availability") as process:
         raise KeyboardInterrupt
     assert process._child.returncode == -9
+
+
+@pytest.mark.processes
+def test_a_closed_pipe_of_progress_leaves_the_report():
+    program = "from mbn.commands import progress\nprogress._PERIOD = 0.01\nfrom mbn.commands.cli import main\nmain()"
+    reader, writer = os.pipe()
+    command = [sys.executable, "-c", program, "compare", "--backends", "numpy", "--shape", "4000,3"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=writer, text=True)
+    os.close(reader)
+    os.close(writer)
+    out, _ = child.communicate(timeout=120)
+    assert "AGREEMENT" in out
+    assert child.returncode == 0

@@ -230,3 +230,28 @@ def test_a_subclass_may_have_these_names() -> None:
     layer.half = 2  # type: ignore[attr-defined]
     assert layer.forward(np.ones((4, 3), np.float32)).shape == (4, 3)
     assert layer.half == 2  # type: ignore[attr-defined]
+
+
+class PlainParams(mbn.BatchNorm1d):
+    """A subclass whose params are a plain tuple, as ``apply`` takes them."""
+
+    @property
+    def params(self) -> Any:
+        return tuple(super().params)
+
+
+def test_parameters_of_a_subclass_with_plain_params_are_named() -> None:
+    bn = PlainParams(3)
+    assert [name for name, _ in bn.named_parameters()] == ["weight", "bias"]
+    assert len(list(bn.parameters())) == 2
+
+
+def test_missing_attribute_can_be_looked_for_in_a_compiled_function() -> None:
+    torch = pytest.importorskip("torch", reason="Dynamo traces the look-up")
+    bn = mbn.BatchNorm1d(3, backend="torch").eval()
+
+    def look(x: Any) -> Any:
+        return bn(x) if getattr(bn, "activation", None) is None and not hasattr(bn, "half") else x
+
+    x = torch.ones(4, 3)
+    torch.testing.assert_close(torch.compile(look, backend="eager", fullgraph=True)(x), bn(x))

@@ -4,7 +4,9 @@ Each quantity has a panel, and each pair a cell: its largest difference over the
 share of the bound as a colour.
 """
 
+import os
 import textwrap
+import warnings
 from itertools import combinations
 from pathlib import Path
 from typing import BinaryIO
@@ -47,7 +49,9 @@ def save(comparisons: list[Comparison], file: Path | BinaryIO) -> None:
     for panel, quantity in zip(panels, QUANTITIES, strict=True):
         _draw(panel, names, quantity, comparisons, colours)
     _draw_scale(figure, list(panels), colours)
-    figure.savefig(file, format="png", dpi=160, facecolor="white")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # in the name of a file
+        figure.savefig(file, format="png", dpi=160, facecolor="white")
 
 
 def _data(comparisons: list[Comparison], width: float) -> list[str]:
@@ -55,7 +59,7 @@ def _data(comparisons: list[Comparison], width: float) -> list[str]:
     titles = []
     for example in (comparison.example for comparison in comparisons):
         rows = f", {len(example.x):,} of its {example.total_rows:,} rows" if example.total_rows else ""
-        titles.append(f"{example.title}{rows}")
+        titles.append(os.fsencode(f"{example.title}{rows}").decode(errors="replace"))  # a file's name may be any bytes
     more = [f"and {len(titles) - _EXAMPLES} more"] * (len(titles) > _EXAMPLES)
     return [line for title in [*titles[:_EXAMPLES], *more] for line in textwrap.wrap(title, int(width * _LETTERS))]
 

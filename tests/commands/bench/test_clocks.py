@@ -1,7 +1,6 @@
 """Clocks of devices, tested with events of a simulated device on which every call takes a known time."""
 
 import sys
-from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -256,7 +255,7 @@ def test_cupy_clock_counts_growth_of_the_pool_less_outputs(cupy_clock):
     assert clock.beyond_arrays(call) == 20
 
 
-@pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
+@pytest.mark.torch
 def test_torch_clock_times_by_events(monkeypatch):
     import torch
 

@@ -1,7 +1,5 @@
 """All subjects of a benchmark do the same work: they normalise the same numbers and give the same gradients."""
 
-from importlib.util import find_spec
-
 import gpus
 import numpy as np
 import pytest
@@ -82,7 +80,7 @@ def test_subject_refuses_a_workload_it_cannot_do(spec, workload, message):
         subject(spec, workload)
 
 
-@pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
+@pytest.mark.torch
 def test_torch_subject_records_gradients_in_backward_alone():
     layer = subject("torch", Workload((4, 3)))
     try:

@@ -36,3 +36,13 @@ def test_the_picture_names_file_shape_and_dtype(tmp_path):
     assert lines[0] == "layer0 of x.npz (8, 8), float32, 4 of its 8 rows"
     assert lines[-1] == "and 2 more"
     assert max(map(len, plot._data(several, 3))) <= 27
+
+
+def test_a_file_name_of_any_bytes_is_drawn(tmp_path):
+    example = examples.seeded((4, 3), "float32")._replace(name="bad\udcff \N{CJK UNIFIED IDEOGRAPH-65E5}.npy")
+    truth = reference(example)
+    arrays = {quantity: exact.hi.astype(np.float32) for quantity, exact in truth.exact.items()}
+    comparison = compare(example, truth, {"numpy": Measured("1", "cpu", arrays, {"train": 1.0, "eval": 1.0})})
+    assert plot._data([comparison], 8)[0].startswith("bad\N{REPLACEMENT CHARACTER}")
+    plot.save([comparison], tmp_path / "p.png")
+    assert (tmp_path / "p.png").exists()
