@@ -31,6 +31,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 
+settings.register_profile("compiled", settings.get_profile("mbn"), max_examples=12)
+"""For backends that compile for each shape: each example takes them a good part of a second."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the suite's options."""

@@ -3,7 +3,6 @@
 import gc
 from functools import partial
 
-from hypothesis import HealthCheck, settings
 from jax.interpreters import mlir
 
 import mbn
@@ -11,12 +10,5 @@ from mbn_jax.kernels.primitives import WidePrimitive
 
 mbn.get_backend("jax")  # makes the primitives
 PRIMITIVES = [value for value in gc.get_objects() if isinstance(value, WidePrimitive) and value.on_gpu is not None]
-settings.register_profile(
-    "gpu",
-    deadline=None,
-    derandomize=True,
-    max_examples=12,  # each example is compiled
-    suppress_health_check=[HealthCheck.too_slow],
-)
 for _primitive in PRIMITIVES:
     mlir.register_lowering(_primitive.primitive, partial(_primitive._lower, _primitive.on_gpu), "cpu")

@@ -24,11 +24,7 @@ def _before(folder: Path) -> str:
 
 SUMS = "(test_accuracy or test_gradients or test_masks or test_population) and not (any_eps or any_size) or 5x3"
 """The tests that JAX's lowering for GPUs can fail, since it adds in another order."""
-GPU_LAYOUT = {
-    "PYTEST_PLUGINS": "jax_gpu_layout",
-    "PYTHONPATH": _before(HERE),
-    "PYTEST_ADDOPTS": "--hypothesis-profile gpu",
-}
+GPU_LAYOUT = {"PYTEST_PLUGINS": "jax_gpu_layout", "PYTHONPATH": _before(HERE)}
 NARROW = "float32 or float16 or bfloat16"
 """The tests of one narrow dtype: a run in 32 bits has them."""
 WIDE = "float64 or hypothesis or test_dtypes or test_agreement"
@@ -60,7 +56,8 @@ def test_backend_conforms(
 ) -> None:
     report, junit = tmp_path / "report.json", tmp_path / "junit.xml"
     command = [sys.executable, "-m", "mbn", "conform", backend, "--json", report, "--junit-xml", junit]
-    run = nested([*command, *(["-k", chosen] if chosen else [])], **environment)
+    options = ["--hypothesis-profile", "compiled"] * (backend == "jax") + ["-k", chosen or ""]
+    run = nested([*command, *options], **environment)
     assert run.returncode == 0, run.stdout
     written = json.loads(report.read_text())
     areas, capabilities = written["areas"], written["backends"][backend]["capabilities"]
