@@ -99,7 +99,10 @@ BUGS = {
         "cuda/normalization.cu", "__syncthreads();", "", "with_a_large_mean"
     ),
     "a sum of dy divided by that of all weights": Bug(
-        "cuda/gradients.cu", "weighted_count ? power(-exponent_of(n)) : 1", "1.0", "sums_of_dy_beside"
+        "cuda/gradients.cu",
+        "weighted_count ? power(-exponent_of(n)) : 1",
+        "1.0",
+        "test_pullback_is_accurate_for_sample_weights_of_any_size",
     ),
     "no barrier before channels are read to differentiate": Bug(
         "cuda/gradients.cu", "__syncthreads();", "", "test_gradients"
