@@ -1,5 +1,6 @@
 """A Sphinx extension: the picture and the steps of the history, made from what ``measure.py --history`` has kept."""
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,12 +18,20 @@ from mbn.commands.bench.workloads import MODES
 from mbn.commands.output import milliseconds
 
 HISTORY = DOCS.parent / "asv_bench" / "history" / "results"
-TIMES, ERRORS, PEAKS = (
-    f"layer.{name}" for name in ("Step.track_seconds", "Agreement.track_error", "Memory.track_peak")
-)
+TIMES = "layer.Step.track_seconds"
+_UNITS = {
+    TIMES: ("ms", milliseconds),
+    "layer.Overhead.track_seconds": ("ms", milliseconds),
+    "imports.timeraw_import": ("ms", milliseconds),
+    "layer.Agreement.track_error": ("ulp", lambda error: f"{error:.2f}"),
+    "layer.Memory.track_peak": ("MiB beside the input", lambda size: f"{size / _MEBIBYTE:.0f}"),
+}
+"""Of the benchmarks whose steps are shown."""
 _SHOWN = "(1024, 256)", "(65536, 256)"
 _STEP = 1.3
 """The least factor that is called a step."""
+_WINDOW = 3
+"""As many measurements on each side of a step differ by it, each from each: one alone may be noise."""
 _MEBIBYTE = 2**20
 
 Name = tuple[str, ...]
@@ -76,42 +85,40 @@ def _list(history: Sequence[Run]) -> str:
     lines = []
     for older, newer, found in steps(history):
         if found:
-            lines += [f"- `{_commit(older)}` to `{_commit(newer)}`", *(f"  - {_described(step)}" for step in found)]
+            lines.append(f"- `{_commit(older)}` to `{_commit(newer)}`")
+        for subject, of_subject in itertools.groupby(found, lambda step: "".join(step.name[1:2])):
+            lines.append(f"  - {subject or '`import mbn`'}: {'; '.join(map(_described, of_subject))}")
     return "\n".join(lines)
 
 
 def steps(history: Sequence[Run]) -> Iterator[tuple[Run, Run, list[Step]]]:
     """Yield each pair of neighbours, with the changes between them.
 
-    A change is a step where the two measurements before it differ by that factor from the two after it, each of them.
+    In a step, the last measurements before it and the first after it differ by that factor, each from each.
     """
     values = [
         {
             (benchmark, *name): value
-            for benchmark in (TIMES, ERRORS, PEAKS)
+            for benchmark in _UNITS
             for name, value in run.values(benchmark).items()
-            if name[0] != LIMIT
+            if LIMIT not in name
         }
         for run in history
     ]
     for at in range(1, len(history)):
         found = []
         for name in values[at - 1].keys() & values[at].keys():
-            before = [known[name] for known in values[max(at - 2, 0) : at] if name in known]
-            after = [known[name] for known in values[at : at + 2] if name in known]
+            before = [known[name] for known in values[max(at - _WINDOW, 0) : at] if name in known]
+            after = [known[name] for known in values[at : at + _WINDOW] if name in known]
             if min(before) >= _STEP * max(after) or min(after) >= _STEP * max(before):
                 found.append(Step(name, before[-1], after[0]))
-        yield history[at - 1], history[at], sorted(found)
+        yield history[at - 1], history[at], sorted(found, key=lambda step: (step.name[1:2], step.name))
 
 
 def _described(step: Step) -> str:
-    benchmark, backend, *parameters = step.name
-    unit, text = {
-        TIMES: ("ms", milliseconds),
-        ERRORS: ("ulp", lambda error: f"{error:.2f}"),
-        PEAKS: ("MiB beside the input", lambda size: f"{size / _MEBIBYTE:.0f}"),
-    }[benchmark]
-    return f"{backend}, {', '.join(parameters)}: {text(step.before)} → {text(step.after)} {unit}"
+    benchmark, *parameters = step.name
+    unit, text = _UNITS[benchmark]
+    return f"{', '.join(parameters[1:])} {text(step.before)} → {text(step.after)} {unit}".lstrip()
 
 
 def _commit(run: Run) -> str:

@@ -116,6 +116,7 @@ def history(measured):
         results = {
             "layer.Step.track_seconds": times,
             "layer.Agreement.track_error": asv([errors[number]], ("numpy",), ("y, training",)),
+            "imports.timeraw_import": [[0.02 if number > 3 else 0.01], [], "1"],
             "layer.Memory.track_peak": asv([2**20], ("numpy",), ("train",)),
         }
         return measured.Run({"commit_hash": f"{number}" * 40, "date": number, "results": results})
@@ -127,9 +128,10 @@ def test_steps_of_the_history_are_changes_that_last(measured_history, history, t
     measured_history.generate(tmp_path, history)
     assert (tmp_path / "history.md").read_text().splitlines() == [
         "- `1111111` to `2222222`",
-        "  - numpy, train, (1024, 256): 9 → 3 ms",
+        "  - numpy: train, (1024, 256) 9 → 3 ms",
         "- `3333333` to `4444444`",
-        "  - numpy, y, training: 0.50 → 1.20 ulp",
+        "  - `import mbn`: 10 → 20 ms",
+        "  - numpy: y, training 0.50 → 1.20 ulp",
     ]
     assert "<svg" in (tmp_path / "history.svg").read_text()
 
