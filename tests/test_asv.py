@@ -207,7 +207,7 @@ MOST = 0.7
 def coloured_columns(locator):
     """Return the share of columns with a pixel that has a colour: axes, frames and text are black and grey."""
     image = matplotlib_image.imread(io.BytesIO(locator.screenshot()))[..., :3]
-    return (image.max(-1) - image.min(-1) > 0.3).any(0).mean()
+    return (image.max(-1) - image.min(-1) > 0.1).any(0).mean()
 
 
 def test_pages_that_refer_to_an_unknown_script_are_refused(tmp_path):
