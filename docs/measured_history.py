@@ -31,7 +31,7 @@ _SHOWN = "(1024, 256)", "(65536, 256)"
 _STEP = 1.3
 """The least factor that is called a step."""
 _WINDOW = 3
-"""As many measurements on each side of a step differ by it, each from each: one alone may be noise."""
+"""The measurements before and after a step that must all differ by it, since a single one may be noise."""
 _MEBIBYTE = 2**20
 
 Name = tuple[str, ...]

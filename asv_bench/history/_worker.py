@@ -17,23 +17,23 @@ from typing import Any
 import numpy as np
 
 COPY = "copy"
-"""Of x, in the place of a backend: it is the same for all commits, so it tells how fast the machine was just then."""
+"""A copy of x, measured like a backend. It is the same for all commits, so it shows how fast the machine was."""
 TINY = (2, 1)
 SHAPES = ((32, 64), (1024, 256), (4096, 64, 16), (65536, 256))
-"""Small and medium ones, which fit caches, and two large ones: 16 and 64 MiB."""
+"""A small and a medium input, which fit caches, and two large ones: 16 and 64 MiB."""
 MODES = ("train", "eval", "backward")
 LARGE = SHAPES[-1]
 QUANTITIES = ("y, training", "y, evaluation", "running mean", "running variance", "gradient of x")
 
 _ROUNDS = 9
 _SAMPLE = 0.01
-"""Seconds of a sample at least: shorter calls are timed several at a time."""
+"""The least seconds of a sample: shorter calls are timed several at a time."""
 _OFFSET = 1e4
-"""Where sums of squares, and float32 sums of values, have lost most of their digits."""
+"""The mean of x. There, sums of squares and float32 sums of values have lost most of their digits."""
 _MOMENTUM, _EPS = 0.1, 1e-5
 
 Figures = dict[str, float]
-"""By kind and parameters, joined."""
+"""Figures by the names that ``key`` makes of a kind and its parameters."""
 Call = Callable[[], Any]
 
 
@@ -43,7 +43,7 @@ def key(kind: str, *parameters: str) -> str:
 
 
 class _OneCommit:
-    """Has a backend that this commit lacks be missing, where another commit of mbn is installed and has it."""
+    """A finder that hides the backends of an installed mbn from a commit that does not have them."""
 
     def find_spec(self, name: str, *_: object) -> None:
         if re.fullmatch("mbn_[a-z]+", name):
@@ -76,9 +76,9 @@ def figures(name: str) -> tuple[Figures, dict[str, str]]:
 
 
 def step(name: str, mode: str, x: Any, dy: Any) -> Call:
-    """Return a call whose outputs are there when it returns.
+    """Return a call that returns after its outputs have been computed.
 
-    JAX runs a compiled step, to which it is made; the others call a layer.
+    JAX runs a compiled step and waits for its results; the others call a layer.
     """
     if name == COPY:
         if mode != "eval":

@@ -1,4 +1,4 @@
-"""What ``import mbn`` costs a program, beyond NumPy's own import."""
+"""The time that ``import mbn`` takes in a new process, beyond NumPy's own import."""
 
 import sys
 

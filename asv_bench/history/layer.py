@@ -13,10 +13,10 @@ from ._worker import COPY, MODES, QUANTITIES, SHAPES, TINY, Figures, key
 
 BACKENDS = ["numpy", "numba", "torch", "jax"]
 _SECONDS = 300
-"""A backend may take."""
+"""The most seconds that a backend may take."""
 
 All = dict[str, tuple[Figures, dict[str, str]]]
-"""Figures by backend, and why others are missing."""
+"""By backend: its figures, and the reasons of those that are missing."""
 
 
 class _Layer:

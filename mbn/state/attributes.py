@@ -142,7 +142,7 @@ class Group(_Readable[Part]):
 def _store(layer: Any, values: Mapping[str, Any]) -> None:
     """Store checked copies of parameters or of statistics in a layer: all of them, or none if one is refused."""
     storage = layer._storage
-    _ = storage.num_features  # without which there are none
+    _ = storage.num_features  # raises where the first input has not determined it: there are no arrays yet
     held = storage.entries
     for name, value in values.items():
         if name not in held:
