@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from mbn import functional
+from mbn.contract import Group
 from mbn.convert import asarray, to_numpy
 from mbn.functional import fold_linear
 from mbn.layer import BatchNorm1d
@@ -16,6 +17,7 @@ from mbn.registry import (
     set_default_backend,
     use_backend,
 )
+from mbn.replicas import ReplicaError
 from mbn.state import Params, State
 from mbn.threads import get_num_threads, set_num_threads
 
@@ -40,7 +42,9 @@ __all__ = [
     "BackendUnavailableError",
     "BatchNorm1d",
     "ConversionWarning",
+    "Group",
     "Params",
+    "ReplicaError",
     "State",
     "asarray",
     "fold_linear",

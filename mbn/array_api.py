@@ -6,6 +6,7 @@ a library or a device has no float64, in pairs of float32, which have twice its 
 Source: the Python array API standard, https://data-apis.org/array-api/latest.
 """
 
+from collections.abc import Sequence
 from functools import cache, cached_property
 from typing import Any, NamedTuple, TypeAlias
 
@@ -167,6 +168,14 @@ class ArrayAPIKernels(Kernels):
         rest = change - (mean - hi)  # the rounding error of the mean, for the pair
         return Moments(total, Mean(mean, rest), m2 + (more_m2 + difference * step * count))
 
+    def to_vectors(self, moments: Moments, dtype: str) -> tuple[Array, ...]:
+        (hi, lo), m2 = moments.mean, moments.m2
+        return hi, lo, m2
+
+    def from_vectors(self, count: Any, vectors: tuple[Array, ...]) -> Moments:
+        hi, lo, m2 = vectors
+        return Moments(count, Mean(hi, lo), m2)
+
     def variance(self, moments: Moments, correction: int) -> Number:
         return _ratio(moments.m2, moments.count - correction)
 
@@ -214,6 +223,7 @@ class ArrayAPIBackend(Backend):
             mutable=True,
             strided=False,  # the standard has no memory orders
             masks=True,
+            replicas="float64" in floating,
         )
 
     def owns(self, x: object) -> bool:
@@ -249,6 +259,15 @@ class ArrayAPIBackend(Backend):
 
     def copy(self, x: Array) -> Array:
         return self.namespace.asarray(x, copy=True)
+
+    def concatenated(self, parts: Sequence[Any]) -> Array:
+        xp = self.namespace
+        device = next(part.device for part in parts if self.owns(part))
+        wide = (
+            xp.astype(part, xp.float64) if self.owns(part) else xp.asarray(part, dtype=xp.float64, device=device)
+            for part in parts
+        )
+        return xp.concat([xp.reshape(part, (-1,)) for part in wide])
 
     def within(self, values: Array, low: float, high: float) -> bool:
         values = _leading(_wide(values))

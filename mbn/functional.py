@@ -13,6 +13,7 @@ from mbn import checks, registry
 from mbn.contract import Array, Backend, Params, Pullback, Settings, State, dtype_name, layer_dtype
 from mbn.convert import received, received_vectors
 from mbn.layer import BatchNorm1d
+from mbn.replicas import Membership
 from mbn.step import folding
 from mbn.step.forward import forward, forward_vjp
 from mbn.step.masks import Masking
@@ -41,6 +42,7 @@ def batch_norm(
     mask: Any = None,
     lengths: Any = None,
     sample_weight: Any = None,
+    group: Any = None,
     out: Any = None,
     backend: str | Backend | None = None,
 ) -> BatchNormResult:
@@ -62,6 +64,8 @@ def batch_norm(
         correction: 1 for the unbiased variance in ``running_var``, 0 for the biased one.
         mask, lengths, sample_weight: which samples and positions count, and how often, as in
             :meth:`mbn.BatchNorm1d.__call__`.
+        group: the processes or devices that share the statistics of their batches in training, as
+            :attr:`mbn.BatchNorm1d.group`. Each call exchanges one vector more than a layer, to compare the shapes.
         out: an array of the backend in the shape and dtype of ``x`` that the output is written to, in any memory order:
             ``x`` itself, or one that shares no memory with it; and no two of its values share memory. Not on JAX,
             whose arrays never change.
@@ -82,7 +86,7 @@ def batch_norm(
     params, state = Params(weight, bias), State(running_mean, running_var, None)
     masking = Masking.of(mask, lengths, sample_weight)
     run = forward if out is None else partial(forward, out=out)
-    y, state = _run(run, x, params, state, training, momentum, eps, axis, correction, masking, backend)
+    y, state = _run(run, x, params, state, training, momentum, eps, axis, correction, masking, group, backend)
     return BatchNormResult(y, state.running_mean, state.running_var)
 
 
@@ -101,6 +105,7 @@ def batch_norm_vjp(
     mask: Any = None,
     lengths: Any = None,
     sample_weight: Any = None,
+    group: Any = None,
     backend: str | Backend | None = None,
 ) -> tuple[BatchNormResult, Pullback]:
     """Normalise as :func:`batch_norm`, and return the function from a gradient of the output to those of the input.
@@ -117,7 +122,7 @@ def batch_norm_vjp(
     params, state = Params(weight, bias), State(running_mean, running_var, None)
     masking = Masking.of(mask, lengths, sample_weight)
     (y, pullback), state = _run(
-        forward_vjp, x, params, state, training, momentum, eps, axis, correction, masking, backend
+        forward_vjp, x, params, state, training, momentum, eps, axis, correction, masking, group, backend
     )
     return BatchNormResult(y, state.running_mean, state.running_var), pullback
 
@@ -166,16 +171,40 @@ def _run(
     axis: int,
     correction: int,
     masking: Masking | None,
+    group: Any,
     backend: str | Backend | None,
 ) -> tuple[Any, State]:
     """Check the arguments of a function of this module, and call ``run``, ``forward`` or ``forward_vjp``, with them."""
     chosen = registry.get_backend(backend) if backend is not None else registry.chosen_backend()
     chosen = chosen or registry.owner_of(x)
+    training = checks.flag("training", training)
+    member = Membership.of(group, None, "functional.batch_norm")
+    if member is None or not training:
+        return _run_alone(run, x, params, state, training, momentum, eps, axis, correction, masking, chosen)
+    device = chosen.device(x) if chosen.owns(x) else None
+    with member.exchange(chosen, None, device) as replicas:
+        run = partial(run, replicas=replicas)
+        return _run_alone(run, x, params, state, training, momentum, eps, axis, correction, masking, chosen)
+
+
+def _run_alone(
+    run: Callable[..., tuple[Any, State]],
+    x: Any,
+    params: Params,
+    state: State,
+    training: bool,
+    momentum: float,
+    eps: float,
+    axis: int,
+    correction: int,
+    masking: Masking | None,
+    chosen: Backend,
+) -> tuple[Any, State]:
     if momentum is None:
         raise TypeError(
             "momentum=None is the cumulative average, which needs the count of batches that BatchNorm1d keeps."
         )
-    training, axis = checks.flag("training", training), checks.axis(axis)
+    axis = checks.axis(axis)
     dtype = _statistics_dtype(state.running_mean, state.running_var, *params, x)
     x = received(chosen, "x", x, dtype, None)
     checks.rank(x.shape, axis)

@@ -7,7 +7,7 @@ its backend or its number of channels.
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from operator import is_
 from os import PathLike
@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from mbn import checks, registry
-from mbn.contract import Array, Backend, Params, Pullback, Settings, State
+from mbn.contract import Array, Backend, Params, Pullback, Replicas, Settings, State
 from mbn.convert import asarray, dtype_and_device_of, received, received_vectors
-from mbn.state.attributes import Entry, Fixed, Group, missing, of_class
+from mbn.replicas import Membership
+from mbn.state.attributes import Entries, Entry, Fixed, missing, of_class
 from mbn.state.keys import IncompatibleKeys, versioned
 from mbn.state.snapshot import Snapshot
 from mbn.state.storage import Storage
@@ -61,6 +62,7 @@ class BatchNorm1d:
         bias: with ``affine``, have a bias too.
         axis: the axis of the channels: 1, or -1 for (N, C) and (N, L, C).
         correction: 1 for the unbiased running variance (torch's), 0 for the biased one (flax's, Keras's, ONNX's).
+        group: the processes or devices that share the statistics of their batches in training; see :attr:`group`.
         backend: a name or a Backend. By default the one chosen by :func:`mbn.use_backend`,
             :func:`mbn.set_default_backend` or ``MBN_BACKEND``; else the layer takes the backend of its first input.
 
@@ -84,6 +86,7 @@ class BatchNorm1d:
         bias: bool = True,
         axis: int = 1,
         correction: int = 1,
+        group: Any = None,
         backend: str | Backend | None = None,
     ) -> None:
         settings = Settings(
@@ -109,6 +112,7 @@ class BatchNorm1d:
         self._storage = Storage(chosen or registry.get_backend(), device, settings, *has)
         if chosen is not None:
             self._become(*self._storage.moved(chosen, device))
+        self.group = group
         if self.num_features is not None:
             try:
                 self.reset_parameters()
@@ -157,12 +161,12 @@ class BatchNorm1d:
         "The name of the backend, or None before the first input determines it.",
         "Move the layer: bn.to(backend=...)",
     )
-    params = Group[Params](
+    params = Entries[Params](
         Params,
         lambda layer: layer._storage.num_features and layer._storage.params,
         "Weight and bias, for :meth:`apply`. Set both at once to a :class:`Params` or a plain tuple.",
     )
-    state = Group[State](
+    state = Entries[State](
         State,
         lambda layer: layer._storage.num_features and layer._storage.state,
         "The running statistics and the count of batches, for :meth:`apply`. Set all at once to a :class:`State` or a "
@@ -209,6 +213,36 @@ class BatchNorm1d:
     @momentum.setter
     def momentum(self, value: float | None) -> None:
         self._configure(momentum=checks.momentum(value))
+
+    @property
+    def group(self) -> Any:
+        """The group whose replicas of this layer share the statistics of their batches in training, or None.
+
+        It is an object of an engine: a ``torch.distributed`` process group on Torch, a communicator of ``mpi4py`` on
+        NumPy and Numba, one of ``cupyx.distributed`` or ``mpi4py`` on CuPy, the name of an axis or several of
+        ``shard_map``, ``pmap`` or ``vmap`` on JAX; True for all processes (Torch, NumPy, Numba); or a
+        :class:`mbn.Group`. Settable; None ends it.
+
+        All replicas have to call the layer equally often, with an empty batch where there is no data. Evaluation and
+        frozen layers do not communicate. A copy of the layer has the same group; a pickle keeps True and names of
+        axes, and a file has none.
+
+        Raises:
+            TypeError: no group of the backend's framework.
+            ValueError: this process is not part of the group.
+        """
+        member = self._storage.group
+        return None if member is None else member.given
+
+    @group.setter
+    def group(self, value: Any) -> None:
+        self._join(value)
+
+    def _join(self, group: Any, name: str = "") -> None:
+        storage = self._storage
+        member = Membership.of(group, storage.backend if storage.is_bound else None, name)
+        with storage.backend.writing():
+            self._change(lambda storage: storage._replace(group=member))
 
     @property
     def training(self) -> bool:
@@ -286,8 +320,24 @@ class BatchNorm1d:
         Raises:
             TypeError, ValueError: as in a call, and for parameters or statistics of a wrong shape or dtype.
         """
+        training = checks.flag("training", training)
+        masking = Masking.of(mask, lengths, sample_weight)
+        if self._storage.group is None:
+            return self._applied(params, state, x, training, masking)
+        with self._exchange(training) as replicas:
+            return self._applied(params, state, x, training, masking, replicas)
+
+    def _applied(
+        self,
+        params: Params,
+        state: State,
+        x: Any,
+        training: bool,
+        masking: Masking | None,
+        replicas: Replicas | None = None,
+    ) -> tuple[Array, State]:
         storage = self._storage
-        training, num_features, settings = checks.flag("training", training), storage.num_features, storage.settings
+        num_features, settings = storage.num_features, storage.settings
         if type(params) is not Params or type(state) is not State:
             params, state = checks.part("params", params, Params), checks.part("state", state, State)
         backend, device = (storage.backend, storage.device) if storage.is_bound else (registry.owner_of(x), None)
@@ -297,10 +347,19 @@ class BatchNorm1d:
         x = received(backend, "x", x, settings.dtype, device)
         params, state = received_vectors(backend, params, state, num_features, settings.dtype, device)
         checks.running_statistics(state, needed=False, counted=settings.momentum is None)
-        uses_batch, masking = self._uses_batch(state, training), Masking.of(mask, lengths, sample_weight)
-        return forward(backend, x, params, state, settings, training=uses_batch, masking=masking)
+        uses_batch = self._uses_batch(state, training)
+        return forward(backend, x, params, state, settings, training=uses_batch, masking=masking, replicas=replicas)
 
-    def _run(self, run: Callable[..., tuple[Any, State]], x: Any, masking: Masking | None) -> Any:
+    def _exchange(self, training: bool) -> AbstractContextManager[Any]:
+        """Return a context whose value is the other replicas of a step, or None."""
+        storage = self._storage
+        if storage.group is None or not training or self._frozen:
+            return nullcontext()
+        return storage.group.exchange(storage.backend, storage.settings, storage.device)
+
+    def _run(
+        self, run: Callable[..., tuple[Any, State]], x: Any, masking: Masking | None, replicas: Replicas | None = None
+    ) -> Any:
         """Call ``run``, ``forward`` or ``forward_vjp``, with the layer's parameters and state; store the new state."""
         storage = self._storage
         backend, settings, before = storage.backend, storage.settings, storage.state
@@ -308,9 +367,15 @@ class BatchNorm1d:
             if registry.is_compiling():
                 raise RuntimeError(_OPEN_UNDER_A_COMPILER)
             return registry.uncompiled(self._first_run)(run, x, masking)
+        if storage.group is not None and replicas is None:
+            with self._exchange(self._training) as others:
+                if others is not None:
+                    return self._run(run, x, masking, others)
         x = received(backend, "x", x, settings.dtype, storage.device)
         training = self._uses_batch(before, self._training)
-        result, after = run(backend, x, storage.params, before, settings, training=training, masking=masking)
+        result, after = run(
+            backend, x, storage.params, before, settings, training=training, masking=masking, replicas=replicas
+        )
         # If a load or a move has come in between, the state that it has stored stays.
         if after is not before and backend.stores(before, after) and self._storage.state is before:
             held = backend.write(before, after) if storage.is_shared else after

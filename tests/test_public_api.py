@@ -15,7 +15,9 @@ def test_public_names_are_exactly_these() -> None:
         "BackendUnavailableError",
         "BatchNorm1d",
         "ConversionWarning",
+        "Group",
         "Params",
+        "ReplicaError",
         "State",
         "asarray",
         "fold_linear",
@@ -46,7 +48,7 @@ def test_layer_takes_the_arguments_of_torch_in_their_order() -> None:
     parameters = inspect.signature(mbn.BatchNorm1d).parameters
     assert [str(parameter).partition(":")[0] for parameter in parameters.values()] == [
         *("num_features", "eps", "momentum", "affine", "track_running_stats", "device", "dtype"),
-        *("bias", "axis", "correction", "backend"),
+        *("bias", "axis", "correction", "group", "backend"),
     ]
     positional = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert positional[-1] == "dtype"

@@ -121,6 +121,24 @@ class Formulas:
         )
         return Moments(total, Scaled(mean, unit), Scaled(m2, 2 * unit))
 
+    def to_vectors(self, moments: Moments, dtype: str) -> tuple[Array, ...]:
+        """Return the high and low part of the mean, and m2; for a float64 layer the exponents of their units too."""
+        _, mean, m2 = moments
+        if not isinstance(m2, Scaled):
+            return (*mean, m2) if dtype == "float32" else (*mean, m2, self.xp.zeros_like(m2))
+        if dtype == "float64":
+            return *mean.values, m2.values, mean.exponent
+        # Statistics of float32 values are in float64's range without units.
+        return *(self.scaled(part, mean.exponent) for part in mean.values), self.scaled(m2.values, m2.exponent)
+
+    def from_vectors(self, count: Any, vectors: tuple[Array, ...]) -> Moments:
+        """Return the statistics that ``to_vectors`` had; those of a float64 layer are scaled."""
+        hi, lo, m2, *exponents = vectors
+        if not exponents:
+            return Moments(count, Pair(hi, lo), m2)
+        exponent = self.as_exponent(exponents[0])
+        return Moments(count, Scaled(Pair(hi, lo), exponent), Scaled(m2, 2 * exponent))
+
     def variance(self, moments: Moments, correction: int) -> Variance:
         """Return m2 / (count - correction), and 0 where weights add up to no more than the correction."""
         count, _, m2 = moments

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mbn.contract import Backend, Batch, Capabilities, Kernels, Operation, numpy_dtype, overlaps_itself
+from mbn_cpu.group import MpiGroup, mpi_group
 from mbn_cpu.kernels.host import HostKernels, fits_float64
 
 _FEW_FOR_NUMPY = 1 << 14
@@ -34,6 +35,7 @@ class HostBackend(Backend):
         strided=True,
         masks=True,
         any_size=True,
+        replicas=True,
         out=True,
     )
 
@@ -66,6 +68,9 @@ class HostBackend(Backend):
 
     def within(self, values: np.ndarray, low: float, high: float) -> bool:
         return bool(np.all((low <= values) & (values < high)))
+
+    def group(self, given: Any) -> MpiGroup:
+        return mpi_group(self.name, given)
 
     def kernels_for(
         self, operation: Operation, batch: Batch, other: np.ndarray | None = None, vectors: tuple[Any, ...] = ()

@@ -3,7 +3,7 @@
 Computations on vectors have to be as exact as float64 allows, for every implementation of the passes over x.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -60,6 +60,10 @@ class HostFormulas(Formulas):
             if np.all(in_range(merged.m2) | ((merged.m2 == 0) & _are_equal(first, second))):
                 return merged
         return self.merge_scaled(first, second)
+
+    def from_vectors(self, count: Any, vectors: tuple[np.ndarray, ...]) -> Moments:
+        """Return the statistics that ``to_vectors`` had, not scaled where no channel is."""
+        return super().from_vectors(count, vectors if np.any(vectors[3:]) else vectors[:3])
 
 
 def _are_equal(first: Moments, second: Moments) -> np.ndarray:

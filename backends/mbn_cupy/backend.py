@@ -1,6 +1,6 @@
 """CuPy's border. CuPy computes on the current device, so each step makes the device of its arrays current."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, ClassVar
@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import cupy
 import numpy as np
 
-from mbn.contract import Backend, Batch, Capabilities, Kernels, numpy_dtype, overlaps_itself
+from mbn.contract import Backend, Batch, Capabilities, Group, Kernels, numpy_dtype, overlaps_itself
+from mbn_cupy.group import cuda_group
 from mbn_cupy.kernels import CudaKernels
 
 _DTYPE_CHARACTERS = "?bhilqBHILQefdFD"
@@ -34,6 +35,7 @@ class CupyBackend(Backend):
             strided=True,
             masks=True,
             any_size=True,
+            replicas=True,
             out=True,
         )
 
@@ -68,6 +70,13 @@ class CupyBackend(Backend):
     def copy(self, x: cupy.ndarray) -> cupy.ndarray:
         with x.device:
             return x.copy()
+
+    def concatenated(self, parts: Sequence[Any]) -> cupy.ndarray:
+        with next(part.device for part in parts if isinstance(part, cupy.ndarray)):
+            return cupy.concatenate([cupy.asarray(part, np.float64).ravel() for part in parts])
+
+    def group(self, given: Any) -> Group:
+        return cuda_group(given)
 
     def conflict(self, out: cupy.ndarray, x: cupy.ndarray) -> str | None:
         if overlaps_itself(out.shape, out.strides, out.itemsize):

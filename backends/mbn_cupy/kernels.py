@@ -120,6 +120,14 @@ class CudaKernels(Kernels):
         with _device_of(first.m2):
             return FORMULAS.merge(first, second)
 
+    def to_vectors(self, moments: Moments, dtype: str) -> tuple[cupy.ndarray, ...]:
+        with _device_of(moments.m2):
+            return FORMULAS.to_vectors(moments, dtype)
+
+    def from_vectors(self, count: Any, vectors: tuple[cupy.ndarray, ...]) -> Moments:
+        with vectors[0].device:
+            return FORMULAS.from_vectors(count, vectors)
+
     def variance(self, moments: Moments, correction: int) -> Variance:
         with _device_of(moments.m2):
             return FORMULAS.variance(moments, correction)

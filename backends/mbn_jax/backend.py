@@ -95,6 +95,15 @@ class JaxBackend(Backend):
 
         jax.tree_util.register_pytree_with_keys(layer_type, flatten_with_keys, unflatten, flatten_here)
 
+    def group(self, given: Any) -> AxisGroup:
+        names = given if isinstance(given, tuple) else (given,)
+        if not names or not all(isinstance(name, str) for name in names):
+            raise TypeError(
+                "the group of a layer on JAX is the name of an axis of shard_map, pmap or vmap, or a tuple of names, "
+                f"not {given!r}. Under jit over a sharded batch statistics are global without a group."
+            )
+        return AxisGroup(given)
+
     def finish(self, *values: Any) -> None:
         jax.block_until_ready(values)  # returns at once for tracers
 

@@ -1,12 +1,15 @@
-"""A group of replicas along a named axis of ``vmap``, ``pmap`` or ``shard_map``."""
+"""The replicas of a layer along a named axis of ``vmap``, ``pmap`` or ``shard_map``."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 import jax
 from jax import lax
+
+from mbn.contract import Kernels, Moments, Needs
 
 T = TypeVar("T")
 
@@ -19,17 +22,30 @@ class AxisGroup:
     name: Any
     """The name of the axis, or a tuple of names of axes."""
 
+    waits = True
+    """All replicas execute the same program, and exchange the sums of each backward pass in it."""
+
     @property
     def names(self) -> tuple[Any, ...]:
         """The names of all axes of the group."""
         return self.name if isinstance(self.name, tuple) else (self.name,)
 
-    @property
-    def rank(self) -> jax.Array:
-        """The index of this replica."""
-        return lax.axis_index(self.name)
+    def expect(self, needs: Needs) -> None:
+        """Do nothing, since all replicas need the same."""
 
-    def gather(self, values: T) -> Sequence[T]:
+    def pulling(self) -> AbstractContextManager[None]:
+        """Return a context that does nothing: an error ends the trace, which is the same for all replicas."""
+        return nullcontext()
+
+    def moments(self, kernels: Kernels, moments: Moments, dtype: str) -> Sequence[Moments]:
+        """Return the statistics of the batches of all replicas."""
+        return self._gather(moments)
+
+    def sums(self, sums: tuple[jax.Array, ...]) -> Sequence[tuple[jax.Array, ...]]:
+        """Return the sums of all replicas."""
+        return self._gather(sums)
+
+    def _gather(self, values: T) -> Sequence[T]:
         """Return the values of all replicas. Python numbers are equal on all, since the arrays have the same shapes."""
         stacks = jax.tree.map(partial(_stacked, name=self.name), values)
         return [

@@ -22,14 +22,14 @@ def step(
     training: bool,
     out: None = None,
     keep: bool = True,
-    group: AxisGroup | None = None,
+    replicas: AxisGroup | None = None,
 ) -> tuple[jax.Array, State, Stats | None]:
     """Compute ``mbn.step.compose.forward`` as one compiled program."""
     x, sample_weight, dtype = batch
     y, after, stats = compiled_step(
         *(x, sample_weight, params, state, eps_argument(settings.eps), argument(settings.momentum)),
         forward=forward,
-        kernels=_of_group(kernels, group),
+        kernels=_of_group(kernels, replicas),
         dtype=dtype,
         correction=settings.correction,
         training=training,
@@ -47,18 +47,18 @@ def differentiate(
     stats: Stats,
     eps: float,
     needs: object = None,
-    group: AxisGroup | None = None,
+    replicas: AxisGroup | None = None,
 ) -> tuple[jax.Array, ...]:
     """Compute ``mbn.step.compose.pullback`` as one compiled program."""
     x, sample_weight, dtype = batch
     stats = stats._replace(count=argument(stats.count))
     arrays = dy, x, sample_weight, weight, stats, eps_argument(eps)
-    return _compiled_pullback(*arrays, pullback=pullback, kernels=_of_group(kernels, group), dtype=dtype)
+    return _compiled_pullback(*arrays, pullback=pullback, kernels=_of_group(kernels, replicas), dtype=dtype)
 
 
-def _of_group(kernels: Any, group: AxisGroup | None) -> Kernels:
+def _of_group(kernels: Any, replicas: AxisGroup | None) -> Kernels:
     """Return kernels whose derivatives are summed over the replicas of the group, if there is one."""
-    return kernels if group is None else kernels.of(group)
+    return kernels if replicas is None else kernels.of(replicas)
 
 
 @partial(jax.jit, static_argnames=("forward", "kernels", "dtype", "correction", "training", "keep"))

@@ -4,7 +4,7 @@ The border copies data that Torch cannot share (read-only, reversed or byte-swap
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, cached_property
 from itertools import chain
@@ -29,6 +29,7 @@ from mbn.contract import (
 from mbn.threads import Exclusive
 from mbn_cpu.installed import fastest
 from mbn_torch import integration, memory_overlap
+from mbn_torch.group import DistributedGroup, distributed_group
 from mbn_torch.integration import NOT_REGISTERED
 from mbn_torch.kernels.cpu import ArrayBatch, CpuKernels, as_array, computed_output
 from mbn_torch.kernels.eager import EAGER
@@ -86,6 +87,7 @@ class TorchBackend(Backend):
             vmap=True,
             compile=True,
             modules=True,
+            replicas=True,
             out=True,
         )
 
@@ -132,6 +134,14 @@ class TorchBackend(Backend):
         if x.layout is torch.strided:
             return None
         return f"{name} is a tensor of layout {x.layout}, whose values are not all in memory. Give {name}.to_dense()."
+
+    def concatenated(self, parts: Sequence[Any]) -> torch.Tensor:
+        device = next(part.device for part in parts if isinstance(part, torch.Tensor))
+        wide = [torch.as_tensor(part, dtype=torch.float64, device=device) for part in parts]
+        return torch.cat([part.reshape(-1) for part in wide])
+
+    def group(self, given: Any) -> DistributedGroup:
+        return distributed_group(given)
 
     def conflict(self, out: torch.Tensor, x: torch.Tensor) -> str | None:
         return memory_overlap.conflict(out, x)

@@ -270,6 +270,7 @@ class TorchKernels(Kernels):
     """The base of all kernels of tensors: the formulas on vectors."""
 
     merge, variance, step, lerp = FORMULAS.merge, FORMULAS.variance, FORMULAS.step, FORMULAS.lerp
+    to_vectors, from_vectors = FORMULAS.to_vectors, FORMULAS.from_vectors
     sample_weights = FORMULAS.sample_weights
 
 

@@ -12,14 +12,14 @@ from typing import Any, TypeAlias
 import torch
 from torch.autograd import Function
 
-from mbn.contract import Batch, Group, Kernels, Params, Settings, State, Stats, merged
+from mbn.contract import Batch, Kernels, Needs, Params, Replicas, Settings, State, Stats, merged
 from mbn_torch.channel_stats import WIDE, variance
 from mbn_torch.group import Differentiable
 from mbn_torch.kernels.cpu import CpuKernels, tensors
 from mbn_torch.kernels.traceable import TRACEABLE
 from mbn_torch.private import is_constant, is_recorded, is_scripted
 
-Needs: TypeAlias = tuple[bool, bool, bool]
+Needed: TypeAlias = tuple[bool, bool, bool]
 Gradients: TypeAlias = tuple[torch.Tensor | None, ...]
 
 _ALL = (True, True, True)
@@ -43,9 +43,10 @@ def bind(
         training: bool,
         out: torch.Tensor | None = None,
         keep: bool = True,
-        group: Group | None = None,
+        replicas: Replicas | None = None,
     ) -> tuple[torch.Tensor, State, Stats]:
         x = batch.x
+        is_shared = _takes_part(replicas, x)
         if kernels is TRACEABLE:
             if is_scripted() and any(
                 value is not None and value.requires_grad and is_constant(value) for value in params
@@ -53,15 +54,18 @@ def bind(
                 raise RuntimeError(NOT_REGISTERED)
             # Widen x once for all of its uses: autograd adds up the gradients of the uses in the dtype of their input.
             wide = batch._replace(x=x.to(WIDE))
-            sharing = None if group is None else Differentiable(group)
-            y, state, stats = forward(kernels, wide, params, state, settings, training, group=sharing)
+            shared = None if replicas is None else Differentiable(replicas)
+            y, state, stats = forward(kernels, wide, params, state, settings, training, replicas=shared)
             y = y.to(x.dtype)
             return y if out is None else out.copy_(y), state, stats
-        if not is_recorded(x, *params):
-            return forward(kernels, batch, params, state, settings, training, out, group=group)
+        # Other replicas may need a gradient even if this one does not.
+        if not is_shared and not is_recorded(x, *params):
+            return forward(kernels, batch, params, state, settings, training, out, replicas=replicas)
         if out is not None:
             raise RuntimeError("autograd cannot record writes to out: call it under torch.no_grad().")
-        return BatchNorm.apply(x, *params, kernels, batch, state, settings, training, group, forward, gradients)
+        anchor = None if replicas is None else torch.empty(0, requires_grad=True)
+        rest = kernels, batch, state, settings, training, replicas, anchor, forward, gradients
+        return BatchNorm.apply(x, *params, *rest)
 
     def gradients(dy: torch.Tensor, batch: Batch, weight: Any, stats: Stats, *rest: Any) -> Gradients:
         kernels, batch = kernels_for("pullback", batch, dy, (weight, stats))
@@ -74,16 +78,24 @@ def bind(
         weight: torch.Tensor | None,
         stats: Stats,
         eps: float,
-        needs: Needs = _ALL,
-        group: Group | None = None,
+        needs: Needed = _ALL,
+        replicas: Replicas | None = None,
     ) -> Gradients:
         if kernels is TRACEABLE:
-            return _by_formulas(pullback, dy, batch, weight, stats, eps, needs, group)
+            return _by_formulas(pullback, dy, batch, weight, stats, eps, needs, replicas)
         if is_recorded(dy, batch.x, weight):
-            return Pullback.apply(dy, batch.x, weight, kernels, batch, stats, eps, needs, group, pullback)
-        return _of_values(pullback, kernels, dy, batch, weight, stats, eps, needs, group)
+            return Pullback.apply(dy, batch.x, weight, kernels, batch, stats, eps, needs, replicas, pullback)
+        return _of_values(pullback, kernels, dy, batch, weight, stats, eps, needs, replicas)
 
     return step, differentiate
+
+
+def _takes_part(replicas: Replicas | None, x: torch.Tensor) -> bool:
+    """Tell the other replicas what this one needs of the backward pass; return whether it takes part in it."""
+    if replicas is None or not torch.is_grad_enabled():
+        return False
+    replicas.expect(Needs.GRADIENT if is_recorded(x) else Needs.SUMS)
+    return True
 
 
 class BatchNorm(Function):
@@ -100,26 +112,29 @@ class BatchNorm(Function):
         state: State,
         settings: Settings,
         training: bool,
-        group: Group | None,
+        replicas: Replicas | None,
+        anchor: torch.Tensor | None,
         forward: Callable[..., Any],
         gradients: Callable[..., Gradients],
     ) -> tuple[torch.Tensor, State, Stats]:
-        y, state, stats = forward(kernels, batch, Params(weight, bias), state, settings, training, group=group)
+        y, state, stats = forward(kernels, batch, Params(weight, bias), state, settings, training, replicas=replicas)
         ctx.save_for_backward(x, weight, batch.sample_weight)
         mean, var, count = stats
         if count is None:  # running statistics: a later step may write to them before the backward pass
             mean, var = mean.clone(), var.clone()
-        ctx.rest = Stats(mean, var, count), batch.dtype, settings.eps, group, gradients
+        ctx.rest = Stats(mean, var, count), batch.dtype, settings.eps, replicas, gradients
+        if replicas is not None and not any(ctx.needs_input_grad[:3]) and not replicas.waits:
+            ctx.mark_non_differentiable(y)
         return y, state, stats
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor, *_: None) -> Gradients:
         x, weight, sample_weight = ctx.saved_tensors
-        stats, dtype, eps, group, gradients = ctx.rest
+        stats, dtype, eps, replicas, gradients = ctx.rest
         needs = ctx.needs_input_grad[:3]
-        found = gradients(dy, Batch(x, sample_weight, dtype), weight, stats, eps, needs, group)
+        found = gradients(dy, Batch(x, sample_weight, dtype), weight, stats, eps, needs, replicas)
         found = (gradient if needed else None for gradient, needed in zip(found, needs, strict=True))
-        return *found, None, None, None, None, None, None, None, None
+        return *found, *[None] * 9
 
 
 class Pullback(Function):
@@ -135,24 +150,24 @@ class Pullback(Function):
         batch: Batch,
         stats: Stats,
         eps: float,
-        needs: Needs,
-        group: Group | None,
+        needs: Needed,
+        replicas: Replicas | None,
         pullback: Callable[..., Gradients],
     ) -> Gradients:
         ctx.save_for_backward(dy, x, weight, batch.sample_weight)
         ctx.set_materialize_grads(False)
-        ctx.rest = batch.dtype, stats, eps, needs, group, pullback
-        return _of_values(pullback, kernels, dy, batch, weight, stats, eps, needs, group)
+        ctx.rest = batch.dtype, stats, eps, needs, replicas, pullback
+        return _of_values(pullback, kernels, dy, batch, weight, stats, eps, needs, replicas)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Gradients:
         *inputs, sample_weight = ctx.saved_tensors
-        dtype, stats, eps, needs, group, pullback = ctx.rest
+        dtype, stats, eps, needs, replicas, pullback = ctx.rest
         with torch.enable_grad():
             # Differentiate by views: dy is often a function of x, and only direct uses of x count here.
             views: list[Any] = [tensor if tensor is None else tensor.view_as(tensor) for tensor in inputs]
             dy, x, weight = views
-            outputs = _by_formulas(pullback, dy, Batch(x, sample_weight, dtype), weight, stats, eps, needs, group)
+            outputs = _by_formulas(pullback, dy, Batch(x, sample_weight, dtype), weight, stats, eps, needs, replicas)
         is_needed = ctx.needs_input_grad[:3]
         found = _vjp(outputs, list(compress(views, is_needed)), gradients)
         return *(next(found) if needed else None for needed in is_needed), None, None, None, None, None, None, None
@@ -181,18 +196,18 @@ def _by_formulas(
     weight: torch.Tensor | None,
     stats: Stats,
     eps: float,
-    needs: Needs,
-    group: Group | None,
+    needs: Needed,
+    replicas: Replicas | None,
 ) -> Gradients:
     """Return gradients that autograd differentiates; mean and variance of the batch count as functions of x."""
     # Widen x once for all of its uses: autograd adds up the gradients of the uses in the dtype of their input.
     x = batch.x
     wide = batch._replace(x=x.to(WIDE))
     if stats.count is not None:
-        group = None if group is None else Differentiable(group)
-        moments = merged(TRACEABLE, TRACEABLE.moments(wide), group)
+        replicas = None if replicas is None else Differentiable(replicas)
+        moments = merged(TRACEABLE, TRACEABLE.moments(wide), wide.dtype, replicas)
         stats = Stats(moments.mean, variance(moments, 0), moments.count)
-    dx, dweight, dbias = pullback(TRACEABLE, dy.to(WIDE), wide, weight, stats, eps, needs, group)
+    dx, dweight, dbias = pullback(TRACEABLE, dy.to(WIDE), wide, weight, stats, eps, needs, replicas)
     return None if dx is None else dx.to(x.dtype), dweight, dbias
 
 
@@ -204,9 +219,9 @@ def _of_values(
     weight: torch.Tensor | None,
     stats: Stats,
     eps: float,
-    needs: Needs,
-    group: Group | None,
+    needs: Needed,
+    replicas: Replicas | None,
 ) -> Gradients:
     """Return the gradients, computed by the fast kernels and not recorded."""
     stats = stats if isinstance(kernels, CpuKernels) else tensors(stats)
-    return pullback(kernels, dy, batch, weight, stats, eps, needs, group)
+    return pullback(kernels, dy, batch, weight, stats, eps, needs, replicas)

@@ -12,7 +12,7 @@ from mbn.contract.dtypes import dtype_name, layer_dtype, numpy_dtype
 from mbn.contract.integration import Held, Integration
 from mbn.contract.kernels import Kernels
 from mbn.contract.pullback import Pullback
-from mbn.contract.replicas import Group, merged, summed
+from mbn.contract.replicas import Group, Needs, Replicas, merged, summed
 from mbn.contract.values import (
     Array,
     Batch,
@@ -38,9 +38,11 @@ __all__ = [
     "Integration",
     "Kernels",
     "Moments",
+    "Needs",
     "Operation",
     "Params",
     "Pullback",
+    "Replicas",
     "Settings",
     "State",
     "Stats",

@@ -1,6 +1,7 @@
 """The border: the conversion of arrays to a framework and back to the host, and their devices."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -89,6 +90,15 @@ class Arrays(ABC):
         its values share memory (``overlaps_itself``), and if it is neither read-only nor recorded by autograd.
         """
         return None
+
+    def concatenated(self, parts: Sequence[Any]) -> Any:
+        """Return arrays of at most one axis, numbers and lists of numbers as one vector in float64, for a group.
+
+        It is an array of the framework on the device of the arrays, or a NumPy array.
+        """
+        return np.concatenate(
+            [np.ravel(self.to_numpy(part) if self.owns(part) else part).astype(np.float64) for part in parts]
+        )
 
     @abstractmethod
     def within(self, values: Array, low: float, high: float) -> bool | None:

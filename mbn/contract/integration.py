@@ -40,6 +40,20 @@ class Integration:
         would grow with every step. Outputs are left to the caller.
         """
 
+    def group(self, given: Any) -> Any:
+        """Return the group that ``given`` stands for: an object of an engine of this framework, or True for its world.
+
+        The result is a :class:`Group`; or where the framework traces the communication itself, as along a named axis,
+        a :class:`Replicas`. None stands for a single process.
+
+        Raises:
+            TypeError: ``given`` is no group of this framework.
+            ValueError: this process is not part of the group.
+            RuntimeError: the engine is not ready.
+            ImportError: the engine is not installed.
+        """
+        raise TypeError(f"{self.name} has no groups; a group is an mbn.Group, or None.")
+
     def register(self, layer_type: type, flatten: Callable[[Any], Any], unflatten: Callable[[Any, Any], Any]) -> None:
         """Register a class of layers, once, when the first of them binds to this backend; for pytrees.
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from mbn.contract.values import Array, Batch, Moments, Params, Settings, State, Stats, counted
 
+_NO_REPLICAS = "these kernels have no vectors for other processes, so their backend must not declare replicas."
+
 
 class Kernels(ABC):
     """One way to compute batch normalisation.
@@ -110,6 +112,22 @@ class Kernels(ABC):
         ``end`` is a vector, ``Moments.mean`` or the result of ``variance``; ``step`` is a float or the result of
         ``step``. With a step of 0 the result is ``start``, even if ``end`` is NaN. To differentiation it is a constant.
         """
+
+    # The same statistics as plain vectors, for other processes (the capability ``replicas``).
+
+    def to_vectors(self, moments: Moments, dtype: str) -> tuple[Array, ...]:
+        """Return mean and m2 as vectors, (C,) each, that ``Arrays.concatenated`` takes; as many for all batches.
+
+        ``dtype`` is that of the layer, on which their number may depend.
+        """
+        raise NotImplementedError(_NO_REPLICAS)
+
+    def from_vectors(self, count: Any, vectors: tuple[Array, ...]) -> Moments:
+        """Return the statistics of which ``to_vectors`` made the vectors, after ``concatenated`` and an exchange.
+
+        ``count`` is an int, or a number of the concatenated vector for a batch with sample weights.
+        """
+        raise NotImplementedError(_NO_REPLICAS)
 
     # Compositions of the above. A backend overrides those that it computes faster, within the same bounds.
 

@@ -1,45 +1,99 @@
 """The exchange between replicas of a layer, which share the statistics of their batches.
 
 Every sum over values on which a statistic or a derivative depends passes through :func:`merged` or :func:`summed`. Both
-return it unchanged without a group.
+return it unchanged without other replicas.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from enum import IntEnum
 from functools import reduce
 from operator import add
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from mbn.contract.kernels import Kernels
 from mbn.contract.values import Array, Moments
 
-T = TypeVar("T")
+
+class Needs(IntEnum):
+    """The part that a replica will take in the backward pass."""
+
+    NOTHING = 0
+    """It records no gradients, so it will not take part."""
+    SUMS = 1
+    """It takes part, for the others."""
+    GRADIENT = 2
+    """It needs a gradient of x."""
 
 
-class Group(Protocol):
-    """Replicas that compute the same step, each on a batch of its own."""
+class Group(ABC):
+    """Processes, devices or threads that compute the same steps, each on a batch of its own.
+
+    A subclass connects a library for communication, which is called an engine here: ``bn.group = MyGroup(...)``.
+    """
 
     @property
-    def rank(self) -> Any:
-        """The number of this replica, an integer from 0."""
+    @abstractmethod
+    def rank(self) -> int:
+        """The number of this process in the group, from 0."""
 
-    def gather(self, values: T) -> Sequence[T]:
-        """Return the values of all replicas, in the order of their ranks. Each replica has to call it.
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """The number of processes in the group."""
 
-        ``values`` are arrays and numbers in tuples of any depth. The values of other replicas are on the device of this
-        one's. Derivatives, if the framework has them, reach the replica that the values come from.
+    @abstractmethod
+    def gather(self, vector: Array) -> Array:
+        """Return the vectors of all processes, one row for each, in the order of their ranks.
+
+        Every process calls it equally often, with vectors of the same length.
+
+        Args:
+            vector: (K,) in float64: a NumPy array for the backends on the host, else an array of the framework.
+
+        Returns:
+            (size, K), on the device of ``vector``, the same bits on all ranks.
+
+        Raises:
+            TimeoutError: a process is missing.
         """
+
+
+class Replicas(Protocol):
+    """The replicas of a layer in one step, as the composition of kernels sees them."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether any replica needs the sums of a backward pass, so that all have to exchange theirs."""
+
+    def expect(self, needs: Needs) -> None:
+        """Note the part of this replica in the backward pass, before the forward exchange."""
+
+    def pulling(self) -> AbstractContextManager[Any]:
+        """Return a context for the backward pass of this replica, in which an error reaches the others."""
+        ...
+
+    def moments(self, kernels: Kernels, moments: Moments, dtype: str) -> Sequence[Moments]:
+        """Return the statistics of the batches of all replicas, of a layer in this dtype, in the order of ranks."""
+        ...
+
+    def sums(self, sums: tuple[Array, ...]) -> Sequence[tuple[Array, ...]]:
+        """Return the sums of all replicas, each (C,), in the order of their ranks."""
         ...
 
 
-def merged(kernels: Kernels, moments: Moments, group: Group | None) -> Moments:
+def merged(kernels: Kernels, moments: Moments, dtype: str, replicas: Replicas | None) -> Moments:
     """Return the statistics of the batches of all replicas together, the same bits on each.
+
+    ``dtype`` is that of the layer.
 
     Raises:
         ValueError: these batches hold one value per channel, which has no variance. All replicas raise it.
     """
-    if group is None:
+    if replicas is None:
         return moments
-    total = reduce(kernels.merge, group.gather(moments))
+    total = reduce(kernels.merge, replicas.moments(kernels, moments, dtype))
     if isinstance(total.count, int) and total.count == 1:
         raise ValueError(
             "the batches of all replicas hold one value per channel, which has no variance to train on. Give more "
@@ -48,8 +102,8 @@ def merged(kernels: Kernels, moments: Moments, group: Group | None) -> Moments:
     return total
 
 
-def summed(sums: tuple[Array, ...], group: Group | None) -> Any:
+def summed(sums: tuple[Array, ...], replicas: Replicas | None) -> Any:
     """Return each sum over the values of all replicas, added up in the order of their ranks."""
-    if group is None:
+    if replicas is None:
         return sums
-    return tuple(reduce(add, parts) for parts in zip(*group.gather(sums), strict=True))
+    return tuple(reduce(add, parts) for parts in zip(*replicas.sums(sums), strict=True))

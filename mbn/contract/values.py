@@ -109,6 +109,8 @@ class Capabilities(NamedTuple):
     """The framework has modules, and ``module`` makes one of a layer."""
     any_size: bool = False
     """Values, parameters and statistics may have any magnitude: extreme outliers, or squares beyond every dtype."""
+    replicas: bool = False
+    """Several processes can share the statistics of their batches: the kernels have ``to_vectors``."""
     out: bool = False
     """Outputs can be written to an array of the caller's: the kernels take ``out``."""
 

@@ -108,13 +108,13 @@ class Entry:
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
-        self._group = "params" if name in Params._fields else "state"
+        self._tuple = "params" if name in Params._fields else "state"
 
     def __get__(self, layer: Any, owner: type) -> Any:
         if layer is None:
             return self
         _ = layer._storage.num_features  # raises where the first input has not determined it: there are no arrays yet
-        return getattr(getattr(layer._storage, self._group), self._name)
+        return getattr(getattr(layer._storage, self._tuple), self._name)
 
     def __set__(self, layer: Any, value: Any) -> None:
         _store(layer, {self._name: value})
@@ -126,7 +126,7 @@ class Entry:
         )
 
 
-class Group(_Readable[Part]):
+class Entries(_Readable[Part]):
     """The parameters, or the statistics, as one attribute: setting it stores checked copies of all or of none."""
 
     def __init__(self, kind: type[Part], read: Callable[[Any], Part], doc: str) -> None:

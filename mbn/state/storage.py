@@ -13,6 +13,7 @@ import numpy as np
 from mbn import checks, registry
 from mbn.contract import Array, Backend, Params, Settings, State, dtype_name
 from mbn.convert import asarray, owned, received, to_numpy
+from mbn.replicas import Membership
 from mbn.state.keys import IncompatibleKeys, batch_norms, compare_keys, to_dict
 
 
@@ -29,6 +30,8 @@ class Storage(NamedTuple):
     track_running_stats: bool
     is_bound: bool = False
     """Whether a backend has been chosen."""
+    group: Membership | None = None
+    """The layer's membership in a group of replicas."""
     is_shared: bool = False
     """Whether a module shares the statistics, which are then written to in place."""
     params: Params = Params(None, None)

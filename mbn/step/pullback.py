@@ -4,12 +4,13 @@ It must not depend on anything that happens after the call: it keeps the operand
 each time, and changes no state.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 
 from mbn import checks
-from mbn.contract import Array, Backend, Batch, Group, Params, Pullback, Settings, Stats, dtype_name, transposed
+from mbn.contract import Array, Backend, Batch, Params, Pullback, Replicas, Settings, Stats, dtype_name, transposed
 from mbn.convert import received
 from mbn.step.compose import ALL
 from mbn.step.empty import stand_in
@@ -26,7 +27,7 @@ class StepPullback(Pullback):
         stats: Stats | None,
         sample_weight: Array | None,
         settings: Settings,
-        group: Group | None = None,
+        replicas: Replicas | None = None,
     ) -> None:
         """Keep the operands of a call; ``x`` is not copied. ``stats`` are None if the call computed nothing."""
         self._backend = backend
@@ -35,10 +36,14 @@ class StepPullback(Pullback):
         self._stats = stats
         self._sample_weight = sample_weight
         self._settings = settings
-        self._group = group
+        self._replicas = replicas
 
     def __call__(self, dy: Any) -> tuple[Array, Array | None, Array | None]:
         """Return the gradients, as :class:`mbn.contract.Pullback` says."""
+        with nullcontext() if self._replicas is None else self._replicas.pulling():
+            return self._gradients(dy)
+
+    def _gradients(self, dy: Any) -> tuple[Array, Array | None, Array | None]:
         backend, x, settings = self._backend, self._x, self._settings
         shape, dtype, device = tuple(x.shape), dtype_name(x.dtype), backend.device(x)
         dy = received(backend, "dy", dy, dtype, device)
@@ -54,7 +59,9 @@ class StepPullback(Pullback):
                 batch = Batch(transposed(x) if swap else x, self._sample_weight, settings.dtype)
             given = batch.x if is_empty else transposed(dy) if swap else dy
             kernels, batch = backend.kernels_for("pullback", batch, given, (weight, stats))
-            dx, dweight, dbias = backend.pullback(kernels, given, batch, weight, stats, settings.eps, ALL, self._group)
+            dx, dweight, dbias = backend.pullback(
+                kernels, given, batch, weight, stats, settings.eps, ALL, self._replicas
+            )
             dx = dy if is_empty else transposed(dx) if swap else dx
         weight, bias = self._params
         # The sums may have a wider dtype than the parameters.

@@ -1,15 +1,17 @@
 """Replicas that share a batch get the results of the undivided batch, each for its part."""
 
 import importlib
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
-from thread_group import ThreadGroup
 
 import mbn
+from mbn.conformance.thread_group import ThreadGroup
 from mbn.contract import Backend, Params, Settings, State
+from mbn.replicas import Membership
 from mbn.step.forward import forward, forward_vjp
 from mbn.step.masks import Masking
 
@@ -22,6 +24,11 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     if request.param == "cupy":
         request.getfixturevalue("cupy")
     return mbn.get_backend(request.param)
+
+
+def sharing(group: Any, backend: Backend, settings: Settings) -> AbstractContextManager[Any]:
+    """Return a context whose value is the replicas of one step in a group, if there is one."""
+    return nullcontext() if group is None else Membership(group).exchange(backend, settings, None)
 
 
 def split(values: Any, sizes: list[int]) -> list[Any]:
@@ -68,9 +75,11 @@ def test_replicas_agree_with_the_undivided_batch(
     def step(x: np.ndarray, dy: np.ndarray, mask: Any, group: Any = None) -> list[np.ndarray]:
         x, dy = (backend.asarray(values, dtype) for values in (x, dy))
         masking = None if mask is None else Masking(backend.asarray(mask), None, None)
-        run = partial(forward_vjp, backend, x, params, state, settings, training=True, masking=masking, group=group)
-        (y, pullback), after = run()
-        again, _ = forward(backend, x, params, state, settings, training=True, masking=masking, group=group)
+        run = partial(forward_vjp, backend, x, params, state, settings, training=True, masking=masking)
+        with sharing(group, backend, settings) as replicas:
+            (y, pullback), after = run(replicas=replicas)
+        with sharing(group, backend, settings) as replicas:
+            again, _ = forward(backend, x, params, state, settings, training=True, masking=masking, replicas=replicas)
         np.testing.assert_array_equal(backend.to_numpy(again), backend.to_numpy(y))
         return [backend.to_numpy(array) for array in (y, *pullback(dy), *after)]
 
@@ -95,7 +104,8 @@ def test_one_value_per_channel_over_all_replicas_is_refused(backend: Backend) ->
 
     def step(group: ThreadGroup) -> Any:
         x = backend.asarray(np.full((1, C), group.rank), "float32")
-        return forward(backend, x, params, state, settings, training=True, group=group)
+        with sharing(group, backend, settings) as replicas:
+            return forward(backend, x, params, state, settings, training=True, replicas=replicas)
 
     two, one = ThreadGroup(2), ThreadGroup(1)
     two.run(lambda _: step(two))  # two values have a variance
@@ -112,7 +122,8 @@ def test_nan_on_one_replica_stays_in_its_channel(backend: Backend) -> None:
 
     def step(rank: int) -> list[np.ndarray]:
         own, gradient = (backend.asarray(values, "float32") for values in parts[rank])
-        (y, pullback), _ = forward_vjp(backend, own, params, state, settings, training=True, group=group)
+        with sharing(group, backend, settings) as replicas:
+            (y, pullback), _ = forward_vjp(backend, own, params, state, settings, training=True, replicas=replicas)
         return [backend.to_numpy(values) for values in (y, pullback(gradient)[0])]
 
     for results in zip(*group.run(step), strict=True):
@@ -124,7 +135,7 @@ def test_evaluation_does_not_communicate(backend: Backend) -> None:
     params, state = vectors(backend, "float32")
     x = backend.asarray(data("float32", None)[0], "float32")
     expected, _ = forward(backend, x, params, state, settings, training=False)
-    y, after = forward(backend, x, params, state, settings, training=False, group=object())
+    y, after = forward(backend, x, params, state, settings, training=False, replicas=object())
     assert after is state
     np.testing.assert_array_equal(backend.to_numpy(y), backend.to_numpy(expected))
 
@@ -142,7 +153,8 @@ class TestTorch:
         def step(x: np.ndarray, dy: np.ndarray, group: Any = None, *, needs_x: bool = True) -> Any:
             x, dy = torch.from_numpy(x).requires_grad_(needs_x), torch.from_numpy(dy)
             params = Params(weight.clone().requires_grad_(), bias)
-            y, _ = forward(backend, x, params, state, settings, training=True, group=group)
+            with sharing(group, backend, settings) as replicas:
+                y, _ = forward(backend, x, params, state, settings, training=True, replicas=replicas)
             (y * dy).sum().backward()
             return params.weight.grad, x.grad
 
@@ -168,7 +180,8 @@ class TestTorch:
             x, dy, v = (torch.from_numpy(values).requires_grad_() for values in (x, dy, v))
             params = Params(weight.clone().requires_grad_(), bias.clone().requires_grad_())
             masking = Masking(torch.from_numpy(mask), None, None) if masked else None
-            y, _ = forward(backend, x, params, state, settings, training=True, masking=masking, group=group)
+            with sharing(group, backend, settings) as replicas:
+                y, _ = forward(backend, x, params, state, settings, training=True, masking=masking, replicas=replicas)
             first = torch.autograd.grad(y, (x, *params), dy, create_graph=True)
             scalar = (first[0] * v).sum() + (first[1] * u).sum()
             second = torch.autograd.grad(scalar, (x, dy, params.weight), create_graph=True)
@@ -201,7 +214,7 @@ class TestJax:
 
         def losses(group: Any, x: Any, params: Params, dy: Any, mask: Any) -> tuple[Any, Any]:
             masking = Masking(mask, None, None) if masked else None
-            y, after = forward(backend, x, params, state, settings, training=True, masking=masking, group=group)
+            y, after = forward(backend, x, params, state, settings, training=True, masking=masking, replicas=group)
             return (y * dy).sum(), (y, after)
 
         def derivatives(group: Any, x: Any, dy: Any, v: Any, mask: Any) -> tuple[Any, ...]:
@@ -222,7 +235,7 @@ class TestJax:
                 state,
                 settings,
                 training=True,
-                group=group,
+                replicas=group,
                 masking=Masking(mask, None, None) if masked else None,
             )
             return (
@@ -264,6 +277,7 @@ SEAMS = {
 @pytest.mark.parametrize("seam", SEAMS, ids=".".join)
 def test_replicas_disagree_without_merged_or_summed(seam: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     module, name = seam
-    monkeypatch.setattr(importlib.import_module(module), name, lambda *arguments: arguments[-2])  # no communication
+    own = {"merged": 1, "summed": 0}[name]
+    monkeypatch.setattr(importlib.import_module(module), name, lambda *arguments: arguments[own])  # no communication
     with pytest.raises(AssertionError):
         SEAMS[seam]()

@@ -167,6 +167,7 @@ def test_fit_without_progress_prints_nothing(capsys: pytest.CaptureFixture[str])
 
 
 INTERRUPTED = """\
+import signal
 import sys
 import numpy as np
 import mbn
@@ -177,6 +178,7 @@ def batches():
             print("go", flush=True)
         yield x
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 x = np.ones((1000, 4), np.float32)
 bn = mbn.BatchNorm1d(4)
 bn(x)
@@ -195,9 +197,12 @@ def test_interrupted_fit_leaves_the_layer_unchanged(progress: str) -> None:
     command = [sys.executable, "-c", INTERRUPTED, progress]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
-        assert child.stdout.readline() == "go\n"
-        child.send_signal(signal.SIGINT)
-        out, err = child.communicate(timeout=60)
+        try:
+            assert child.stdout.readline() == "go\n"
+            child.send_signal(signal.SIGINT)
+            out, err = child.communicate(timeout=60)
+        finally:
+            child.kill()
     assert (out, child.returncode) == ("True\n", 0), err
 
 

@@ -1,6 +1,7 @@
 """Kernels of NumPy arrays: the passes of a module, and separate computations of channels that leave the range."""
 
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -91,6 +92,12 @@ class HostKernels(Kernels):
     @np.errstate(all="ignore")
     def merge(self, first: Moments, second: Moments) -> Moments:
         return channel_stats.FORMULAS.merge(first, second)
+
+    def to_vectors(self, moments: Moments, dtype: str) -> tuple[np.ndarray, ...]:
+        return channel_stats.FORMULAS.to_vectors(moments, dtype)
+
+    def from_vectors(self, count: Any, vectors: tuple[np.ndarray, ...]) -> Moments:
+        return channel_stats.FORMULAS.from_vectors(count, vectors)
 
     def variance(self, moments: Moments, correction: int) -> channel_stats.Variance:
         return channel_stats.FORMULAS.variance(moments, correction)

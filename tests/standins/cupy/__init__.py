@@ -84,6 +84,14 @@ def arange(stop):
     return stored(np.arange(stop))
 
 
+def concatenate(arrays):
+    return call(lambda *operands: np.concatenate(operands), *arrays)
+
+
+def stack(arrays):
+    return call(lambda *operands: np.stack(operands), *arrays)
+
+
 def where(condition, x, y):
     return call(np.where, condition, x, y)
 

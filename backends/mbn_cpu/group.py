@@ -1,0 +1,124 @@
+"""The processes of an MPI communicator as a group."""
+
+import os
+import time
+from typing import Any
+
+import numpy as np
+
+from mbn.contract import Group
+
+ENVIRONMENT_VARIABLE = "MBN_GROUP_TIMEOUT"
+"""The environment variable of the seconds after which a missing process is an error."""
+_DEFAULT_TIMEOUT = 300.0
+_BUSY_TESTS = 200
+"""Tests of a request without a pause: a gather among processes of one machine takes a few microseconds."""
+_LONGEST_PAUSE = 1e-3
+_TAG = 27182
+"""The tag of the messages by which processes that have waited in vain find each other."""
+_GRACE = 2.0
+"""Seconds in which these messages arrive."""
+_pending: list[Any] = []
+"""Requests that no process will complete, with their memory, which MPI may still write to."""
+
+
+def mpi_group(name: str, given: Any) -> "MpiGroup":
+    """Return the group of a communicator, or of all processes for True; ``name`` is the backend's.
+
+    Raises:
+        TypeError: ``given`` is no communicator.
+        ValueError: this process is not part of the communicator.
+        ImportError: mpi4py is not installed.
+    """
+    kind = f"{type(given).__module__}.{type(given).__qualname__}"
+    if given is not True and not kind.startswith("mpi4py."):
+        raise TypeError(
+            f"the group of a layer on {name} is a communicator of mpi4py, an mbn.Group, or True for MPI.COMM_WORLD; "
+            f"not {kind}."
+        )
+    try:
+        from mpi4py import MPI
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"group=True on {name} is MPI's world, and mpi4py is not installed: pip install 'mbn-batchnorm[mpi]'."
+        ) from error
+    communicator = MPI.COMM_WORLD if given is True else given
+    if not isinstance(communicator, MPI.Intracomm):
+        raise TypeError(f"the group of a layer is an intracommunicator of mpi4py, not {kind}.")
+    if communicator == MPI.COMM_NULL:
+        raise ValueError("this process is not part of the group: its communicator is MPI.COMM_NULL.")
+    return MpiGroup(communicator)
+
+
+class MpiGroup(Group):
+    """The processes of a communicator, which exchange NumPy arrays."""
+
+    def __init__(self, communicator: Any) -> None:
+        self._communicator = communicator
+
+    @property
+    def rank(self) -> int:
+        return int(self._communicator.Get_rank())
+
+    @property
+    def size(self) -> int:
+        return int(self._communicator.Get_size())
+
+    def gather(self, vector: np.ndarray) -> np.ndarray:
+        rows = np.empty((self.size, len(vector)))
+        request = self._communicator.Iallgather(vector, rows)
+        if not _completes(request.Test, seconds := timeout()):
+            _pending.append((request, vector, rows))
+            raise TimeoutError(
+                f"{self._missing()} after {seconds:g} s ({ENVIRONMENT_VARIABLE}). Each process has to call the layer "
+                "equally often, with an empty batch, x[:0], where it has no data."
+            )
+        return rows
+
+    def _missing(self) -> str:
+        """Return which processes do not wait as this one does, by messages among those that do."""
+        others = {rank for rank in range(self.size) if rank != self.rank}
+        token = np.zeros(1)
+        _pending.append((token, [self._communicator.Isend(token, rank, _TAG) for rank in others]))
+        received = np.empty(1)
+
+        def is_complete() -> bool:
+            for rank in tuple(others):
+                if self._communicator.Iprobe(rank, _TAG):
+                    self._communicator.Recv(received, rank, _TAG)
+                    others.remove(rank)
+            return not others
+
+        if _completes(is_complete, _GRACE):
+            return "the processes missed each other"
+        return f"rank{'s' * (len(others) > 1)} {', '.join(map(str, sorted(others)))} did not come"
+
+
+def timeout() -> float:
+    """Return the seconds after which a missing process is an error.
+
+    Raises:
+        ValueError: the environment variable is no number above 0.
+    """
+    text = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    try:
+        seconds = float(text) if text else _DEFAULT_TIMEOUT
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE} is a number of seconds above 0, not {text!r}.")
+    return seconds
+
+
+def _completes(is_complete: Any, seconds: float) -> bool:
+    """Call a function until it returns True, with longer and longer pauses; return False after some seconds."""
+    for _ in range(_BUSY_TESTS):
+        if is_complete():
+            return True
+    deadline, pause = time.monotonic() + seconds, 1e-6
+    while time.monotonic() < deadline:
+        if is_complete():
+            return True
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
+    return bool(is_complete())

@@ -1,0 +1,324 @@
+"""The communication of the replicas in one step: a gather in the forward pass, and one in the backward pass.
+
+A replica must neither leave the others waiting nor compute with statistics of another step. So each vector begins with
+a header that describes the step, and a replica whose input is refused sends a header that says so. Vectors of different
+lengths crash some engines: at the first step of a layer, headers alone are exchanged.
+"""
+
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import IntEnum
+from itertools import count
+from types import TracebackType
+from typing import Any, NamedTuple, Self, TypeAlias
+from zlib import crc32
+
+import numpy as np
+
+from mbn.contract import Array, Backend, Group, Kernels, Moments, Needs, Settings
+
+Key: TypeAlias = tuple[int | None, str]
+"""The number of channels and the dtype of a layer, as far as they are known."""
+
+_numbers = count()
+"""Numbers of layers in this process."""
+
+
+class ReplicaError(RuntimeError):
+    """Another replica of the layer failed, or the replicas do not compute the same step. Nobody's state changed."""
+
+
+class Kind(IntEnum):
+    """The kinds of steps."""
+
+    REFUSED = 0
+    STEP = 1
+    POPULATION = 2
+
+
+class Agreement:
+    """The knowledge that a layer and its replicas share from step to step."""
+
+    def __init__(self, name: str) -> None:
+        """Begin without any; ``name`` is the layer's, for messages."""
+        self.name = name
+        self.number = -1
+        """The number by which all replicas know the layer, from its first step on."""
+        self.steps = 0
+        """The number of steps so far."""
+        self.lengths: dict[Key, int] = {}
+        """The length of the vectors, for each number of channels and dtype that the replicas have compared."""
+
+
+class _Header(NamedTuple):
+    """The first numbers of a vector."""
+
+    kind: float
+    number: float
+    steps: float
+    needs: float
+    values: float
+    """The number of values per channel; -1 if it is a sum of sample weights, which may be on a device."""
+    num_features: float
+    identity: float
+    """A hash of the layer's name, times 2, plus 1 for a float64 layer."""
+
+
+_HEADER = len(_Header._fields)
+_TEXT = 256
+"""The number of bytes of an error's text that are sent."""
+_NO_SUMS = struct.unpack("<d", struct.pack("<q", 0x7FF8_6D62_6E00_0001))[0]
+"""A NaN that no computation gives: it stands in a backward pass for sums that a replica could not compute."""
+
+
+class Exchange:
+    """The replicas of a layer in one step, in other processes or threads."""
+
+    def __init__(
+        self, agreement: Agreement, group: Group, backend: Backend, settings: Settings | None, device: Any, kind: Kind
+    ) -> None:
+        """Prepare an exchange; without ``settings`` the number of channels and the dtype are not known yet."""
+        self._agreement, self._group, self._backend, self._device = agreement, group, backend, device
+        self._kind = kind
+        self._key: Key = (None, "") if settings is None else (settings.num_features, settings.dtype)
+        self._needs = Needs.NOTHING
+        self._all_needs: list[int] = []
+        self._is_done = False
+
+    @property
+    def group(self) -> Group:
+        """The group that exchanges vectors."""
+        return self._group
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # An interrupted process does not wait for the others, which may be long in coming.
+        if isinstance(error, Exception) and not self._is_done:
+            self._refuse(error)
+
+    @property
+    def waits(self) -> bool:
+        """Whether any replica needs the sums of the backward pass."""
+        return Needs.GRADIENT in self._all_needs
+
+    def expect(self, needs: Needs) -> None:
+        """Note the part of this replica in the backward pass, before the forward gather."""
+        self._needs = max(self._needs, needs)
+
+    def moments(self, kernels: Kernels, moments: Moments, dtype: str) -> Sequence[Moments]:
+        """Return the statistics of the batches of all replicas, the same on each, in the order of their ranks.
+
+        Raises:
+            ReplicaError: another replica failed, or computes another step.
+            TimeoutError: a replica is missing.
+        """
+        vectors = kernels.to_vectors(moments, dtype)
+        counts, rows = self.gather(moments.count, vectors, dtype)
+        return self.unpacked(kernels, counts, rows, len(vectors))
+
+    def unpacked(self, kernels: Kernels, counts: Sequence[int | None], rows: Array, fields: int) -> list[Moments]:
+        """Return the statistics in gathered rows, each the count and ``fields`` vectors."""
+        return [
+            kernels.from_vectors(rows[i, 0] if counts[i] is None else counts[i], self._split(rows[i, 1:], fields))
+            for i in range(self._group.size)
+        ]
+
+    def gather(self, values: Any, vectors: Sequence[Array], dtype: str) -> tuple[list[int | None], Array]:
+        """Return the counts that are whole numbers, and the rows of all replicas, checked.
+
+        Args:
+            values: the number of values per channel of this replica, or the sum of their weights.
+            vectors: K vectors of (C,).
+            dtype: that of the layer.
+
+        Returns:
+            The counts, None for sums of weights; and (size, 1 + K C): counts and vectors.
+        """
+        parts = values, *vectors
+        values = values if isinstance(values, int) else None
+        agreement, self._key = self._agreement, (vectors[0].shape[0], dtype)
+        if self._key not in agreement.lengths:
+            headers = self._headers(self._send([self._header(values)], parts))
+            self._check(headers, is_first=True)
+            agreement.number = int(headers[0].number)
+        # The length of a vector depends on these two alone.
+        length = agreement.lengths.setdefault(self._key, _HEADER + 1 + len(vectors) * vectors[0].shape[0])
+        rows = self._send([self._header(values), *parts], parts)
+        if tuple(rows.shape) != (self._group.size, length):
+            raise TypeError(
+                f"{type(self._group).__name__}.gather returned an array of {tuple(rows.shape)} for a vector of "
+                f"({length},) from each of {self._group.size} processes."
+            )
+        headers = self._headers(rows)
+        self._check(headers)
+        self._all_needs = [int(header.needs) for header in headers]
+        agreement.steps += 1
+        self._is_done = True
+        return [None if header.values < 0 else int(header.values) for header in headers], rows[:, _HEADER:]
+
+    def sums(self, sums: tuple[Array, ...]) -> Sequence[tuple[Array, ...]]:
+        """Return the sums of a backward pass of all replicas, in the order of their ranks.
+
+        Raises:
+            ReplicaError: another replica failed, or takes no part in the backward pass.
+            TimeoutError: a replica is missing.
+        """
+        rows = self.gathered_sums(sums)
+        dtypes = [str(total.dtype).rpartition(".")[2] for total in sums]
+        return [
+            tuple(map(self._backend.asarray, self._split(rows[i, :], len(sums)), dtypes))
+            for i in range(self._group.size)
+        ]
+
+    def gathered_sums(self, sums: tuple[Array, ...]) -> Array:
+        """Return a row for the sums of each replica, checked."""
+        if Needs.NOTHING in self._all_needs:
+            raise ReplicaError(
+                f"{self._label} has no backward pass: {self._ranks(np.equal(self._all_needs, Needs.NOTHING))} computed "
+                "the step without gradients, as under no_grad or by a plain call, and would not take part. All "
+                "replicas have to compute the same."
+            )
+        self._is_done = True
+        rows = self._send(sums, sums)
+        if isinstance(rows, np.ndarray) or str(self._backend.device(rows)) == "cpu":  # a GPU's numbers would be late
+            firsts = np.ascontiguousarray(self._backend.to_numpy(rows[:, 0])).view(np.int64)
+            self._raise_if_refused(firsts == np.float64(_NO_SUMS).view(np.int64))
+        return rows
+
+    @contextmanager
+    def pulling(self) -> Iterator[None]:
+        """Return a context in which an error, before the sums are exchanged, reaches all replicas."""
+        self._is_done = False
+        try:
+            yield
+        except Exception as error:
+            if not self._is_done and self.waits and Needs.NOTHING not in self._all_needs:
+                self._tell(error, lambda: self._send([[_NO_SUMS] * (2 * (self._key[0] or 0))]))
+            raise
+
+    # Headers.
+
+    def _header(self, values: int | None = None, kind: Kind | None = None) -> list[float]:
+        agreement, (num_features, dtype) = self._agreement, self._key
+        number = next(_numbers) if agreement.number < 0 else agreement.number
+        identity = 2 * crc32(agreement.name.encode()) + (dtype == "float64")
+        kind = self._kind if kind is None else kind
+        return [
+            *map(
+                float,
+                _Header(
+                    kind,
+                    number,
+                    agreement.steps,
+                    self._needs,
+                    -1 if values is None else values,
+                    num_features or 0,
+                    identity,
+                ),
+            )
+        ]
+
+    def _headers(self, rows: Array) -> list[_Header]:
+        return [_Header(*row) for row in self._backend.to_numpy(rows[:, :_HEADER]).tolist()]
+
+    def _check(self, headers: list[_Header], *, is_first: bool = False) -> None:
+        """Check that all replicas compute the same step; all of them find the same.
+
+        Raises:
+            ReplicaError: they do not.
+        """
+        self._raise_if_refused(np.array([header.kind == Kind.REFUSED for header in headers]))
+        compared = (
+            ("kind", "num_features", "identity")
+            if is_first
+            else ("kind", "number", "steps", "num_features", "identity")
+        )
+        if len({tuple(getattr(header, name) for name in compared) for header in headers}) > 1:
+            self._is_done = True
+            raise ReplicaError(
+                "the replicas do not compute the same step: "
+                + "; ".join(f"rank {rank} is at {_described(header)}" for rank, header in enumerate(headers))
+                + ". All have to call the same layers in the same order, with a batch of x[:0] where there is no data, "
+                "and to move them to the same dtype."
+            )
+
+    # Messages.
+
+    @property
+    def _label(self) -> str:
+        agreement, (num_features, _) = self._agreement, self._key
+        name = (
+            f"the layer {agreement.name!r}"
+            if agreement.name
+            else "a layer"
+            if agreement.number < 0
+            else f"layer {agreement.number}"
+        )
+        return f"{name} ({num_features} channels, step {agreement.steps})"
+
+    def _ranks(self, mask: Any) -> str:
+        ranks = [str(rank) for rank in np.flatnonzero(mask)]
+        return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(ranks)}"
+
+    def _refuse(self, error: Exception) -> None:
+        """Take part in the gather for which the others wait, and tell them of the error."""
+        length = self._agreement.lengths.get(self._key, _HEADER)
+        self._tell(error, lambda: self._send([self._header(kind=Kind.REFUSED), [0.0] * (length - _HEADER)]))
+
+    def _tell(self, error: Exception, refuse: Callable[[], Array]) -> None:
+        self._is_done = True
+        try:
+            refuse()
+            self._texts(f"{type(error).__name__}: {error}")
+        except Exception as failure:  # noqa: BLE001 - the user has to see the error itself
+            error.add_note(f"The other replicas could not be told: {type(failure).__name__}: {failure}")
+
+    def _raise_if_refused(self, refused: Any) -> None:
+        if np.any(refused):
+            self._is_done = True
+            texts = self._texts("")
+            raise ReplicaError(
+                f"{self._label} is unchanged, since the step failed elsewhere: "
+                + "; ".join(f"rank {rank}: {texts[rank]}" for rank in np.flatnonzero(refused))
+            )
+
+    def _texts(self, own: str) -> list[str]:
+        """Return the texts of all replicas, one of which has just refused the step."""
+        data = own.encode()[:_TEXT].ljust(_TEXT, b"\0")
+        rows = self._backend.to_numpy(self._send([[float(byte) for byte in data]]))
+        return [bytes(row.astype(np.uint8)).rstrip(b"\0").decode(errors="replace") for row in np.asarray(rows)]
+
+    # The engine.
+
+    def _send(self, parts: Sequence[Any], like: Sequence[Any] = ()) -> Array:
+        """Return the vectors of all replicas, given the parts of this one's.
+
+        ``like`` contains an array on the device of the vector, if the parts may not.
+        """
+        arrays = [part[:0] for part in like if self._backend.owns(part) and part.ndim]
+        if not arrays:
+            arrays = [self._backend.asarray(np.zeros(0), "float32", self._device)]
+        vector = self._backend.concatenated([*parts, arrays[0]])
+        try:
+            return self._group.gather(vector)
+        except TimeoutError as error:
+            self._is_done = True
+            raise TimeoutError(f"{self._label}, rank {self._group.rank}: {error}") from error
+        except BaseException:
+            self._is_done = True
+            raise
+
+    def _split(self, row: Array, parts: int) -> tuple[Array, ...]:
+        size = row.shape[0] // parts
+        return tuple(row[i * size : (i + 1) * size] for i in range(parts))
+
+
+def _described(header: _Header) -> str:
+    dtype = "float64" if header.identity % 2 else "float32"
+    task = "fit" if header.kind == Kind.POPULATION else f"step {int(header.steps)}"
+    return f"{task} of layer {int(header.number)} ({int(header.num_features)} channels, {dtype})"

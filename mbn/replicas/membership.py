@@ -1,0 +1,90 @@
+"""The group of a layer, and all that a layer remembers of it from step to step."""
+
+from collections.abc import Hashable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from mbn.contract import Backend, Group, Settings
+from mbn.replicas.exchange import Agreement, Exchange, Kind
+
+
+class _Detached:
+    """The group of a layer that was pickled: a communicator exists in its own process alone."""
+
+    def __repr__(self) -> str:
+        return "<detached: the layer was pickled without its group>"
+
+    def __reduce__(self) -> str:
+        return "DETACHED"
+
+
+DETACHED = _Detached()
+
+
+def _resolved(given: Any, backend: Backend) -> Any:
+    return given if isinstance(given, Group) else backend.group(given)
+
+
+class Membership:
+    """The membership of a layer in a group, which copies of the layer share.
+
+    It is compared by the group alone, since it is a part of the layer's pytree.
+    """
+
+    def __init__(self, given: Any, name: str = "") -> None:
+        """Note the engine's object that was ``given``; ``name`` is the layer's, for messages."""
+        self.given = given
+        self._agreement = Agreement(name)
+
+    @classmethod
+    def of(cls, given: Any, backend: Backend | None, name: str = "") -> "Membership | None":
+        """Return the membership of a layer, checked if its backend is known; None without a group.
+
+        Raises:
+            TypeError: no group of the backend's framework.
+            ValueError: this process is not part of the group.
+        """
+        if given is None:
+            return None
+        if given is False or not isinstance(given, Hashable):
+            raise TypeError(f"group is an engine's group, True for all processes, or None; not {given!r}.")
+        if backend is not None and given is not True:  # the world may not be there yet
+            _resolved(given, backend)
+        return cls(given, name)
+
+    def exchange(
+        self, backend: Backend, settings: Settings | None, device: Any, kind: Kind = Kind.STEP
+    ) -> AbstractContextManager[Any]:
+        """Return a context whose value is the replicas of one step, or None where there is one replica alone.
+
+        An error within the context, before the replicas have exchanged anything, reaches all of them.
+        """
+        if self.given is DETACHED:
+            raise RuntimeError(
+                "the layer has been pickled or loaded, and its group stayed in the other process: set bn.group, to "
+                "None for a layer of this process alone. Evaluation works without."
+            )
+        group = _resolved(self.given, backend)
+        if not isinstance(group, Group):
+            return nullcontext(group)
+        if group.size == 1:
+            return nullcontext(None)
+        return Exchange(self._agreement, group, backend, settings, device, kind)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Membership) and bool(self.given == other.given)
+
+    def __hash__(self) -> int:
+        return hash(self.given)
+
+    def __repr__(self) -> str:
+        return repr(self.given)
+
+    def __deepcopy__(self, memo: object) -> "Membership":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle names of axes and True, which mean the same in another process."""
+        parts = self.given if isinstance(self.given, tuple) else (self.given,)
+        lasts = all(part is True or isinstance(part, str) for part in parts)
+        return Membership, (self.given if lasts else DETACHED, self._agreement.name)
