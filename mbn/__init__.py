@@ -17,7 +17,7 @@ from mbn.registry import (
     set_default_backend,
     use_backend,
 )
-from mbn.replicas import ReplicaError
+from mbn.replicas import Population, ReplicaError
 from mbn.state import Params, State
 from mbn.threads import get_num_threads, set_num_threads
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         from_onnx,
         from_torch,
         replace_batchnorm,
+        synchronize,
         to_flax,
         to_keras,
         to_onnx,
@@ -44,6 +45,7 @@ __all__ = [
     "ConversionWarning",
     "Group",
     "Params",
+    "Population",
     "ReplicaError",
     "State",
     "asarray",
@@ -61,6 +63,7 @@ __all__ = [
     "set_default_backend",
     "set_num_threads",
     "show_versions",
+    "synchronize",
     "to_flax",
     "to_keras",
     "to_numpy",

@@ -19,7 +19,7 @@ import numpy as np
 from mbn import checks, registry
 from mbn.contract import Array, Backend, Params, Pullback, Replicas, Settings, State
 from mbn.convert import asarray, dtype_and_device_of, received, received_vectors
-from mbn.replicas import Membership
+from mbn.replicas import Exchange, Kind, Membership
 from mbn.state.attributes import Entries, Entry, Fixed, missing, of_class
 from mbn.state.keys import IncompatibleKeys, versioned
 from mbn.state.snapshot import Snapshot
@@ -236,12 +236,16 @@ class BatchNorm1d:
 
     @group.setter
     def group(self, value: Any) -> None:
-        self._join(value)
+        self._join(self._membership(value))
 
-    def _join(self, group: Any, name: str = "") -> None:
+    def _membership(self, group: Any, name: str = "") -> Membership | None:
+        """Return the membership of the layer in a group; ``name`` is that of the layer in a model, for messages."""
         storage = self._storage
-        member = Membership.of(group, storage.backend if storage.is_bound else None, name)
-        with storage.backend.writing():
+        return Membership.of(group, storage.backend if storage.is_bound else None, name)
+
+    def _join(self, member: Membership | None) -> None:
+        """Take over a membership, or leave the group."""
+        with self._storage.backend.writing():
             self._change(lambda storage: storage._replace(group=member))
 
     @property
@@ -438,7 +442,7 @@ class BatchNorm1d:
         self._frozen = False
         return self
 
-    def fit(self, batches: Any, *, progress: bool = True) -> Self:
+    def fit(self, batches: Any, *, group: Any = None, progress: bool = True) -> Self:
         """Set the running statistics to those of an entire data set, in one pass over its batches; return the layer.
 
         The batches' statistics are merged exactly, so ``running_mean`` and ``running_var`` are mean and variance of
@@ -450,22 +454,42 @@ class BatchNorm1d:
                 along its first axis, so that a ``numpy.memmap`` takes the memory of a slice. Or an iterable of inputs
                 as in a call, of any number of samples; of a tuple or list of arrays, as a DataLoader gives, the first
                 is the input.
+            group: the processes that have batches of the data set, each its own and perhaps none: all layers then have
+                the statistics of all batches, the same bits. See :attr:`group`; a name of an axis is none of these.
             progress: show a progress bar on standard error.
 
         Raises:
             TypeError, ValueError: an input is refused as in a call; the layer has no running statistics; there are
                 ``correction`` values per channel or fewer. The layer is then unchanged, as after an interrupt.
+            ReplicaError, TimeoutError: another process failed, or is missing. The layer is unchanged.
         """
         checks.tracked(self.track_running_stats, "fit")
         checks.flag("progress", progress)
-        is_one = hasattr(batches, "shape")
         storage = self._storage
+        member = Membership.of(group, storage.backend if storage.is_bound else None)
+        if member is None:
+            return self._fit(batches, progress)
+        if not storage.is_bound or storage.settings.num_features is None:
+            raise ValueError(
+                "a process of a group may have no batch to take backend and num_features from: make the layer with "
+                "both, mbn.BatchNorm1d(C, backend=...)."
+            )
+        with member.exchange(storage.backend, storage.settings, storage.device, Kind.POPULATION) as replicas:
+            if replicas is not None and not isinstance(replicas, Exchange):
+                raise TypeError(
+                    f"fit shares statistics among processes, and {group!r} is an axis within a program. On JAX fit one "
+                    "array that is sharded over the devices, without a group."
+                )
+            return self._fit(batches, progress, replicas)
+
+    def _fit(self, batches: Any, progress: bool, replicas: Exchange | None = None) -> Self:
+        storage, is_one = self._storage, hasattr(batches, "shape")
         if is_one:
             batches = population.Slices(batches, storage.settings)
         # A layer without a backend or num_features stays so until there are statistics. Others may change meanwhile,
         # in their settings for example.
         is_open = not storage.is_bound or storage.settings.num_features is None
-        total = population.Population()
+        total = population.Total()
         with closing(population.inputs(batches, progress=progress)) as inputs:
             for batch in inputs:
                 before = storage if is_open else self._storage
@@ -476,8 +500,11 @@ class BatchNorm1d:
                 del batch, x  # so that they are freed before the next batch is made
         if not is_open:
             storage = self._storage
+        if replicas is not None:
+            total.num_batches = 1 if is_one else total.num_batches
+            total.share(storage.backend, storage.settings, storage.device, replicas)
         statistics = total.statistics(storage.backend, storage.settings, storage.device)
-        count = storage.own("num_batches_tracked", 1 if is_one else total.num_batches)
+        count = storage.own("num_batches_tracked", 1 if is_one and replicas is None else total.num_batches)
         self._become(storage, {**statistics, "num_batches_tracked": count})
         return self
 
@@ -700,7 +727,8 @@ class BatchNorm1d:
     def __repr__(self) -> str:
         """Return torch's text with the arguments that only this layer has."""
         names = ["eps", "momentum", "affine", "bias", "track_running_stats"]
-        names += ["axis"] * (self.axis != 1) + ["correction"] * (self.correction != 1) + ["backend"]
+        names += ["axis"] * (self.axis != 1) + ["correction"] * (self.correction != 1)
+        names += ["group"] * (self.group is not None) + ["backend"]
         shown = {name: getattr(self, name) for name in names if name != "bias"}
         shown["bias"] = self.affine and self._storage.has_bias
         return f"BatchNorm1d({self.num_features}, {', '.join(f'{name}={shown[name]!r}' for name in names)})"

@@ -26,7 +26,7 @@ FRONTEND = {
     "registry": {"array_api", "contract", "threads"},
     "convert": {"checks", "contract", "registry"},
     "step": {"checks", "contract", "convert", "registry"},
-    "replicas": {"contract"},
+    "replicas": {"checks", "contract", "convert", "registry", "step"},
     "state": {"checks", "contract", "convert", "registry", "replicas"},
     "layer": {"checks", "contract", "convert", "registry", "replicas", "state", "step"},
     "functional": {"checks", "contract", "convert", "layer", "registry", "replicas", "step"},

@@ -33,6 +33,9 @@ class AxisGroup:
     def expect(self, needs: Needs) -> None:
         """Do nothing, since all replicas need the same."""
 
+    def without_values(self) -> None:
+        """Do nothing, since all shards of an array are of one size."""
+
     def pulling(self) -> AbstractContextManager[None]:
         """Return a context that does nothing: an error ends the trace, which is the same for all replicas."""
         return nullcontext()

@@ -104,6 +104,10 @@ class Differentiable:
         """Note the part of this replica in the backward pass."""
         self._exchange.expect(needs)
 
+    def without_values(self) -> None:
+        """Note that this replica has an empty batch."""
+        self._exchange.without_values()
+
     def pulling(self) -> AbstractContextManager[Any]:
         """Return a context in which an error reaches all replicas."""
         context: AbstractContextManager[Any] = self._exchange.pulling()

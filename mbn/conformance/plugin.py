@@ -20,7 +20,7 @@ from mbn.state import outputs
 
 AREAS = (
     *("semantics", "accuracy", "errors", "state", "files", "population", "folding", "modules"),
-    *("dtypes", "masks", "out", "gradients", "transforms", "agreement"),
+    *("dtypes", "masks", "out", "gradients", "transforms", "replicas", "agreement"),
 )
 
 settings.register_profile(

@@ -70,6 +70,9 @@ class Replicas(Protocol):
     def expect(self, needs: Needs) -> None:
         """Note the part of this replica in the backward pass, before the forward exchange."""
 
+    def without_values(self) -> None:
+        """Note that the batch of this replica is empty: the statistics that it exchanges are those of a stand-in."""
+
     def pulling(self) -> AbstractContextManager[Any]:
         """Return a context for the backward pass of this replica, in which an error reaches the others."""
         ...
@@ -93,7 +96,10 @@ def merged(kernels: Kernels, moments: Moments, dtype: str, replicas: Replicas | 
     """
     if replicas is None:
         return moments
-    total = reduce(kernels.merge, replicas.moments(kernels, moments, dtype))
+    every = replicas.moments(kernels, moments, dtype)
+    # A replica without a value has statistics of weight 0 and a whole number of values, which is judged as such.
+    present = [found for found in every if not isinstance(found.count, int) or found.count]
+    total = reduce(kernels.merge, present or [every[0]._replace(count=0.0)])
     if isinstance(total.count, int) and total.count == 1:
         raise ValueError(
             "the batches of all replicas hold one value per channel, which has no variance to train on. Give more "

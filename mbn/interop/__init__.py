@@ -6,8 +6,10 @@ output would change is refused. Each other package is imported by the module for
 """
 
 import importlib
+import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from mbn import checks
@@ -192,6 +194,66 @@ def replace_batchnorm(model: Any, *, back: bool = False) -> Any:
     if checks.flag("back", back):
         return _foreign(replacement.to_theirs(model, BatchNorm1d._snapshot))
     return _foreign(replacement.to_ours(model, _module))
+
+
+def synchronize(model: Any, group: Any) -> Any:
+    """Make the replicas of each layer of a model share the statistics of their batches in training, in place.
+
+    Every process calls it on its replica of the model. The group is that of :attr:`mbn.BatchNorm1d.group`; None ends
+    the sharing. Messages name each layer as the model does. Torch's own batch norms stay local, and a warning names
+    them: :func:`replace_batchnorm` converts them first.
+
+    Args:
+        model: a ``torch.nn.Module``, a ``flax.nnx.Module``, a layer, or a list, tuple or dict of these.
+        group: as :attr:`mbn.BatchNorm1d.group`.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError, ValueError: the model has no layer of mbn, or a layer cannot join the group. No layer has changed.
+    """
+    found = list(_layers(model, ""))
+    joins = []
+    for name, module in found:
+        layer = _layer_of(module)
+        if layer is None:
+            continue
+        member = layer._membership(group, name)
+        joins.append(partial(layer._join, member) if module is layer else partial(setattr, module, "group", group))
+    if not joins:
+        raise ValueError(
+            f"there is no layer of mbn in this {type(model).__name__}: synchronize takes a layer, a module of torch or "
+            "flax, or a list, tuple or dict of these. mbn.replace_batchnorm(model) converts torch's batch norms."
+        )
+    for join in joins:
+        join()
+    others = [(name, type(module).__name__) for name, module in found if _layer_of(module) is None]
+    return _foreign((model, [f"{name} stays local: it is torch's {kind}." for name, kind in others]))
+
+
+def _layers(model: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Iterate over the layers of a model, flax's modules of layers, and torch's own batch norms, with their names."""
+    torch_nn, nnx = sys.modules.get("torch.nn"), sys.modules.get("flax.nnx")
+    if isinstance(model, BatchNorm1d):
+        yield path, model
+    elif isinstance(model, Mapping | list | tuple):
+        for key, value in model.items() if isinstance(model, Mapping) else enumerate(model):
+            yield from _layers(value, f"{path}.{key}" if path else str(key))
+    elif torch_nn is not None and isinstance(model, torch_nn.Module):
+        for name, module in model.named_modules(prefix=path):
+            if isinstance(module, torch_nn.modules.batchnorm._BatchNorm):
+                yield name, _layer_of(module) or module
+    elif nnx is not None and isinstance(model, nnx.Module):
+        for parts, module in nnx.iter_modules(model):
+            if _layer_of(module) is not None:
+                yield ".".join(map(str, (path, *parts) if path else parts)), module
+
+
+def _layer_of(module: Any) -> BatchNorm1d | None:
+    """Return the layer of a module of mbn; None for another module."""
+    layer = module if isinstance(module, BatchNorm1d) else getattr(getattr(module, "definition", module), "layer", None)
+    return layer if isinstance(layer, BatchNorm1d) else None
 
 
 def _converter(package: str) -> Any:

@@ -84,7 +84,7 @@ class Exchange:
         self._key: Key = (None, "") if settings is None else (settings.num_features, settings.dtype)
         self._needs = Needs.NOTHING
         self._all_needs: list[int] = []
-        self._is_done = False
+        self._is_empty = self._is_done = False
 
     @property
     def group(self) -> Group:
@@ -109,6 +109,10 @@ class Exchange:
     def expect(self, needs: Needs) -> None:
         """Note the part of this replica in the backward pass, before the forward gather."""
         self._needs = max(self._needs, needs)
+
+    def without_values(self) -> None:
+        """Note that this replica has an empty batch, and the statistics of a stand-in."""
+        self._is_empty = True
 
     def moments(self, kernels: Kernels, moments: Moments, dtype: str) -> Sequence[Moments]:
         """Return the statistics of the batches of all replicas, the same on each, in the order of their ranks.
@@ -140,7 +144,7 @@ class Exchange:
             The counts, None for sums of weights; and (size, 1 + K C): counts and vectors.
         """
         parts = values, *vectors
-        values = values if isinstance(values, int) else None
+        values = 0 if self._is_empty else values if isinstance(values, int) else None
         agreement, self._key = self._agreement, (vectors[0].shape[0], dtype)
         if self._key not in agreement.lengths:
             headers = self._headers(self._send([self._header(values)], parts))
@@ -160,6 +164,11 @@ class Exchange:
         agreement.steps += 1
         self._is_done = True
         return [None if header.values < 0 else int(header.values) for header in headers], rows[:, _HEADER:]
+
+    def numbers(self, number: int) -> list[int]:
+        """Return the numbers of all replicas, after a gather."""
+        rows = np.asarray(self._backend.to_numpy(self._send([[float(number)]])))
+        return [int(value) for value in rows[:, 0]]
 
     def sums(self, sums: tuple[Array, ...]) -> Sequence[tuple[Array, ...]]:
         """Return the sums of a backward pass of all replicas, in the order of their ranks.

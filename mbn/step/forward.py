@@ -95,6 +95,7 @@ def _without_values(
     if replicas is None:  # as in torch, an empty batch counts
         count = state.num_batches_tracked
         return x, state if count is None else state._replace(num_batches_tracked=counted(count)), None
+    replicas.without_values()
     batch = stand_in(backend, x, settings)
     kernels, batch = backend.kernels_for("train", batch, None, (params, state))
     y, state, stats = backend.forward(kernels, batch, params, state, settings, training, None, True, replicas)

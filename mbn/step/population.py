@@ -5,6 +5,7 @@ They must not depend on the sizes of the batches, and no more than one batch may
 
 import math
 from collections.abc import Generator, Iterable, Iterator, Mapping
+from functools import partial, reduce
 from numbers import Number
 from operator import length_hint
 from typing import Any
@@ -13,9 +14,10 @@ import numpy as np
 
 from mbn import checks
 from mbn.contract import Array, Backend, Batch, Moments, Settings, dtype_name, transposed
+from mbn.step.empty import stand_in
 
 
-class Population:
+class Total:
     """The statistics of all batches so far.
 
     They are merged in pairs, and pairs of pairs: so rounding errors and memory grow with the logarithm of the number of
@@ -52,21 +54,44 @@ class Population:
             moments, size = _merged(backend, self._parts.pop()[1], moments), 2 * size
         self._parts.append((size, moments))
 
+    def merge(self, backend: Backend, other: "Total") -> None:
+        """Add the batches of another total, whose statistics are those of the same backend."""
+        parts = [moments for moments in (self.moments(backend), other.moments(backend)) if moments is not None]
+        self.num_batches += other.num_batches
+        self._parts = [(self.num_batches, reduce(partial(_merged, backend), parts))] if parts else []
+
+    def share(self, backend: Backend, settings: Settings, device: Any, replicas: Any) -> None:
+        """Add the batches of all other replicas; the result has the same bits on each."""
+        moments = self.moments(backend)
+        if moments is None:  # this replica has no values, and takes part nevertheless
+            x = backend.asarray(np.zeros((0, settings.num_features or 0)), "float32", device)
+            moments = backend.kernels.moments(stand_in(backend, x, settings))
+        every = replicas.moments(backend.kernels, moments, settings.dtype)
+        self.num_batches = sum(replicas.numbers(self.num_batches))
+        self._parts = [(self.num_batches, reduce(partial(_merged, backend), every))]
+
+    def moments(self, backend: Backend) -> Moments | None:
+        """Return the statistics of all batches together; None without a value."""
+        if not self._parts:
+            return None
+        *others, (_, moments) = self._parts
+        for _, other in reversed(others):
+            moments = _merged(backend, other, moments)
+        return moments
+
     def statistics(self, backend: Backend, settings: Settings, device: Any) -> dict[str, Array]:
         """Return running mean and variance, (C,) in the layer's dtype.
 
         Raises:
             ValueError: there are too few values for a variance.
         """
-        n = sum(moments.count for _, moments in self._parts)
-        if n <= settings.correction:
+        moments = self.moments(backend)
+        n = 0 if moments is None else moments.count
+        if moments is None or n <= settings.correction:
             raise ValueError(
                 f"the batches hold {n} values per channel, and a variance with correction={settings.correction} takes "
                 f"at least {settings.correction + 1}."
             )
-        *others, (_, moments) = self._parts
-        for _, other in reversed(others):
-            moments = _merged(backend, other, moments)
         return {
             "running_mean": _vector(backend, moments.mean, settings, device),
             "running_var": _vector(backend, backend.kernels.variance(moments, settings.correction), settings, device),

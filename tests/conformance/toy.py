@@ -32,6 +32,14 @@ class ToyKernels(Kernels):
         share, d = more / (n + more or 1), other - mean
         return Moments(n + more, mean + d * share, m2 + other_m2 + d * d * n * share)
 
+    def to_vectors(self, moments: Moments, dtype: str) -> tuple[Array, ...]:
+        hi = moments.mean.astype(np.float64)
+        return hi, (moments.mean - hi).astype(np.float64), moments.m2.astype(np.float64)
+
+    def from_vectors(self, count: Any, vectors: tuple[Array, ...]) -> Moments:
+        hi, lo, m2 = vectors
+        return Moments(count, hi.astype(np.longdouble) + lo, m2)
+
     def variance(self, moments: Moments, correction: int) -> Array:
         return moments.m2 / (moments.count - correction) if moments.count > correction else 0 * moments.m2
 
@@ -97,6 +105,7 @@ class Toy(Backend):
         jit=True,
         compile=True,
         modules=True,
+        replicas=True,
         out=True,
     )
 
