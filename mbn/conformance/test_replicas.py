@@ -375,10 +375,11 @@ def test_functions_share_statistics_in_a_group(target: Target) -> None:
     parts, gradients, group = split(x, [3, 20]), split(dy, [3, 20]), ThreadGroup(2)
 
     def run(x: np.ndarray, dy: np.ndarray, group: Any = None) -> list[np.ndarray]:
-        given: Any = [target.array(vector) for vector in vectors]
+        names = ("running_mean", "running_var", "weight", "bias")
+        given = dict(zip(names, map(target.array, vectors), strict=True))
         own = target.array(x)
-        result = mbn.functional.batch_norm(own, *given, True, group=group)
-        again, pullback = mbn.functional.batch_norm_vjp(own, *given, True, group=group)
+        result = mbn.functional.batch_norm(own, **given, training=True, group=group)
+        again, pullback = mbn.functional.batch_norm_vjp(own, **given, training=True, group=group)
         for first, second in zip(result, again, strict=True):
             np.testing.assert_array_equal(target.numpy(first), target.numpy(second))
         return [target.numpy(array) for array in (*result, pullback(target.array(dy))[0])]
