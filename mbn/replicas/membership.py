@@ -46,7 +46,7 @@ class Membership:
         """
         if given is None:
             return None
-        if given is False or not isinstance(given, Hashable):
+        if given is False or isinstance(given, list | dict | set):
             raise TypeError(f"group is an engine's group, True for all processes, or None; not {given!r}.")
         if backend is not None and given is not True:  # the world may not be there yet
             _resolved(given, backend)
@@ -75,7 +75,8 @@ class Membership:
         return isinstance(other, Membership) and bool(self.given == other.given)
 
     def __hash__(self) -> int:
-        return hash(self.given)
+        # mpi4py's communicators are equal where they are the same to MPI, and have no hash.
+        return hash(self.given if isinstance(self.given, Hashable) else type(self.given))
 
     def __repr__(self) -> str:
         return repr(self.given)
