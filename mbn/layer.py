@@ -354,12 +354,12 @@ class BatchNorm1d:
         uses_batch = self._uses_batch(state, training)
         return forward(backend, x, params, state, settings, training=uses_batch, masking=masking, replicas=replicas)
 
-    def _exchange(self, training: bool) -> AbstractContextManager[Any]:
-        """Return a context whose value is the other replicas of a step, or None."""
+    def _exchange(self, training: bool, backend: Backend | None = None) -> AbstractContextManager[Any]:
+        """Return a context whose value is the other replicas of a step, or None; by default on the layer's backend."""
         storage = self._storage
         if storage.group is None or not training or self._frozen:
             return nullcontext()
-        return storage.group.exchange(storage.backend, storage.settings, storage.device)
+        return storage.group.exchange(backend or storage.backend, storage.settings, storage.device)
 
     def _run(
         self, run: Callable[..., tuple[Any, State]], x: Any, masking: Masking | None, replicas: Replicas | None = None
@@ -411,8 +411,9 @@ class BatchNorm1d:
 
         If any of that fails, the layer itself is unchanged.
         """
-        storage, entries, x = self._storage.met(x)
-        layer = self._trial(storage, entries)
+        with self._exchange(self._training, None if self._storage.is_bound else registry.owner_of(x)):
+            storage, entries, x = self._storage.met(x)
+            layer = self._trial(storage, entries)
         result = layer._run(run, x, masking)
         self._become(layer._storage)
         self.__dict__.update({name: value for name, value in vars(layer).items() if name not in _OWN})  # a subclass's

@@ -288,6 +288,19 @@ def test_refused_input_of_one_replica_raises_on_all(target: Target, name: str, *
     assert_same(target.snapshot(layers[0]), target.snapshot(layers[1]))
 
 
+@pytest.mark.parametrize("name", ["dtype", "axes"])
+def test_refused_first_input_of_one_replica_raises_on_all(target: Target, name: str) -> None:
+    make, expected = REFUSED[name]
+    group = ThreadGroup(2)
+    layers = [mbn.BatchNorm1d(None, group=group), mbn.BatchNorm1d(None, backend=target.backend, group=group)]
+    x = target.array(data("float32")[0])
+    errors = group.outcomes(lambda rank: layers[rank](make(target) if rank == 0 else x))
+    assert [type(error) for error in errors] == [expected, mbn.ReplicaError]
+    assert layers[0].num_features is None
+    group.run(lambda rank: layers[rank](x))
+    assert_same(target.snapshot(layers[0]), target.snapshot(layers[1]))
+
+
 def test_refused_mask_of_one_replica_raises_on_all(target: Target) -> None:
     target.require("masks")
     group = ThreadGroup(2)
