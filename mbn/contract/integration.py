@@ -52,7 +52,9 @@ class Integration:
             RuntimeError: the engine is not ready.
             ImportError: the engine is not installed.
         """
-        raise TypeError(f"{self.name} has no groups; a group is an mbn.Group, or None.")
+        raise TypeError(
+            f"{self.name} has no groups of its own: a group is an mbn.Group, where kernels have replicas, or None."
+        )
 
     def register(self, layer_type: type, flatten: Callable[[Any], Any], unflatten: Callable[[Any, Any], Any]) -> None:
         """Register a class of layers, once, when the first of them binds to this backend; for pytrees.

@@ -22,7 +22,7 @@ DETACHED = _Detached()
 
 
 def _resolved(given: Any, backend: Backend) -> Any:
-    return given if isinstance(given, Group) else backend.group(given)
+    return given if isinstance(given, Group) and backend.capabilities.replicas else backend.group(given)
 
 
 class Membership:
@@ -48,7 +48,8 @@ class Membership:
             return None
         if given is False or isinstance(given, list | dict | set):
             raise TypeError(f"group is an engine's group, True for all processes, or None; not {given!r}.")
-        if backend is not None and given is not True:  # the world may not be there yet
+        # The world may not be there yet.
+        if backend is not None and not (given is True and backend.capabilities.replicas):
             _resolved(given, backend)
         return cls(given, name)
 
