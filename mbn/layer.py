@@ -747,7 +747,7 @@ class BatchNorm1d:
             "bias": storage.has_bias,
         }
         entries = {key: storage.backend.to_numpy(value) for key, value in held.items()}
-        return Snapshot(arguments, entries, training=layer.training, frozen=layer._frozen)
+        return Snapshot(arguments, entries, training=layer.training, frozen=layer._frozen, group=layer.group)
 
     def _store(self, entries: Mapping[str, Array]) -> None:
         """Replace arrays of the layer: all those given or, if that fails, none."""
@@ -848,7 +848,7 @@ class BatchNorm1d:
     @classmethod
     def _from_snapshot(cls, snapshot: Snapshot, backend: str | Backend | None, device: Any) -> Self:
         """Return the layer of a snapshot."""
-        layer = cls(**snapshot.arguments, backend=backend, device=device)
+        layer = cls(**snapshot.arguments, group=snapshot.group, backend=backend, device=device)
         if layer.num_features is not None:
             layer.load_state_dict(versioned(snapshot.entries))
         layer.train(snapshot.training)

@@ -42,9 +42,12 @@ class BatchNorm1d(nnx.Module):
         running_mean, running_var: ``nnx.BatchStat`` of shape (C,), or None where the layer has none.
         num_batches_tracked: ``nnx.BatchStat`` of an integer, or None where the layer has none.
         use_running_average: the mode: False in training, True in evaluation.
+        group: the axis whose replicas share the statistics of their batches in training, as
+            :attr:`mbn.BatchNorm1d.group`; settable.
 
     Args:
-        layer: the layer. The module starts with copies of its arrays and with its mode, and is frozen if the layer is.
+        layer: the layer. The module starts with copies of its arrays, with its mode and its group, and is frozen if the
+            layer is.
         adopt: a function that makes the layer hold other arrays.
     """
 
@@ -57,6 +60,16 @@ class BatchNorm1d(nnx.Module):
         self.num_batches_tracked = _variable(nnx.BatchStat, state.num_batches_tracked)
         self.use_running_average = not layer.training
         self.definition = _Definition(layer, adopt)
+        self.group = layer.group  # flax notes the name of each attribute that is set, and compares modules by them
+
+    @property
+    def group(self) -> Any:
+        """The name of the axis along which replicas share statistics, or a tuple of names, or None."""
+        return self.definition.layer.group
+
+    @group.setter
+    def group(self, value: Any) -> None:
+        self.definition = self.definition.joined(value)
 
     def __call__(
         self,
@@ -110,6 +123,13 @@ class _Definition:
         with jax.ensure_compile_time_eval():
             adopt(*jax.tree.map(lambda array: jnp.zeros(0, array.dtype), (layer.params, layer.state)))
         self.layer = layer
+
+    def joined(self, group: Any) -> "_Definition":
+        """Return the definition of a layer in a group; other modules and compiled functions may hold this one."""
+        other = copy.copy(self)
+        other.layer = copy.copy(self.layer)
+        other.layer.group = group
+        return other
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Definition) and jax.tree.structure(self.layer) == jax.tree.structure(other.layer)  # type: ignore[operator]

@@ -275,7 +275,11 @@ def _converter(package: str) -> Any:
 def _layer(read: tuple[Snapshot, list[str]], backend: str | Backend | None, device: Any) -> BatchNorm1d:
     """Return the layer of a converter's snapshot, with its notes as warnings."""
     snapshot, notes = read
-    layer = BatchNorm1d._from_snapshot(snapshot, backend, device)
+    layer = BatchNorm1d._from_snapshot(snapshot._replace(group=None), backend, device)
+    try:
+        layer.group = snapshot.group
+    except TypeError as error:  # the group is of another framework than the layer
+        notes.append(f"group={snapshot.group!r}: the layer shares its statistics with no other, since {error}")
     _warn(notes)
     return layer
 

@@ -40,10 +40,13 @@ def read(module: Any, variables: Any) -> tuple[Snapshot, list[str]]:
             f"dtype={dtype_name(module.dtype)}: flax computes in it and gives outputs of it; those of the layer have "
             "the dtype of its input."
         )
-    if module.axis_name is not None:
+    if module.axis_index_groups is not None:
         notes.append(
-            f"axis_name={module.axis_name!r}: the layer takes the statistics of its batch, not of all devices."
+            f"axis_index_groups={module.axis_index_groups}: a layer shares its statistics along whole axes, and the "
+            "converted one with no other device. Give the mesh an axis along each of these groups, and set bn.group."
         )
+    elif module.axis_name is not None:
+        layer = layer._replace(group=module.axis_name)
     return layer, notes
 
 
@@ -52,6 +55,10 @@ def write(layer: Snapshot, *, linen: bool) -> tuple[Any, list[str]]:
     arguments = layer.arguments
     momentum, notes = conventions.old_weight(layer, "flax", _MOMENTUM)
     arrays = {key: _own(layer.entries[key]) for key in _KEYS if key in layer.entries}
+    names = layer.group if isinstance(layer.group, tuple) else (layer.group,)
+    is_axis = all(isinstance(name, str) for name in names)
+    if not (is_axis or layer.group is None):
+        notes.append(f"group={layer.group!r}: flax shares statistics along a named axis alone, and gets none.")
     settings = {
         "use_running_average": layer.frozen or not layer.training,
         "axis": arguments["axis"],
@@ -60,6 +67,7 @@ def write(layer: Snapshot, *, linen: bool) -> tuple[Any, list[str]]:
         "param_dtype": jnp.dtype(arguments["dtype"]),
         "use_scale": "weight" in arrays,
         "use_bias": "bias" in arrays,
+        "axis_name": layer.group if is_axis else None,
         "use_fast_variance": False,  # fast variances lose their digits where means are large
     }
     notes += conventions.frozen(layer, "flax")

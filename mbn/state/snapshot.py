@@ -17,3 +17,5 @@ class Snapshot(NamedTuple):
     """The parameters and statistics, by torch's keys."""
     training: bool
     frozen: bool
+    group: Any = None
+    """The group of the layer, as ``bn.group``; files have none."""

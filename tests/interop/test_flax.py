@@ -186,7 +186,7 @@ def test_from_flax_widens_bfloat16_to_float32():
     [
         ({"use_scale": False}, ("weight", "ones")),
         ({"dtype": jax.numpy.bfloat16}, ("dtype=bfloat16", "input")),
-        ({"axis_name": "batch"}, ("axis_name", "devices")),
+        ({"axis_name": "batch", "axis_index_groups": [[0, 1]]}, ("axis_index_groups", "whole axes", "bn.group")),
     ],
 )
 def test_from_flax_warns_of_settings_that_a_layer_lacks(arguments, words):
@@ -194,6 +194,35 @@ def test_from_flax_warns_of_settings_that_a_layer_lacks(arguments, words):
         mbn.from_flax(module(**arguments))
     with warns(*words):
         mbn.from_flax(*module_and_variables(**arguments))
+
+
+@pytest.mark.parametrize("axis", ["batch", ("data", "model")])
+def test_axis_name_is_the_group_of_the_layer(axis):
+    for given in (module(axis_name=axis),), module_and_variables(axis_name=axis):
+        bn = mbn.from_flax(*given, backend="jax")
+        assert bn.group == axis
+        assert mbn.to_flax(bn).axis_name == axis
+        assert mbn.to_flax(bn, linen=True)[0].axis_name == axis
+    assert mbn.to_flax(layer(correction=0)).axis_name is None
+
+
+def test_from_flax_warns_where_the_backend_has_no_named_axes():
+    with warns("group='batch'", "mpi4py"):
+        bn = mbn.from_flax(module(axis_name="batch"), backend="numpy")
+    assert bn.group is None
+
+
+def test_layer_with_an_axis_name_trains_along_it_as_flax_does():
+    theirs, x = module(axis_name="batch", use_fast_variance=False), sample((8, CHANNELS)).reshape(2, 4, CHANNELS)
+    bn = mbn.from_flax(theirs, backend="jax")
+    train = jax.vmap(lambda x: bn.apply(bn.params, bn.state, x, training=True), out_axes=(0, None), axis_name="batch")
+    y, state = train(x)
+    expected = nnx.vmap(lambda module, x: module(x), in_axes=(nnx.StateAxes({...: None}), 0), axis_name="batch")(
+        theirs, x
+    )
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(state.running_mean, theirs.mean[...], rtol=1e-6)
+    np.testing.assert_allclose(state.running_var, theirs.var[...], rtol=1e-6)
 
 
 def test_from_flax_adds_a_weight_of_ones_to_a_bias_alone():
@@ -210,6 +239,7 @@ def test_from_flax_adds_a_weight_of_ones_to_a_bias_alone():
         ({"correction": 1}, ("running_var", "correction=1", "biased")),
         ({"momentum": None}, ("momentum=None", "0.99")),
         ({"momentum": 1e-20}, ("momentum=1e-20", "old value", "1.0")),
+        ({"group": True}, ("group=True", "named axis")),
     ],
 )
 @pytest.mark.parametrize("is_linen", [False, True])
