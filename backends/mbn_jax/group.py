@@ -3,15 +3,14 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from mbn.contract import Kernels, Moments, Needs
-
-T = TypeVar("T")
+from mbn_jax.kernels.pairs import as_pair
 
 
 @jax.tree_util.register_static
@@ -41,21 +40,48 @@ class AxisGroup:
         return nullcontext()
 
     def moments(self, kernels: Kernels, moments: Moments, dtype: str) -> Sequence[Moments]:
-        """Return the statistics of the batches of all replicas."""
-        return self._gather(moments)
+        """Return the statistics of the batches of all replicas, already merged, in the order of the replicas.
+
+        They are merged in a loop of the compiled program: XLA takes half a second for each merge that it compiles.
+
+        Raises:
+            ValueError: the axis is not bound.
+        """
+        count = moments.count
+        if is_known := isinstance(count, int):  # it is the same on all replicas, as the shapes are
+            moments = moments._replace(count=as_pair(float(count), moments.mean.unit.dtype))
+        leaves, tree = jax.tree.flatten(moments)
+        parts = jax.tree.unflatten(tree, self._gathered(leaves))
+        first, others = (jax.tree.map(lambda rows, part=part: rows[part], parts) for part in (0, slice(1, None)))
+        total, _ = lax.scan(lambda total, other: (kernels.merge(total, other), None), first, others)
+        return [total._replace(count=count * self._size()) if is_known else total]
 
     def sums(self, sums: tuple[jax.Array, ...]) -> Sequence[tuple[jax.Array, ...]]:
-        """Return the sums of all replicas."""
-        return self._gather(sums)
+        """Return the sums over all replicas."""
+        return [tuple(rows.sum(0) for rows in self._gathered(sums))]
 
-    def _gather(self, values: T) -> Sequence[T]:
-        """Return the values of all replicas. Python numbers are equal on all, since the arrays have the same shapes."""
-        stacks = jax.tree.map(partial(_stacked, name=self.name), values)
-        return [
-            jax.tree.map(lambda stack, i=i: stack[i] if isinstance(stack, jax.Array) else stack, stacks)
-            for i in range(lax.psum(1, self.name))
-        ]
+    def _gathered(self, values: Sequence[jax.Array]) -> list[jax.Array]:
+        """Return the values of all replicas, each in the rows of one array, by one exchange."""
+        vector = jnp.concatenate([value.reshape(-1) for value in values])
+        # A sum of rows that are 0 except for a replica's own is a gather. JAX knows of a sum, unlike an all_gather,
+        # that it is the same on all devices of a shard_map, so it accepts the new state as replicated.
+        rows = jnp.zeros((self._size(), *vector.shape), vector.dtype)
+        rows = lax.psum(lax.dynamic_update_index_in_dim(rows, vector, lax.axis_index(self.name), 0), self.name)
+        parts, start = [], 0
+        for value in values:
+            parts.append(rows[:, start : start + value.size].reshape(-1, *value.shape))
+            start += value.size
+        return parts
 
-
-def _stacked(value: Any, name: Any) -> Any:
-    return lax.all_gather(value, name) if isinstance(value, jax.Array) else value
+    def _size(self) -> int:
+        """Return the number of replicas."""
+        for name in self.names:
+            try:
+                lax.psum(1, name)
+            except NameError as error:
+                raise ValueError(
+                    f"the replicas of the layer are along the axis {name!r}, and this call is outside of it: train "
+                    f"within jax.shard_map, jax.pmap or jax.vmap(axis_name={name!r}), or set bn.group = None. Under "
+                    "jit alone the statistics of a sharded batch are global without a group."
+                ) from error
+        return lax.psum(1, self.name)

@@ -7,12 +7,10 @@ from functools import partial
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jax_samples import assert_same, backend, jax, jnp, new_layer, new_state
+from jax_samples import assert_same, jax, jnp, new_layer, new_state
 
 import mbn
-from mbn.contract import Params, Settings, State
-from mbn.step.forward import forward
-from mbn_jax.group import AxisGroup
+from mbn.contract import Params, State
 
 SHARDED, SAME = PartitionSpec("data"), PartitionSpec()
 LAYER = new_layer()
@@ -212,27 +210,3 @@ def test_devices_exchange_no_more_than_vectors_of_channels(sharding, kind):
     actual = compiled(params, on_mesh, given)
     assert_same(actual[0], expected[0], 2e-4)
     np.testing.assert_allclose(actual[1], expected[1], rtol=1e-3, atol=1e-3 * np.max(np.abs(expected[1])))
-
-
-def test_replicas_along_an_axis_of_devices_share_their_statistics():
-    x, dy = (jnp.asarray(values) for values in np.random.default_rng(1).standard_normal((2, 8, 3, 5), np.float32))
-    settings = Settings(3, "float32", 1e-5, 0.1, 1, 1)
-
-    def step(params, x, dy, group=None):
-        def loss(x):
-            y, state = forward(backend, x, params, new_state(3), settings, training=True, group=group)
-            return jnp.sum(y * dy), (y, state)
-
-        dx, (y, state) = jax.grad(loss, has_aux=True)(x)
-        return (y, dx), state
-
-    params = Params(jnp.asarray([2.0, -0.5, 1.0]), jnp.asarray([1.0, 0.0, 0.5]))
-    mesh = Mesh(np.array(jax.devices()), ("data",))
-    replicas = jax.shard_map(
-        partial(step, group=AxisGroup("data")),
-        mesh=mesh,
-        in_specs=(SAME, SHARDED, SHARDED),
-        out_specs=(SHARDED, SAME),
-        check_vma=False,  # JAX takes a gathered value for one that varies over devices
-    )
-    assert_same(jax.jit(replicas)(params, x, dy), step(params, x, dy), 1e-6)

@@ -226,7 +226,8 @@ def _pull_derivative(
         bend = channel_sum(change * (dy - _weigh(constant, batch)))
     else:  # M(change) is 0 over all replicas together, not over one
         bend = channel_sum(change * dy)
-    every_product, every_bend = summed((product, bend), batch.group)
+    # Two exchanges: in one vector, JAX would take the product for a function of u too, and could not transpose.
+    (every_product,), (every_bend,) = summed((product,), batch.group), summed((bend,), batch.group)
     terms = (
         (_mean(xhat * u, batch), moved),
         (every_product / batch.count.hi, _weigh(change, batch)),
