@@ -99,7 +99,8 @@ def from_keras(layer: Any, *, backend: str | Backend | None = None, device: Any 
         backend, device: as in :func:`from_torch`.
 
     The layer keeps the biased variance, as Keras does: ``correction=0``. It is in evaluation mode, Keras's default for
-    a call. A Keras layer that is not trainable becomes a frozen one.
+    a call. A Keras layer that is not trainable becomes a frozen one, and a synchronized one has the group of all
+    processes.
 
     Raises:
         ImportError: keras is not installed.

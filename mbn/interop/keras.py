@@ -31,7 +31,7 @@ def read(layer: Any) -> tuple[Snapshot, list[str]]:
         axis=axis,
         correction=0,
     )
-    return result, notes + _notes(layer, result)
+    return result._replace(group=True if layer.synchronized else None), notes + _notes(layer, result)
 
 
 def write(layer: Snapshot, ndim: int) -> tuple[keras.layers.BatchNormalization, list[str]]:
@@ -49,12 +49,17 @@ def write(layer: Snapshot, ndim: int) -> tuple[keras.layers.BatchNormalization, 
         scale="gamma" in tensors,
         dtype=arguments["dtype"],
         trainable=not layer.frozen,
+        synchronized=layer.group is not None and _can_synchronize(),
     )
     shape = [None] * ndim
     shape[arguments["axis"]] = arguments["num_features"]
     result.build(tuple(shape))
     for name, tensor in tensors.items():
         getattr(result, name).assign(tensor)
+    if layer.group is not None and not _can_synchronize():
+        notes.append(f"group={layer.group!r}: Keras synchronizes layers on TensorFlow alone.")
+    elif layer.group not in (None, True):
+        notes.append(f"group={layer.group!r}: Keras synchronizes all replicas of its distribution strategy.")
     if layer.frozen and arguments["affine"]:
         notes.append("freeze(): trainable=False of Keras keeps gamma and beta, weight and bias, from training as well.")
     return result, notes
@@ -114,8 +119,6 @@ def _notes(layer: keras.layers.BatchNormalization, result: Snapshot) -> list[str
         )
     if getattr(layer, "renorm", False):  # not every version of Keras has it
         notes.append("renorm: the layer trains by plain batch normalisation.")
-    if layer.synchronized:
-        notes.append("synchronized: the layer takes the statistics of its own batch, not of those of all replicas.")
     notes += [
         f"{name}: the layer has none."
         for name in ("gamma_regularizer", "beta_regularizer", "gamma_constraint", "beta_constraint")
@@ -124,6 +127,10 @@ def _notes(layer: keras.layers.BatchNormalization, result: Snapshot) -> list[str
     if result.frozen and result.arguments["affine"]:
         notes.append("trainable=False: the layer is frozen, which holds its statistics and not weight and bias.")
     return notes
+
+
+def _can_synchronize() -> bool:
+    return bool(keras.backend.backend() == "tensorflow")
 
 
 def _own(array: np.ndarray) -> Any:

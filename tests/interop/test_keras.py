@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib import import_module
 
 import numpy as np
@@ -267,3 +268,32 @@ for dtype in ("float32", "float64"):
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+class Pair(mbn.Group):
+    rank, size = 0, 2
+
+    def gather(self, vector):
+        raise NotImplementedError
+
+
+def test_synchronized_layer_has_the_group_of_all_processes():
+    theirs = theirs_of()
+    assert mbn.from_keras(theirs).group is None
+    theirs.synchronized = True  # Keras takes the argument on TensorFlow alone
+    converted = mbn.from_keras(theirs)
+    assert converted.group is True
+    x = sample()
+    np.testing.assert_array_equal(converted(x), mbn.from_keras(theirs_of())(x))  # evaluation is local
+
+
+@pytest.mark.parametrize("group", [True, Pair()], ids=["all processes", "a group"])
+def test_group_is_synchronized_on_tensorflow_alone(group, monkeypatch):
+    converted = layer(group=group, correction=0)
+    if keras.backend.backend() != "tensorflow":
+        with warns("on TensorFlow alone"):
+            assert not mbn.to_keras(converted).synchronized
+        monkeypatch.setattr(keras.src.layers.normalization.batch_normalization.backend, "backend", lambda: "tensorflow")
+        monkeypatch.setattr(keras.backend, "backend", lambda: "tensorflow")
+    with nullcontext() if group is True else warns("Keras synchronizes all replicas"):
+        assert mbn.to_keras(converted).synchronized
