@@ -3,7 +3,7 @@
 All arrays are on the host, so the border is at most a cast.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -68,6 +68,9 @@ class HostBackend(Backend):
 
     def within(self, values: np.ndarray, low: float, high: float) -> bool:
         return bool(np.all((low <= values) & (values < high)))
+
+    def concatenated(self, parts: Sequence[Any]) -> np.ndarray:
+        return np.concatenate(parts, dtype=np.float64)
 
     def group(self, given: Any) -> MpiGroup:
         return mpi_group(self.name, given)

@@ -92,13 +92,12 @@ class Arrays(ABC):
         return None
 
     def concatenated(self, parts: Sequence[Any]) -> Any:
-        """Return arrays of at most one axis, numbers and lists of numbers as one vector in float64, for a group.
+        """Return vectors, sequences of numbers and arrays of one number as one vector in float64, for a group.
 
         It is an array of the framework on the device of the arrays, or a NumPy array.
         """
-        return np.concatenate(
-            [np.ravel(self.to_numpy(part) if self.owns(part) else part).astype(np.float64) for part in parts]
-        )
+        arrays = [self.to_numpy(part) if self.owns(part) else np.asarray(part) for part in parts]
+        return np.concatenate([array if array.ndim else array[None] for array in arrays], dtype=np.float64)
 
     @abstractmethod
     def within(self, values: Array, low: float, high: float) -> bool | None:

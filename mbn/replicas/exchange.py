@@ -6,7 +6,7 @@ lengths crash some engines: at the first step of a layer, headers alone are exch
 """
 
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 from itertools import count
@@ -16,7 +16,7 @@ from zlib import crc32
 
 import numpy as np
 
-from mbn.contract import Array, Backend, Group, Kernels, Moments, Needs, Settings
+from mbn.contract import Array, Backend, Group, Kernels, Moments, Needs, Settings, dtype_name
 
 Key: TypeAlias = tuple[int | None, str]
 """The number of channels and the dtype of a layer, as far as they are known."""
@@ -43,6 +43,7 @@ class Agreement:
     def __init__(self, name: str) -> None:
         """Begin without any; ``name`` is the layer's, for messages."""
         self.name = name
+        self.hash = 2 * crc32(name.encode())
         self.number = -1
         """The number by which all replicas know the layer, from its first step on."""
         self.steps = 0
@@ -52,23 +53,26 @@ class Agreement:
 
 
 class _Header(NamedTuple):
-    """The first numbers of a vector."""
+    """The first numbers of a vector. Those before ``needs`` are equal for all replicas that compute the same step."""
 
     kind: float
+    num_features: float
+    identity: float
+    """A hash of the layer's name, times 2, plus 1 for a float64 layer."""
     number: float
     steps: float
     needs: float
     values: float
     """The number of values per channel; -1 if it is a sum of sample weights, which may be on a device."""
-    num_features: float
-    identity: float
-    """A hash of the layer's name, times 2, plus 1 for a float64 layer."""
 
 
 _HEADER = len(_Header._fields)
+_AT_FIRST, _EQUAL = _Header._fields.index("number"), _Header._fields.index("needs")
+"""The numbers of fields that have to be equal at the first step of a layer, and later."""
 _TEXT = 256
 """The number of bytes of an error's text that are sent."""
-_NO_SUMS = struct.unpack("<d", struct.pack("<q", 0x7FF8_6D62_6E00_0001))[0]
+_REFUSAL = struct.pack("<q", 0x7FF8_6D62_6E00_0001)
+(_NO_SUMS,) = struct.unpack("<d", _REFUSAL)
 """A NaN that no computation gives: it stands in a backward pass for sums that a replica could not compute."""
 
 
@@ -83,7 +87,7 @@ class Exchange:
         self._kind = kind
         self._key: Key = (None, "") if settings is None else (settings.num_features, settings.dtype)
         self._needs = Needs.NOTHING
-        self._all_needs: list[int] = []
+        self._all_needs: list[float] = []
         self._is_empty = self._is_done = False
 
     @property
@@ -128,8 +132,8 @@ class Exchange:
     def unpacked(self, kernels: Kernels, counts: Sequence[int | None], rows: Array, fields: int) -> list[Moments]:
         """Return the statistics in gathered rows, each the count and ``fields`` vectors."""
         return [
-            kernels.from_vectors(rows[i, 0] if counts[i] is None else counts[i], self._split(rows[i, 1:], fields))
-            for i in range(self._group.size)
+            kernels.from_vectors(rows[i, 0] if count is None else count, parts)
+            for i, (count, parts) in enumerate(zip(counts, _split(rows, fields, 1), strict=True))
         ]
 
     def gather(self, values: Any, vectors: Sequence[Array], dtype: str) -> tuple[list[int | None], Array]:
@@ -143,31 +147,35 @@ class Exchange:
         Returns:
             The counts, None for sums of weights; and (size, 1 + K C): counts and vectors.
         """
-        parts = values, *vectors
-        values = 0 if self._is_empty else values if isinstance(values, int) else None
-        agreement, self._key = self._agreement, (vectors[0].shape[0], dtype)
+        agreement, size, self._key = self._agreement, self._group.size, (vectors[0].shape[0], dtype)
+        values = 0 if self._is_empty else values
+        known = values if isinstance(values, int) else -1
         if self._key not in agreement.lengths:
-            headers = self._headers(self._send([self._header(values)], parts))
-            self._check(headers, is_first=True)
+            headers = self._headers(self._signal(self._header(known)))
+            self._check(headers, _AT_FIRST)
             agreement.number = int(headers[0].number)
         # The length of a vector depends on these two alone.
         length = agreement.lengths.setdefault(self._key, _HEADER + 1 + len(vectors) * vectors[0].shape[0])
-        rows = self._send([self._header(values), *parts], parts)
-        if tuple(rows.shape) != (self._group.size, length):
+        header = self._header(known)
+        # A sum of sample weights may be an array on a device.
+        rows = self._send(
+            [(*header, values), *vectors] if isinstance(values, int | float) else [header, values, *vectors]
+        )
+        if rows.shape != (size, length):
             raise TypeError(
                 f"{type(self._group).__name__}.gather returned an array of {tuple(rows.shape)} for a vector of "
-                f"({length},) from each of {self._group.size} processes."
+                f"({length},) from each of {size} processes."
             )
         headers = self._headers(rows)
-        self._check(headers)
-        self._all_needs = [int(header.needs) for header in headers]
+        self._check(headers, _EQUAL)
+        self._all_needs = [header.needs for header in headers]
         agreement.steps += 1
         self._is_done = True
         return [None if header.values < 0 else int(header.values) for header in headers], rows[:, _HEADER:]
 
     def numbers(self, number: int) -> list[int]:
         """Return the numbers of all replicas, after a gather."""
-        rows = np.asarray(self._backend.to_numpy(self._send([[float(number)]])))
+        rows = np.asarray(self._backend.to_numpy(self._signal([number])))
         return [int(value) for value in rows[:, 0]]
 
     def sums(self, sums: tuple[Array, ...]) -> Sequence[tuple[Array, ...]]:
@@ -177,12 +185,11 @@ class Exchange:
             ReplicaError: another replica failed, or takes no part in the backward pass.
             TimeoutError: a replica is missing.
         """
-        rows = self.gathered_sums(sums)
-        dtypes = [str(total.dtype).rpartition(".")[2] for total in sums]
-        return [
-            tuple(map(self._backend.asarray, self._split(rows[i, :], len(sums)), dtypes))
-            for i in range(self._group.size)
-        ]
+        every = _split(self.gathered_sums(sums), len(sums))
+        dtype = sums[0].dtype  # that of the sums without replicas
+        if every[0][0].dtype == dtype:
+            return every
+        return [tuple(self._backend.asarray(part, dtype_name(dtype)) for part in parts) for parts in every]
 
     def gathered_sums(self, sums: tuple[Array, ...]) -> Array:
         """Return a row for the sums of each replica, checked."""
@@ -193,10 +200,11 @@ class Exchange:
                 "replicas have to compute the same."
             )
         self._is_done = True
-        rows = self._send(sums, sums)
+        rows = self._send(sums)
         if isinstance(rows, np.ndarray) or str(self._backend.device(rows)) == "cpu":  # a GPU's numbers would be late
-            firsts = np.ascontiguousarray(self._backend.to_numpy(rows[:, 0])).view(np.int64)
-            self._raise_if_refused(firsts == np.float64(_NO_SUMS).view(np.int64))
+            firsts = self._backend.to_numpy(rows[:, 0]).tolist()
+            if any(first != first for first in firsts):  # noqa: PLR0124 - NaN
+                self._raise_if_refused([struct.pack("<d", first) == _REFUSAL for first in firsts])
         return rows
 
     @contextmanager
@@ -207,54 +215,42 @@ class Exchange:
             yield
         except Exception as error:
             if not self._is_done and self.waits and Needs.NOTHING not in self._all_needs:
-                self._tell(error, lambda: self._send([[_NO_SUMS] * (2 * (self._key[0] or 0))]))
+                self._tell(error, [_NO_SUMS] * (2 * (self._key[0] or 0)))
             raise
 
     # Headers.
 
-    def _header(self, values: int | None = None, kind: Kind | None = None) -> list[float]:
+    def _header(self, values: int = -1, kind: Kind | None = None) -> _Header:
         agreement, (num_features, dtype) = self._agreement, self._key
-        number = next(_numbers) if agreement.number < 0 else agreement.number
-        identity = 2 * crc32(agreement.name.encode()) + (dtype == "float64")
-        kind = self._kind if kind is None else kind
-        return [
-            *map(
-                float,
-                _Header(
-                    kind,
-                    number,
-                    agreement.steps,
-                    self._needs,
-                    -1 if values is None else values,
-                    num_features or 0,
-                    identity,
-                ),
-            )
-        ]
+        return _Header(
+            self._kind if kind is None else kind,
+            num_features or 0,
+            agreement.hash + (dtype == "float64"),
+            next(_numbers) if agreement.number < 0 else agreement.number,
+            agreement.steps,
+            self._needs,
+            values,
+        )
 
     def _headers(self, rows: Array) -> list[_Header]:
         return [_Header(*row) for row in self._backend.to_numpy(rows[:, :_HEADER]).tolist()]
 
-    def _check(self, headers: list[_Header], *, is_first: bool = False) -> None:
-        """Check that all replicas compute the same step; all of them find the same.
+    def _check(self, headers: list[_Header], compared: int) -> None:
+        """Check that all replicas compute the same step, by the first fields of their headers; all find the same.
 
         Raises:
             ReplicaError: they do not.
         """
-        self._raise_if_refused(np.array([header.kind == Kind.REFUSED for header in headers]))
-        compared = (
-            ("kind", "num_features", "identity")
-            if is_first
-            else ("kind", "number", "steps", "num_features", "identity")
+        if len({header[:compared] for header in headers}) == 1 and headers[0].kind != Kind.REFUSED:
+            return
+        self._raise_if_refused([header.kind == Kind.REFUSED for header in headers])
+        self._is_done = True
+        raise ReplicaError(
+            "the replicas do not compute the same step: "
+            + "; ".join(f"rank {rank} is at {_described(header)}" for rank, header in enumerate(headers))
+            + ". All have to call the same layers in the same order, with a batch of x[:0] where there is no data, "
+            "and to move them to the same dtype."
         )
-        if len({tuple(getattr(header, name) for name in compared) for header in headers}) > 1:
-            self._is_done = True
-            raise ReplicaError(
-                "the replicas do not compute the same step: "
-                + "; ".join(f"rank {rank} is at {_described(header)}" for rank, header in enumerate(headers))
-                + ". All have to call the same layers in the same order, with a batch of x[:0] where there is no data, "
-                "and to move them to the same dtype."
-            )
 
     # Messages.
 
@@ -277,18 +273,18 @@ class Exchange:
     def _refuse(self, error: Exception) -> None:
         """Take part in the gather for which the others wait, and tell them of the error."""
         length = self._agreement.lengths.get(self._key, _HEADER)
-        self._tell(error, lambda: self._send([self._header(kind=Kind.REFUSED), [0.0] * (length - _HEADER)]))
+        self._tell(error, [*self._header(kind=Kind.REFUSED), *[0.0] * (length - _HEADER)])
 
-    def _tell(self, error: Exception, refuse: Callable[[], Array]) -> None:
+    def _tell(self, error: Exception, refusal: Sequence[float]) -> None:
         self._is_done = True
         try:
-            refuse()
+            self._signal(refusal)
             self._texts(f"{type(error).__name__}: {error}")
         except Exception as failure:  # noqa: BLE001 - the user has to see the error itself
             error.add_note(f"The other replicas could not be told: {type(failure).__name__}: {failure}")
 
-    def _raise_if_refused(self, refused: Any) -> None:
-        if np.any(refused):
+    def _raise_if_refused(self, refused: Sequence[bool]) -> None:
+        if any(refused):
             self._is_done = True
             texts = self._texts("")
             raise ReplicaError(
@@ -299,22 +295,19 @@ class Exchange:
     def _texts(self, own: str) -> list[str]:
         """Return the texts of all replicas, one of which has just refused the step."""
         data = own.encode()[:_TEXT].ljust(_TEXT, b"\0")
-        rows = self._backend.to_numpy(self._send([[float(byte) for byte in data]]))
+        rows = self._backend.to_numpy(self._signal(list(data)))
         return [bytes(row.astype(np.uint8)).rstrip(b"\0").decode(errors="replace") for row in np.asarray(rows)]
 
     # The engine.
 
-    def _send(self, parts: Sequence[Any], like: Sequence[Any] = ()) -> Array:
-        """Return the vectors of all replicas, given the parts of this one's.
+    def _signal(self, numbers: Sequence[float]) -> Array:
+        """Return the numbers of all replicas, one row for each, given this one's."""
+        return self._send([numbers, self._backend.asarray(np.zeros(0), "float32", self._device)])
 
-        ``like`` contains an array on the device of the vector, if the parts may not.
-        """
-        arrays = [part[:0] for part in like if self._backend.owns(part) and part.ndim]
-        if not arrays:
-            arrays = [self._backend.asarray(np.zeros(0), "float32", self._device)]
-        vector = self._backend.concatenated([*parts, arrays[0]])
+    def _send(self, parts: Sequence[Any]) -> Array:
+        """Return the vectors of all replicas, given the parts of this one's, among them an array."""
         try:
-            return self._group.gather(vector)
+            return self._group.gather(self._backend.concatenated(parts))
         except TimeoutError as error:
             self._is_done = True
             raise TimeoutError(f"{self._label}, rank {self._group.rank}: {error}") from error
@@ -322,9 +315,12 @@ class Exchange:
             self._is_done = True
             raise
 
-    def _split(self, row: Array, parts: int) -> tuple[Array, ...]:
-        size = row.shape[0] // parts
-        return tuple(row[i * size : (i + 1) * size] for i in range(parts))
+
+def _split(rows: Array, parts: int, start: int = 0) -> list[tuple[Array, ...]]:
+    """Return the parts of each row from ``start`` on, all of the same length."""
+    size = (rows.shape[1] - start) // parts
+    pieces = [slice(start + i * size, start + (i + 1) * size) for i in range(parts)]
+    return [tuple([rows[i, piece] for piece in pieces]) for i in range(rows.shape[0])]
 
 
 def _described(header: _Header) -> str:
