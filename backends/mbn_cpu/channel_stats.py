@@ -14,7 +14,7 @@ _LIMIT = np.iinfo(np.int64).max
 WIDE = np.dtype(np.float64)
 
 
-_LEAST, _MOST = 2.0**-900, 2.0**1000
+LEAST, MOST = 2.0**-900, 2.0**1000
 """Sums of squares between these are exact: terms that underflow are too small to change them."""
 FAR_SQUARE = 64.0
 """The largest ratio of a channel's mean square around a shift to its variance; beyond it the shift is too far away.
@@ -57,13 +57,17 @@ class HostFormulas(Formulas):
         """Return the statistics of two batches together, scaled if they would leave the range of float64."""
         if not isinstance(first.m2, Scaled) and not isinstance(second.m2, Scaled):
             merged = self.merge_plain(first, second)
+            if merged.m2.size and np.minimum.reduce(merged.m2) >= LEAST and np.maximum.reduce(merged.m2) < MOST:
+                return merged  # nearly always
             if np.all(in_range(merged.m2) | ((merged.m2 == 0) & _are_equal(first, second))):
                 return merged
         return self.merge_scaled(first, second)
 
     def from_vectors(self, count: Any, vectors: tuple[np.ndarray, ...]) -> Moments:
         """Return the statistics that ``to_vectors`` had, not scaled where no channel is."""
-        return super().from_vectors(count, vectors if np.any(vectors[3:]) else vectors[:3])
+        if len(vectors) > 3 and vectors[3].any():
+            return super().from_vectors(count, vectors)
+        return Moments(count, Pair(vectors[0], vectors[1]), vectors[2])
 
 
 def _are_equal(first: Moments, second: Moments) -> np.ndarray:
@@ -190,7 +194,7 @@ def is_wide(x: np.ndarray) -> bool:
 
 def in_range(m2: np.ndarray) -> np.ndarray:
     """Return a mask of the sums of squares that have lost no digits to the range of float64."""
-    return (m2 >= _LEAST) & (m2 < _MOST)
+    return (m2 >= LEAST) & (m2 < MOST)
 
 
 def exponent_of(values: np.ndarray) -> np.ndarray:

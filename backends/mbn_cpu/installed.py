@@ -7,7 +7,7 @@ import numpy as np
 
 from mbn_cpu.backend import HostBackend, suits_numba_steps, suits_numpy_steps
 from mbn_cpu.kernels import numpy_passes, numpy_steps
-from mbn_cpu.kernels.host import HostKernels
+from mbn_cpu.kernels.host import HostKernels, StepKernels
 
 
 class WithNumpy(HostBackend):
@@ -15,7 +15,7 @@ class WithNumpy(HostBackend):
 
     name = "host"
     version = np.__version__
-    kernels, step_kernels = HostKernels(numpy_passes), HostKernels(numpy_passes, numpy_steps)
+    kernels, step_kernels = HostKernels(numpy_passes), StepKernels(numpy_passes, numpy_steps)
     suits_steps = staticmethod(suits_numpy_steps)
 
 
@@ -32,7 +32,7 @@ def fastest() -> HostBackend:
         return WithNumpy()
 
     class WithNumba(WithNumpy):
-        kernels, step_kernels = HostKernels(numba_passes), HostKernels(numba_passes, numba_steps)
+        kernels, step_kernels = HostKernels(numba_passes), StepKernels(numba_passes, numba_steps)
         suits_steps = staticmethod(suits_numba_steps)
 
     return WithNumba()

@@ -6,7 +6,7 @@ import numba
 
 from mbn_cpu.backend import HostBackend, suits_numba_steps
 from mbn_cpu.kernels import numba_passes, numba_steps
-from mbn_cpu.kernels.host import HostKernels
+from mbn_cpu.kernels.host import HostKernels, StepKernels
 
 
 class NumbaBackend(HostBackend):
@@ -14,5 +14,5 @@ class NumbaBackend(HostBackend):
 
     name: ClassVar[str] = "numba"
     version = numba.__version__
-    kernels, step_kernels = HostKernels(numba_passes), HostKernels(numba_passes, numba_steps)
+    kernels, step_kernels = HostKernels(numba_passes), StepKernels(numba_passes, numba_steps)
     suits_steps = staticmethod(suits_numba_steps)

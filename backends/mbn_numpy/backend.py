@@ -6,7 +6,7 @@ import numpy as np
 
 from mbn_cpu.backend import HostBackend, suits_numpy_steps
 from mbn_cpu.kernels import numpy_passes, numpy_steps
-from mbn_cpu.kernels.host import HostKernels
+from mbn_cpu.kernels.host import HostKernels, StepKernels
 
 
 class NumpyBackend(HostBackend):
@@ -14,5 +14,5 @@ class NumpyBackend(HostBackend):
 
     name: ClassVar[str] = "numpy"
     version = np.__version__
-    kernels, step_kernels = HostKernels(numpy_passes), HostKernels(numpy_passes, numpy_steps)
+    kernels, step_kernels = HostKernels(numpy_passes), StepKernels(numpy_passes, numpy_steps)
     suits_steps = staticmethod(suits_numpy_steps)

@@ -36,7 +36,7 @@ def step(cache):
 def test_first_call_logs_its_compilation_and_the_next_process_uses_the_cache(tmp_path):
     first = step(tmp_path)
     assert [line for line in first if line.startswith("Numba compiles")] == [
-        f"Numba compiles {name} for float32, once for this machine." for name in ("train", "pull_back", "evaluate")
+        f"Numba compiles {name} for float32, once for this machine." for name in ("train", "pull_back", "normalize_by")
     ]
     assert all(line.endswith(" s.") for line in first[1::2])
     assert step(tmp_path) == []

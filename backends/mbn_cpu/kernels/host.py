@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from mbn.contract import Batch, Kernels, Moments, Params, Stats
+from mbn.contract import Batch, Kernels, Moments, Params, Settings, State, Stats
 from mbn_cpu import channel_stats
 from mbn_cpu.kernels import out_of_range
 
@@ -13,15 +13,13 @@ from mbn_cpu.kernels import out_of_range
 class HostKernels(Kernels):
     """Kernels of NumPy arrays, over the passes of a module."""
 
-    def __init__(self, passes: ModuleType, steps: ModuleType | None = None) -> None:
-        """Make kernels of the four passes of a module, and the fused steps of another, if any.
+    def __init__(self, passes: ModuleType) -> None:
+        """Make kernels of the four passes of a module.
 
         The module's ``normalize`` takes a ``Line``. Channels beyond the range of its arithmetic are computed
         separately, by ``out_of_range``.
         """
         self.passes = passes
-        if steps is not None:
-            self.train, self.evaluate, self.pullback = steps.train, steps.evaluate, steps.pullback
 
     def moments(self, batch: Batch) -> Moments:
         x, weights = _widened(batch.x, batch), batch.sample_weight
@@ -110,6 +108,61 @@ class HostKernels(Kernels):
     @np.errstate(all="ignore")
     def lerp(self, start: np.ndarray, end: channel_stats.Mean | channel_stats.Variance, step: float) -> np.ndarray:
         return channel_stats.lerp(start, end, step)
+
+
+class StepKernels(HostKernels):
+    """Kernels of small NumPy arrays: the fused steps of a module, and their parts where replicas exchange sums."""
+
+    def __init__(self, passes: ModuleType, steps: ModuleType) -> None:
+        """Make kernels of the fused steps of a module; they leave to the passes whatever they do not support."""
+        super().__init__(passes)
+        self.steps = steps
+        self.train, self.evaluate, self.pullback = steps.train, steps.evaluate, steps.pullback
+        if steps.merge is None:  # NumPy's
+            self.merge, self.advance = super().merge, super().advance  # type: ignore[method-assign]
+
+    def moments(self, batch: Batch) -> Moments:
+        found: Moments = self.steps.moments(batch)
+        return found
+
+    @np.errstate(all="ignore")
+    def merge(self, first: Moments, second: Moments) -> Moments:
+        found: Moments | None = self.steps.merge(first, second)
+        return channel_stats.FORMULAS.merge(first, second) if found is None else found
+
+    def advance(self, state: State, moments: Moments, settings: Settings) -> tuple[Stats, State]:
+        if isinstance(moments.m2, channel_stats.Scaled):
+            return super().advance(state, moments, settings)
+        found: tuple[Stats, State] = self.steps.advance(state, moments, settings)
+        return found
+
+    def normalize(
+        self, batch: Batch, stats: Stats, params: Params, eps: float, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        y = (
+            None
+            if isinstance(stats.var, channel_stats.Scaled)
+            else self.steps.normalize(batch, stats, params, eps, out)
+        )
+        return super().normalize(batch, stats, params, eps, out) if y is None else y
+
+    def grad_sums(self, dy: np.ndarray, batch: Batch, stats: Stats, eps: float) -> tuple[np.ndarray, np.ndarray]:
+        sums: tuple[np.ndarray, np.ndarray] = self.steps.grad_sums(dy, batch, stats, eps)
+        return sums
+
+    def grad_input(
+        self,
+        dy: np.ndarray,
+        batch: Batch,
+        stats: Stats,
+        weight: np.ndarray | None,
+        eps: float,
+        sums: tuple[np.ndarray, np.ndarray] | None,
+    ) -> np.ndarray:
+        if sums is None:
+            return super().grad_input(dy, batch, stats, weight, eps, sums)
+        dx: np.ndarray = self.steps.grad_input(dy, batch, stats, weight, eps, sums)
+        return dx
 
 
 def _widened(values: np.ndarray, batch: Batch) -> np.ndarray:

@@ -42,7 +42,7 @@ the last full row at the end. ``_collapse`` adds up the partial sums of a channe
 
 import numpy as np
 
-from mbn_cpu.channel_stats import FAR_SQUARE
+from mbn_cpu.channel_stats import FAR_SQUARE, LEAST, MOST
 from mbn_cpu.kernels.numba_compilation import compiled, loop
 
 _WIDTH = 256
@@ -229,6 +229,16 @@ def train(x, y, last, c, length, partials, weight, bias, running, share, eps, co
     ``weight`` and ``bias``, (C,), and ``running``, (2, C) with mean and variance, are empty if absent. ``share`` is the
     weight of the batch in the running statistics, and ``correction`` is subtracted from the count for their variance.
     """
+    stats = moments(x, last, c, length, partials)
+    hi, lo, m2 = stats[0], stats[1], stats[2]
+    new, m2[:] = advance(hi, lo, m2, x.size // c, running, share, correction)
+    is_beyond = normalize_by(x, y, last, c, length, weight, bias, hi, lo, m2, eps)
+    return new, stats, is_beyond
+
+
+@compiled
+def moments(x, last, c, length, partials):
+    """Return the statistics of a batch without weights, (3, C): the high and the low part of the mean, and m2."""
     n = x.size // c
     no_weights = np.empty(0)
     stats, sums = np.empty((3, c)), np.empty((2, c))
@@ -240,30 +250,68 @@ def train(x, y, last, c, length, partials, weight, bias, running, share, eps, co
         for channel in range(c):
             stats[0, channel] += sums[0, channel] / n
         shifted_sums(x, no_weights, last, c, length, partials, stats[0], sums)
-    # Mean, variance, running statistics, and the line to normalise by, channel by channel in float64. The line is in
-    # the dtype of x: its center is the rounded mean, and its shift contains the rounding error.
-    new = np.empty_like(running)
-    center, scale, shift = np.empty(c, x.dtype), np.empty(c, x.dtype), np.empty(c, x.dtype)
-    is_beyond = False
     for channel in range(c):
         value, mean = stats[0, channel], sums[0, channel] / n
-        m2 = sums[1, channel] - sums[0, channel] * mean
-        var, hi = m2 / n, value + mean
-        lo = mean - (hi - value)  # as in mbn_cpu.channel_stats.added
-        stats[0, channel], stats[1, channel], stats[2, channel] = hi, lo, var
+        hi = value + mean
+        stats[0, channel], stats[1, channel] = hi, mean - (hi - value)  # as in mbn_cpu.channel_stats.added
+        stats[2, channel] = sums[1, channel] - sums[0, channel] * mean
+    return stats
+
+
+@compiled
+def merge(hi, lo, m2, count, other_hi, other_lo, more_m2, more):
+    """Return the statistics of two batches together, (3, C), and whether all m2 have kept their digits.
+
+    The operations are those of ``mbn_common.channel_stats``, whose bits other replicas may have.
+    """
+    total, is_in_range = count + more, True
+    share, stats = more / (1.0 if total == 0 else total), np.empty((3, hi.size))
+    for channel in range(hi.size):
+        start = hi[channel]
+        difference = (other_hi[channel] - start) + (other_lo[channel] - lo[channel])
+        change = lo[channel] + difference * share
+        mean = start + change
+        squares = m2[channel] + (more_m2[channel] + difference * difference * (count * share))
+        stats[0, channel], stats[1, channel], stats[2, channel] = mean, change - (mean - start), squares
+        is_in_range &= (squares >= LEAST) & (squares < MOST)
+    return stats, is_in_range
+
+
+@compiled
+def advance(hi, lo, m2, n, running, share, correction):
+    """Return new running statistics, (2, C), as of ``train``, and the biased variance of n values, (C,)."""
+    new, var = np.empty_like(running), np.empty_like(m2)
+    for channel in range(m2.size):
+        var[channel] = m2[channel] / n
         if running.size:
             new[0, channel], new[1, channel] = running[0, channel], running[1, channel]
             if share != 0:
-                new[0, channel] = (1 - share) * running[0, channel] + share * (hi + lo)
-                new[1, channel] = (1 - share) * running[1, channel] + share * (m2 / (n - correction))
-        factor = _invstd(var, eps) * (weight[channel] if weight.size else 1.0)
-        center[channel] = hi + lo
+                new[0, channel] = (1 - share) * running[0, channel] + share * (hi[channel] + lo[channel])
+                new[1, channel] = (1 - share) * running[1, channel] + share * (m2[channel] / (n - correction))
+    return new, var
+
+
+@compiled
+def normalize_by(x, y, last, c, length, weight, bias, hi, lo, var, eps):
+    """Write the output by a mean of hi + lo and a variance to y, and return whether a channel is beyond the range.
+
+    Vectors are (C,); ``lo``, ``weight`` and ``bias`` are empty if absent. If a channel is beyond the range of float32,
+    y is not written.
+    """
+    # The line to normalise by, in the dtype of x: its center is the rounded mean, and its shift contains the rounding
+    # error.
+    center, scale, shift = np.empty(c, x.dtype), np.empty(c, x.dtype), np.empty(c, x.dtype)
+    is_beyond = False
+    for channel in range(c):
+        mean, rest = np.float64(hi[channel]), lo[channel] if lo.size else 0.0
+        factor = _invstd(np.float64(var[channel]), eps) * (weight[channel] if weight.size else 1.0)
+        center[channel] = mean + rest
         scale[channel] = factor
-        shift[channel] = (center[channel] - hi - lo) * factor + (bias[channel] if bias.size else 0.0)
+        shift[channel] = (center[channel] - mean - rest) * factor + (bias[channel] if bias.size else 0.0)
         is_beyond |= _is_beyond(center[channel], factor, scale[channel], shift[channel])
     if not is_beyond:
-        normalize(x, no_weights, y, last, c, length, center, scale, shift)
-    return new, stats, is_beyond
+        normalize(x, np.empty(0), y, last, c, length, center, scale, shift)
+    return is_beyond
 
 
 @compiled
@@ -273,42 +321,36 @@ def pull_back(dy, x, dx, last, c, length, partials, weight, hi, lo, var, count, 
     The mean is hi + lo, with ``lo`` empty for a plain vector. ``count`` is 0 if mean and variance are constants.
     ``weight`` is empty if absent.
     """
-    no_weights = np.empty(0)
-    sums, center = np.empty((2, c)), hi.astype(np.float64)
-    gradient_sums(dy, x, no_weights, last, c, length, partials, center, sums)
-    scale, slope, average = np.empty(c), np.empty(c), np.empty(c)
-    # The deviations were from hi: the sum of products is corrected by lo times the sum of dy.
-    for channel in range(c):
-        invstd, rest = _invstd(np.float64(var[channel]), eps), lo[channel] if lo.size else 0.0
-        sums[1, channel] = (sums[1, channel] - rest * sums[0, channel]) * invstd
-        scale[channel] = invstd * (weight[channel] if weight.size else 1.0)
-        if count:
-            slope[channel] = invstd * sums[1, channel] / count
-            average[channel] = sums[0, channel] / count - rest * slope[channel]
-    if not count:
-        center = no_weights
-    input_gradient(dy, x, no_weights, dx, last, c, length, center, slope, average, scale)
+    sums = grad_sums(dy, x, last, c, length, partials, hi, lo, var, eps)
+    grad_input(dy, x, dx, last, c, length, weight, hi, lo, var, count, eps, sums[0], sums[1])
     result[:] = sums
 
 
 @compiled
-def evaluate(x, y, last, c, length, weight, bias, running_mean, running_var, eps):
-    """Write the output of evaluation to y, and return whether a channel is beyond the range, as ``train`` does.
-
-    ``weight`` and ``bias`` are empty if absent; they and the running statistics have the layer's dtype.
-    """
-    center, scale, shift = np.empty(c, x.dtype), np.empty(c, x.dtype), np.empty(c, x.dtype)
-    is_beyond = False
+def grad_sums(dy, x, last, c, length, partials, hi, lo, var, eps):
+    """Return the sums of dy and dy * xhat, (2, C), for a mean of hi + lo and a variance as in ``pull_back``."""
+    sums = np.empty((2, c))
+    gradient_sums(dy, x, np.empty(0), last, c, length, partials, hi.astype(np.float64), sums)
+    # The deviations were from hi: the sum of products is corrected by lo times the sum of dy.
     for channel in range(c):
-        mean = np.float64(running_mean[channel])
-        factor = _invstd(np.float64(running_var[channel]), eps) * (weight[channel] if weight.size else 1.0)
-        center[channel] = mean
-        scale[channel] = factor
-        shift[channel] = (center[channel] - mean) * factor + (bias[channel] if bias.size else 0.0)
-        is_beyond |= _is_beyond(center[channel], factor, scale[channel], shift[channel])
-    if not is_beyond:
-        normalize(x, np.empty(0), y, last, c, length, center, scale, shift)
-    return is_beyond
+        rest = lo[channel] if lo.size else 0.0
+        sums[1, channel] = (sums[1, channel] - rest * sums[0, channel]) * _invstd(np.float64(var[channel]), eps)
+    return sums
+
+
+@compiled
+def grad_input(dy, x, dx, last, c, length, weight, hi, lo, var, count, eps, sum_dy, sum_dy_xhat):
+    """Write the gradient of x to dx, given the sums of dy and dy * xhat; other arguments as of ``pull_back``."""
+    center, scale, slope, average = hi.astype(np.float64), np.empty(c), np.empty(c), np.empty(c)
+    for channel in range(c):
+        invstd, rest = _invstd(np.float64(var[channel]), eps), lo[channel] if lo.size else 0.0
+        scale[channel] = invstd * (weight[channel] if weight.size else 1.0)
+        if count:
+            slope[channel] = invstd * sum_dy_xhat[channel] / count
+            average[channel] = sum_dy[channel] / count - rest * slope[channel]
+    if not count:
+        center = np.empty(0)
+    input_gradient(dy, x, np.empty(0), dx, last, c, length, center, slope, average, scale)
 
 
 @compiled

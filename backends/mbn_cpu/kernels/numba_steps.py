@@ -3,16 +3,19 @@
 They support float32 alone, contiguous memory, and no sample weights.
 """
 
+from typing import Any
+
 import numpy as np
 
-from mbn.contract import Batch, Params, Settings, State, Stats
+from mbn.contract import Batch, Moments, Params, Settings, State, Stats
 from mbn_cpu import memory
-from mbn_cpu.channel_stats import Pair, counted, step
+from mbn_cpu.channel_stats import Pair, Scaled, counted, step
 from mbn_cpu.kernels import numba_loops
 from mbn_cpu.kernels.numba_passes import Layout, flat, readable
 
 _NO_VECTOR = np.empty(0, np.float32)
 _NO_REST = np.empty(0)
+_NO_STATISTICS = np.empty((0, 0), np.float32)
 
 
 def train(
@@ -22,54 +25,127 @@ def train(
 
     If a channel is beyond the range of float32, return None and write nothing.
     """
-    x, (_, _, eps, momentum, _, correction) = batch.x, settings
-    running_mean, running_var, num_batches_tracked = state
+    x = batch.x
     layout, y = Layout.of(x), memory.empty_like(x) if out is None else out
     _, c, length = layout.shape
     n = x.size // c
-    if num_batches_tracked is not None:
-        num_batches_tracked = counted(num_batches_tracked)
-    is_tracked = running_mean is not None
-    running = np.array((running_mean, running_var)) if is_tracked else np.empty((0, 0), np.float32)
-    share = float(step(momentum, num_batches_tracked, n, correction)) if is_tracked else 0.0
     arrays = flat(x), flat(y)
     sizes = layout.last, c, length, layout.partials
-    new, found, is_beyond = numba_loops.train(*arrays, *sizes, *_vectors(params), running, share, eps, correction)
-    if is_beyond:
-        return None
-    if is_tracked:
-        new = new if running_mean.dtype.isnative else new.astype(running_mean.dtype)
-        running_mean, running_var = new[0], new[1]  # faster than unpacking an array
-    return y, State(running_mean, running_var, num_batches_tracked), Stats(Pair(found[0], found[1]), found[2], n)
+    running, share, count = _before(state, settings, n)
+    arguments = *_vectors(params), running, share, settings.eps, settings.correction
+    new, found, is_beyond = numba_loops.train(*arrays, *sizes, *arguments)
+    # Indices are faster than unpacking an array.
+    return None if is_beyond else (y, _after(state, new, count), Stats(Pair(found[0], found[1]), found[2], n))
 
 
 def evaluate(
     batch: Batch, params: Params, state: State, settings: Settings, out: np.ndarray | None
 ) -> np.ndarray | None:
     """Return the output of evaluation; None as ``train``."""
-    x = batch.x
-    layout, y = Layout.of(x), memory.empty_like(x) if out is None else out
-    _, c, length = layout.shape
-    statistics = readable(state.running_mean), readable(state.running_var)
-    arrays = flat(x), flat(y)
-    is_beyond = numba_loops.evaluate(*arrays, layout.last, c, length, *_vectors(params), *statistics, settings.eps)
-    return None if is_beyond else y
+    return normalize(batch, Stats(state.running_mean, state.running_var, None), params, settings.eps, out)
 
 
 def pullback(
     dy: np.ndarray, batch: Batch, weight: np.ndarray | None, stats: Stats, eps: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the gradients of x, weight and bias."""
-    x, (mean, var, count) = batch.x, stats
-    hi, lo = mean if isinstance(mean, Pair) else (mean, _NO_REST)
+    x = batch.x
     layout, dx = Layout.of(x), memory.empty_like(x)
     _, c, length = layout.shape
     arrays = flat(dy), flat(x), flat(dx)
     sizes = layout.last, c, length, layout.partials
-    vectors = _vector(weight), readable(hi), readable(lo), readable(var)
     sums = np.empty((2, c), np.float64 if weight is None else np.float32)
-    numba_loops.pull_back(*arrays, *sizes, *vectors, count or 0, eps, sums)
+    numba_loops.pull_back(*arrays, *sizes, _vector(weight), *_statistics(stats), stats.count or 0, eps, sums)
     return dx, sums[1], sums[0]
+
+
+def _before(state: State, settings: Settings, n: float) -> tuple[np.ndarray, float, Any]:
+    """Return the running statistics as one array, (2, C) or empty, the share of a batch, and the new count."""
+    mean, var, count = state
+    if count is not None:
+        count = counted(count)
+    if mean is None:
+        return _NO_STATISTICS, 0.0, count
+    return np.array((mean, var)), float(step(settings.momentum, count, n, settings.correction)), count
+
+
+def _after(state: State, new: np.ndarray, count: Any) -> State:
+    mean = state.running_mean
+    if mean is None:
+        return State(None, None, count)
+    new = new if mean.dtype.isnative else new.astype(mean.dtype)
+    return State(new[0], new[1], count)
+
+
+# The parts of these steps before and after an exchange with other replicas.
+
+
+def moments(batch: Batch) -> Moments:
+    """Return the statistics of a batch."""
+    layout = Layout.of(batch.x)
+    _, c, length = layout.shape
+    found = numba_loops.moments(flat(batch.x), layout.last, c, length, layout.partials)
+    return Moments(batch.x.size // c, Pair(found[0], found[1]), found[2])
+
+
+def merge(first: Moments, second: Moments) -> Moments | None:
+    """Return the statistics of two batches together, or None where their squares may leave the range of float64."""
+    if isinstance(first.m2, Scaled) or isinstance(second.m2, Scaled):
+        return None
+    (count, mean, m2), (more, other, more_m2) = first, second
+    found, is_in_range = numba_loops.merge(*mean, m2, float(count), *other, more_m2, float(more))
+    return Moments(count + more, Pair(found[0], found[1]), found[2]) if is_in_range else None
+
+
+def advance(state: State, moments: Moments, settings: Settings) -> tuple[Stats, State]:
+    """Return the statistics to normalise a batch by, and the state after the step."""
+    n, (hi, lo), m2 = moments
+    running, share, count = _before(state, settings, n)
+    new, var = numba_loops.advance(hi, lo, m2, float(n), running, share, settings.correction)
+    return Stats(moments.mean, var, n), _after(state, new, count)
+
+
+def normalize(batch: Batch, stats: Stats, params: Params, eps: float, out: np.ndarray | None) -> np.ndarray | None:
+    """Return the output; None as ``train``."""
+    x = batch.x
+    layout, y = Layout.of(x), memory.empty_like(x) if out is None else out
+    _, c, length = layout.shape
+    arrays = flat(x), flat(y)
+    is_beyond = numba_loops.normalize_by(*arrays, layout.last, c, length, *_vectors(params), *_statistics(stats), eps)
+    return None if is_beyond else y
+
+
+def grad_sums(dy: np.ndarray, batch: Batch, stats: Stats, eps: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sums of dy and dy * xhat."""
+    layout = Layout.of(batch.x)
+    _, c, length = layout.shape
+    arrays = flat(dy), flat(batch.x)
+    sums = numba_loops.grad_sums(*arrays, layout.last, c, length, layout.partials, *_statistics(stats), eps)
+    return sums[0], sums[1]
+
+
+def grad_input(
+    dy: np.ndarray,
+    batch: Batch,
+    stats: Stats,
+    weight: np.ndarray | None,
+    eps: float,
+    sums: tuple[np.ndarray, np.ndarray],
+) -> np.ndarray:
+    """Return the gradient of x, given the sums."""
+    x = batch.x
+    layout, dx = Layout.of(x), memory.empty_like(x)
+    _, c, length = layout.shape
+    arrays = flat(dy), flat(x), flat(dx)
+    vectors = _vector(weight), *_statistics(stats)
+    numba_loops.grad_input(*arrays, layout.last, c, length, *vectors, float(stats.count), eps, *map(readable, sums))
+    return dx
+
+
+def _statistics(stats: Stats) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the high and the low part of the mean, and the variance."""
+    hi, lo = stats.mean if isinstance(stats.mean, Pair) else (stats.mean, _NO_REST)
+    return readable(hi), readable(lo), readable(stats.var)
 
 
 def _vectors(params: Params) -> tuple[np.ndarray, np.ndarray]:

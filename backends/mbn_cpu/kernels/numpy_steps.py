@@ -6,8 +6,8 @@ input, whose statistics need two passes.
 
 import numpy as np
 
-from mbn.contract import Batch, Params, Settings, State, Stats
-from mbn_cpu.channel_stats import FAR_SQUARE, WIDE, Pair, counted, invstd, is_wide, lerp, step
+from mbn.contract import Batch, Moments, Params, Settings, State, Stats
+from mbn_cpu.channel_stats import FAR_SQUARE, WIDE, Pair, added, as_pair, counted, invstd, is_far, is_wide, lerp, step
 
 _BOUND = 2.0**800
 """The bound of vectors whose products with float32 numbers stay in the range of float64."""
@@ -94,6 +94,78 @@ def pullback(
     if weight is not None:  # the gradients in the parameters' dtype, infinite beyond its range
         sum_dy_xhat, sum_dy = sum_dy_xhat.astype(weight.dtype), sum_dy.astype(weight.dtype)
     return dx, sum_dy_xhat, sum_dy
+
+
+# The parts of these steps before and after an exchange with other replicas.
+
+
+@np.errstate(all="ignore")
+def moments(batch: Batch) -> Moments:
+    """Return the statistics of a batch."""
+    x = batch.x
+    n, axes = x.size // x.shape[1], _axes(x)
+    d = x.astype(WIDE, order="C")
+    center = d[0].copy() if x.ndim == 2 else d[0, :, 0].copy()
+    d -= _column(center, x)
+    rest, m2 = _sums(d, n, axes)
+    if is_far(m2 + n * rest * rest, m2):
+        center += rest
+        np.subtract(x, _column(center, x), out=d)
+        rest, m2 = _sums(d, n, axes)
+    return Moments(n, added(center, rest), m2)
+
+
+merge = advance = None  # the formulas on vectors are as fast
+
+
+@np.errstate(all="ignore")
+def normalize(batch: Batch, stats: Stats, params: Params, eps: float, out: np.ndarray | None) -> np.ndarray:
+    """Return the output."""
+    x, (weight, bias) = batch.x, params
+    hi, lo = as_pair(stats.mean)
+    scale = invstd(stats.var, eps)
+    if weight is not None:
+        scale *= weight
+    d = x - _column(hi, x)
+    d *= _column(scale, x)
+    far = lo * scale
+    d += _column(-far if bias is None else bias - far, x)
+    return _rounded(d, x, out)
+
+
+@np.errstate(all="ignore")
+def grad_sums(dy: np.ndarray, batch: Batch, stats: Stats, eps: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sums of dy and dy * xhat."""
+    x, axes = batch.x, _axes(batch.x)
+    hi, lo = as_pair(stats.mean)
+    d, gradient = np.subtract(x, _column(hi, x), order="C"), dy.astype(WIDE, order="C")
+    sum_dy = np.add.reduce(gradient, axes)
+    d *= gradient
+    products = np.add.reduce(d, axes)
+    products -= lo * sum_dy
+    products *= invstd(stats.var, eps)
+    return sum_dy, products
+
+
+@np.errstate(all="ignore")
+def grad_input(
+    dy: np.ndarray,
+    batch: Batch,
+    stats: Stats,
+    weight: np.ndarray | None,
+    eps: float,
+    sums: tuple[np.ndarray, np.ndarray],
+) -> np.ndarray:
+    """Return the gradient of x, given the sums."""
+    x, (sum_dy, sum_dy_xhat), (mean, var, count) = batch.x, sums, stats
+    (hi, lo), scale = as_pair(mean), invstd(var, eps)
+    slope = scale * sum_dy_xhat / count
+    d = x - _column(hi, x)
+    d *= _column(slope, x)
+    d += _column(sum_dy / count - lo * slope, x)
+    gradient = np.subtract(dy, d, out=d)
+    gradient *= _column(scale if weight is None else scale * weight, x)
+    return _rounded(gradient, x)
 
 
 def _sums(d: np.ndarray, n: int, axes: int | tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
