@@ -2,6 +2,7 @@
 
 import os
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,16 @@ from mbn.contract import Group
 ENVIRONMENT_VARIABLE = "MBN_GROUP_TIMEOUT"
 """The environment variable of the seconds after which a missing process is an error."""
 _DEFAULT_TIMEOUT = 300.0
-_BUSY_TESTS = 200
+_BUSY_TESTS = 50
 """Tests of a request without a pause: a gather among processes of one machine takes a few microseconds."""
-_LONGEST_PAUSE = 1e-3
+_YIELDING, _LONGEST_PAUSE = 5e-3, 1e-3
+"""Seconds in which a process that waits lets others compute but does not sleep, since it wakes up late; and the
+longest sleep after them."""
 _TAG = 27182
 """The tag of the messages by which processes that have waited in vain find each other."""
 _GRACE = 2.0
 """Seconds in which these messages arrive."""
+_let_others_run = getattr(os, "sched_yield", partial(time.sleep, 0))
 _pending: list[Any] = []
 """Requests that no process will complete, with their memory, which MPI may still write to."""
 
@@ -66,8 +70,14 @@ class MpiGroup(Group):
 
     def gather(self, vector: np.ndarray) -> np.ndarray:
         rows = np.empty((self.size, len(vector)))
+        seconds = timeout()
         request = self._communicator.Iallgather(vector, rows)
-        if not _completes(request.Test, seconds := timeout()):
+        try:
+            is_complete = _completes(request.Test, seconds)
+        except BaseException:  # an interrupt, say, while MPI writes to the memory
+            _pending.append((request, vector, rows))
+            raise
+        if not is_complete:
             _pending.append((request, vector, rows))
             raise TimeoutError(
                 f"{self._missing()} after {seconds:g} s ({ENVIRONMENT_VARIABLE}). Each process has to call the layer "
@@ -111,14 +121,17 @@ def timeout() -> float:
 
 
 def _completes(is_complete: Any, seconds: float) -> bool:
-    """Call a function until it returns True, with longer and longer pauses; return False after some seconds."""
+    """Call a function until it returns True; return False after some seconds."""
     for _ in range(_BUSY_TESTS):
         if is_complete():
             return True
-    deadline, pause = time.monotonic() + seconds, 1e-6
-    while time.monotonic() < deadline:
+    start, pause = time.monotonic(), 1e-5
+    while (waited := time.monotonic() - start) < seconds:
         if is_complete():
             return True
-        time.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE)
+        if waited < _YIELDING:
+            _let_others_run()
+        else:
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
     return bool(is_complete())
