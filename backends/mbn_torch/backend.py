@@ -29,7 +29,7 @@ from mbn.contract import (
 from mbn.threads import Exclusive
 from mbn_cpu.installed import fastest
 from mbn_torch import integration, memory_overlap
-from mbn_torch.group import DistributedGroup, distributed_group
+from mbn_torch.group import DistributedGroup, Differentiable, distributed_group, number_of_replicas, operate_by
 from mbn_torch.integration import NOT_REGISTERED
 from mbn_torch.kernels.cpu import ArrayBatch, CpuKernels, as_array, computed_output
 from mbn_torch.kernels.eager import EAGER
@@ -71,6 +71,7 @@ class TorchBackend(Backend):
             if isinstance(dtype, torch.dtype | np.dtype):
                 # Dynamo can read the cache of dtype names, but not fill it, and it recompiles when the cache grows.
                 dtype_name(dtype)
+        operate_by(self)
         _ = self.capabilities  # Dynamo cannot fill this cache either: a cached property takes a lock
 
     @cached_property
@@ -137,11 +138,18 @@ class TorchBackend(Backend):
 
     def concatenated(self, parts: Sequence[Any]) -> torch.Tensor:
         device = next(part.device for part in parts if isinstance(part, torch.Tensor))
+        if device.type in {"cpu", "meta"}:  # NumPy takes less time for a few numbers, and a refused x may be on meta
+            arrays = [as_array(part) if isinstance(part, torch.Tensor) and part.is_cpu else part for part in parts]
+            present = [np.atleast_1d(part) for part in arrays if not isinstance(part, torch.Tensor)]
+            return torch.from_numpy(np.concatenate(present, dtype=np.float64))
         wide = [torch.as_tensor(part, dtype=torch.float64, device=device) for part in parts]
         return torch.cat([part.reshape(-1) for part in wide])
 
     def group(self, given: Any) -> DistributedGroup:
         return distributed_group(given)
+
+    def traced_replicas(self, key: str) -> Differentiable | None:
+        return Differentiable(key, number_of_replicas(key)) if torch.compiler.is_compiling() else None
 
     def conflict(self, out: torch.Tensor, x: torch.Tensor) -> str | None:
         return memory_overlap.conflict(out, x)

@@ -1,20 +1,25 @@
 """The processes of ``torch.distributed`` as a group, and an exchange through which autograd differentiates."""
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.autograd import Function
 
-from mbn.contract import Group, Kernels, Moments, Needs
+from mbn.contract import LIVE, Group, Kernels, Moments, Needs, check_total
 
 _GRACE, _PAUSE = 2.0, 0.02
 """Seconds in which other processes say that they have waited too, and between two looks."""
 
-Gather = Callable[[torch.Tensor], torch.Tensor]
+_EQUALLY_OFTEN = (
+    "Each process has to call the layer equally often, with an empty batch, x[:0], where it has no data. The seconds "
+    "to wait are the timeout of the process group."
+)
+
+_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+"""The same function; Torch 2.13 has given it the first name."""
 
 
 def distributed_group(given: Any) -> "DistributedGroup":
@@ -60,9 +65,10 @@ class DistributedGroup(Group):
     def gather(self, vector: torch.Tensor) -> torch.Tensor:
         rows = vector.new_empty(self.size * vector.numel())
         try:
-            dist.all_gather_into_tensor(rows, vector, group=self._group)
+            _gather(rows, vector, group=self._group)
         except RuntimeError as error:
-            raise TimeoutError(f"{self._missing()}: {str(error).splitlines()[0]}") from error
+            reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
+            raise TimeoutError(f"{self._missing()}: {reason}. {_EQUALLY_OFTEN}") from error
         return rows.view(self.size, -1)
 
     def _missing(self) -> str:
@@ -86,66 +92,179 @@ class DistributedGroup(Group):
 
 
 class Differentiable:
-    """Replicas in other processes, with derivatives through their exchange.
+    """Replicas in other processes, with derivatives of every order through their exchange, compiled or not.
 
-    The gradient of a value goes back to the replica that sent it, and is that of the sum of all replicas' losses.
+    The gradient of a value goes back to the replica that sent it, and is that of the sum of all replicas' losses. The
+    exchange is an operator of Torch, which finds the group at run time by a key.
     """
 
-    def __init__(self, exchange: Any) -> None:
-        """Wrap an exchange that autograd cannot see."""
-        self._exchange = exchange
+    def __init__(self, key: str, size: int, exchange: Any = None) -> None:
+        """Note the key in ``LIVE`` and the number of replicas; ``exchange`` is None where a compiler traces."""
+        self._key, self._size, self._exchange = key, size, exchange
+        self._needs = Needs.NOTHING if exchange is None else exchange.needs
+        self._anchor: torch.Tensor | None = None
+        self._all_needs: torch.Tensor | None = None
+        self._is_empty = False
+
+    @classmethod
+    def of(cls, replicas: Any) -> "Differentiable | None":
+        """Return replicas, or an exchange that autograd cannot see, with derivatives."""
+        if replicas is None or isinstance(replicas, cls):
+            return replicas
+        return cls(replicas.key, replicas.group.size, replicas)
 
     @property
     def waits(self) -> bool:
-        """Whether any replica needs the sums of the backward pass."""
-        return bool(self._exchange.waits)
+        """Whether any replica needs the sums of the backward pass; the operator finds that out in compiled code."""
+        return self._exchange is None or bool(self._exchange.waits)
 
-    def expect(self, needs: Needs) -> None:
-        """Note the part of this replica in the backward pass."""
-        self._exchange.expect(needs)
+    def expect(self, needs: Needs, anchor: torch.Tensor | None = None) -> None:
+        """Note the part of this replica in the backward pass, and a tensor whose gradient leads there."""
+        self._needs, self._anchor = max(self._needs, needs), anchor
 
     def without_values(self) -> None:
         """Note that this replica has an empty batch."""
-        self._exchange.without_values()
+        self._is_empty = True
 
     def pulling(self) -> AbstractContextManager[Any]:
-        """Return a context in which an error reaches all replicas."""
-        context: AbstractContextManager[Any] = self._exchange.pulling()
+        """Return a context in which an error reaches all replicas, except in compiled code."""
+        context: AbstractContextManager[Any] = nullcontext() if self._exchange is None else self._exchange.pulling()
         return context
 
     def moments(self, kernels: Kernels, moments: Moments, dtype: str) -> Sequence[Moments]:
         """Return the statistics of the batches of all replicas, differentiable by the inputs of each."""
         count, vectors = moments.count, kernels.to_vectors(moments, dtype)
-        counts: list[Any] = []
-
-        def gather(vector: torch.Tensor) -> torch.Tensor:
-            found, rows = self._exchange.gather(count, vector.chunk(len(vectors)), dtype)
-            counts.extend(rows[i, 0] if known is None else known for i, known in enumerate(found))
-            values: torch.Tensor = rows[:, 1:]
-            return values
-
-        rows = _Gather.apply(torch.cat(vectors), gather, self._exchange.group)
-        return [kernels.from_vectors(n, row.chunk(len(vectors))) for n, row in zip(counts, rows, strict=True)]
+        weight = count if isinstance(count, torch.Tensor) and not self._is_empty else None
+        known = 0 if self._is_empty else -1 if weight is not None else count
+        rows = gather_moments(
+            torch.cat(vectors), self._anchor, weight, known, len(vectors), dtype, self._needs, self._key, self._size
+        )
+        self._all_needs = rows[:, 0].detach()
+        return [kernels.from_vectors(row[1].detach(), row[2:].chunk(len(vectors))) for row in rows.unbind()]
 
     def sums(self, sums: tuple[torch.Tensor, ...]) -> Sequence[tuple[torch.Tensor, ...]]:
         """Return the sums of all replicas, differentiable by those of each."""
-        rows = _Gather.apply(
-            torch.cat(sums), lambda vector: self._exchange.gathered_sums((vector,)), self._exchange.group
-        )
-        return [row.chunk(len(sums)) for row in rows]
+        rows = spread(torch.cat(sums), self._all_needs, self._key, self._size)
+        return [row.chunk(len(sums)) for row in rows.unbind()]
 
 
-class _Gather(Function):
-    """The vectors of all replicas, in rows."""
+# The operators. Their derivatives consist of themselves: a derivative of ``gather_moments`` and ``spread`` is
+# ``collect``, and one of ``collect`` is ``spread``.
 
-    @staticmethod
-    def forward(ctx: Any, vector: torch.Tensor, gather: Gather, group: Group) -> torch.Tensor:
-        ctx.group = group
-        return gather(vector.detach()).clone()  # rows may be views, which autograd would not take for outputs
 
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        # The gradient of this replica's vector is the sum of those that all replicas have for it.
-        group = ctx.group
-        rows = _Gather.apply(gradient.reshape(-1), group.gather, group)
-        return rows.view(group.size, *gradient.shape)[:, group.rank].sum(0), None, None
+@torch.library.custom_op("mbn::gather_moments", mutates_args=())
+def gather_moments(
+    vector: torch.Tensor,
+    anchor: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    values: int,
+    fields: int,
+    dtype: str,
+    needs: int,
+    key: str,
+    size: int,
+) -> torch.Tensor:
+    """Return a row for each replica: its needs, its number of values or their weight, and its vector, (size, 2 + K)."""
+    exchange = _resumed(key)
+    if exchange is None:
+        own = [vector.new_tensor([needs, values]) if weight is None else torch.stack([vector.new_tensor(needs), weight])]
+        return torch.cat([*own, vector])[None]
+    exchange.trace()
+    exchange.expect(Needs(needs))
+    counts, rows = exchange.gather(values if weight is None else weight, vector.chunk(fields), dtype)
+    if None not in counts:
+        check_total(sum(counts))
+    result = torch.cat([rows.new_tensor(exchange.all_needs)[:, None], rows], 1)
+    if 0 in counts and any(counts):  # a mean of 0 would cost the others' mean its low part
+        present = next(i for i, count in enumerate(counts) if count != 0)
+        for i, count in enumerate(counts):
+            if count == 0:
+                result[i, 2:] = rows[present, 1:]
+                result[i, 2 + 2 * len(vector) // fields :] = 0
+    return result
+
+
+@torch.library.custom_op("mbn::collect", mutates_args=())
+def collect(
+    gradients: torch.Tensor, needs: torch.Tensor | None, anchor: torch.Tensor | None, key: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sum of the rows for this replica of all replicas' (size, K), (K,); and zeros like the anchor."""
+    zeros = gradients.new_zeros(0) if anchor is None else torch.zeros_like(anchor)
+    exchange = _resumed(key)
+    if exchange is None:
+        return gradients[0].clone(), zeros
+    if needs is not None and not (needs == Needs.GRADIENT).any():
+        return torch.zeros_like(gradients[0]), zeros
+    rows = exchange.exchanged(gradients.reshape(-1), needs)
+    return rows.view(len(rows), *gradients.shape)[:, exchange.group.rank].sum(0), zeros
+
+
+@torch.library.custom_op("mbn::spread", mutates_args=())
+def spread(vector: torch.Tensor, needs: torch.Tensor | None, key: str, size: int) -> torch.Tensor:
+    """Return a row for the vector of each replica, (size, K)."""
+    exchange = _resumed(key)
+    return vector[None].clone() if exchange is None else exchange.exchanged(vector, needs).clone()
+
+
+def _resumed(key: str) -> Any:
+    return LIVE[key].resumed(_backends[0])
+
+
+_backends: list[Any] = []
+
+
+def operate_by(backend: Any) -> None:
+    """Let the operators use this backend."""
+    _backends[:] = [backend]
+
+
+@torch.compiler.assume_constant_result
+def number_of_replicas(key: str) -> int:
+    """Return the number of replicas of a layer, by the key of its membership."""
+    exchange = _resumed(key)
+    return 1 if exchange is None else exchange.group.size
+
+
+@gather_moments.register_fake
+def _(vector: torch.Tensor, anchor: Any, weight: Any, values: int, fields: int, dtype: str, needs: int, key: str, size: int) -> torch.Tensor:
+    return vector.new_empty(size, 2 + vector.shape[0])
+
+
+@collect.register_fake
+def _(gradients: torch.Tensor, needs: Any, anchor: torch.Tensor | None, key: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return gradients.new_empty(gradients.shape[1]), gradients.new_empty(0) if anchor is None else torch.empty_like(anchor)
+
+
+@spread.register_fake
+def _(vector: torch.Tensor, needs: Any, key: str, size: int) -> torch.Tensor:
+    return vector.new_empty(size, vector.shape[0])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *_, ctx.key, ctx.size = inputs
+    ctx.live = LIVE.get(ctx.key)  # an exchange lives as long as this graph
+
+
+def _keep_moments(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _keep(ctx, inputs, output)
+    ctx.save_for_backward(output, inputs[1])
+
+
+def _moments_backward(ctx: Any, gradients: torch.Tensor) -> tuple[Any, ...]:
+    rows, anchor = ctx.saved_tensors
+    own, zeros = collect(gradients[:, 2:], rows[:, 0], anchor, ctx.key)
+    return own, None if anchor is None else zeros, None, None, None, None, None, None, None
+
+
+def _keep_collected(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    gradients, _, _, ctx.key = inputs
+    ctx.size, ctx.live = gradients.shape[0], LIVE.get(ctx.key)
+
+
+gather_moments.register_autograd(_moments_backward, setup_context=_keep_moments)
+collect.register_autograd(
+    lambda ctx, own, _: (spread(own, None, ctx.key, ctx.size), None, None, None), setup_context=_keep_collected
+)
+spread.register_autograd(
+    lambda ctx, rows: (collect(rows, None, None, ctx.key)[0], None, None, None), setup_context=_keep
+)

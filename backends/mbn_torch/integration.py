@@ -46,7 +46,6 @@ def bind(
         replicas: Replicas | None = None,
     ) -> tuple[torch.Tensor, State, Stats]:
         x = batch.x
-        is_shared = _takes_part(replicas, x)
         if kernels is TRACEABLE:
             if is_scripted() and any(
                 value is not None and value.requires_grad and is_constant(value) for value in params
@@ -54,11 +53,12 @@ def bind(
                 raise RuntimeError(NOT_REGISTERED)
             # Widen x once for all of its uses: autograd adds up the gradients of the uses in the dtype of their input.
             wide = batch._replace(x=x.to(WIDE))
-            shared = None if replicas is None else Differentiable(replicas)
+            shared = _sharing(replicas, x, params)
             y, state, stats = forward(kernels, wide, params, state, settings, training, replicas=shared)
             y = y.to(x.dtype)
             return y if out is None else out.copy_(y), state, stats
         # Other replicas may need a gradient even if this one does not.
+        is_shared = _takes_part(replicas, x)
         if not is_shared and not is_recorded(x, *params):
             return forward(kernels, batch, params, state, settings, training, out, replicas=replicas)
         if out is not None:
@@ -96,6 +96,18 @@ def _takes_part(replicas: Replicas | None, x: torch.Tensor) -> bool:
         return False
     replicas.expect(Needs.GRADIENT if is_recorded(x) else Needs.SUMS)
     return True
+
+
+def _sharing(replicas: Any, x: torch.Tensor, params: Params) -> Differentiable | None:
+    """Return replicas whose exchange autograd or a compiler records."""
+    shared = Differentiable.of(replicas)
+    if shared is not None and torch.is_grad_enabled():
+        anchor = next((value for value in params if is_recorded(value)), None)
+        if is_recorded(x):
+            shared.expect(Needs.GRADIENT)
+        elif anchor is not None:  # without a gradient of x nothing else leads autograd back to the exchange
+            shared.expect(Needs.SUMS, anchor)
+    return shared
 
 
 class BatchNorm(Function):
@@ -204,7 +216,7 @@ def _by_formulas(
     x = batch.x
     wide = batch._replace(x=x.to(WIDE))
     if stats.count is not None:
-        replicas = None if replicas is None else Differentiable(replicas)
+        replicas = Differentiable.of(replicas)
         moments = merged(TRACEABLE, TRACEABLE.moments(wide), wide.dtype, replicas)
         stats = Stats(moments.mean, variance(moments, 0), moments.count)
     dx, dweight, dbias = pullback(TRACEABLE, dy.to(WIDE), wide, weight, stats, eps, needs, replicas)

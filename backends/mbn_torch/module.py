@@ -66,6 +66,15 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
     def momentum(self, value: float | None) -> None:
         self.layer.momentum = value
 
+    @property
+    def group(self) -> Any:
+        """The group whose replicas share the statistics of their batches; see :attr:`mbn.BatchNorm1d.group`."""
+        return self.layer.group
+
+    @group.setter
+    def group(self, value: Any) -> None:
+        self.layer.group = value
+
     def forward(
         self,
         input: torch.Tensor,  # noqa: A002 - torch's name

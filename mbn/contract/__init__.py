@@ -12,7 +12,7 @@ from mbn.contract.dtypes import dtype_name, layer_dtype, numpy_dtype
 from mbn.contract.integration import Held, Integration
 from mbn.contract.kernels import Kernels
 from mbn.contract.pullback import Pullback
-from mbn.contract.replicas import Group, Needs, Replicas, merged, summed
+from mbn.contract.replicas import LIVE, Group, Needs, Replicas, check_total, merged, summed
 from mbn.contract.values import (
     Array,
     Batch,
@@ -28,6 +28,7 @@ from mbn.contract.values import (
 )
 
 __all__ = [
+    "LIVE",
     "Array",
     "Arrays",
     "Backend",
@@ -46,6 +47,7 @@ __all__ = [
     "Settings",
     "State",
     "Stats",
+    "check_total",
     "counted",
     "dtype_name",
     "layer_dtype",

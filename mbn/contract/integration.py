@@ -56,6 +56,13 @@ class Integration:
             f"{self.name} has no groups of its own: a group is an mbn.Group, where kernels have replicas, or None."
         )
 
+    def traced_replicas(self, key: str) -> Any:
+        """Return the :class:`Replicas` of a step that a compiler traces, or None if it traces none.
+
+        ``key`` is that of the layer's membership in ``LIVE``.
+        """
+        return None
+
     def register(self, layer_type: type, flatten: Callable[[Any], Any], unflatten: Callable[[Any, Any], Any]) -> None:
         """Register a class of layers, once, when the first of them binds to this backend; for pytrees.
 

@@ -11,6 +11,7 @@ from enum import IntEnum
 from functools import reduce
 from operator import add
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 from mbn.contract.kernels import Kernels
 from mbn.contract.values import Array, Moments
@@ -25,6 +26,14 @@ class Needs(IntEnum):
     """It takes part, for the others."""
     GRADIENT = 2
     """It needs a gradient of x."""
+
+
+LIVE: WeakValueDictionary[str, Any] = WeakValueDictionary()
+"""The exchanges, and the memberships of layers in groups, by their keys.
+
+Compiled code contains a key, since it cannot contain a group. Each has ``resumed(backend)``, which returns an exchange
+for this moment, or None where there is one replica alone.
+"""
 
 
 class Group(ABC):
@@ -100,12 +109,21 @@ def merged(kernels: Kernels, moments: Moments, dtype: str, replicas: Replicas | 
     # A replica without a value has statistics of weight 0 and a whole number of values, which is judged as such.
     present = [found for found in every if not isinstance(found.count, int) or found.count]
     total = reduce(kernels.merge, present or [every[0]._replace(count=0.0)])
-    if isinstance(total.count, int) and total.count == 1:
+    check_total(total.count)
+    return total
+
+
+def check_total(count: Any) -> None:
+    """Refuse a batch of one value per channel over all replicas; ``count`` may be a sum of sample weights.
+
+    Raises:
+        ValueError: see above.
+    """
+    if isinstance(count, int) and count == 1:
         raise ValueError(
             "the batches of all replicas hold one value per channel, which has no variance to train on. Give more "
             "values, or normalise by the running statistics: eval(), freeze() or training=False."
         )
-    return total
 
 
 def summed(sums: tuple[Array, ...], replicas: Replicas | None) -> Any:

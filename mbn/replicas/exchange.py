@@ -16,7 +16,7 @@ from zlib import crc32
 
 import numpy as np
 
-from mbn.contract import Array, Backend, Group, Kernels, Moments, Needs, Settings, dtype_name
+from mbn.contract import LIVE, Array, Backend, Group, Kernels, Moments, Needs, Settings, dtype_name
 
 Key: TypeAlias = tuple[int | None, str]
 """The number of channels and the dtype of a layer, as far as they are known."""
@@ -35,6 +35,8 @@ class Kind(IntEnum):
     REFUSED = 0
     STEP = 1
     POPULATION = 2
+    TRACED = 3
+    """A step whose backward pass is autograd's of all of its operations, and exchanges other vectors."""
 
 
 class Agreement:
@@ -95,6 +97,16 @@ class Exchange:
         """The group that exchanges vectors."""
         return self._group
 
+    @property
+    def key(self) -> str:
+        """The key of this exchange in ``LIVE``."""
+        LIVE.setdefault(key := f"exchange {id(self)}", self)
+        return key
+
+    def resumed(self, backend: Backend) -> Self:
+        """Return this exchange, which an operator of autograd has found by its key."""
+        return self
+
     def __enter__(self) -> Self:
         return self
 
@@ -113,6 +125,20 @@ class Exchange:
     def expect(self, needs: Needs) -> None:
         """Note the part of this replica in the backward pass, before the forward gather."""
         self._needs = max(self._needs, needs)
+
+    @property
+    def needs(self) -> Needs:
+        """The part of this replica in the backward pass."""
+        return self._needs
+
+    @property
+    def all_needs(self) -> list[float]:
+        """The parts of all replicas, after the forward gather."""
+        return self._all_needs
+
+    def trace(self) -> None:
+        """Note that autograd differentiates the operations of this step."""
+        self._kind = Kind.TRACED
 
     def without_values(self) -> None:
         """Note that this replica has an empty batch, and the statistics of a stand-in."""
@@ -206,6 +232,12 @@ class Exchange:
             if any(first != first for first in firsts):  # noqa: PLR0124 - NaN
                 self._raise_if_refused([struct.pack("<d", first) == _REFUSAL for first in firsts])
         return rows
+
+    def exchanged(self, vector: Array, needs: Sequence[float] | None = None) -> Array:
+        """Return the vectors of all replicas in a derivative; ``needs`` are those of the forward pass, if compared."""
+        if needs is not None:
+            self._all_needs = [float(need) for need in needs]
+        return self.gathered_sums((vector,))
 
     @contextmanager
     def pulling(self) -> Iterator[None]:
@@ -326,4 +358,5 @@ def _split(rows: Array, parts: int, start: int = 0) -> list[tuple[Array, ...]]:
 def _described(header: _Header) -> str:
     dtype = "float64" if header.identity % 2 else "float32"
     task = "fit" if header.kind == Kind.POPULATION else f"step {int(header.steps)}"
+    task += " (compiled or transformed)" * (header.kind == Kind.TRACED)
     return f"{task} of layer {int(header.number)} ({int(header.num_features)} channels, {dtype})"

@@ -2,9 +2,10 @@
 
 from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import count
 from typing import Any
 
-from mbn.contract import Backend, Group, Settings
+from mbn.contract import LIVE, Backend, Group, Settings
 from mbn.replicas.exchange import Agreement, Exchange, Kind
 
 
@@ -19,6 +20,7 @@ class _Detached:
 
 
 DETACHED = _Detached()
+_numbers = count()
 
 
 def _resolved(given: Any, backend: Backend) -> Any:
@@ -34,6 +36,8 @@ class Membership:
     def __init__(self, given: Any, name: str = "") -> None:
         """Note the engine's object that was ``given``; ``name`` is the layer's, for messages."""
         self.given = given
+        self.key = f"membership {next(_numbers)}"
+        LIVE[self.key] = self
         self._agreement = Agreement(name)
 
     @classmethod
@@ -60,6 +64,14 @@ class Membership:
 
         An error within the context, before the replicas have exchanged anything, reaches all of them.
         """
+        traced = backend.traced_replicas(self.key)
+        if traced is not None:
+            return nullcontext(traced)
+        return self._exchange(backend, settings, device, kind)
+
+    def _exchange(
+        self, backend: Backend, settings: Settings | None, device: Any, kind: Kind
+    ) -> AbstractContextManager[Any]:
         if self.given is DETACHED:
             raise RuntimeError(
                 "the layer has been pickled or loaded, and its group stayed in the other process: set bn.group, to "
@@ -71,6 +83,11 @@ class Membership:
         if group.size == 1:
             return nullcontext(None)
         return Exchange(self._agreement, group, backend, settings, device, kind)
+
+    def resumed(self, backend: Backend) -> Any:
+        """Return an exchange of a compiled step, which has found this membership by its key."""
+        context = self._exchange(backend, None, None, Kind.STEP)
+        return context if isinstance(context, Exchange) else None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Membership) and bool(self.given == other.given)
