@@ -26,8 +26,10 @@ def from_torch(module: Any, *, backend: str | Backend | None = None, device: Any
     """Return a layer equivalent to a ``torch.nn.BatchNorm1d``, with copies of its tensors.
 
     Args:
-        module: the module; or a ``torch.nn.SyncBatchNorm``, without its other processes. Its mode is taken over.
-        backend, device: as of a new layer. By default the layer takes those of its first input.
+        module: the module; or a ``torch.nn.SyncBatchNorm``, whose processes become the group of the layer. Its mode is
+            taken over.
+        backend, device: as of a new layer. By default the layer takes those of its first input. A layer of another
+            backend than torch gets no group.
 
     The layer is float64 if any of the tensors is, else float32, which has all values of float16 and bfloat16; this
     holds for every package. A ``torch.nn.LazyBatchNorm1d`` before its first input gives a layer before its first input.
@@ -38,11 +40,14 @@ def from_torch(module: Any, *, backend: str | Backend | None = None, device: Any
         ValueError: the module is on the meta device.
         BackendNotFoundError, BackendUnavailableError: see :func:`mbn.get_backend`.
     """
-    return _layer(_converter("torch").read(module), backend, device)
+    return _layer(_converter("torch").read(module), backend, device, framework="torch")
 
 
 def to_torch(bn: BatchNorm1d) -> Any:
     """Return a ``torch.nn.BatchNorm1d``, on the CPU, equivalent to a layer, with copies of its arrays.
+
+    A layer with a group of ``torch.distributed`` gives a ``torch.nn.SyncBatchNorm`` with its processes, which trains
+    on GPUs alone.
 
     Raises:
         ImportError: torch is not installed.
@@ -180,7 +185,8 @@ def replace_batchnorm(model: Any, *, back: bool = False) -> Any:
 
     Args:
         model: a ``torch.nn.Module``, perhaps itself a batch norm.
-        back: convert modules of mbn to ``torch.nn.BatchNorm1d``. A warning names each property that torch lacks.
+        back: convert modules of mbn to ``torch.nn.BatchNorm1d``, or to ``SyncBatchNorm`` where they have a group. A
+            warning names each property that torch lacks.
 
     Returns:
         The model.
@@ -273,11 +279,15 @@ def _converter(package: str) -> Any:
         ) from error
 
 
-def _layer(read: tuple[Snapshot, list[str]], backend: str | Backend | None, device: Any) -> BatchNorm1d:
-    """Return the layer of a converter's snapshot, with its notes as warnings."""
+def _layer(
+    read: tuple[Snapshot, list[str]], backend: str | Backend | None, device: Any, framework: str | None = None
+) -> BatchNorm1d:
+    """Return the layer of a converter's snapshot, with its notes as warnings; its group is of the framework."""
     snapshot, notes = read
     layer = BatchNorm1d._from_snapshot(snapshot._replace(group=None), backend, device)
     try:
+        if snapshot.group is not None and framework is not None and layer.backend not in {None, framework}:
+            raise TypeError(f"the layer is on {layer.backend}, and the group is one of {framework}.")
         layer.group = snapshot.group
     except TypeError as error:  # the group is of another framework than the layer
         notes.append(f"group={snapshot.group!r}: the layer shares its statistics with no other, since {error}")

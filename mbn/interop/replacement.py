@@ -47,7 +47,9 @@ def to_ours(model: Any, make: Callable[[Snapshot, str], BatchNorm1d]) -> tuple[t
 
 
 def to_theirs(model: Any, pack: Callable[[Any], Snapshot]) -> tuple[torch.nn.Module, list[str]]:
-    """Convert our modules in a model to ``torch.nn.BatchNorm1d``; return the model, and notes of the differences.
+    """Convert our modules in a model to torch's; return the model, and notes of the differences.
+
+    They become a ``torch.nn.BatchNorm1d`` each, or a ``SyncBatchNorm`` if they have a group.
 
     Args:
         model: the model.
@@ -64,8 +66,8 @@ def to_theirs(model: Any, pack: Callable[[Any], Snapshot]) -> tuple[torch.nn.Mod
         found.append((module, theirs))
         notes += [f"{name}: {loss}" for loss in losses]
     for module, theirs in found:
-        attributes = {key: vars(theirs)[key] for key in (*_THEIRS, "training")}
-        _turn(module, torch.nn.BatchNorm1d, attributes, without=_OURS)
+        attributes = {key: vars(theirs)[key] for key in (*_THEIRS, "training", "process_group") if key in vars(theirs)}
+        _turn(module, type(theirs), attributes, without=_OURS)
     return model, notes
 
 

@@ -26,8 +26,9 @@ def read(module: Any) -> tuple[Snapshot, list[str]]:
     notes, momentum = [], module.momentum
     count, losses = _count(None if lazy else module.num_batches_tracked)
     notes += losses
+    group = None
     if isinstance(module, nn.SyncBatchNorm):
-        notes.append("SyncBatchNorm: the layer takes the statistics of its own batch, not of those of all processes.")
+        group = True if module.process_group is None else module.process_group
     if module.running_mean is not None and not module.track_running_stats:
         notes.append(
             "track_running_stats=False with running statistics, which are used in evaluation and not updated: the "
@@ -45,11 +46,12 @@ def read(module: Any) -> tuple[Snapshot, list[str]]:
         axis=1,
         correction=1,
     )
+    layer = layer._replace(group=group)
     return layer._replace(entries={}) if lazy else layer, notes + converted
 
 
-def write(layer: Snapshot) -> tuple[nn.BatchNorm1d, list[str]]:
-    """Return the module of a layer, and notes of the differences."""
+def write(layer: Snapshot) -> tuple[nn.BatchNorm1d | nn.SyncBatchNorm, list[str]]:
+    """Return the module of a layer, a SyncBatchNorm for one with a group, and notes of the differences."""
     arguments = layer.arguments
     notes = conventions.frozen(layer, "torch")
     if arguments["axis"] == -1:
@@ -61,18 +63,31 @@ def write(layer: Snapshot) -> tuple[nn.BatchNorm1d, list[str]]:
         )
     if arguments["eps"] == 0:
         notes.append("eps=0: some versions of torch refuse to train with it.")
-    module = nn.BatchNorm1d(
+    kind, processes = _with_processes(layer.group)
+    if layer.group is not None and kind is nn.BatchNorm1d:
+        notes.append(f"group={layer.group!r}: torch shares statistics in groups of torch.distributed alone.")
+    module = kind(
         arguments["num_features"],
         arguments["eps"],
         arguments["momentum"],
         arguments["affine"],
         arguments["track_running_stats"],
         dtype=getattr(torch, arguments["dtype"]),
+        **processes,
     )
     if not arguments["bias"]:
         module.register_parameter("bias", None)  # not every version of torch has an argument for it
     module.load_state_dict({key: torch.tensor(value) for key, value in layer.entries.items()})
     return module.train(layer.training and not layer.frozen), notes
+
+
+def _with_processes(group: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the class of module for a group of torch, and the argument for its processes."""
+    if group is True:
+        return nn.SyncBatchNorm, {"process_group": None}
+    if torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup):
+        return nn.SyncBatchNorm, {"process_group": group}
+    return nn.BatchNorm1d, {}
 
 
 def _count(count: Tensor | None) -> tuple[int, list[str]]:

@@ -18,6 +18,7 @@ from interop_samples import (
 )
 
 import mbn
+from mbn.conformance.thread_group import ThreadGroup
 
 torch = pytest.importorskip("torch")
 
@@ -153,11 +154,62 @@ def test_from_torch_keeps_statistics_that_are_not_tracked_any_more():
     assert_evaluates_as(bn, output(theirs.eval(), sample()), sample())
 
 
-def test_from_torch_warns_that_sync_batchnorm_becomes_local():
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_from_torch_gives_the_layer_of_a_sync_batchnorm_a_group(backend):
     theirs = module(torch.nn.SyncBatchNorm).eval()
-    with warns("SyncBatchNorm", "processes"):
-        bn = mbn.from_torch(theirs)
+    bn = mbn.from_torch(theirs, backend=backend)
+    assert bn.group is True
     assert_evaluates_as(bn, output(theirs, sample()), sample())
+
+
+def test_from_torch_warns_that_a_sync_batchnorm_on_another_backend_becomes_local():
+    theirs = module(torch.nn.SyncBatchNorm).eval()
+    with warns("group=True", "shares its statistics with no other", "numpy"):
+        bn = mbn.from_torch(theirs, backend="numpy")
+    assert bn.group is None
+    assert_evaluates_as(bn, output(theirs, sample()), sample())
+
+
+def test_to_torch_gives_a_sync_batchnorm_for_a_group():
+    bn = layer(group=True, backend="torch")
+    theirs = mbn.to_torch(bn)
+    assert type(theirs) is torch.nn.SyncBatchNorm
+    assert theirs.process_group is None
+    assert_same_layer(mbn.from_torch(theirs, backend="torch"), bn)
+
+
+def test_conversions_keep_a_process_group():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        group = torch.distributed.new_group([0])
+        theirs = torch.nn.SyncBatchNorm(CHANNELS, process_group=group)
+        bn = mbn.from_torch(theirs, backend="torch")
+        assert bn.group is group
+        assert mbn.to_torch(bn).process_group is group
+        bn(torch.ones(4, CHANNELS))  # a group of one process is no group
+        model = torch.nn.Sequential(bn.as_module())
+        mbn.replace_batchnorm(model, back=True)
+        assert type(model[0]) is torch.nn.SyncBatchNorm
+        assert model[0].process_group is group
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_to_torch_warns_of_a_group_that_is_none_of_torch():
+    with warns("group=", r"groups of torch\.distributed alone"):
+        theirs = mbn.to_torch(layer(group=ThreadGroup(2), backend="torch"))
+    assert type(theirs) is torch.nn.BatchNorm1d
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_torch_does_not_convert_modules_of_mbn_to_sync_batchnorm(wrapped):
+    bn = layer(axis=-1, backend="torch").as_module()
+    model = torch.nn.Sequential(torch.nn.Linear(2, CHANNELS), torch.nn.Sequential(bn)) if wrapped else bn
+    with pytest.raises(TypeError, match=r"axis, correction.*mbn\.synchronize\(model, process_group\)"):
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert bn in list(model.modules())
+    assert bn.num_features == CHANNELS
 
 
 def test_lazy_module_converts_to_a_lazy_layer():
@@ -208,8 +260,8 @@ def test_to_torch_warns_of_settings_that_torch_lacks(arguments, words):
 def test_warnings_point_to_the_line_of_the_caller():
     with warns("correction=0") as caught:
         mbn.to_torch(layer(correction=0))
-    with warns("SyncBatchNorm") as caught_too:
-        mbn.from_torch(module(torch.nn.SyncBatchNorm))
+    with warns("group") as caught_too:
+        mbn.from_torch(module(torch.nn.SyncBatchNorm), backend="numpy")
     assert caught[0].filename == caught_too[0].filename == __file__
 
 
