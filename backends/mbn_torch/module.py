@@ -5,6 +5,7 @@ replaces them for one call, as ``torch.func.functional_call`` does, has its own 
 """
 
 import copy
+import sys
 from collections.abc import Callable
 from operator import is_not
 from typing import Any, Self
@@ -13,6 +14,8 @@ import torch
 
 from mbn.contract import Backend, Params, State
 
+_CONVERSION: Any = vars(torch.nn.SyncBatchNorm)["convert_sync_batchnorm"].__func__.__code__
+"""The code by which torch converts every subclass of its own batch norms; that asks for ``num_features`` first."""
 _HALVES = torch.float16, torch.bfloat16
 
 
@@ -45,7 +48,17 @@ class BatchNorm1d(torch.nn.BatchNorm1d):
 
     @property
     def num_features(self) -> int:  # type: ignore[override]  # Torch's is an attribute
-        """The number of channels."""
+        """The number of channels.
+
+        Raises:
+            TypeError: ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` asks for it.
+        """
+        if not torch.compiler.is_compiling() and sys._getframe(1).f_code is _CONVERSION:  # noqa: SLF001 - see below
+            raise TypeError(
+                "torch.nn.SyncBatchNorm.convert_sync_batchnorm would replace a module of mbn by one of torch, without "
+                "its axis, correction and freeze(). Call mbn.synchronize(model, process_group) instead: it gives each "
+                "module of mbn the group."
+            )
         return self.layer.num_features
 
     @property
