@@ -29,7 +29,7 @@ from mbn.contract import (
 from mbn.threads import Exclusive
 from mbn_cpu.installed import fastest
 from mbn_torch import integration, memory_overlap
-from mbn_torch.group import DistributedGroup, Differentiable, distributed_group, number_of_replicas, operate_by
+from mbn_torch.group import Differentiable, DistributedGroup, distributed_group, number_of_replicas, operate_by
 from mbn_torch.integration import NOT_REGISTERED
 from mbn_torch.kernels.cpu import ArrayBatch, CpuKernels, as_array, computed_output
 from mbn_torch.kernels.eager import EAGER

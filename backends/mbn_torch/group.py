@@ -18,7 +18,7 @@ _EQUALLY_OFTEN = (
     "to wait are the timeout of the process group."
 )
 
-_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 """The same function; Torch 2.13 has given it the first name."""
 
 
@@ -167,7 +167,9 @@ def gather_moments(
     """Return a row for each replica: its needs, its number of values or their weight, and its vector, (size, 2 + K)."""
     exchange = _resumed(key)
     if exchange is None:
-        own = [vector.new_tensor([needs, values]) if weight is None else torch.stack([vector.new_tensor(needs), weight])]
+        own = [
+            vector.new_tensor([needs, values]) if weight is None else torch.stack([vector.new_tensor(needs), weight])
+        ]
         return torch.cat([*own, vector])[None]
     exchange.trace()
     exchange.expect(Needs(needs))
@@ -218,7 +220,7 @@ def operate_by(backend: Any) -> None:
     _backends[:] = [backend]
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def number_of_replicas(key: str) -> int:
     """Return the number of replicas of a layer, by the key of its membership."""
     exchange = _resumed(key)
@@ -226,13 +228,25 @@ def number_of_replicas(key: str) -> int:
 
 
 @gather_moments.register_fake
-def _(vector: torch.Tensor, anchor: Any, weight: Any, values: int, fields: int, dtype: str, needs: int, key: str, size: int) -> torch.Tensor:
+def _(
+    vector: torch.Tensor,
+    anchor: Any,
+    weight: Any,
+    values: int,
+    fields: int,
+    dtype: str,
+    needs: int,
+    key: str,
+    size: int,
+) -> torch.Tensor:
     return vector.new_empty(size, 2 + vector.shape[0])
 
 
 @collect.register_fake
 def _(gradients: torch.Tensor, needs: Any, anchor: torch.Tensor | None, key: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return gradients.new_empty(gradients.shape[1]), gradients.new_empty(0) if anchor is None else torch.empty_like(anchor)
+    return gradients.new_empty(gradients.shape[1]), gradients.new_empty(0) if anchor is None else torch.empty_like(
+        anchor
+    )
 
 
 @spread.register_fake

@@ -6,14 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-import mbn
-
 torch = pytest.importorskip("torch")
-if not torch.distributed.is_available():
-    pytest.skip("this Torch has no torch.distributed", allow_module_level=True)
 
-import torch_replica_steps as steps  # noqa: E402
-from torch_world import Died, World  # noqa: E402
+import torch_replica_steps as steps
+from torch_world import Died, World
 
 pytestmark = [pytest.mark.processes]
 
@@ -264,7 +260,9 @@ def test_module_forwards_its_group_to_its_layer() -> None:
 
 
 @pytest.mark.parametrize("how", ["parallel", "fully_shard", "FullyShardedDataParallel"])
-def test_data_parallel_models_have_the_gradients_of_the_undivided_batch(world: Callable[[int], World], how: str) -> None:
+def test_data_parallel_models_have_the_gradients_of_the_undivided_batch(
+    world: Callable[[int], World], how: str
+) -> None:
     x = a_batch()
     totals, kinds = [len(x)] * 2, [how] * 2
     arguments = (totals,) if how == "parallel" else (totals, kinds)

@@ -19,7 +19,7 @@ def flaws(kind: str, number: int) -> list[str]:
     with World(size) as world:
         results = world.attempt(steps.fault, *([value] * size for value in (kind, culprit, number, number % 3 == 0)))
     found = []
-    is_failure = kind not in {"late", "interrupted", "killed"}  # these may come after the step
+    fails = {"refuse", "channels", "dtype", "too late"}  # others may come after the step
     for rank, result in enumerate(results):
         who = f"{kind} {number}, rank {rank} of {size}, culprit {culprit}"
         if isinstance(result, Died) and not (kind == "killed" and rank == culprit):
@@ -34,9 +34,9 @@ def flaws(kind: str, number: int) -> list[str]:
         is_old, is_new = (all(_near(after[key], other[key]) for key in after) for other in (before, local))
         if not (is_old or is_new):
             found.append(f"{who}: a torn state after {error}")
-        if (error is None) is is_failure:
+        if (error is None and kind in fails) or (error is not None and kind == "late"):
             found.append(f"{who}: {error}")
-        if is_failure and error is not None and not is_old:
+        if kind in fails and error is not None and not is_old:
             found.append(f"{who}: the state has changed: {error}")
     return found
 

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -134,7 +135,9 @@ def refuse(kind: str, how: str) -> list[Any]:
         "vjp": lambda: bn.vjp(own, **mask),
         "apply": lambda: bn.apply(bn.params, bn.state, own, training=True, **mask),
         "module": lambda: bn.as_module()(own, **mask),
-        "function": lambda: mbn.functional.batch_norm(own, *bn.state[:2], *bn.params, training=True, group=True, **mask),
+        "function": lambda: mbn.functional.batch_norm(
+            own, *bn.state[:2], *bn.params, training=True, group=True, **mask
+        ),
     }
     start = time.monotonic()
     error = _error(steps[how])
@@ -166,7 +169,7 @@ def change_order() -> list[str]:
     x = torch.arange(12.0).reshape(4, C)
     for bn in layers:
         bn(x)
-    return [_error(lambda: bn(x)) for bn in (layers if dist.get_rank() else layers[::-1])]
+    return [_error(partial(bn, x)) for bn in (layers if dist.get_rank() else layers[::-1])]
 
 
 def miss(kind: str) -> Any:
