@@ -67,7 +67,7 @@ def from_flax(
         backend, device: as in :func:`from_torch`.
 
     The layer keeps the biased variance, as flax does: ``correction=0``. It has the mode of the module; if the module
-    takes its mode from each call, the layer is in evaluation mode.
+    takes its mode from each call, the layer is in evaluation mode. Its group is the module's ``axis_name``, and back.
 
     Raises:
         ImportError: flax is not installed.

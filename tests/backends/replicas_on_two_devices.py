@@ -125,6 +125,25 @@ def test_function_takes_a_group() -> None:
     assert_close(run(x), train(x), 1e-6)
 
 
+def test_state_is_carried_through_a_scan_with_rematerialisation() -> None:
+    batches = jnp.stack([sample("rows").x, sample("rows").v])
+
+    def train(group: Any, batches: Any) -> Any:
+        bn = layer(group)
+
+        def loss(batches: Any) -> Any:
+            # The carry of a scan has the same type after each step: it varies over devices, or it does not.
+            apply = jax.checkpoint(partial(bn.apply, bn.params, training=True))
+            state, y = jax.lax.scan(lambda state, x: apply(state, x)[::-1], bn.state, batches)
+            return (y**3).sum(), state
+
+        return jax.grad(loss, has_aux=True)(batches)
+
+    parts = PartitionSpec(None, AXIS)
+    run = jax.shard_map(partial(train, AXIS), mesh=mesh(), in_specs=parts, out_specs=(parts, SAME))
+    assert_close(jax.jit(run)(batches), train(None, batches), 1e-6)
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_empty_shards_keep_the_statistics(*, check_vma: bool) -> None:
     batch = jax.tree.map(lambda array: array[:0], sample("sequences"))
