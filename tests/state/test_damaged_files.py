@@ -38,7 +38,7 @@ def loaded(path: Path) -> Any:
 
 def forge(path: Path, change: Change) -> None:
     """Change the contents of a file, and make its checksum fit."""
-    arguments, entries, training, frozen = files.read(path)
+    arguments, entries, training, frozen, _ = files.read(path)
     described = {"version": files.VERSION, "arguments": arguments, "training": training, "frozen": frozen}
     change(described, entries)
     described["checksum"] = files._checksum(described, entries)
