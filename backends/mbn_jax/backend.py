@@ -188,7 +188,8 @@ class JaxKernels(Kernels):
         lengths: jax.Array | None,
         sample_weight: jax.Array | None,
     ) -> jax.Array:
-        return channel_stats.combine_weights(shape, dtype, mask, lengths, sample_weight)
+        axis = None if self.group is None else self.group.name
+        return channel_stats.combine_weights(shape, dtype, mask, lengths, sample_weight, axis)
 
     def merge(self, first: Moments, second: Moments) -> Moments:
         merged = Moments(*channel_stats.merge(*map(argument, first), *map(argument, second)))

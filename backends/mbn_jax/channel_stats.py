@@ -46,11 +46,19 @@ changes no result.
 """
 
 
-@partial(jax.jit, static_argnames=("shape", "dtype"))
+@partial(jax.jit, static_argnames=("shape", "dtype", "axis"))
 def combine_weights(
-    shape: Shape, dtype: str, mask: jax.Array | None, lengths: jax.Array | None, sample_weight: jax.Array | None
+    shape: Shape,
+    dtype: str,
+    mask: jax.Array | None,
+    lengths: jax.Array | None,
+    sample_weight: jax.Array | None,
+    axis: Any = None,
 ) -> jax.Array:
-    """Return the sample weight (1 if None) of each unmasked cell, 0 for masked ones, and NaN for invalid arguments."""
+    """Return the sample weight (1 if None) of each unmasked cell, 0 for masked ones, and NaN for invalid arguments.
+
+    ``axis`` is the name of the axis, or of several, along which replicas compare their weights.
+    """
 
     def full(values: jax.Array) -> jax.Array:
         return values[:, None] if values.ndim < len(shape) else values
@@ -60,7 +68,7 @@ def combine_weights(
         allowed &= full(mask)
     if lengths is not None:
         allowed &= jnp.arange(shape[1], dtype=lengths.dtype)[None] < lengths[:, None]
-    counted = jnp.ones((), dtype) if sample_weight is None else full(_in_range(sample_weight.astype(dtype)))
+    counted = jnp.ones((), dtype) if sample_weight is None else full(_in_range(sample_weight.astype(dtype), axis))
     weights = jnp.where(allowed, counted, 0)
     if lengths is not None:
         weights = jnp.where(full((lengths >= 0) & (lengths <= shape[1])), weights, jnp.nan)
@@ -69,7 +77,7 @@ def combine_weights(
     return weights
 
 
-def _in_range(weights: jax.Array) -> jax.Array:
+def _in_range(weights: jax.Array, axis: Any) -> jax.Array:
     """Return weights times a power of two, 1 for ordinary weights, so that their sums are in range and all are normal.
 
     Results depend on the ratios of weights, and on their sum only where that is near a correction. XLA may flush
@@ -78,7 +86,8 @@ def _in_range(weights: jax.Array) -> jax.Array:
     """
     tiny = float(jnp.finfo(weights.dtype).tiny)
     is_subnormal, part = subnormal(weights)
-    unit = power_of_two(jnp.max(jnp.where(jnp.isfinite(weights), weights, 0), initial=0), weights.dtype)
+    largest = jnp.max(jnp.where(jnp.isfinite(weights), weights, 0), initial=0)
+    unit = power_of_two(largest if axis is None else lax.pmax(largest, axis), weights.dtype)
     factor = jnp.clip(unit, 1 / MODERATE, MODERATE) / unit
     moved = jnp.where(is_subnormal, part * (tiny * factor), weights * factor)
     return jnp.where((is_subnormal | (weights > 0)) & (moved < tiny), tiny, moved)

@@ -35,6 +35,21 @@ class AxisGroup:
     def without_values(self) -> None:
         """Do nothing, since all shards of an array are of one size."""
 
+    def sample_weights(
+        self,
+        kernels: Kernels,
+        shape: tuple[int, ...],
+        dtype: str,
+        mask: jax.Array | None,
+        lengths: jax.Array | None,
+        sample_weight: jax.Array | None,
+    ) -> jax.Array:
+        """Return the weights of the values of this replica, scaled by the largest weight of all replicas."""
+        self._size()  # it raises if the axis is not bound
+        own: Any = kernels
+        weights: jax.Array = own.of(self).sample_weights(shape, dtype, mask, lengths, sample_weight)
+        return weights
+
     def pulling(self) -> AbstractContextManager[None]:
         """Return a context that does nothing: an error ends the trace, which is the same for all replicas."""
         return nullcontext()

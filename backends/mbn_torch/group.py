@@ -126,6 +126,11 @@ class Differentiable:
         """Note that this replica has an empty batch."""
         self._is_empty = True
 
+    def sample_weights(self, kernels: Kernels, *arguments: Any) -> torch.Tensor:
+        """Return the weights of the values of this replica; a traced weight has no size to check."""
+        weights: torch.Tensor = kernels.sample_weights(*arguments)
+        return weights
+
     def pulling(self) -> AbstractContextManager[Any]:
         """Return a context in which an error reaches all replicas, except in compiled code."""
         context: AbstractContextManager[Any] = nullcontext() if self._exchange is None else self._exchange.pulling()

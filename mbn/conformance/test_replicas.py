@@ -155,6 +155,20 @@ def test_weights_beyond_the_integers_of_float32_count_exactly(target: Target) ->
         target.assert_statistic(layer.running_var, exact.running_var, "float64")
 
 
+@pytest.mark.parametrize("size", [1e300, 1e-300])
+def test_weights_that_replicas_cannot_compare_are_rejected(target: Target, size: float) -> None:
+    target.require("masks")
+    target.require_dtype("float64")
+    group = ThreadGroup(2)
+    layers = replicas(target, group, 2, dtype="float64")
+    before, x = target.snapshot(layers[0]), target.array(data("float64")[0])
+    weights = [np.full(N, value) for value in (1.0, size)]
+    errors = group.outcomes(lambda rank: layers[rank](x, sample_weight=target.array(weights[rank])))
+    assert [type(error) for error in errors] == [mbn.ReplicaError, ValueError]
+    assert "multiply all of them by one factor" in str(errors[1])
+    assert_same(before, target.snapshot(layers[1]))
+
+
 def test_bessel_correction_counts_the_values_of_all_replicas(target: Target) -> None:
     group = ThreadGroup(2)
     layers = [target.layer(1, momentum=1.0, group=group) for _ in range(2)]

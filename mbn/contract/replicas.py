@@ -82,6 +82,21 @@ class Replicas(Protocol):
     def without_values(self) -> None:
         """Note that the batch of this replica is empty: the statistics that it exchanges are those of a stand-in."""
 
+    def sample_weights(
+        self,
+        kernels: Kernels,
+        shape: tuple[int, ...],
+        dtype: str,
+        mask: Array | None,
+        lengths: Array | None,
+        sample_weight: Array | None,
+    ) -> Array:
+        """Return the weights of the values of this replica, as ``kernels.sample_weights``, in units of all replicas.
+
+        Raises:
+            ValueError: weights are so large or small that each replica would scale them by a factor of its own.
+        """
+
     def pulling(self) -> AbstractContextManager[Any]:
         """Return a context for the backward pass of this replica, in which an error reaches the others."""
         ...

@@ -285,12 +285,16 @@ def _layer(
     """Return the layer of a converter's snapshot, with its notes as warnings; its group is of the framework."""
     snapshot, notes = read
     layer = BatchNorm1d._from_snapshot(snapshot._replace(group=None), backend, device)
+    is_foreign = framework is not None and layer.backend not in {None, framework}
     try:
-        if snapshot.group is not None and framework is not None and layer.backend not in {None, framework}:
-            raise TypeError(f"the layer is on {layer.backend}, and the group is one of {framework}.")
-        layer.group = snapshot.group
-    except TypeError as error:  # the group is of another framework than the layer
-        notes.append(f"group={snapshot.group!r}: the layer shares its statistics with no other, since {error}")
+        layer.group = None if is_foreign else snapshot.group
+    except TypeError:
+        is_foreign = True
+    if is_foreign and snapshot.group is not None:
+        notes.append(
+            f"group={snapshot.group!r}: the layer is on {layer.backend}, which has no such groups, so it takes the "
+            "statistics of its own batch. Set bn.group."
+        )
     _warn(notes)
     return layer
 

@@ -71,6 +71,8 @@ class _Header(NamedTuple):
 _HEADER = len(_Header._fields)
 _AT_FIRST, _EQUAL = _Header._fields.index("number"), _Header._fields.index("needs")
 """The numbers of fields that have to be equal at the first step of a layer, and later."""
+_LARGEST_WEIGHT, _TINY = 2.0**128, 5e-324
+"""The size from which on kernels scale weights in float64 (``FAR_WEIGHT`` of ``mbn_common``), and the least number."""
 _TEXT = 256
 """The number of bytes of an error's text that are sent."""
 _REFUSAL = struct.pack("<q", 0x7FF8_6D62_6E00_0001)
@@ -143,6 +145,31 @@ class Exchange:
     def without_values(self) -> None:
         """Note that this replica has an empty batch, and the statistics of a stand-in."""
         self._is_empty = True
+
+    def sample_weights(
+        self,
+        kernels: Kernels,
+        shape: tuple[int, ...],
+        dtype: str,
+        mask: Array | None,
+        lengths: Array | None,
+        sample_weight: Array | None,
+    ) -> Array:
+        """Return the weights of the values of this replica, as ``kernels.sample_weights``.
+
+        Raises:
+            ValueError: float64 weights are so large or small that kernels scale them, each replica's by its own factor.
+        """
+        if sample_weight is not None and dtype == "float64":
+            within = self._backend.within
+            is_large = within(sample_weight, 0, _LARGEST_WEIGHT) is False
+            is_small = within(sample_weight, 0, 1 / _LARGEST_WEIGHT) and not within(sample_weight, 0, _TINY)
+            if is_large or is_small:
+                raise ValueError(
+                    "the largest sample weight of a layer with a group is between 2**-128 and 2**128, since replicas "
+                    "compare their weights: multiply all of them by one factor."
+                )
+        return kernels.sample_weights(shape, dtype, mask, lengths, sample_weight)
 
     def moments(self, kernels: Kernels, moments: Moments, dtype: str) -> Sequence[Moments]:
         """Return the statistics of the batches of all replicas, the same on each, in the order of their ranks.

@@ -51,11 +51,11 @@ def forward(
         shape = x.shape
     except RuntimeError as error:
         raise TypeError(checks.SHAPELESS) from error
+    replicas = replicas if training else None  # evaluation is local
     checks.batch(backend, shape, dtype_name(x.dtype), settings, state, training=training and replicas is None)
     if out is not None:
         checks.out(backend, out, x)
-    sample_weight = None if masking is None else masking.combined(backend, x, settings)
-    replicas = replicas if training else None  # evaluation is local
+    sample_weight = None if masking is None else masking.combined(backend, x, settings, replicas)
     if vjp and replicas is not None:
         replicas.expect(Needs.GRADIENT)
     if vjp:  # the parameters may be written to before the pullback is called

@@ -5,12 +5,13 @@ Backends get this weight alone. Wrong arguments are refused here, before anythin
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from mbn import checks, registry
-from mbn.contract import Array, Backend, Settings
+from mbn.contract import Array, Backend, Replicas, Settings
 from mbn.convert import from_python, is_own
 
 
@@ -31,7 +32,7 @@ class Masking(NamedTuple):
             return None
         return cls(mask, lengths, sample_weight)
 
-    def combined(self, backend: Backend, x: Array, settings: Settings) -> Array:
+    def combined(self, backend: Backend, x: Array, settings: Settings, replicas: Replicas | None = None) -> Array:
         """Return the weights of the values of ``x``, an array of ``backend``: (N,) or (N, L) in the layer's dtype.
 
         Raises:
@@ -70,7 +71,9 @@ class Masking(NamedTuple):
                 checks.out_of_range(name, owner.to_numpy(given), owner.to_numpy(seen), limit)
             return values if own else backend.asarray(values, device=device)
 
-        return backend.kernels.sample_weights(
+        kernels = backend.kernels
+        combine = kernels.sample_weights if replicas is None else partial(replicas.sample_weights, kernels)
+        return combine(
             shape_of_mask,
             settings.dtype,
             receive("mask", self.mask, None, math.inf),

@@ -28,6 +28,7 @@ _MASKINGS: dict[str, dict[str, Any]] = {
     "all masked": {"mask": np.zeros((N, L), bool)},
     "lengths": {"lengths": _ROWS % (L + 1)},
     "sample weights": {"sample_weight": (_ROWS / 2).astype(np.float32)},
+    "large weights": {"sample_weight": np.where(_ROWS < N // 2, 1e20, 1e21).astype(np.float32)},
 }
 KINDS = ("rows", "sequences", *_MASKINGS, "offset", "float16", "bfloat16", "float64")
 

@@ -207,7 +207,7 @@ def test_axis_name_is_the_group_of_the_layer(axis):
 
 
 def test_from_flax_warns_where_the_backend_has_no_named_axes():
-    with warns("group='batch'", "mpi4py"):
+    with warns("group='batch'", "on numpy", "statistics of its own batch"):
         bn = mbn.from_flax(module(axis_name="batch"), backend="numpy")
     assert bn.group is None
 

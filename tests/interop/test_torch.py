@@ -164,7 +164,7 @@ def test_from_torch_gives_the_layer_of_a_sync_batchnorm_a_group(backend):
 
 def test_from_torch_warns_that_a_sync_batchnorm_on_another_backend_becomes_local():
     theirs = module(torch.nn.SyncBatchNorm).eval()
-    with warns("group=True", "shares its statistics with no other", "numpy"):
+    with warns("group=True", "on numpy", "statistics of its own batch"):
         bn = mbn.from_torch(theirs, backend="numpy")
     assert bn.group is None
     assert_evaluates_as(bn, output(theirs, sample()), sample())
