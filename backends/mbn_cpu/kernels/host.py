@@ -73,7 +73,7 @@ class HostKernels(Kernels):
             channels = out_of_range.of_factors(sums, stats.var, weight, eps, stats.count)
             if channels is not None:
                 kernel = self.passes.grad_sums
-                dx[:, channels] = out_of_range.grad_input(kernel, dy, batch, channels, stats, weight, eps)
+                dx[:, channels] = out_of_range.grad_input(kernel, dy, batch, channels, stats, weight, eps, sums)
         return dx
 
     @np.errstate(all="ignore")

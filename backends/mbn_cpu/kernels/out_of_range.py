@@ -155,8 +155,12 @@ def grad_input(
     stats: Stats,
     weight: np.ndarray | None,
     eps: float,
+    sums: Sums | None,
 ) -> np.ndarray:
-    """Return the gradient of some channels of x, in float64, with sums of its own, which are in units."""
+    """Return the gradient of some channels of x, in float64, given the sums of all channels.
+
+    Sums that leave the range of float64 are computed again, in units; they are then those of this batch alone.
+    """
     x, weights, _ = batch
     mean, var, count = stats
     units = _units(channels, mean, var, eps)
@@ -164,13 +168,16 @@ def grad_input(
     scale, power = units.scale, units.power + unit
     if count is not None:
         part = _part(x, channels)
-        sum_dy, sum_dy_xhat, of_sum = _sums(kernel, gradient.copy(), part.copy(), units, weights)
+        own_dy, own_dy_xhat, power_of_own = _sums(kernel, gradient.copy(), part.copy(), units, weights)
+        sum_dy, sum_dy_xhat = (np.zeros(len(unit)),) * 2 if sums is None else (total[channels] for total in sums)
+        sum_dy, of_sum_dy = _held(sum_dy, own_dy, np.zeros_like(unit), unit)
+        sum_dy_xhat, of_sum = _held(sum_dy_xhat, own_dy_xhat, power_of_own, unit)
         xhat = _deviations(part, units, x)
         xhat += _along(units.rest, x)
         xhat *= _along(units.scale, x)
         xhat = np.ldexp(xhat, _along(units.power + units.exponent, x))
         xhat *= _along(np.ldexp(sum_dy_xhat / count, of_sum), x)
-        xhat += _along(sum_dy / count, x)
+        xhat += _along(np.ldexp(sum_dy / count, of_sum_dy), x)
         gradient -= xhat if weights is None else xhat * np.expand_dims(weights, 1)
     if weight is not None:
         digits, more = np.frexp(weight[channels].astype(WIDE))
@@ -222,6 +229,19 @@ def _sums(
     stats = Stats(Pair(np.zeros_like(rest), -rest), np.ones_like(rest), None)
     sum_dy, products = kernel(gradient, Batch(d, weights), stats, 0.0)
     return sum_dy, products * units.scale, exponent + units.exponent + units.power
+
+
+def _held(given: np.ndarray, own: np.ndarray, power: np.ndarray, unit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return sums in units, as digits and exponents: ``own * 2**power`` where float64 does not hold them, else given.
+
+    The sums that are given may be those of all replicas.
+    """
+    is_lost = ~_holds(given) & ~_holds(np.ldexp(own, power + unit)) & ~np.isnan(given)
+    return np.where(is_lost, own, given), np.where(is_lost, power, -unit)
+
+
+def _holds(sums: np.ndarray) -> np.ndarray:
+    return (abs(sums) >= _LEAST) & (abs(sums) < _MOST)
 
 
 def _deviations(part: np.ndarray, units: _Units, x: np.ndarray) -> np.ndarray:
