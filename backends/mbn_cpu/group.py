@@ -1,5 +1,6 @@
 """The processes of an MPI communicator as a group."""
 
+import math
 import os
 import time
 from functools import partial
@@ -21,9 +22,16 @@ _TAG = 27182
 """The tag of the messages by which processes that have waited in vain find each other."""
 _GRACE = 2.0
 """Seconds in which these messages arrive."""
+_PROBING = 1e-3
+"""Seconds in which a late process finds a message that has arrived."""
 _let_others_run = getattr(os, "sched_yield", partial(time.sleep, 0))
 _pending: list[Any] = []
 """Requests that no process will complete, with their memory, which MPI may still write to."""
+_completed: dict[int, float] = {}
+"""The time of the last gather in each communicator, by its handle."""
+_abandoned: set[int] = set()
+"""Communicators in which a process was missing: there, the next gathers of two processes would not be the same."""
+_NEW_COMMUNICATOR = "Continue with a new communicator: bn.group = communicator.Dup()."
 
 
 def mpi_group(name: str, given: Any) -> "MpiGroup":
@@ -51,14 +59,14 @@ def mpi_group(name: str, given: Any) -> "MpiGroup":
         raise TypeError(f"the group of a layer is an intracommunicator of mpi4py, not {kind}.")
     if communicator == MPI.COMM_NULL:
         raise ValueError("this process is not part of the group: its communicator is MPI.COMM_NULL.")
-    return MpiGroup(communicator)
+    return MpiGroup(communicator, MPI.Status())
 
 
 class MpiGroup(Group):
     """The processes of a communicator, which exchange NumPy arrays."""
 
-    def __init__(self, communicator: Any) -> None:
-        self._communicator = communicator
+    def __init__(self, communicator: Any, status: Any) -> None:
+        self._communicator, self._status = communicator, status
 
     @property
     def rank(self) -> int:
@@ -69,8 +77,10 @@ class MpiGroup(Group):
         return int(self._communicator.Get_size())
 
     def gather(self, vector: np.ndarray) -> np.ndarray:
+        seconds, handle = timeout(), self._communicator.handle
+        if time.monotonic() - _completed.get(handle, -math.inf) > seconds:
+            self._raise_if_late(handle)
         rows = np.empty((self.size, len(vector)))
-        seconds = timeout()
         request = self._communicator.Iallgather(vector, rows)
         try:
             is_complete = _completes(request.Test, seconds)
@@ -79,11 +89,21 @@ class MpiGroup(Group):
             raise
         if not is_complete:
             _pending.append((request, vector, rows))
+            _completed[handle] = -math.inf
+            _abandoned.add(handle)
             raise TimeoutError(
                 f"{self._missing()} after {seconds:g} s ({ENVIRONMENT_VARIABLE}). Each process has to call the layer "
                 "equally often, with an empty batch, x[:0], where it has no data."
             )
+        _completed[handle] = time.monotonic()
         return rows
+
+    def _raise_if_late(self, handle: int) -> None:
+        """Check that no process has given up. With the vectors that it has sent, a gather would complete here alone."""
+        if handle in _abandoned:
+            raise TimeoutError(f"an earlier gather did not complete. {_NEW_COMMUNICATOR}")
+        if _completes(partial(self._communicator.Iprobe, tag=_TAG, status=self._status), _PROBING):
+            raise TimeoutError(f"rank {self._status.source} has waited in vain for this process. {_NEW_COMMUNICATOR}")
 
     def _missing(self) -> str:
         """Return which processes do not wait as this one does, by messages among those that do."""
