@@ -83,7 +83,7 @@ class MpiGroup(Group):
         rows = np.empty((self.size, len(vector)))
         request = self._communicator.Iallgather(vector, rows)
         try:
-            is_complete = _completes(request.Test, seconds)
+            is_complete = completes(request.Test, seconds)
         except BaseException:  # an interrupt, say, while MPI writes to the memory
             _pending.append((request, vector, rows))
             raise
@@ -102,7 +102,7 @@ class MpiGroup(Group):
         """Check that no process has given up. With the vectors that it has sent, a gather would complete here alone."""
         if handle in _abandoned:
             raise TimeoutError(f"an earlier gather did not complete. {_NEW_COMMUNICATOR}")
-        if _completes(partial(self._communicator.Iprobe, tag=_TAG, status=self._status), _PROBING):
+        if completes(partial(self._communicator.Iprobe, tag=_TAG, status=self._status), _PROBING):
             raise TimeoutError(f"rank {self._status.source} has waited in vain for this process. {_NEW_COMMUNICATOR}")
 
     def _missing(self) -> str:
@@ -119,7 +119,7 @@ class MpiGroup(Group):
                     others.remove(rank)
             return not others
 
-        if _completes(is_complete, _GRACE):
+        if completes(is_complete, _GRACE):
             return "the processes missed each other"
         return f"rank{'s' * (len(others) > 1)} {', '.join(map(str, sorted(others)))} did not come"
 
@@ -140,7 +140,7 @@ def timeout() -> float:
     return seconds
 
 
-def _completes(is_complete: Any, seconds: float) -> bool:
+def completes(is_complete: Any, seconds: float) -> bool:
     """Call a function until it returns True; return False after some seconds."""
     for _ in range(_BUSY_TESTS):
         if is_complete():

@@ -5,7 +5,7 @@ from typing import Any
 import cupy
 
 from mbn.contract import Group
-from mbn_cpu.group import mpi_group
+from mbn_cpu.group import ENVIRONMENT_VARIABLE, completes, mpi_group, timeout
 
 
 def cuda_group(given: Any) -> Group:
@@ -41,10 +41,21 @@ class NcclGroup(Group):
         return int(self._communicator._n_devices)  # noqa: SLF001 - cupyx has no other name for it
 
     def gather(self, vector: cupy.ndarray) -> cupy.ndarray:
+        seconds = timeout()
         with vector.device:
             rows = cupy.empty((self.size, vector.size))
             self._communicator.all_gather(vector, rows, vector.size)
-            return rows
+            # Without this wait, a missing process would block the stream, and later calls, for good.
+            event = cupy.cuda.Event(disable_timing=True)
+            event.record()
+            if completes(lambda: event.done, seconds):
+                return rows
+        self._communicator._comm.abort()  # noqa: SLF001 - cupyx has no other name for it
+        raise TimeoutError(
+            f"another process did not come after {seconds:g} s ({ENVIRONMENT_VARIABLE}), and the communicator is "
+            "aborted. Each process has to call the layer equally often, with an empty batch, x[:0], where it has no "
+            "data."
+        )
 
 
 class HostGroup(Group):

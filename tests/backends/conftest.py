@@ -21,7 +21,7 @@ def cupy(monkeypatch):
     """Replace CuPy by its stand-in, and restore the modules after the test."""
 
     def ours():
-        return [name for name in sys.modules if name.partition(".")[0] in ("cupy", "cuda_on_host", "mbn_cupy")]
+        return [name for name in sys.modules if name.partition(".")[0] in ("cupy", "cupyx", "cuda_on_host", "mbn_cupy")]
 
     for name in ours():
         monkeypatch.delitem(sys.modules, name)

@@ -141,6 +141,17 @@ def test_thousand_random_steps_leave_the_same_bits_on_all_ranks(world, target):
     assert len(set(world.allgather(digest.hexdigest()))) == 1
 
 
+def test_cupy_exchanges_by_way_of_the_host_with_the_results_of_numpy(world, cupy):
+    bn, reference = (mbn.BatchNorm1d(C, backend=name, group=world) for name in ("cupy", "numpy"))
+    for layer in (bn, reference):
+        x = rows() if layer is reference else cupy.asarray(rows())
+        y, pullback = layer.vjp(x)
+        pullback(y)
+    np.testing.assert_allclose(bn.running_mean.get(), reference.running_mean, 1e-6)
+    np.testing.assert_allclose(bn.running_var.get(), reference.running_var, 1e-6)
+    assert len({state.tobytes() for state in world.allgather(bn.running_var.get())}) == 1
+
+
 # Communicators.
 
 

@@ -1,6 +1,7 @@
 """Tests of CuPy's backend that need a GPU: streams, CUDA graphs, the memory pool, and more than 2**31 values."""
 
 import importlib
+import socket
 
 import gpus
 import numpy as np
@@ -88,6 +89,23 @@ def test_call_takes_little_memory_beyond_the_output_and_frees_it(cupy, pool):
     y = bn(x)
     assert pool.used_bytes() - before <= 1.01 * y.nbytes
     assert pool.total_bytes() <= before + 1.1 * y.nbytes
+
+
+def test_world_of_one_gathers_over_nccl_and_trains_as_alone(cupy):
+    from mbn_cupy.group import NcclGroup
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    world = importlib.import_module("cupyx.distributed").init_process_group(1, 0, port=port)
+    try:
+        vector = cupy.arange(5, dtype=np.float64)
+        np.testing.assert_array_equal(NcclGroup(world).gather(vector).get(), vector.get()[None])
+        bn, alone = mbn.BatchNorm1d(256, backend="cupy", group=world), mbn.BatchNorm1d(256, backend="cupy")
+        x = cupy.asarray(_sample(4096, 256))
+        np.testing.assert_array_equal(bn(x).get(), alone(x).get())
+        np.testing.assert_array_equal(bn.running_var.get(), alone.running_var.get())
+    finally:
+        world.stop()
 
 
 @pytest.mark.parametrize("axes", ["rows", "positions"])

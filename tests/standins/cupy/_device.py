@@ -38,4 +38,25 @@ def current_id():
     return getattr(_current, "id", 0)
 
 
-cuda = SimpleNamespace(Device=Device, runtime=SimpleNamespace(getDeviceCount=lambda: _COUNT))
+class Event:
+    """A mark in a thread's queue, behind the communication that is there when it is recorded."""
+
+    def __init__(self, *, disable_timing=False):
+        self._works = []
+
+    def record(self):
+        self._works = list(queue())
+
+    @property
+    def done(self):
+        return all(work() for work in self._works)
+
+
+def queue():
+    """Return the communication of this thread: functions that do what they can and tell whether they are done."""
+    if not hasattr(_current, "queue"):
+        _current.queue = []
+    return _current.queue
+
+
+cuda = SimpleNamespace(Device=Device, Event=Event, runtime=SimpleNamespace(getDeviceCount=lambda: _COUNT))
