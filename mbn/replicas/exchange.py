@@ -2,7 +2,7 @@
 
 A replica must neither leave the others waiting nor compute with statistics of another step. So each vector begins with
 a header that describes the step, and a replica whose input is refused sends a header that says so. Vectors of different
-lengths crash some engines: at the first step of a layer, headers alone are exchanged.
+lengths crash some engines: before the first step of a layer, and one in another dtype, headers alone are exchanged.
 """
 
 import struct
@@ -37,6 +37,8 @@ class Kind(IntEnum):
     POPULATION = 2
     TRACED = 3
     """A step whose backward pass is autograd's of all of its operations, and exchanges other vectors."""
+    HANDSHAKE = 4
+    """No step: the number of channels or the dtype is new to the replicas, and so is the length of the vectors."""
 
 
 class Agreement:
@@ -50,8 +52,10 @@ class Agreement:
         """The number by which all replicas know the layer, from its first step on."""
         self.steps = 0
         """The number of steps so far."""
-        self.lengths: dict[Key, int] = {}
-        """The length of the vectors, for each number of channels and dtype that the replicas have compared."""
+        self.key: Key = (None, "")
+        """The number of channels and the dtype that the replicas have compared last."""
+        self.length = _HEADER
+        """The length of the vectors for these."""
 
 
 class _Header(NamedTuple):
@@ -203,12 +207,13 @@ class Exchange:
         agreement, size, self._key = self._agreement, self._group.size, (vectors[0].shape[0], dtype)
         values = 0 if self._is_empty else values
         known = values if isinstance(values, int) else -1
-        if self._key not in agreement.lengths:
-            headers = self._headers(self._signal(self._header(known)))
+        if self._key != agreement.key:
+            headers = self._headers(self._signal(self._padded(self._header(known, Kind.HANDSHAKE))))
             self._check(headers, _AT_FIRST)
             agreement.number = int(headers[0].number)
-        # The length of a vector depends on these two alone.
-        length = agreement.lengths.setdefault(self._key, _HEADER + 1 + len(vectors) * vectors[0].shape[0])
+            # The length of a vector depends on the number of channels and the dtype alone.
+            agreement.key, agreement.length = self._key, _HEADER + 1 + len(vectors) * vectors[0].shape[0]
+        length = agreement.length
         header = self._header(known)
         # A sum of sample weights may be an array on a device.
         rows = self._send(
@@ -291,6 +296,10 @@ class Exchange:
             values,
         )
 
+    def _padded(self, header: _Header) -> list[float]:
+        """Return a header with zeros, of the length that others expect, since engines fail where lengths differ."""
+        return [*header, *[0.0] * (self._agreement.length - _HEADER)]
+
     def _headers(self, rows: Array) -> list[_Header]:
         return [_Header(*row) for row in self._backend.to_numpy(rows[:, :_HEADER]).tolist()]
 
@@ -331,8 +340,7 @@ class Exchange:
 
     def _refuse(self, error: Exception) -> None:
         """Take part in the gather for which the others wait, and tell them of the error."""
-        length = self._agreement.lengths.get(self._key, _HEADER)
-        self._tell(error, [*self._header(kind=Kind.REFUSED), *[0.0] * (length - _HEADER)])
+        self._tell(error, self._padded(self._header(kind=Kind.REFUSED)))
 
     def _tell(self, error: Exception, refusal: Sequence[float]) -> None:
         self._is_done = True
