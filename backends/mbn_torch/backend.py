@@ -137,11 +137,11 @@ class TorchBackend(Backend):
         return f"{name} is a tensor of layout {x.layout}, whose values are not all in memory. Give {name}.to_dense()."
 
     def concatenated(self, parts: Sequence[Any]) -> torch.Tensor:
-        device = next(part.device for part in parts if isinstance(part, torch.Tensor))
-        if device.type in {"cpu", "meta"}:  # NumPy takes less time for a few numbers, and a refused x may be on meta
-            arrays = [as_array(part) if isinstance(part, torch.Tensor) and part.is_cpu else part for part in parts]
-            present = [np.atleast_1d(part) for part in arrays if not isinstance(part, torch.Tensor)]
-            return torch.from_numpy(np.concatenate(present, dtype=np.float64))
+        device = next((part.device for part in parts if isinstance(part, torch.Tensor)), None)
+        if device is None or device.type in {"cpu", "meta"}:  # a refused x may be on meta
+            return torch.from_numpy(
+                super().concatenated([part for part in parts if not (isinstance(part, torch.Tensor) and part.is_meta)])
+            )
         wide = [torch.as_tensor(part, dtype=torch.float64, device=device) for part in parts]
         return torch.cat([part.reshape(-1) for part in wide])
 

@@ -23,6 +23,8 @@ Needed: TypeAlias = tuple[bool, bool, bool]
 Gradients: TypeAlias = tuple[torch.Tensor | None, ...]
 
 _ALL = (True, True, True)
+_ANCHOR = torch.empty(0, device="cpu", requires_grad=True)
+"""An input of the steps of replicas, with which autograd visits a step even if no other input needs a gradient."""
 NOT_REGISTERED = (
     "torch.export, torch.jit.trace and torch.onnx.export find only tensors that are registered in a module, and this "
     "layer registers none: the graph would not contain its parameters. Replace the layer by its module: bn.as_module()."
@@ -33,6 +35,22 @@ def bind(
     kernels_for: Callable[..., tuple[Kernels, Batch]], forward: Callable[..., Any], pullback: Callable[..., Any]
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Return forward and pullback bound to autograd: a step that is one ``autograd.Function``, and its gradient."""
+
+    def computed(
+        kernels: Kernels,
+        batch: Any,
+        params: Params,
+        state: State,
+        settings: Settings,
+        training: bool,
+        out: torch.Tensor | None = None,
+        replicas: Replicas | None = None,
+    ) -> tuple[torch.Tensor, State, Stats]:
+        if replicas is not None and isinstance(kernels, CpuKernels):
+            return kernels.train_together(batch, params, state, settings, out, replicas)
+        result: tuple[torch.Tensor, State, Stats]
+        result = forward(kernels, batch, params, state, settings, training, out, replicas=replicas)
+        return result
 
     def step(
         kernels: Kernels,
@@ -60,11 +78,11 @@ def bind(
         # Other replicas may need a gradient even if this one does not.
         is_shared = _takes_part(replicas, x)
         if not is_shared and not is_recorded(x, *params):
-            return forward(kernels, batch, params, state, settings, training, out, replicas=replicas)
+            return computed(kernels, batch, params, state, settings, training, out, replicas)
         if out is not None:
             raise RuntimeError("autograd cannot record writes to out: call it under torch.no_grad().")
-        anchor = None if replicas is None else torch.empty(0, requires_grad=True)
-        rest = kernels, batch, state, settings, training, replicas, anchor, forward, gradients
+        anchor = None if replicas is None else _ANCHOR
+        rest = kernels, batch, state, settings, training, replicas, anchor, computed, gradients
         return BatchNorm.apply(x, *params, *rest)
 
     def gradients(dy: torch.Tensor, batch: Batch, weight: Any, stats: Stats, *rest: Any) -> Gradients:
@@ -235,5 +253,8 @@ def _of_values(
     replicas: Replicas | None,
 ) -> Gradients:
     """Return the gradients, computed by the fast kernels and not recorded."""
-    stats = stats if isinstance(kernels, CpuKernels) else tensors(stats)
+    if not isinstance(kernels, CpuKernels):
+        stats = tensors(stats)
+    elif replicas is not None:
+        return kernels.pull_back_together(dy, batch, weight, stats, eps, needs, replicas)
     return pullback(kernels, dy, batch, weight, stats, eps, needs, replicas)

@@ -119,6 +119,19 @@ class CpuKernels(ConcreteKernels):
         """Return the output of evaluation."""
         return self._step(batch, params, state, settings, False, out)[0]
 
+    def train_together(
+        self,
+        batch: ArrayBatch,
+        params: Params,
+        state: State,
+        settings: Settings,
+        out: torch.Tensor | None,
+        replicas: Any,
+    ) -> tuple[torch.Tensor, State, Stats]:
+        """Return the results of ``train``, for a batch that other replicas have parts of."""
+        y, after, stats = self._step(batch, params, state, settings, True, out, _OnArrays(replicas))
+        return y, State(*map(_tensor, after)), stats
+
     def _step(
         self,
         batch: ArrayBatch,
@@ -127,13 +140,14 @@ class CpuKernels(ConcreteKernels):
         settings: Settings,
         training: bool,
         out: torch.Tensor | None,
+        replicas: Any = None,
     ) -> tuple[torch.Tensor, State, Stats]:
         y = _like(batch.x) if out is None else out
         wide_y = computed_output(y)
         vectors = Params(*map(as_array, params)), State(*map(as_array, state))
         with nullcontext() if self._is_at_once else _limited():
             _, state, stats = self._own.forward(
-                self._kernels, batch.arrays, *vectors, settings, training, _writable(wide_y)
+                self._kernels, batch.arrays, *vectors, settings, training, _writable(wide_y), replicas=replicas
             )
         return _narrow(wide_y, y), state, stats
 
@@ -145,6 +159,44 @@ class CpuKernels(ConcreteKernels):
         with nullcontext() if self._is_at_once else _limited():
             dx, dweight, dbias = self._own.pullback(self._kernels, *arguments)
         return _arranged(dx, batch.x), _tensor(dweight), _tensor(dbias)
+
+    def pull_back_together(
+        self,
+        dy: torch.Tensor,
+        batch: ArrayBatch,
+        weight: torch.Tensor | None,
+        stats: Stats,
+        eps: float,
+        needs: tuple[bool, bool, bool],
+        replicas: Any,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Return the results of ``pullback`` as far as needed, for a batch that other replicas have parts of."""
+        arguments = as_array(_wide(dy)), batch.arrays, as_array(weight), as_array(stats), eps, needs
+        with nullcontext() if self._is_at_once else _limited():
+            dx, *sums = self._own.pullback(self._kernels, *arguments, _OnArrays(replicas))
+        return None if dx is None else _arranged(dx, batch.x), *map(_tensor, sums)
+
+
+class _OnArrays:
+    """Replicas that exchange statistics and sums in arrays."""
+
+    def __init__(self, exchange: Any) -> None:
+        self._exchange = exchange
+
+    @property
+    def waits(self) -> bool:
+        waits: bool = self._exchange.waits
+        return waits
+
+    def moments(self, kernels: Kernels, moments: Moments, dtype: str) -> list[Moments]:
+        vectors = kernels.to_vectors(moments, dtype)
+        counts, rows = self._exchange.gather(moments.count, vectors, dtype)
+        found: list[Moments] = self._exchange.unpacked(kernels, counts, rows.numpy(), len(vectors))
+        return found
+
+    def sums(self, sums: tuple[np.ndarray, ...]) -> list[tuple[np.ndarray, ...]]:
+        rows = self._exchange.gathered_sums(sums).numpy()
+        return [tuple(row) for row in rows.reshape(len(rows), len(sums), -1).astype(sums[0].dtype, copy=False)]
 
 
 def tensors(stats: Stats) -> Stats:
