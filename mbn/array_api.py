@@ -181,8 +181,8 @@ class ArrayAPIKernels(Kernels):
 
     def step(self, momentum: float | None, num_batches_tracked: Array | None, count: Any, correction: int) -> Any:
         step = 1 / _wide(num_batches_tracked) if momentum is None else momentum
-        if isinstance(count, int):
-            return step
+        if isinstance(count, int | float):  # a float is the count of replicas without a value
+            return step if isinstance(count, int) or count > correction else 0.0
         has_variance = _leading(count) > correction
         return _where(has_variance, 0.0 * count + step, 0.0)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from mbn.contract import Backend, Batch, Capabilities, Kernels, Operation, numpy_dtype, overlaps_itself
-from mbn_cpu.group import MpiGroup, mpi_group
+from mbn.contract import Backend, Batch, Capabilities, Group, Kernels, Operation, numpy_dtype, overlaps_itself
+from mbn_cpu.group import mpi_group
 from mbn_cpu.kernels.host import HostKernels, fits_float64
 
 _FEW_FOR_NUMPY = 1 << 14
@@ -72,8 +72,8 @@ class HostBackend(Backend):
     def concatenated(self, parts: Sequence[Any]) -> np.ndarray:
         return np.concatenate(parts, dtype=np.float64)
 
-    def group(self, given: Any) -> MpiGroup:
-        return mpi_group(self.name, given)
+    def group(self, given: Any) -> Group:
+        return given if isinstance(given, Group) else mpi_group(self.name, given)
 
     def kernels_for(
         self, operation: Operation, batch: Batch, other: np.ndarray | None = None, vectors: tuple[Any, ...] = ()

@@ -76,7 +76,7 @@ class CupyBackend(Backend):
             return cupy.concatenate([cupy.asarray(part, np.float64).ravel() for part in parts])
 
     def group(self, given: Any) -> Group:
-        return cuda_group(given)
+        return given if isinstance(given, Group) else cuda_group(given)
 
     def conflict(self, out: cupy.ndarray, x: cupy.ndarray) -> str | None:
         if overlaps_itself(out.shape, out.strides, out.itemsize):

@@ -255,6 +255,7 @@ def _capabilities(widest: np.dtype) -> Capabilities:
         vmap=True,
         jit=True,
         modules=find_spec("flax") is not None,
+        replicas=True,
     )
 
 

@@ -17,6 +17,7 @@ from mbn.contract import (
     Backend,
     Batch,
     Capabilities,
+    Group,
     Held,
     Kernels,
     Operation,
@@ -29,7 +30,7 @@ from mbn.contract import (
 from mbn.threads import Exclusive
 from mbn_cpu.installed import fastest
 from mbn_torch import integration, memory_overlap
-from mbn_torch.group import Differentiable, DistributedGroup, distributed_group, number_of_replicas, operate_by
+from mbn_torch.group import Differentiable, distributed_group, number_of_replicas, operate_by
 from mbn_torch.integration import NOT_REGISTERED
 from mbn_torch.kernels.cpu import ArrayBatch, CpuKernels, as_array, computed_output
 from mbn_torch.kernels.eager import EAGER
@@ -145,8 +146,8 @@ class TorchBackend(Backend):
         wide = [torch.as_tensor(part, dtype=torch.float64, device=device) for part in parts]
         return torch.cat([part.reshape(-1) for part in wide])
 
-    def group(self, given: Any) -> DistributedGroup:
-        return distributed_group(given)
+    def group(self, given: Any) -> Group:
+        return given if isinstance(given, Group) else distributed_group(given)
 
     def traced_replicas(self, key: str) -> Differentiable | None:
         return Differentiable(key, number_of_replicas(key)) if torch.compiler.is_compiling() else None

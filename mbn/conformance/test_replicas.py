@@ -14,6 +14,8 @@ from mbn.conformance.target import Target, assert_same, configured
 from mbn.conformance.thread_group import ThreadGroup
 from mbn.contract import layer_dtype
 
+AXIS = "replicas"
+"""The name of an axis whose replicas a framework traces."""
 C = 3
 SHARDS = {"two of different sizes": [3, 20], "one row": [1, 12, 10], "empty": [9, 0, 14], "empty first": [0, 0, 20, 3]}
 """The number of rows of each replica."""
@@ -23,8 +25,12 @@ Vectors = dict[str, np.ndarray]
 
 
 @pytest.fixture(autouse=True)
-def _requires_replicas(target: Target) -> None:
+def _requires_replicas(target: Target, request: pytest.FixtureRequest) -> None:
     target.require("replicas")
+    is_traced = target.transforms.named_vmap is not None
+    if is_traced != ("along_an_axis" in request.node.name):
+        where = "along an axis of one program" if is_traced else "in processes"
+        pytest.skip(f"{target.backend.name} declares replicas {where}")
 
 
 def split(values: np.ndarray, sizes: list[int]) -> list[np.ndarray]:
@@ -122,6 +128,44 @@ def test_masked_replicas_agree_with_the_undivided_batch(target: Target, shards: 
     assert_shared(target, layers, step, x, dy, masking.weights)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [None, "offset", *strategies.maskings((24, 4))])
+def test_replicas_along_an_axis_agree_with_the_undivided_batch(target: Target, kind: str | None, dtype: str) -> None:
+    target.require_dtype(dtype)
+    if kind == "offset" and dtype not in ("float32", "float64"):
+        kind = None
+    generator = np.random.default_rng(43)
+    x, dy = generator.standard_normal((2, 24, C, 4))
+    x += np.linspace(-4, 4, 24)[:, None, None] + (1e6 if kind == "offset" else 0)
+    x, dy, masking = x.astype(dtype), dy.astype(dtype), strategies.maskings((24, 4)).get(kind or "")
+    weights = None if masking is None else masking.weights
+    vectors = [np.linspace(low, low + 1, C).astype(layer_dtype(dtype)) for low in (0.5, 1.5, 0.5, -0.5)]
+    given = dict(zip(("running_mean", "running_var", "weight", "bias"), map(target.array, vectors), strict=True))
+
+    def step(x: Any, dy: Any, masks: Any) -> Any:
+        result, pullback = mbn.functional.batch_norm_vjp(x, **given, training=True, group=AXIS, **masks)
+        return *result, *pullback(dy)
+
+    def shards(values: np.ndarray) -> Any:
+        return target.array(values.reshape(3, 8, *values.shape[1:]))
+
+    masks = {} if masking is None else {name: shards(values) for name, values in masking.arguments.items()}
+    poisoned = x if masking is None else masking.poisoned(x)
+    named_vmap = target.transforms.named_vmap
+    assert named_vmap is not None
+    y, mean, var, dx, dweight, dbias = map(target.numpy, named_vmap(step, AXIS)(shards(poisoned), shards(dy), masks))
+    exact = oracle.train(x, *vectors, momentum=0.1, eps=1e-5, weights=weights)
+    target.assert_output(target.array(y.reshape(x.shape)), exact.y, dtype)
+    own = layer_dtype(dtype)
+    for statistics, truth in ((mean, exact.running_mean), (var, exact.running_var)):
+        for statistic in statistics:
+            np.testing.assert_array_equal(statistic, statistics[0])
+            target.assert_statistic(target.array(statistic), truth, own)
+    sums = [target.array(total.sum(0, dtype=np.float64).astype(own)) for total in (dweight, dbias)]
+    gradients = derivatives.gradients(x, dy, vectors[2], eps=1e-5, weights=weights)
+    target.assert_gradients([target.array(dx.reshape(x.shape)), *sums], gradients, dtype)
+
+
 def test_a_mask_on_one_replica_counts_beside_whole_batches(target: Target) -> None:
     target.require("masks")
     x, dy = data("float32")
@@ -190,7 +234,7 @@ def test_one_value_per_channel_over_all_replicas_is_rejected(target: Target) -> 
     layers = replicas(target, group, 3)
     before = target.snapshot(layers[0])
     x = target.array(np.ones((1, C), np.float32))
-    for error in group.outcomes(lambda rank: layers[rank](x if rank == 1 else x[:0])):
+    for error in group.outcomes(lambda rank: layers[rank](x if rank == 1 else x[:0, ...])):
         assert type(error) is ValueError, error
         assert "one value per channel" in str(error)
     assert_same(before, target.snapshot(layers[1]))
@@ -335,7 +379,7 @@ def test_refused_gradient_of_one_replica_raises_on_all(target: Target) -> None:
     def step(rank: int) -> Any:
         _, pullback = layers[rank].vjp(x)
         with pytest.raises(ValueError if rank else mbn.ReplicaError, match="dy"):
-            pullback(dy[:2] if rank else dy)
+            pullback(dy[:2, ...] if rank else dy)
         return target.numpy(pullback(dy)[0])
 
     np.testing.assert_array_equal(*group.run(step))

@@ -31,6 +31,11 @@ class Transforms(NamedTuple):
     """``vmap(function)``: the function over the first axes of all its arguments and results (``vmap``)."""
     jit: Callable[..., Any] = _missing
     """``jit(function)``: a pure function of arrays, compiled (``jit``)."""
+    named_vmap: Callable[..., Any] | None = None
+    """``named_vmap(function, name)``: as ``vmap``, over an axis with a name that is the group of layers (``replicas``).
+
+    It is None where replicas are in processes, which the suite replaces by threads.
+    """
     compile: Callable[..., Any] = _missing
     """``compile(function)``: a function, possibly with side effects, compiled without a graph break (``compile``)."""
 
@@ -86,6 +91,7 @@ def _of_jax() -> Transforms:
         jvp=lambda function, x, tangent: jax.jvp(function, (x,), (tangent,))[1],
         vmap=jax.vmap,
         jit=jax.jit,
+        named_vmap=lambda function, name: jax.vmap(function, axis_name=name),
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, TypeVar
 
+from mbn.contract.replicas import Group
 from mbn.contract.values import Array, Params, State
 from mbn.threads import Exclusive
 
@@ -43,6 +44,9 @@ class Integration:
     def group(self, given: Any) -> Any:
         """Return the group that ``given`` stands for: an object of an engine of this framework, or True for its world.
 
+        It is called for backends with the capability ``replicas``. An ``mbn.Group`` stands for itself, except where
+        the framework traces the communication.
+
         The result is a :class:`Group`; or where the framework traces the communication itself, as along a named axis,
         a :class:`Replicas`. None stands for a single process.
 
@@ -52,9 +56,9 @@ class Integration:
             RuntimeError: the engine is not ready.
             ImportError: the engine is not installed.
         """
-        raise TypeError(
-            f"{self.name} has no groups of its own: a group is an mbn.Group, where kernels have replicas, or None."
-        )
+        if isinstance(given, Group):
+            return given
+        raise TypeError(f"{self.name} has no groups of its own: a group is an mbn.Group, or None; not {given!r}.")
 
     def traced_replicas(self, key: str) -> Any:
         """Return the :class:`Replicas` of a step that a compiler traces, or None if it traces none.

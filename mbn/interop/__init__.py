@@ -288,7 +288,7 @@ def _layer(
     is_foreign = framework is not None and layer.backend not in {None, framework}
     try:
         layer.group = None if is_foreign else snapshot.group
-    except TypeError:
+    except (TypeError, ImportError):
         is_foreign = True
     if is_foreign and snapshot.group is not None:
         notes.append(

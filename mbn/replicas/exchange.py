@@ -96,7 +96,7 @@ class Exchange:
         self._key: Key = (None, "") if settings is None else (settings.num_features, settings.dtype)
         self._needs = Needs.NOTHING
         self._all_needs: list[float] = []
-        self._is_empty = self._is_done = False
+        self._is_empty = self._is_done = self._is_pulling = False
 
     @property
     def group(self) -> Group:
@@ -259,7 +259,8 @@ class Exchange:
             )
         self._is_done = True
         rows = self._send(sums)
-        if isinstance(rows, np.ndarray) or str(self._backend.device(rows)) == "cpu":  # a GPU's numbers would be late
+        # Autograd's gradients are never refused, so there the host does not wait for a GPU's numbers.
+        if self._is_pulling or isinstance(rows, np.ndarray) or str(self._backend.device(rows)) == "cpu":
             firsts = self._backend.to_numpy(rows[:, 0]).tolist()
             if any(first != first for first in firsts):  # noqa: PLR0124 - NaN
                 self._raise_if_refused([struct.pack("<d", first) == _REFUSAL for first in firsts])
@@ -274,7 +275,7 @@ class Exchange:
     @contextmanager
     def pulling(self) -> Iterator[None]:
         """Return a context in which an error, before the sums are exchanged, reaches all replicas."""
-        self._is_done = False
+        self._is_done, self._is_pulling = False, True
         try:
             yield
         except Exception as error:

@@ -1,7 +1,7 @@
 """The group of a layer, and all that a layer remembers of it from step to step."""
 
 from collections.abc import Hashable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import count
 from typing import Any
 
@@ -24,7 +24,9 @@ _numbers = count()
 
 
 def _resolved(given: Any, backend: Backend) -> Any:
-    return given if isinstance(given, Group) and backend.capabilities.replicas else backend.group(given)
+    if not backend.capabilities.replicas:
+        raise TypeError(f"{backend.name} has no replicas, so its layers have no group; not {given!r}.")
+    return backend.group(given)
 
 
 class Membership:
@@ -47,14 +49,15 @@ class Membership:
         Raises:
             TypeError: no group of the backend's framework.
             ValueError: this process is not part of the group.
+            ImportError: the engine is not installed.
         """
         if given is None:
             return None
         if given is False or isinstance(given, list | dict | set):
             raise TypeError(f"group is an engine's group, True for all processes, or None; not {given!r}.")
-        # The world may not be there yet.
-        if backend is not None and not (given is True and backend.capabilities.replicas):
-            _resolved(given, backend)
+        if backend is not None:
+            with suppress(RuntimeError):  # the engine may not be ready yet; training raises that error
+                _resolved(given, backend)
         return cls(given, name)
 
     def exchange(
