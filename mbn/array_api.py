@@ -394,7 +394,7 @@ def _against(weight: Number) -> Number:
 
 def _ratio(total: Number, count: Any) -> Number:
     """Return total / count, and 0 where the count is too small for a mean or a variance: 0 or less."""
-    if isinstance(count, int):
+    if isinstance(count, int | float):
         return total / count if count > 0 else total * 0.0
     is_positive = _leading(count) > 0
     return _where(is_positive, total, 0.0) / _where(is_positive, count, 1.0)
