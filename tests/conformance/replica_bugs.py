@@ -1,9 +1,10 @@
 """Bugs planted in the exchange between replicas: ``python replica_bugs.py FOLDER BUG...`` tries for each its test."""
 
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +34,21 @@ def mean_of_means(_: Any, kernels: Kernels, moments: Moments, dtype: str, replic
     return reduce(kernels.merge, [one._replace(count=total / len(every)) for one in every])._replace(count=total)
 
 
-@replaces(HostKernels, "advance")
-def local_count_in_bessel(original: Any, self: Any, state: Any, moments: Moments, settings: Any) -> Any:
-    stats, _ = original(self, state, moments, settings)
-    _, after = original(self, state, moments._replace(count=self.own_count), settings)
-    return stats, after
+def local_count_in_bessel() -> None:
+    """Correct the running variance by the count of the replica's own batch."""
+    original, own = compose.merged, threading.local()
 
+    def merged(kernels: Kernels, moments: Moments, *rest: Any) -> Moments:
+        own.count = moments.count
+        return original(kernels, moments, *rest)
 
-def _with_own_counts() -> None:
-    moments = HostKernels.moments
+    def advance(original: Any, state: Any, moments: Moments, settings: Any) -> Any:
+        stats, _ = original(state, moments, settings)
+        return stats, original(state, moments._replace(count=own.count), settings)[1]
 
-    def counted(self: Any, batch: Any) -> Moments:
-        found = moments(self, batch)
-        self.own_count = found.count
-        return found
-
-    HostKernels.moments = counted
-    local_count_in_bessel()
+    compose.merged, backend = merged, mbn.get_backend("numpy")
+    for kernels in (backend.kernels, backend.step_kernels):
+        kernels.advance = partial(advance, kernels.advance)
 
 
 @replaces(HostKernels, "grad_input")
@@ -172,7 +171,7 @@ MASKED = "test_masked_replicas_agree"
 BUGS = {
     "mean of means": Bug(_rebound(mean_of_means), AGREE),
     "local count in Bessel's correction": Bug(
-        _with_own_counts, "test_bessel_correction_counts_the_values_of_all_replicas"
+        _rebound(local_count_in_bessel), "test_bessel_correction_counts_the_values_of_all_replicas"
     ),
     "local count in dx": Bug(local_count_in_dx, AGREE),
     "one value judged locally": Bug(
