@@ -18,6 +18,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from mbn.commands.bench import peers
 from mbn.commands.bench.measurement import LIMIT
+from mbn.commands.bench.replica import ALONE, GATHER, SHARED
 from mbn.commands.bench.report import TITLES
 from mbn.commands.bench.workloads import FORWARD, MODES
 from mbn.commands.output import milliseconds
@@ -27,6 +28,7 @@ RESULTS = DOCS.parent / "asv_bench" / "results"
 BASELINE = "torch.nn"
 """The peer whose times are 1."""
 _TIME, _MEMORY, _INPUTS = "side_by_side.Time.track_step", "side_by_side.Memory.track_peak", "speed.Step.time_step"
+_REPLICAS = "replicas.Replicas.track_step"
 _OVERHEAD, _IMPORT = "overhead.Call.track_overhead", "imports.track_import_beyond_numpy"
 _AGREEMENT = {
     f"agreement.Float32.track_{quantity}": title
@@ -83,7 +85,9 @@ class Run(NamedTuple):
 
 def setup(app: Any) -> dict[str, bool]:
     """Have the tables and pictures made before anything is read."""
-    app.connect("builder-inited", lambda _: generate(DOCS / "_generated", newest(RESULTS)))
+    app.connect(
+        "builder-inited", lambda _: generate(DOCS / "_generated", newest(RESULTS), runs(RESULTS, _REPLICAS)[-1])
+    )
     return {"parallel_read_safe": True}
 
 
@@ -107,8 +111,8 @@ def runs(results: Path, benchmark: str) -> list[Run]:
     return sorted(found, key=lambda run: run.record["date"])
 
 
-def generate(folder: Path, run: Run) -> None:
-    """Write the tables as Markdown and the pictures as SVG."""
+def generate(folder: Path, run: Run, of_replicas: Run) -> None:
+    """Write the tables as Markdown and the pictures as SVG, the table of replicas from results that may be others."""
     folder.mkdir(exist_ok=True)
     times = run.values(_TIME)
     tables = {
@@ -117,6 +121,7 @@ def generate(folder: Path, run: Run) -> None:
         "inputs": _inputs(run.values(_INPUTS)),
         "overhead": _overhead(run),
         "agreement": _agreement(run),
+        "replicas": _replicas(of_replicas),
     }
     for mode in MODES:
         of_mode = {(name, shape): time for (name, of, shape), time in times.items() if of == mode}
@@ -198,6 +203,20 @@ def _agreement(run: Run) -> str:
     return table(("ulp", *_AGREEMENT.values()), rows)
 
 
+def _replicas(run: Run) -> str:
+    times, more = run.values(_REPLICAS), "more"
+    rows = [
+        (
+            _name(backend),
+            TITLES[mode],
+            sizes(shape),
+            *(number(times.get((backend, mode, what, shape)), microseconds) for what in (ALONE, SHARED, more, GATHER)),
+        )
+        for backend, mode, shape in _ordered((backend, mode, shape) for backend, mode, _, shape in times)
+    ]
+    return table(("µs", "step", "x of each process", "alone", "shared", "shared less alone", "bare gather"), rows)
+
+
 def chart(ratios: Ratios) -> Figure:
     """Draw times as dots on a logarithmic scale, a band for each input; the baseline is a line."""
     subjects, inputs = axes(ratios)
@@ -261,6 +280,11 @@ def ratio_text(ratio: float) -> str:
 def number(value: float | None, text: Callable[[float], str]) -> str:
     """Return a figure as text, or a dash for one that was not measured."""
     return "-" if value is None else text(value)
+
+
+def microseconds(seconds: float) -> str:
+    """Return a time as a number of microseconds."""
+    return f"{1e6 * seconds:.0f}" if seconds >= 1e-5 else f"{1e6 * seconds:.1f}"
 
 
 def mebibytes(size: float) -> str:

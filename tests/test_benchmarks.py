@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import mbn
-from mbn.commands.bench import measurement
+from mbn.commands.bench import measurement, replicas
 from mbn.commands.bench.workloads import Workload
 
 pytestmark = pytest.mark.processes
@@ -64,12 +64,14 @@ def _run(cls, method):
 
 @pytest.fixture
 def few(monkeypatch):
-    """Reduce the side-by-side benchmarks, which take minutes, to few calls on small inputs."""
+    """Reduce the benchmarks in processes, which take minutes, to few calls on small inputs."""
     side_by_side = MODULES["side_by_side"]
     shapes = {workload: Workload(workload.shape).smaller().smaller() for workload in map(Workload, side_by_side.SHAPES)}
     monkeypatch.setattr(side_by_side, "Workload", lambda shape: shapes[Workload(shape)])
     monkeypatch.setattr(side_by_side, "SUBJECTS", ["numpy", "nowhere", "copy"])
     monkeypatch.setattr(measurement, "ROUNDS", 1)
+    monkeypatch.setattr(replicas, "ROUNDS", 1)
+    monkeypatch.setattr(MODULES["replicas"], "NAMES", ["numpy", "nowhere"])
 
 
 @pytest.mark.usefixtures("few")

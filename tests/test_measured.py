@@ -55,7 +55,11 @@ def run(measured):
 
 
 def test_tables_show_measured_subjects_and_leave_out_the_others(measured, run, tmp_path):
-    measured.generate(tmp_path / "made", run)
+    shown = asv(
+        [3e-5, 8e-5, 5.2e-5, 6e-6], ("numpy",), ("train",), ("alone", "shared", "more", "gather"), ("(32, 64)",)
+    )
+    replicas = measured.Run({"results": {"replicas.Replicas.track_step": shown}})
+    measured.generate(tmp_path / "made", run, replicas)
     tables = {path.stem: path.read_text().splitlines() for path in (tmp_path / "made").glob("*.md")}
     assert tables["train"] == [
         f"| time / torch.nn | 32{TIMES}64 |",
@@ -73,6 +77,7 @@ def test_tables_show_measured_subjects_and_leave_out_the_others(measured, run, t
     assert tables["overhead"][2] == "| **numpy** | 2.0 | 1.0 |"
     assert tables["overhead"][-1].startswith("`import mbn` takes 12.5 ms")
     assert tables["agreement"][2] == "| **numpy** | 0.50 | 0.50 | 0.50 | 0.50 |"
+    assert tables["replicas"][2] == f"| **numpy** | Training, forward | 32{TIMES}64 | 30 | 80 | 52 | 6.0 |"
     assert "| mbn | 01234567 |" in tables["machine"]
     for mode in ("train", "eval", "backward"):
         assert "<svg" in (tmp_path / "made" / f"{mode}.svg").read_text()

@@ -47,6 +47,10 @@ alone). On backends whose framework has gradients these are the framework's; on 
 With --device, every backend that has this device is measured there, beside its peers and a copy within the device; the
 other backends are left out. On a GPU the times are those of CUDA events. JAX has no events, so many of its calls are
 queued, and the host's clock times the wait for the last one.
+
+With --replicas N, each backend trains in N processes, once with statistics shared and once alone, and the difference is
+shown beside a bare gather: NumPy and Numba over MPI, Torch over gloo. Every process has a batch of the shape. Modes are
+train and backward.
 """
 _BENCH_EXITS = "exit codes: 0 measured; 1 measured, but a subject failed; 2 bad usage, or no backend could run"
 _CONFORM = """\
@@ -146,6 +150,9 @@ def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--device", type=_device, metavar="DEVICE", help="measure on this device alone: cuda, cuda:1, cpu"
     )
+    parser.add_argument(
+        "--replicas", type=_replicas, metavar="N", help="measure steps in N processes that share their statistics"
+    )
     _add_files(parser, "draw the times")
     parser.set_defaults(run=bench.run)
 
@@ -243,6 +250,12 @@ def _shape(text: str) -> tuple[int, ...]:
     if len(shape) not in (2, 3) or min(shape) < 1:
         raise argparse.ArgumentTypeError(message)
     return shape
+
+
+def _replicas(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of processes: give 2 or more")
+    return int(text)
 
 
 def _rows(text: str) -> int:

@@ -2,16 +2,15 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
-from shutil import which
 
 import numpy as np
 import pytest
 
 import mbn
+from mbn.commands.bench.replicas import LOCAL, launcher
 from mbn_cpu import group
 
 HERE = Path(__file__).parent
@@ -21,24 +20,22 @@ PATIENCE = 300
 
 def mpiexec(size, *command, **environment):
     """Return the exit status and the output of a command in each of several ranks."""
-    # A wheel has its mpiexec beside Python.
-    found = which("mpiexec", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    found = launcher(size)
     assert found, "mpi4py is installed, and no mpiexec: pip install mpich"
     paths = os.pathsep.join(filter(None, sys.path))
     process = subprocess.Popen(
-        [found, "-n", str(size), sys.executable, *command],
-        env=os.environ | {"PYTHONPATH": paths, "MBN_NUM_THREADS": "1", "MBN_GROUP_TIMEOUT": "30"} | environment,
+        [*found, sys.executable, *command],
+        env=os.environ | LOCAL | {"PYTHONPATH": paths, "MBN_NUM_THREADS": "1", "MBN_GROUP_TIMEOUT": "30"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
     try:
         output, _ = process.communicate(timeout=PATIENCE)
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)  # which mpiexec passes on to the ranks
-            process.kill()
+            process.terminate()  # which mpiexec passes on to the ranks
+            process.wait(PATIENCE)
     return process.returncode, output
 
 

@@ -7,7 +7,7 @@ import argparse
 import io
 
 from mbn.commands import options
-from mbn.commands.bench import measurement, record, report
+from mbn.commands.bench import measurement, record, replicas, report
 from mbn.commands.bench.measurement import Measurement
 from mbn.commands.bench.workloads import MODES, PULLBACK, Workload
 from mbn.commands.options import UsageError
@@ -30,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
     outputs.check_files({"--json": args.json, "--plot": args.plot})
     options.check_plot(args.plot)
     workload = _workload(args)
+    if args.replicas:
+        return _share(args, workload, backends)
     modes = tuple(mode for mode in (*MODES, PULLBACK) if mode in (args.modes or MODES))
     if args.device:
         backends = _on_device(args.device, backends)
@@ -52,6 +54,31 @@ def run(args: argparse.Namespace) -> int:
     finally:  # the files are written even where standard output is closed
         outputs.write(written)
     if not any(spec in result.timed for spec in backends):
+        return _NOTHING_RAN
+    return _FAILED if any(isinstance(s, NotRun) and s.broken for s in result.subjects.values()) else _MEASURED
+
+
+def _share(args: argparse.Namespace, workload: Workload, backends: list[str]) -> int:
+    """Measure what it costs to share statistics, and return the exit code."""
+    modes = tuple(mode for mode in replicas.MODES if mode in (args.modes or replicas.MODES))
+    if args.device or args.plot or not set(args.modes or modes) <= set(modes) or any(":" in spec for spec in backends):
+        raise UsageError(
+            "--replicas measures training on the CPU and draws nothing: it goes without --device, --plot and devices "
+            "of --backends, and its modes are train and backward."
+        )
+    with progress() as steps:
+        steps.plan(len(backends))
+
+        def begin(name: str) -> None:
+            steps.begin(name)
+            steps.advance(1)
+
+        result = replicas.measure(workload, args.replicas, backends, modes, begin)
+    try:
+        replicas.show(console(), result)
+    finally:
+        outputs.write({args.json: replicas.to_json(result).encode()} if args.json else {})
+    if not result.shared:
         return _NOTHING_RAN
     return _FAILED if any(isinstance(s, NotRun) and s.broken for s in result.subjects.values()) else _MEASURED
 

@@ -10,7 +10,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from mbn.commands.bench.measurement import LIMIT, Measurement
-from mbn.commands.bench.report import TITLES, description
+from mbn.commands.bench.report import TITLES, described
 from mbn.commands.output import milliseconds
 
 INK, QUIET = "#1f2933", "#6b7785"
@@ -31,7 +31,7 @@ def save(measurement: Measurement, file: Path | BinaryIO) -> None:
     specs = [spec for spec in measurement.timed if spec != measurement.limit]
     layout = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.15)
     figure = Figure(figsize=(1 + 4.8 * len(measurement.modes), 2.1 + 0.42 * max(len(specs), 1)), layout=layout)
-    title = textwrap.fill(f"mbn bench: {description(measurement)}", int(_LETTERS * figure.get_figwidth()))
+    title = textwrap.fill(f"mbn bench: {described(measurement.workload)}", int(_LETTERS * figure.get_figwidth()))
     figure.suptitle(title, color=INK, fontsize=14, fontweight="bold")
     panels = figure.subplots(1, len(measurement.modes), squeeze=False)[0]
     limit = measurement.timed.get(measurement.limit)

@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mbn.commands.bench.measurement import Measurement, Timed
-from mbn.commands.bench.workloads import PULLBACK
+from mbn.commands.bench.workloads import PULLBACK, Workload
 from mbn.commands.output import milliseconds, not_run, print_filled, table
 from mbn.commands.processes import NotRun
 
@@ -27,16 +27,15 @@ def show(console: Console, measurement: Measurement) -> None:
     print_filled(console, _subjects(measurement), not_run("subject", reasons))
     if not measurement.timed:
         return
-    console.print(description(measurement), style="bold")
+    console.print(described(measurement.workload), style="bold")
     console.print(_EXPLANATION)
     for mode in measurement.modes:
         console.print(TITLES[mode], style="bold")
         print_filled(console, _times(measurement, mode))
 
 
-def description(measurement: Measurement) -> str:
+def described(workload: Workload) -> str:
     """Return the shape and dtype of x, and the other arguments of the workload that are not the default."""
-    workload = measurement.workload
     parts = [f"x of {workload.shape} {workload.dtype}"]
     parts += [f"axis {workload.axis}"] if workload.axis != 1 else []
     parts += ["every third position masked"] if workload.masked else []
