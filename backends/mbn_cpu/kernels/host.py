@@ -118,8 +118,6 @@ class StepKernels(HostKernels):
         super().__init__(passes)
         self.steps = steps
         self.train, self.evaluate, self.pullback = steps.train, steps.evaluate, steps.pullback
-        if steps.merge is None:  # NumPy's
-            self.merge, self.advance = super().merge, super().advance  # type: ignore[method-assign]
 
     def moments(self, batch: Batch) -> Moments:
         found: Moments = self.steps.moments(batch)

@@ -7,7 +7,20 @@ input, whose statistics need two passes.
 import numpy as np
 
 from mbn.contract import Batch, Moments, Params, Settings, State, Stats
-from mbn_cpu.channel_stats import FAR_SQUARE, WIDE, Pair, added, as_pair, counted, invstd, is_far, is_wide, lerp, step
+from mbn_cpu.channel_stats import (
+    FAR_SQUARE,
+    FORMULAS,
+    WIDE,
+    Pair,
+    added,
+    as_pair,
+    counted,
+    invstd,
+    is_far,
+    is_wide,
+    lerp,
+    step,
+)
 
 _BOUND = 2.0**800
 """The bound of vectors whose products with float32 numbers stay in the range of float64."""
@@ -115,7 +128,22 @@ def moments(batch: Batch) -> Moments:
     return Moments(n, added(center, rest), m2)
 
 
-merge = advance = None  # the formulas on vectors are as fast
+merge = FORMULAS.merge
+
+
+@np.errstate(all="ignore")
+def advance(state: State, moments: Moments, settings: Settings) -> tuple[Stats, State]:
+    """Return the statistics to normalise a batch by, and the state after the step, as the formulas do."""
+    n, (hi, lo), m2 = moments
+    mean, var, count = state
+    if count is not None:
+        count = counted(count)
+    share = 0.0 if mean is None else float(step(settings.momentum, count, n, settings.correction))
+    if share != 0:
+        rest = 1 - share
+        mean = (rest * mean.astype(WIDE) + share * (hi + lo)).astype(mean.dtype)
+        var = (rest * var.astype(WIDE) + share * (m2 / (n - settings.correction))).astype(var.dtype)
+    return Stats(moments.mean, m2 / n, n), State(mean, var, count)
 
 
 @np.errstate(all="ignore")
