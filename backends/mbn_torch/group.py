@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from mbn.contract import LIVE, Group, Kernels, Moments, Needs, check_total
+from mbn_torch.private import gather_all
 
 _GRACE, _PAUSE = 2.0, 0.02
 """Seconds in which other processes say that they have waited too, and between two looks."""
@@ -17,9 +18,6 @@ _EQUALLY_OFTEN = (
     "Each process has to call the layer equally often, with an empty batch, x[:0], where it has no data. The seconds "
     "to wait are the timeout of the process group."
 )
-
-_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
-"""The same function; Torch 2.13 has given it the first name."""
 
 
 def distributed_group(given: Any) -> "DistributedGroup":
@@ -56,16 +54,16 @@ class DistributedGroup(Group):
 
     @property
     def rank(self) -> int:
-        return dist.get_rank(self._group)
+        return int(self._group.rank())
 
     @property
     def size(self) -> int:
-        return dist.get_world_size(self._group)
+        return int(self._group.size())
 
     def gather(self, vector: torch.Tensor) -> torch.Tensor:
         rows = vector.new_empty(self.size * vector.numel())
         try:
-            _gather(rows, vector, group=self._group)
+            gather_all(self._group, rows, vector)
         except RuntimeError as error:
             reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
             raise TimeoutError(f"{self._missing()}: {reason}. {_EQUALLY_OFTEN}") from error

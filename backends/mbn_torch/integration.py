@@ -6,6 +6,7 @@ or differentiates in forward mode use the traceable kernels from the start, with
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import compress, repeat
 from typing import Any, TypeAlias
 
@@ -36,22 +37,6 @@ def bind(
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Return forward and pullback bound to autograd: a step that is one ``autograd.Function``, and its gradient."""
 
-    def computed(
-        kernels: Kernels,
-        batch: Any,
-        params: Params,
-        state: State,
-        settings: Settings,
-        training: bool,
-        out: torch.Tensor | None = None,
-        replicas: Replicas | None = None,
-    ) -> tuple[torch.Tensor, State, Stats]:
-        if replicas is not None and isinstance(kernels, CpuKernels):
-            return kernels.train_together(batch, params, state, settings, out, replicas)
-        result: tuple[torch.Tensor, State, Stats]
-        result = forward(kernels, batch, params, state, settings, training, out, replicas=replicas)
-        return result
-
     def step(
         kernels: Kernels,
         batch: Batch,
@@ -65,24 +50,21 @@ def bind(
     ) -> tuple[torch.Tensor, State, Stats]:
         x = batch.x
         if kernels is TRACEABLE:
-            if is_scripted() and any(
-                value is not None and value.requires_grad and is_constant(value) for value in params
-            ):
-                raise RuntimeError(NOT_REGISTERED)
+            _check_registered(params)
             # Widen x once for all of its uses: autograd adds up the gradients of the uses in the dtype of their input.
             wide = batch._replace(x=x.to(WIDE))
             shared = _sharing(replicas, x, params)
             y, state, stats = forward(kernels, wide, params, state, settings, training, replicas=shared)
             y = y.to(x.dtype)
             return y if out is None else out.copy_(y), state, stats
-        # Other replicas may need a gradient even if this one does not.
-        is_shared = _takes_part(replicas, x)
+        is_shared, run, anchor = False, forward, None
+        if replicas is not None:  # others may need a gradient even if this one does not
+            is_shared, run, anchor = _takes_part(replicas, x), partial(_together, forward), _ANCHOR
         if not is_shared and not is_recorded(x, *params):
-            return computed(kernels, batch, params, state, settings, training, out, replicas)
+            return run(kernels, batch, params, state, settings, training, out, replicas=replicas)
         if out is not None:
             raise RuntimeError("autograd cannot record writes to out: call it under torch.no_grad().")
-        anchor = None if replicas is None else _ANCHOR
-        rest = kernels, batch, state, settings, training, replicas, anchor, computed, gradients
+        rest = kernels, batch, state, settings, training, replicas, anchor, run, gradients
         return BatchNorm.apply(x, *params, *rest)
 
     def gradients(dy: torch.Tensor, batch: Batch, weight: Any, stats: Stats, *rest: Any) -> Gradients:
@@ -108,9 +90,34 @@ def bind(
     return step, differentiate
 
 
-def _takes_part(replicas: Replicas | None, x: torch.Tensor) -> bool:
+def _check_registered(params: Params) -> None:
+    if is_scripted() and any(value is not None and value.requires_grad and is_constant(value) for value in params):
+        raise RuntimeError(NOT_REGISTERED)
+
+
+def _together(
+    forward: Callable[..., Any],
+    kernels: Kernels,
+    batch: Any,
+    params: Params,
+    state: State,
+    settings: Settings,
+    training: bool,
+    out: torch.Tensor | None = None,
+    *,
+    replicas: Replicas,
+) -> tuple[torch.Tensor, State, Stats]:
+    """Return a step with other replicas by the fast kernels, which autograd does not see."""
+    if isinstance(kernels, CpuKernels):
+        return kernels.train_together(batch, params, state, settings, out, replicas)
+    result: tuple[torch.Tensor, State, Stats]
+    result = forward(kernels, batch, params, state, settings, training, out, replicas=replicas)
+    return result
+
+
+def _takes_part(replicas: Replicas, x: torch.Tensor) -> bool:
     """Tell the other replicas what this one needs of the backward pass; return whether it takes part in it."""
-    if replicas is None or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
         return False
     replicas.expect(Needs.GRADIENT if is_recorded(x) else Needs.SUMS)
     return True

@@ -104,6 +104,18 @@ def copy_all(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -
     torch._foreach_copy_(list(targets), list(sources))
 
 
+def gather_all(group: Any, rows: torch.Tensor, vector: torch.Tensor) -> None:
+    """Gather the vectors of a process group, as ``torch.distributed.all_gather_single`` does but without its logger."""
+    from torch._C._distributed_c10d import AllgatherOptions  # some builds of Torch have no torch.distributed
+
+    options = AllgatherOptions()
+    options.asyncOp = False
+    gather = getattr(group, "all_gather_single", None) or group._allgather_base  # the name before Torch 2.13
+    work = gather(rows, vector, options)
+    if work is not None:
+        work.wait()
+
+
 def to_dlpack(tensor: torch.Tensor, *, is_versioned: bool) -> object:
     """Return a DLPack capsule, as ``Tensor.__dlpack__`` does but without its checks."""
     return (torch._C._to_dlpack_versioned if is_versioned and _HAS_VERSIONS else torch._C._to_dlpack)(tensor)

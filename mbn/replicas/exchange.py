@@ -92,6 +92,7 @@ class Exchange:
     ) -> None:
         """Prepare an exchange; without ``settings`` the number of channels and the dtype are not known yet."""
         self._agreement, self._group, self._backend, self._device = agreement, group, backend, device
+        self._own_group = group
         self._kind = kind
         self._key: Key = (None, "") if settings is None else (settings.num_features, settings.dtype)
         self._needs = Needs.NOTHING
@@ -103,6 +104,10 @@ class Exchange:
         """The group that exchanges vectors."""
         return self._group
 
+    def through(self, group: Group, backend: Backend) -> None:
+        """Exchange from now on the arrays of another backend, by a group that takes them."""
+        self._group, self._backend, self._device = group, backend, None
+
     @property
     def key(self) -> str:
         """The key of this exchange in ``LIVE``."""
@@ -110,7 +115,9 @@ class Exchange:
         return key
 
     def resumed(self, backend: Backend) -> Self:
-        """Return this exchange, which an operator of autograd has found by its key."""
+        """Return this exchange, which an operator of autograd has found by its key, for arrays of the backend again."""
+        if self._backend is not backend:
+            self.through(self._own_group, backend)
         return self
 
     def __enter__(self) -> Self:

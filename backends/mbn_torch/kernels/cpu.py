@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from mbn.contract import Batch, Kernels, Moments, Params, Settings, State, Stats
+from mbn.contract import Batch, Group, Kernels, Moments, Params, Settings, State, Stats
 from mbn_common.channel_stats import Pair, Scaled
 from mbn_cpu import memory, thread_pool
 from mbn_cpu.backend import HostBackend
@@ -129,7 +129,7 @@ class CpuKernels(ConcreteKernels):
         replicas: Any,
     ) -> tuple[torch.Tensor, State, Stats]:
         """Return the results of ``train``, for a batch that other replicas have parts of."""
-        y, after, stats = self._step(batch, params, state, settings, True, out, _OnArrays(replicas))
+        y, after, stats = self._step(batch, params, state, settings, True, out, _OnArrays(replicas, self._own))
         return y, State(*map(_tensor, after)), stats
 
     def _step(
@@ -163,7 +163,7 @@ class CpuKernels(ConcreteKernels):
     def pull_back_together(
         self,
         dy: torch.Tensor,
-        batch: ArrayBatch,
+        batch: Any,
         weight: torch.Tensor | None,
         stats: Stats,
         eps: float,
@@ -173,30 +173,30 @@ class CpuKernels(ConcreteKernels):
         """Return the results of ``pullback`` as far as needed, for a batch that other replicas have parts of."""
         arguments = as_array(_wide(dy)), batch.arrays, as_array(weight), as_array(stats), eps, needs
         with nullcontext() if self._is_at_once else _limited():
-            dx, *sums = self._own.pullback(self._kernels, *arguments, _OnArrays(replicas))
+            dx, *sums = self._own.pullback(self._kernels, *arguments, _OnArrays(replicas, self._own))
         return None if dx is None else _arranged(dx, batch.x), *map(_tensor, sums)
 
 
 class _OnArrays:
     """Replicas that exchange statistics and sums in arrays."""
 
-    def __init__(self, exchange: Any) -> None:
-        self._exchange = exchange
+    def __init__(self, exchange: Any, own: HostBackend) -> None:
+        if not isinstance(exchange.group, _ArrayGroup):
+            exchange.through(_ArrayGroup(exchange.group), own)
+        self.waits, self.moments, self.sums = exchange.waits, exchange.moments, exchange.sums
 
-    @property
-    def waits(self) -> bool:
-        waits: bool = self._exchange.waits
-        return waits
 
-    def moments(self, kernels: Kernels, moments: Moments, dtype: str) -> list[Moments]:
-        vectors = kernels.to_vectors(moments, dtype)
-        counts, rows = self._exchange.gather(moments.count, vectors, dtype)
-        found: list[Moments] = self._exchange.unpacked(kernels, counts, rows.numpy(), len(vectors))
-        return found
+class _ArrayGroup(Group):
+    """A group of tensors that takes arrays."""
 
-    def sums(self, sums: tuple[np.ndarray, ...]) -> list[tuple[np.ndarray, ...]]:
-        rows = self._exchange.gathered_sums(sums).numpy()
-        return [tuple(row) for row in rows.reshape(len(rows), len(sums), -1).astype(sums[0].dtype, copy=False)]
+    rank = size = 0
+
+    def __init__(self, group: Group) -> None:
+        self.rank, self.size, self._group = group.rank, group.size, group
+
+    def gather(self, vector: np.ndarray) -> np.ndarray:
+        rows: np.ndarray = self._group.gather(torch.from_numpy(vector)).numpy()
+        return rows
 
 
 def tensors(stats: Stats) -> Stats:
