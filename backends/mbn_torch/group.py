@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd import Function
 
 from mbn.contract import LIVE, Group, Kernels, Moments, Needs, check_total
 from mbn_torch.private import gather_all
@@ -139,7 +140,7 @@ class Differentiable:
         count, vectors = moments.count, kernels.to_vectors(moments, dtype)
         weight = count if isinstance(count, torch.Tensor) and not self._is_empty else None
         known = 0 if self._is_empty else -1 if weight is not None else count
-        rows = gather_moments(
+        rows = _chosen(gather_moments, _GatherMoments)(
             torch.cat(vectors), self._anchor, weight, known, len(vectors), dtype, self._needs, self._key, self._size
         )
         self._all_needs = rows[:, 0].detach()
@@ -147,7 +148,7 @@ class Differentiable:
 
     def sums(self, sums: tuple[torch.Tensor, ...]) -> Sequence[tuple[torch.Tensor, ...]]:
         """Return the sums of all replicas, differentiable by those of each."""
-        rows = spread(torch.cat(sums), self._all_needs, self._key, self._size)
+        rows = _chosen(spread, _Spread)(torch.cat(sums), self._all_needs, self._key, self._size)
         return [row.chunk(len(sums)) for row in rows.unbind()]
 
 
@@ -181,11 +182,12 @@ def gather_moments(
         check_total(sum(counts))
     result = torch.cat([rows.new_tensor(exchange.all_needs)[:, None], rows], 1)
     if 0 in counts and any(counts):  # a mean of 0 would cost the others' mean its low part
+        channels = len(vector) // fields
         present = next(i for i, count in enumerate(counts) if count != 0)
         for i, count in enumerate(counts):
             if count == 0:
                 result[i, 2:] = rows[present, 1:]
-                result[i, 2 + 2 * len(vector) // fields :] = 0
+                result[i, 2 + 2 * channels : 2 + 3 * channels] = 0  # m2
     return result
 
 
@@ -198,7 +200,7 @@ def collect(
     exchange = _resumed(key)
     if exchange is None:
         return gradients[0].clone(), zeros
-    if needs is not None and not (needs == Needs.GRADIENT).any():
+    if needs is not None and bool((needs == Needs.SUMS).all()):  # nobody needs a gradient of x
         return torch.zeros_like(gradients[0]), zeros
     rows = exchange.exchanged(gradients.reshape(-1), needs)
     return rows.view(len(rows), *gradients.shape)[:, exchange.group.rank].sum(0), zeros
@@ -257,31 +259,75 @@ def _(vector: torch.Tensor, needs: Any, key: str, size: int) -> torch.Tensor:
     return vector.new_empty(size, vector.shape[0])
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *_, ctx.key, ctx.size = inputs
-    ctx.live = LIVE.get(ctx.key)  # an exchange lives as long as this graph
+# Derivatives: for compilers those of the operators; else those of functions, which torch.func transforms too.
 
 
-def _keep_moments(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _keep(ctx, inputs, output)
-    ctx.save_for_backward(output, inputs[1])
+def _chosen(operator: Any, function: type[Function]) -> Any:
+    return operator if torch.compiler.is_compiling() else function.apply
 
 
-def _moments_backward(ctx: Any, gradients: torch.Tensor) -> tuple[Any, ...]:
-    rows, anchor = ctx.saved_tensors
-    own, zeros = collect(gradients[:, 2:], rows[:, 0], anchor, ctx.key)
-    return own, None if anchor is None else zeros, None, None, None, None, None, None, None
+class _GatherMoments(Function):
+    """The operator ``gather_moments``."""
+
+    forward = staticmethod(gather_moments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        *_, ctx.key, ctx.size = inputs
+        ctx.live = LIVE.get(ctx.key)  # an exchange lives as long as this graph
+        ctx.save_for_backward(output, inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradients: torch.Tensor) -> tuple[Any, ...]:
+        rows, anchor = ctx.saved_tensors
+        own, zeros = _chosen(collect, _Collect)(gradients[:, 2:], rows[:, 0], anchor, ctx.key)
+        return own, None if anchor is None else zeros, *[None] * 7
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: torch.Tensor, *_: Any) -> torch.Tensor:
+        rows = _Spread.apply(tangent, None, ctx.key, ctx.size)
+        return torch.cat([torch.zeros_like(rows[:, :1]).expand(-1, 2), rows], 1)
 
 
-def _keep_collected(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    gradients, _, _, ctx.key = inputs
-    ctx.size, ctx.live = gradients.shape[0], LIVE.get(ctx.key)
+class _Collect(Function):
+    """The operator ``collect``."""
+
+    forward = staticmethod(collect)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        gradients, _, _, ctx.key = inputs
+        ctx.size, ctx.live = gradients.shape[0], LIVE.get(ctx.key)
+
+    @staticmethod
+    def backward(ctx: Any, own: torch.Tensor, _: Any) -> tuple[Any, ...]:
+        return _chosen(spread, _Spread)(own, None, ctx.key, ctx.size), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        own, zeros = _Collect.apply(tangent, None, None, ctx.key)
+        return own, zeros
 
 
-gather_moments.register_autograd(_moments_backward, setup_context=_keep_moments)
-collect.register_autograd(
-    lambda ctx, own, _: (spread(own, None, ctx.key, ctx.size), None, None, None), setup_context=_keep_collected
-)
-spread.register_autograd(
-    lambda ctx, rows: (collect(rows, None, None, ctx.key)[0], None, None, None), setup_context=_keep
-)
+class _Spread(Function):
+    """The operator ``spread``."""
+
+    forward = staticmethod(spread)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        *_, ctx.key, ctx.size = inputs
+        ctx.live = LIVE.get(ctx.key)
+
+    @staticmethod
+    def backward(ctx: Any, rows: torch.Tensor) -> tuple[Any, ...]:
+        return _chosen(collect, _Collect)(rows, None, None, ctx.key)[0], None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: torch.Tensor, *_: Any) -> torch.Tensor:
+        rows: torch.Tensor = _Spread.apply(tangent, None, ctx.key, ctx.size)
+        return rows
+
+
+for _operator, _function in ((gather_moments, _GatherMoments), (collect, _Collect), (spread, _Spread)):
+    _operator.register_autograd(_function.backward, setup_context=_function.setup_context)

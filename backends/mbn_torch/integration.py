@@ -18,7 +18,7 @@ from mbn_torch.channel_stats import WIDE, variance
 from mbn_torch.group import Differentiable
 from mbn_torch.kernels.cpu import CpuKernels, tensors
 from mbn_torch.kernels.traceable import TRACEABLE
-from mbn_torch.private import is_constant, is_recorded, is_scripted
+from mbn_torch.private import is_constant, is_recorded, is_scripted, is_transformed
 
 Needed: TypeAlias = tuple[bool, bool, bool]
 Gradients: TypeAlias = tuple[torch.Tensor | None, ...]
@@ -128,7 +128,7 @@ def _sharing(replicas: Any, x: torch.Tensor, params: Params) -> Differentiable |
     shared = Differentiable.of(replicas)
     if shared is not None and torch.is_grad_enabled():
         anchor = next((value for value in params if is_recorded(value)), None)
-        if is_recorded(x):
+        if is_recorded(x) or (is_transformed() and not torch.compiler.is_compiling()):  # torch.func hides an outer one
             shared.expect(Needs.GRADIENT)
         elif anchor is not None:  # without a gradient of x nothing else leads autograd back to the exchange
             shared.expect(Needs.SUMS, anchor)

@@ -275,9 +275,11 @@ class Exchange:
 
     def exchanged(self, vector: Array, needs: Sequence[float] | None = None) -> Array:
         """Return the vectors of all replicas in a derivative; ``needs`` are those of the forward pass, if compared."""
-        if needs is not None:
-            self._all_needs = [float(need) for need in needs]
-        return self.gathered_sums((vector,))
+        before, self._all_needs = self._all_needs, [] if needs is None else [float(need) for need in needs]
+        try:
+            return self.gathered_sums((vector,))
+        finally:
+            self._all_needs = before
 
     @contextmanager
     def pulling(self) -> Iterator[None]:

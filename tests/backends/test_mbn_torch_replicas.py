@@ -114,6 +114,16 @@ def test_derivatives_of_three_orders_agree_with_the_undivided_batch(world: Calla
         assert_near(sum(of_replicas) if is_sum else np.concatenate(of_replicas), expected[index], "float64")
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+def test_transformed_replicas_agree_with_the_undivided_batch(world: Callable[[int], World]) -> None:
+    sizes = [20, 1, 16]
+    x, v = data(37, "float64")
+    expected = steps.transformed(x, v, group=None)
+    found = zip(*world(3).run(steps.transformed, split(x, sizes), split(v, sizes)), strict=True)
+    for of_replicas, whole in zip(found, expected, strict=True):
+        assert_near(np.concatenate(of_replicas), whole, "float64")
+
+
 def test_a_subgroup_shares_statistics_and_others_are_refused(world: Callable[[int], World]) -> None:
     x, _ = data(9, "float32")
     first, others, last = world(3).run(steps.in_subgroup, split(x, [2, 3, 4]))

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.autograd.forward_ad
 import torch.distributed as dist
 
 import mbn
@@ -88,6 +89,32 @@ def derivatives(x: torch.Tensor, dy: torch.Tensor, v: torch.Tensor, group: Any =
     second = torch.autograd.grad(scalar, (x, dy), create_graph=True)
     third = torch.autograd.grad((second[0] * v).sum(), (x,))
     return [tensor.detach().numpy() for tensor in (*first, *second, *third)]
+
+
+def transformed(x: torch.Tensor, v: torch.Tensor, group: Any = True) -> list[np.ndarray]:
+    """Return derivatives by ``torch.func``, in reverse, forward and mixed mode."""
+    bn = layer("float64", group=group)
+    params, own = mbn.Params(*(value.detach() for value in bn.params)), bn.state
+
+    def y(x: torch.Tensor) -> torch.Tensor:
+        return bn.apply(params, own, x, training=True)[0]
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return (y(x) * v).pow(3).sum()
+
+    def along(x: torch.Tensor) -> torch.Tensor:
+        return (torch.func.jvp(y, (x,), (v,))[1] * v).sum()
+
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.unpack_dual(y(torch.autograd.forward_ad.make_dual(x, v)))
+    found = (
+        torch.func.grad(loss)(x),
+        torch.func.jvp(torch.func.grad(loss), (x,), (v,))[1],
+        torch.func.grad(lambda x: (torch.func.grad(loss)(x) * v).sum())(x),
+        torch.func.grad(along)(x),
+        dual.tangent,
+    )
+    return [tensor.detach().numpy() for tensor in found]
 
 
 def in_subgroup(x: torch.Tensor) -> Any:
