@@ -318,6 +318,22 @@ def test_compiled_models_have_the_gradients_of_the_undivided_batch(world: Callab
         assert frames[-1] <= 2  # once more for other numbers of rows
 
 
+@pytest.mark.parametrize("needed", [[True, False], [False, True], [False, False]])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_rank_without_a_gradient_of_x_takes_part(
+    world: Callable[[int], World], backend: str, needed: list[bool]
+) -> None:
+    x, dy = data(7, "float32")
+    whole = steps.train(x, dy, None, "autograd", "float32", group=None)
+    arguments = split(x, SIZES), split(dy, SIZES), [needed] * 2, [backend] * 2
+    results = world(2).run(steps.compiled_without_gradients, *arguments)
+    assert [error for error, *_ in results] == ["no error"] * 2
+    assert_near(sum(dweight for _, dweight, _ in results), whole["dweight"], "float32")
+    for (_, _, dx), is_needed, expected in zip(results, needed, np.split(whole["dx"], [SIZES[0]]), strict=True):
+        if is_needed:
+            assert_near(dx, expected, "float32")
+
+
 def test_compiled_steps_fail_together() -> None:
     with World(2) as world:
         first, second = world.run(steps.compiled_faults)

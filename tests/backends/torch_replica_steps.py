@@ -350,6 +350,17 @@ def compiled(xs: list[torch.Tensor], totals: list[int], backend: str) -> Any:
     return found, state(model[1].layer), frames
 
 
+def compiled_without_gradients(x: torch.Tensor, dy: torch.Tensor, needed: list[bool], backend: str) -> Any:
+    """Return the gradients of a compiled step where x needs one on some ranks, and the error of the backward pass."""
+    torch._dynamo.reset()
+    bn = layer(group=True)
+    run = torch.compile(bn.as_module(), fullgraph=True, backend=backend)
+    x = x.clone().requires_grad_(needed[dist.get_rank()])
+    y = run(x)
+    error = _error(lambda: y.backward(dy))
+    return error, array(bn.weight.grad), array(x.grad)
+
+
 def compiled_faults() -> list[str]:
     """Return the errors of compiled steps: where rank 1 refuses, where it is not compiled, and where it stays away."""
     torch._dynamo.reset()
