@@ -66,6 +66,11 @@ class DistributedGroup(Group):
         try:
             gather_all(self._group, rows, vector)
         except RuntimeError as error:
+            if "No backend type" in str(error):
+                raise ValueError(
+                    f"the group of the layer has no engine for tensors on {vector.device}: make it with one, "
+                    "torch.distributed.init_process_group('cpu:gloo,cuda:nccl')."
+                ) from error
             reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
             raise TimeoutError(f"{self._missing()}: {reason}. {_EQUALLY_OFTEN}") from error
         return rows.view(self.size, -1)
