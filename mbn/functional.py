@@ -80,6 +80,7 @@ def batch_norm(
             the backend does not take. Nothing is written.
         ValueError: a wrong shape; one value per channel in training; no statistics to normalise by; eps < 0; an ``out``
             that cannot be written to. Nothing is written.
+        ReplicaError, TimeoutError, RuntimeError: with a group, as :attr:`mbn.BatchNorm1d.group` says.
 
     Source: Ioffe and Szegedy, Batch Normalization, 2015 (arXiv:1502.03167), algorithms 1 and 2.
     """

@@ -223,13 +223,18 @@ class BatchNorm1d:
         ``shard_map``, ``pmap`` or ``vmap`` on JAX; True for all processes (Torch, NumPy, Numba); or a
         :class:`mbn.Group`. Settable; None ends it.
 
-        All replicas have to call the layer equally often, with an empty batch where there is no data. Evaluation and
-        frozen layers do not communicate. A copy of the layer has the same group; a pickle keeps True and names of
-        axes, and a file has none.
+        All replicas begin with the same state, and call the layer equally often, with an empty batch where there is no
+        data; so they do with its pullback. Evaluation and frozen layers are local, and :meth:`fit` is too: it has an
+        argument of its own. A copy of the layer has the same group, and so has a layer that moves to another backend,
+        which may have to be given another before it trains. A pickle keeps True and names of axes; a file has none.
 
         Raises:
-            TypeError: no group of the backend's framework.
+            TypeError: no group of the backend's framework; from the first training step if the layer has no backend.
             ValueError: this process is not part of the group.
+            ImportError: the library of the group is not installed.
+
+        A call in training then raises :class:`mbn.ReplicaError` if another replica fails or computes another step,
+        TimeoutError if one is missing, and RuntimeError if the library is not ready.
         """
         member = self._storage.group
         return None if member is None else member.given
@@ -456,7 +461,8 @@ class BatchNorm1d:
                 as in a call, of any number of samples; of a tuple or list of arrays, as a DataLoader gives, the first
                 is the input.
             group: the processes that have batches of the data set, each its own and perhaps none: all layers then have
-                the statistics of all batches, the same bits. See :attr:`group`; a name of an axis is none of these.
+                the statistics of all batches, the same bits. See :attr:`group`; a name of an axis is none of these. By
+                default the batches are those of this process alone, even if the layer has a group.
             progress: show a progress bar on standard error.
 
         Raises:

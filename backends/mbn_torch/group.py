@@ -16,8 +16,8 @@ _GRACE, _PAUSE = 2.0, 0.02
 """Seconds in which other processes say that they have waited too, and between two looks."""
 
 _EQUALLY_OFTEN = (
-    "Each process has to call the layer equally often, with an empty batch, x[:0], where it has no data. The seconds "
-    "to wait are the timeout of the process group."
+    "Each process has to call the layer and its backward pass equally often and in the same mode, with an empty batch, "
+    "x[:0], where it has no data. The seconds to wait are the timeout of the process group."
 )
 
 

@@ -400,6 +400,41 @@ def test_replicas_of_different_layers_raise_on_all(target: Target, arguments: tu
         assert_same(old, target.snapshot(layer))
 
 
+@pytest.mark.parametrize("name", ["eps", "momentum", "correction"])
+def test_replicas_with_different_settings_raise_on_all(target: Target, name: str) -> None:
+    group = ThreadGroup(2)
+    layers = [target.layer(C, group=group, **{name: value}) for value in (0, 1)]
+    before, x = target.snapshot(layers[0]), target.array(data("float32")[0])
+    for error in group.outcomes(lambda rank: layers[rank](x)):
+        assert type(error) is mbn.ReplicaError
+        assert all(f"{name}={getattr(layer, name)}" in str(error) for layer in layers)
+    for layer in layers:
+        assert_same(before, target.snapshot(layer))
+
+
+class Returns(mbn.Group):
+    """A group whose gather returns what a function makes of the vector."""
+
+    rank, size = 0, 2
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self._function = function
+
+    def gather(self, vector: Any) -> Any:
+        """Return the function's result."""
+        return self._function(vector)
+
+
+@pytest.mark.parametrize("name", ["None", "a list", "one row"])
+def test_group_that_returns_no_rows_is_rejected(target: Target, name: str) -> None:
+    functions = {"None": lambda _: None, "a list": lambda vector: [vector] * 2, "one row": lambda vector: vector}
+    layer = target.layer(C, group=Returns(functions[name]))
+    before = target.snapshot(layer)
+    with pytest.raises(TypeError, match="gather has to return an array of shape"):
+        layer(target.array(data("float32")[0]))
+    assert_same(before, target.snapshot(layer))
+
+
 def test_layers_called_in_different_orders_raise_on_all(target: Target) -> None:
     group = ThreadGroup(2)
     first, second = replicas(target, group, 2), replicas(target, group, 2)

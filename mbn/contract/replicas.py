@@ -56,16 +56,17 @@ class Group(ABC):
     def gather(self, vector: Array) -> Array:
         """Return the vectors of all processes, one row for each, in the order of their ranks.
 
-        Every process calls it equally often, with vectors of the same length.
+        Every process calls it equally often, with vectors of the same length, which nobody uses afterwards.
 
         Args:
-            vector: (K,) in float64: a NumPy array for the backends on the host, else an array of the framework.
+            vector: (K,) in float64: a tensor on Torch, an array of CuPy on CuPy, else a NumPy array or one of the
+                library.
 
         Returns:
-            (size, K), on the device of ``vector``, the same bits on all ranks.
+            (size, K) in float64, on the device of ``vector``, the same bits on all ranks.
 
         Raises:
-            TimeoutError: a process is missing.
+            TimeoutError: a process is missing. This error and any other ends the step; the layer does not change.
         """
 
 

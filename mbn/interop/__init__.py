@@ -207,8 +207,9 @@ def synchronize(model: Any, group: Any) -> Any:
     """Make the replicas of each layer of a model share the statistics of their batches in training, in place.
 
     Every process calls it on its replica of the model. The group is that of :attr:`mbn.BatchNorm1d.group`; None ends
-    the sharing. Messages name each layer as the model does. Torch's own batch norms stay local, and a warning names
-    them: :func:`replace_batchnorm` converts them first.
+    the sharing. Messages name each layer as the model does. Other batch norms of torch stay local, and a warning names
+    them: :func:`replace_batchnorm` converts a ``BatchNorm1d``. A ``SyncBatchNorm`` stays as it is, since it has
+    processes of its own.
 
     Args:
         model: a ``torch.nn.Module``, a ``flax.nnx.Module``, a layer, or a list, tuple or dict of these.
@@ -236,7 +237,7 @@ def synchronize(model: Any, group: Any) -> Any:
     for join in joins:
         join()
     others = [(name, type(module).__name__) for name, module in found if _layer_of(module) is None]
-    return _foreign((model, [f"{name} stays local: it is torch's {kind}." for name, kind in others]))
+    return _foreign((model, [f"{name!r} stays local: it is torch's {kind}." for name, kind in others]))
 
 
 def _layers(model: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -249,7 +250,7 @@ def _layers(model: Any, path: str) -> Iterator[tuple[str, Any]]:
             yield from _layers(value, f"{path}.{key}" if path else str(key))
     elif torch_nn is not None and isinstance(model, torch_nn.Module):
         for name, module in model.named_modules(prefix=path):
-            if isinstance(module, torch_nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, torch_nn.modules.batchnorm._BatchNorm) and type(module) is not torch_nn.SyncBatchNorm:
                 yield name, _layer_of(module) or module
     elif nnx is not None and isinstance(model, nnx.Module):
         for parts, module in nnx.iter_modules(model):

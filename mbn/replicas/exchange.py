@@ -47,7 +47,8 @@ class Agreement:
     def __init__(self, name: str) -> None:
         """Begin without any; ``name`` is the layer's, for messages."""
         self.name = name
-        self.hash = 2 * crc32(name.encode())
+        self._settings: Settings | None = None
+        self._identity = 2 * crc32(name.encode())
         self.number = -1
         """The number by which all replicas know the layer, from its first step on."""
         self.steps = 0
@@ -57,6 +58,20 @@ class Agreement:
         self.length = _HEADER
         """The length of the vectors for these."""
 
+    def identity(self, settings: Settings | None) -> int:
+        """Return a hash of the layer's name and settings, an even number."""
+        if settings is not self._settings:
+            self._settings = settings
+            self._identity = 2 * crc32(self.described(settings).encode())
+        return self._identity
+
+    def described(self, settings: Settings | None) -> str:
+        """Return the layer's name and settings as text."""
+        name = repr(self.name) if self.name else "a layer" if self.number < 0 else f"layer {self.number}"
+        if settings is None:
+            return name
+        return f"{name} (eps={settings.eps}, momentum={settings.momentum}, correction={settings.correction})"
+
 
 class _Header(NamedTuple):
     """The first numbers of a vector. Those before ``needs`` are equal for all replicas that compute the same step."""
@@ -64,7 +79,7 @@ class _Header(NamedTuple):
     kind: float
     num_features: float
     identity: float
-    """A hash of the layer's name, times 2, plus 1 for a float64 layer."""
+    """A hash of the layer's name and settings, an even number, plus 1 for a float64 layer."""
     number: float
     steps: float
     needs: float
@@ -93,7 +108,7 @@ class Exchange:
         """Prepare an exchange; without ``settings`` the number of channels and the dtype are not known yet."""
         self._agreement, self._group, self._backend, self._device = agreement, group, backend, device
         self._own_group = group
-        self._kind = kind
+        self._kind, self._settings = kind, settings
         self._key: Key = (None, "") if settings is None else (settings.num_features, settings.dtype)
         self._needs = Needs.NOTHING
         self._all_needs: list[float] = []
@@ -211,26 +226,22 @@ class Exchange:
         Returns:
             The counts, None for sums of weights; and (size, 1 + K C): counts and vectors.
         """
-        agreement, size, self._key = self._agreement, self._group.size, (vectors[0].shape[0], dtype)
+        agreement, self._key = self._agreement, (vectors[0].shape[0], dtype)
         values = 0 if self._is_empty else values
         known = values if isinstance(values, int) else -1
         if self._key != agreement.key:
+            if not 0 <= self._group.rank < self._group.size:
+                raise ValueError(f"{self._group!r} has rank {self._group.rank} of {self._group.size} processes.")
             headers = self._headers(self._signal(self._padded(self._header(known, Kind.HANDSHAKE))))
             self._check(headers, _AT_FIRST)
             agreement.number = int(headers[0].number)
             # The length of a vector depends on the number of channels and the dtype alone.
             agreement.key, agreement.length = self._key, _HEADER + 1 + len(vectors) * vectors[0].shape[0]
-        length = agreement.length
         header = self._header(known)
         # A sum of sample weights may be an array on a device.
         rows = self._send(
             [(*header, values), *vectors] if isinstance(values, int | float) else [header, values, *vectors]
         )
-        if rows.shape != (size, length):
-            raise TypeError(
-                f"{type(self._group).__name__}.gather returned an array of {tuple(rows.shape)} for a vector of "
-                f"({length},) from each of {size} processes."
-            )
         headers = self._headers(rows)
         self._check(headers, _EQUAL)
         self._all_needs = [header.needs for header in headers]
@@ -299,7 +310,7 @@ class Exchange:
         return _Header(
             self._kind if kind is None else kind,
             num_features or 0,
-            agreement.hash + (dtype == "float64"),
+            agreement.identity(self._settings) + (dtype == "float64"),
             next(_numbers) if agreement.number < 0 else agreement.number,
             agreement.steps,
             self._needs,
@@ -323,11 +334,15 @@ class Exchange:
             return
         self._raise_if_refused([header.kind == Kind.REFUSED for header in headers])
         self._is_done = True
+        own = self._agreement.described(self._settings)
         raise ReplicaError(
             "the replicas do not compute the same step: "
-            + "; ".join(f"rank {rank} is at {_described(header)}" for rank, header in enumerate(headers))
+            + "; ".join(
+                f"rank {rank} is at {_described(header)} of {text}"
+                for rank, (header, text) in enumerate(zip(headers, self._texts(own), strict=True))
+            )
             + ". All have to call the same layers in the same order, with a batch of x[:0] where there is no data, "
-            "and to move them to the same dtype."
+            "and with the same dtype and settings."
         )
 
     # Messages.
@@ -335,14 +350,9 @@ class Exchange:
     @property
     def _label(self) -> str:
         agreement, (num_features, _) = self._agreement, self._key
-        name = (
-            f"the layer {agreement.name!r}"
-            if agreement.name
-            else "a layer"
-            if agreement.number < 0
-            else f"layer {agreement.number}"
-        )
-        return f"{name} ({num_features} channels, step {agreement.steps})"
+        task = "fit" if self._kind == Kind.POPULATION else f"step {agreement.steps}"
+        task += ", backward pass" * bool(self._all_needs)
+        return f"{agreement.described(None)} ({num_features} channels, {task})"
 
     def _ranks(self, mask: Any) -> str:
         ranks = [str(rank) for rank in np.flatnonzero(mask)]
@@ -365,7 +375,7 @@ class Exchange:
             self._is_done = True
             texts = self._texts("")
             raise ReplicaError(
-                f"{self._label} is unchanged, since the step failed elsewhere: "
+                f"{self._label} failed elsewhere, and changed nothing: "
                 + "; ".join(f"rank {rank}: {texts[rank]}" for rank in np.flatnonzero(refused))
             )
 
@@ -383,14 +393,23 @@ class Exchange:
 
     def _send(self, parts: Sequence[Any]) -> Array:
         """Return the vectors of all replicas, given the parts of this one's, among them an array."""
+        group, vector = self._group, self._backend.concatenated(parts)
         try:
-            return self._group.gather(self._backend.concatenated(parts))
+            rows = group.gather(vector)
         except TimeoutError as error:
             self._is_done = True
             raise TimeoutError(f"{self._label}, rank {self._group.rank}: {error}") from error
         except BaseException:
             self._is_done = True
             raise
+        found = getattr(rows, "shape", None), getattr(rows, "dtype", None)
+        if found != (needed := ((group.size, vector.shape[0]), vector.dtype)):
+            self._is_done = True
+            raise TypeError(
+                f"{type(group).__name__}.gather has to return an array of shape {needed[0]} and dtype {needed[1]}, and "
+                f"returned {type(rows).__name__} of {found[0]} and {found[1]}."
+            )
+        return rows
 
 
 def _split(rows: Array, parts: int, start: int = 0) -> list[tuple[Array, ...]]:
@@ -404,4 +423,4 @@ def _described(header: _Header) -> str:
     dtype = "float64" if header.identity % 2 else "float32"
     task = "fit" if header.kind == Kind.POPULATION else f"step {int(header.steps)}"
     task += " (compiled or transformed)" * (header.kind == Kind.TRACED)
-    return f"{task} of layer {int(header.number)} ({int(header.num_features)} channels, {dtype})"
+    return f"{task}, {int(header.num_features)} channels in {dtype},"

@@ -54,7 +54,10 @@ class Membership:
         if given is None:
             return None
         if given is False or isinstance(given, list | dict | set):
-            raise TypeError(f"group is an engine's group, True for all processes, or None; not {given!r}.")
+            raise TypeError(
+                "group is a group of the library that connects the processes, the name of an axis of JAX or a tuple of "
+                f"names, an mbn.Group, True for all processes, or None; not {given!r}."
+            )
         if backend is not None:
             with suppress(RuntimeError):  # the engine may not be ready yet; training raises that error
                 _resolved(given, backend)

@@ -4,18 +4,15 @@ Kernels never see one. Where replicas share their statistics, a batch with one v
 part instead, so that no other replica waits.
 """
 
-import numpy as np
-
 from mbn.contract import Array, Backend, Batch, Settings, dtype_name, transposed
 
 
 def stand_in(backend: Backend, x: Array, settings: Settings) -> Batch:
     """Return a batch of one value of weight 0 in each channel, for an empty x."""
     device = backend.device(x)
-    shape = 1, settings.num_features, *[1] * (x.ndim - 2)
-    values = backend.asarray(np.zeros(shape), dtype_name(x.dtype), device)
-    weight = backend.asarray(np.zeros(shape[:1] + shape[2:]), settings.dtype, device)
-    return Batch(values, weight, settings.dtype)
+    value = 0.0 if x.ndim == 2 else [0.0]  # lists, since torch.compile cannot follow NumPy's arrays
+    values = backend.asarray([[value] * (settings.num_features or 0)], dtype_name(x.dtype), device)
+    return Batch(values, backend.asarray([value], settings.dtype, device), settings.dtype)
 
 
 def emptied(y: Array, x: Array, settings: Settings) -> Array:

@@ -89,8 +89,8 @@ class Total:
         n = 0 if moments is None else moments.count
         if moments is None or n <= settings.correction:
             raise ValueError(
-                f"the batches hold {n} values per channel, and a variance with correction={settings.correction} takes "
-                f"at least {settings.correction + 1}."
+                f"the batches hold {n:g} values per channel, and a variance with correction={settings.correction} "
+                f"takes at least {settings.correction + 1}."
             )
         return {
             "running_mean": _vector(backend, moments.mean, settings, device),

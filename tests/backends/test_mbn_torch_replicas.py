@@ -166,7 +166,7 @@ def test_an_input_refused_on_one_rank_is_an_error_of_all(world: Callable[[int], 
     assert name in {"ValueError", "TypeError"}
     for error, *_ in (others, last):
         assert error.startswith("ReplicaError: ")
-        assert f"is unchanged, since the step failed elsewhere: rank 1: {name}: {message[:180]}" in error
+        assert f"failed elsewhere, and changed nothing: rank 1: {name}: {message[:180]}" in error
     for _, is_kept, took, _ in (others, own, last):
         assert is_kept
         assert took < 5
@@ -176,7 +176,7 @@ def test_an_input_refused_on_one_rank_is_an_error_of_all(world: Callable[[int], 
 def test_a_gradient_refused_on_one_rank_is_an_error_of_all(world: Callable[[int], World]) -> None:
     own, other = world(2).run(steps.refuse_backward)
     assert own.startswith("ValueError: dy has shape (5, 3)")
-    assert "since the step failed elsewhere: rank 0: ValueError: dy has shape (5, 3)" in other
+    assert "failed elsewhere, and changed nothing: rank 0: ValueError: dy has shape (5, 3)" in other
 
 
 @pytest.mark.parametrize("kind", ["channels", "dtype"])
@@ -337,7 +337,7 @@ def test_a_compiled_rank_without_a_gradient_of_x_takes_part(
 def test_compiled_steps_fail_together() -> None:
     with World(2) as world:
         first, second = world.run(steps.compiled_faults)
-    assert "is unchanged, since the step failed elsewhere: rank 1: ValueError: x has shape (4, 2)" in first[0]
+    assert "failed elsewhere, and changed nothing: rank 1: ValueError: x has shape (4, 2)" in first[0]
     for error in (first[1], second[1]):
         assert "step 1 (compiled or transformed) of layer" in error
     assert "rank 0: rank 1 did not come" in first[2]

@@ -195,8 +195,8 @@ class _ArrayGroup(Group):
         self.rank, self.size, self._group = group.rank, group.size, group
 
     def gather(self, vector: np.ndarray) -> np.ndarray:
-        rows: np.ndarray = self._group.gather(torch.from_numpy(vector)).numpy()
-        return rows
+        rows: Any = self._group.gather(torch.from_numpy(vector))
+        return rows.numpy() if isinstance(rows, torch.Tensor) else rows
 
 
 def tensors(stats: Stats) -> Stats:
