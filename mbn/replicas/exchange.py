@@ -406,8 +406,8 @@ class Exchange:
         if found != (needed := ((group.size, vector.shape[0]), vector.dtype)):
             self._is_done = True
             raise TypeError(
-                f"{type(group).__name__}.gather has to return an array of shape {needed[0]} and dtype {needed[1]}, and "
-                f"returned {type(rows).__name__} of {found[0]} and {found[1]}."
+                f"{type(self._own_group).__name__}.gather has to return an array of shape {needed[0]} and dtype "
+                f"{needed[1]}, and returned {type(rows).__name__} of {found[0]} and {found[1]}."
             )
         return rows
 

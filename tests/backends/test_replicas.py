@@ -140,8 +140,28 @@ def test_evaluation_does_not_communicate(backend: Backend) -> None:
     np.testing.assert_array_equal(backend.to_numpy(y), backend.to_numpy(expected))
 
 
+class Twice(mbn.Group):
+    """A group of two replicas with the same batch, of which this process is one."""
+
+    rank, size = 0, 2
+
+    def gather(self, vector: Any) -> Any:
+        return vector.repeat(2, 1)
+
+
 class TestTorch:
     """Replicas under autograd, differentiated up to three times."""
+
+    @pytest.mark.parametrize("length", [None, 3])
+    def test_compiled_step_takes_an_empty_batch(self, length: int | None) -> None:
+        torch = pytest.importorskip("torch")
+        module = mbn.BatchNorm1d(C, backend="torch", group=Twice()).as_module()
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        for steps, n in enumerate((3, 0, 4)):
+            x = torch.ones(n, C, *[] if length is None else [length]).cumsum(0).requires_grad_()
+            compiled(x).sum().backward()
+            assert x.grad.shape == x.shape
+            assert module.num_batches_tracked == steps + 1
 
     def test_replica_without_a_gradient_of_x_takes_part_in_the_backward_pass(self) -> None:
         torch = pytest.importorskip("torch")
