@@ -4,7 +4,6 @@ It must not depend on anything that happens after the call: it keeps the operand
 each time, and changes no state.
 """
 
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -40,7 +39,9 @@ class StepPullback(Pullback):
 
     def __call__(self, dy: Any) -> tuple[Array, Array | None, Array | None]:
         """Return the gradients, as :class:`mbn.contract.Pullback` says."""
-        with nullcontext() if self._replicas is None else self._replicas.pulling():
+        if self._replicas is None:
+            return self._gradients(dy)
+        with self._replicas.pulling():
             return self._gradients(dy)
 
     def _gradients(self, dy: Any) -> tuple[Array, Array | None, Array | None]:
