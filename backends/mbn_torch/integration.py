@@ -64,8 +64,9 @@ def bind(
             return run(kernels, batch, params, state, settings, training, out, replicas=replicas)
         if out is not None:
             raise RuntimeError("autograd cannot record writes to out: call it under torch.no_grad().")
-        rest = kernels, batch, state, settings, training, replicas, anchor, run, gradients
-        return BatchNorm.apply(x, *params, *rest)
+        # Each argument takes time.
+        rest = kernels, batch, state, settings, training, replicas, run, gradients
+        return BatchNorm.apply(x, *params, rest, anchor)
 
     def gradients(dy: torch.Tensor, batch: Batch, weight: Any, stats: Stats, *rest: Any) -> Gradients:
         kernels, batch = kernels_for("pullback", batch, dy, (weight, stats))
@@ -144,16 +145,10 @@ class BatchNorm(Function):
         x: torch.Tensor,
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
-        kernels: Kernels,
-        batch: Batch,
-        state: State,
-        settings: Settings,
-        training: bool,
-        replicas: Replicas | None,
+        rest: tuple[Any, ...],
         anchor: torch.Tensor | None,
-        forward: Callable[..., Any],
-        gradients: Callable[..., Gradients],
     ) -> tuple[torch.Tensor, State, Stats]:
+        kernels, batch, state, settings, training, replicas, forward, gradients = rest
         y, state, stats = forward(kernels, batch, Params(weight, bias), state, settings, training, replicas=replicas)
         ctx.save_for_backward(x, weight, batch.sample_weight)
         mean, var, count = stats
@@ -171,7 +166,7 @@ class BatchNorm(Function):
         needs = ctx.needs_input_grad[:3]
         found = gradients(dy, Batch(x, sample_weight, dtype), weight, stats, eps, needs, replicas)
         found = (gradient if needed else None for gradient, needed in zip(found, needs, strict=True))
-        return *found, *[None] * 9
+        return *found, None, None
 
 
 class Pullback(Function):
