@@ -169,7 +169,7 @@ def test_an_input_refused_on_one_rank_is_an_error_of_all(world: Callable[[int], 
         assert f"failed elsewhere, and changed nothing: rank 1: {name}: {message[:180]}" in error
     for _, is_kept, took, _ in (others, own, last):
         assert is_kept
-        assert took < 5
+        assert took < 20  # not the timeout of the group
     assert_same_bits([others[3], own[3], last[3]])  # the step after it works
 
 
@@ -203,7 +203,7 @@ def test_a_missing_rank_is_a_timeout_that_names_it(kind: str, *, tcp: bool) -> N
     assert isinstance(missing, Died) if kind == "killed" else missing is None
     for rank, (error, took, is_kept) in {0: first, 2: last}.items():
         assert error.startswith(f"TimeoutError: the layer '1' (3 channels, step 1), rank {rank}: rank 1 did not come")
-        assert took < steps.SHORT + 4
+        assert took < steps.SHORT + 10
         assert is_kept
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch_replica_steps as steps
 from torch_world import Died, World
 
-GRACE = 4.0
-"""Seconds beyond the timeout of the group: two to find who is missing, and two for a busy machine."""
+GRACE = 6.0
+"""Seconds beyond the timeout of the group: two to find who is missing, and four for a busy machine."""
 
 
 def flaws(kind: str, number: int) -> list[str]:

@@ -364,7 +364,8 @@ def compiled_without_gradients(x: torch.Tensor, dy: torch.Tensor, needed: list[b
 def compiled_faults() -> list[str]:
     """Return the errors of compiled steps: where rank 1 refuses, where it is not compiled, and where it stays away."""
     torch._dynamo.reset()
-    bn = layer(group=short_group())
+    group = dist.new_group()
+    bn = layer(group=group)
     module = bn.as_module()
     run = torch.compile(module, fullgraph=True, backend="aot_eager")
     x = torch.randn(4, C)
@@ -372,6 +373,7 @@ def compiled_faults() -> list[str]:
     own = dist.get_rank() == 1
     errors = [_error(lambda: module(x[:, :2]) if own else run(x)), _error(lambda: module(x) if own else run(x))]
     run(x)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=SHORT), group)  # compilers take longer
     before = state(bn)
     if own:
         time.sleep(2 * SHORT)
