@@ -177,15 +177,17 @@ def _run(
 ) -> tuple[Any, State]:
     """Check the arguments of a function of this module, and call ``run``, ``forward`` or ``forward_vjp``, with them."""
     chosen = registry.get_backend(backend) if backend is not None else registry.chosen_backend()
-    chosen = chosen or registry.owner_of(x)
     training = checks.flag("training", training)
+    arguments = params, state, training, momentum, eps, axis, correction, masking
+    if group is None or not training:
+        return _run_alone(run, x, *arguments, chosen or registry.owner_of(x))
+    registry.check_uncompiled("a function with a group, instead of a layer,")
     member = Membership.of(group, None, "functional.batch_norm")
-    if member is None or not training:
-        return _run_alone(run, x, params, state, training, momentum, eps, axis, correction, masking, chosen)
-    device = chosen.device(x) if chosen.owns(x) else None
-    with member.exchange(chosen, None, device) as replicas:
-        run = partial(run, replicas=replicas)
-        return _run_alone(run, x, params, state, training, momentum, eps, axis, correction, masking, chosen)
+    assert member is not None  # noqa: S101 - there is a group
+    teller = chosen or member.backend_for(x)
+    device = teller.device(x) if teller.owns(x) else None
+    with member.exchange(teller, None, device) as replicas:
+        return _run_alone(partial(run, replicas=replicas), x, *arguments, chosen or registry.owner_of(x))
 
 
 def _run_alone(

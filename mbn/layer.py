@@ -416,9 +416,12 @@ class BatchNorm1d:
 
         If any of that fails, the layer itself is unchanged.
         """
-        with self._exchange(self._training, None if self._storage.is_bound else registry.owner_of(x)):
-            storage, entries, x = self._storage.met(x)
+        storage, group = self._storage, self._storage.group
+        with self._exchange(self._training, None if storage.is_bound or group is None else group.backend_for(x)):
+            storage, entries, x = storage.met(x)
             layer = self._trial(storage, entries)
+            layer.group = self.group  # it is checked, now that there is a backend
+        layer._join(group)
         result = layer._run(run, x, masking)
         self._become(layer._storage)
         self.__dict__.update({name: value for name, value in vars(layer).items() if name not in _OWN})  # a subclass's

@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 import time
 from functools import partial
 from typing import Any
@@ -55,11 +56,21 @@ def mpi_group(name: str, given: Any) -> "MpiGroup":
             f"group=True on {name} is MPI's world, and mpi4py is not installed: pip install 'mbn-batchnorm[mpi]'."
         ) from error
     communicator = MPI.COMM_WORLD if given is True else given
-    if not isinstance(communicator, MPI.Intracomm):
-        raise TypeError(f"the group of a layer is an intracommunicator of mpi4py, not {kind}.")
+    if given is True and communicator.size == 1 and _has_torch_world():
+        raise TypeError(
+            f"group=True on {name} is MPI's world, which is this process alone, and torch.distributed connects it with "
+            "others: give a torch.Tensor or backend='torch' for these, or a communicator of mpi4py."
+        )
     if communicator == MPI.COMM_NULL:
         raise ValueError("this process is not part of the group: its communicator is MPI.COMM_NULL.")
+    if not isinstance(communicator, MPI.Intracomm):
+        raise TypeError(f"the group of a layer is an intracommunicator of mpi4py, not {kind}.")
     return MpiGroup(communicator, MPI.Status())
+
+
+def _has_torch_world() -> bool:
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class MpiGroup(Group):

@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -322,6 +322,7 @@ REFUSED: dict[str, tuple[Callable[[Target], Any], type[Exception]]] = {
     "dtype": (lambda target: target.array(np.ones((4, C), np.int32)), TypeError),
     "axes": (lambda target: target.array(np.ones((4,), np.float32)), ValueError),
     "host data": (lambda _: [["a"]], TypeError),
+    "nothing": (lambda _: None, TypeError),
 }
 """By name: an input, and the error of the layer that gets it."""
 
@@ -344,6 +345,25 @@ def test_refused_input_of_one_replica_raises_on_all(target: Target, name: str, *
         assert_same(before, target.snapshot(layer))
     group.run(lambda rank: layers[rank](x))
     assert_same(target.snapshot(layers[0]), target.snapshot(layers[1]))
+
+
+def test_error_without_a_text_reaches_all_replicas(target: Target) -> None:
+    class SilentError(RuntimeError):
+        def __str__(self) -> str:
+            raise ValueError("no text")
+
+    def batches(error: Exception) -> Iterator[Any]:
+        yield target.array(data("float32")[0])
+        raise error
+
+    for error, text in ((SilentError(), "SilentError"), (OSError("file \udcff"), "OSError: file ?")):
+        group = ThreadGroup(2)
+        layers = [target.layer(C) for _ in range(2)]
+        given = [batches(error), [target.array(data("float32")[0])]]
+        first, second = group.outcomes(lambda rank: layers[rank].fit(given[rank], group=group, progress=False))  # noqa: B023
+        assert first is error
+        assert type(second) is mbn.ReplicaError
+        assert f"rank 0: {text}" in str(second)
 
 
 @pytest.mark.parametrize("name", ["dtype", "axes"])
@@ -542,6 +562,30 @@ def test_populations_of_processes_merge_to_that_of_all_batches(target: Target) -
     target.assert_statistic(bn.running_mean, exact.running_mean, "float32")
     target.assert_statistic(bn.running_var, exact.running_var, "float32")
     assert int(bn.num_batches_tracked) == 4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_populations_merged_one_after_another_are_accurate(target: Target, dtype: str) -> None:
+    target.require_dtype(dtype)
+    x = (1e6 + np.random.default_rng(44).standard_normal((1500, C))).astype(dtype)
+    total = mbn.Population(backend=target.backend, dtype=dtype)
+    for part in np.split(x, 500):
+        total.merge(mbn.Population(backend=target.backend, dtype=dtype).update(target.array(part)))
+    exact = oracle.train(x, np.zeros(C), np.ones(C), momentum=1.0, eps=1.0)
+    mean, var, _ = total.statistics()
+    target.assert_statistic(mean, exact.running_mean, dtype)
+    target.assert_statistic(var, exact.running_var, dtype)
+
+
+def test_refused_batch_and_a_copy_leave_a_population_as_it_is(target: Target) -> None:
+    x = target.array(data("float32")[0])
+    total = mbn.Population(backend=target.backend).update(x)
+    expected = list(map(target.numpy, total.statistics()))
+    copy.copy(total).update(x)
+    with pytest.raises(ValueError, match="channels"):
+        total.update(target.array(np.ones((4, C + 1), np.float32)))
+    for array, value in zip(total.statistics(), expected, strict=True):
+        np.testing.assert_array_equal(target.numpy(array), value)
 
 
 def test_copies_share_the_group_and_pickles_leave_it(target: Target) -> None:

@@ -342,7 +342,7 @@ class Exchange:
                 for rank, (header, text) in enumerate(zip(headers, self._texts(own), strict=True))
             )
             + ". All have to call the same layers in the same order, with a batch of x[:0] where there is no data, "
-            "and with the same dtype and settings."
+            "and with the same dtype and settings. After an interrupt set bn.group on all of them again."
         )
 
     # Messages.
@@ -365,8 +365,12 @@ class Exchange:
     def _tell(self, error: Exception, refusal: Sequence[float]) -> None:
         self._is_done = True
         try:
+            text = f"{type(error).__name__}: {error}"
+        except Exception:  # noqa: BLE001 - an error may be unable to describe itself
+            text = type(error).__name__
+        try:
             self._signal(refusal)
-            self._texts(f"{type(error).__name__}: {error}")
+            self._texts(text)
         except Exception as failure:  # noqa: BLE001 - the user has to see the error itself
             error.add_note(f"The other replicas could not be told: {type(failure).__name__}: {failure}")
 
@@ -381,7 +385,7 @@ class Exchange:
 
     def _texts(self, own: str) -> list[str]:
         """Return the texts of all replicas, one of which has just refused the step."""
-        data = own.encode()[:_TEXT].ljust(_TEXT, b"\0")
+        data = own.encode(errors="replace")[:_TEXT].ljust(_TEXT, b"\0")
         rows = self._backend.to_numpy(self._signal(list(data)))
         return [bytes(row.astype(np.uint8)).rstrip(b"\0").decode(errors="replace") for row in np.asarray(rows)]
 

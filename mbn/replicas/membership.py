@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import count
 from typing import Any
 
+from mbn import registry
 from mbn.contract import LIVE, Backend, Group, Settings
 from mbn.replicas.exchange import Agreement, Exchange, Kind
 
@@ -62,6 +63,19 @@ class Membership:
             with suppress(RuntimeError):  # the engine may not be ready yet; training raises that error
                 _resolved(given, backend)
         return cls(given, name)
+
+    def backend_for(self, x: Any) -> Backend:
+        """Return the backend of ``x``, the input of an open layer or a function; of the group, if no backend takes it.
+
+        So the other replicas hear of an input that is refused.
+        """
+        package = type(self.given).__module__.partition(".")[0]
+        if package == "torch":
+            return registry.get_backend("torch")
+        try:
+            return registry.owner_of(x)
+        except Exception:  # noqa: BLE001 - the input is refused later, by the same error
+            return registry.get_backend("cupy" if package == "cupyx" else "numpy")
 
     def exchange(
         self, backend: Backend, settings: Settings | None, device: Any, kind: Kind = Kind.STEP

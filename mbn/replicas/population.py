@@ -1,5 +1,6 @@
 """The statistics of a data set whose batches are spread over processes, for any scheduler."""
 
+import copy
 from typing import Any, NamedTuple, Self
 
 from mbn import checks, registry
@@ -57,7 +58,9 @@ class Population:
         if settings.num_features is None:
             checks.rank(x.shape, settings.axis)
             settings = settings._replace(num_features=checks.num_features(int(x.shape[settings.axis])))
-        self._total.add(backend, x, settings)
+        total = copy.copy(self._total)  # a total changes its lists by replacing them
+        total.add(backend, x, settings)
+        self._total = total
         self._source = _Source(backend, settings, backend.device(x) if device is None else device)
         return self
 
@@ -77,7 +80,9 @@ class Population:
         if len(channels) > 1 or settings != their_settings or backend is not (theirs.backend or backend):
             raise ValueError(f"these populations cannot be merged: {self!r} and {other!r}.")
         if backend is not None:
-            self._total.merge(backend, total)
+            merged = copy.copy(self._total)
+            merged.merge(backend, total)
+            self._total = merged
         self._source = _Source(
             backend, settings._replace(num_features=next(iter(channels), None)), device or theirs.device
         )

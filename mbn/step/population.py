@@ -29,7 +29,7 @@ class Total:
     def __init__(self) -> None:
         self.num_batches = 0
         self._parts: list[tuple[int, Moments]] = []
-        """Pairs of a number of batches and their statistics; the numbers are powers of two, in decreasing order."""
+        """Pairs of a number of batches and their statistics, in decreasing order of the numbers."""
 
     def add(self, backend: Backend, x: Array, settings: Settings) -> None:
         """Add a batch ``x``, an array of ``backend``; only its statistics are kept.
@@ -42,23 +42,30 @@ class Total:
         except RuntimeError as error:
             raise TypeError(checks.SHAPELESS) from error
         checks.batch(backend, shape, dtype_name(x.dtype), settings, None, training=False)
-        self.num_batches += 1
         if 0 in x.shape:
+            self.num_batches += 1
             return
         x = backend.constant(x)
         batch = Batch(transposed(x) if settings.has_channels_last(x.ndim) else x, None, settings.dtype)
         kernels, batch = backend.kernels_for("moments", batch)
-        moments, size = kernels.moments(batch), 1
+        moments = kernels.moments(batch)
         backend.finish(*moments)  # before that, lazy results keep the batch in memory
-        while self._parts and self._parts[-1][0] == size:
-            moments, size = _merged(backend, self._parts.pop()[1], moments), 2 * size
-        self._parts.append((size, moments))
+        self._parts, self.num_batches = self._with(backend, 1, moments), self.num_batches + 1
 
     def merge(self, backend: Backend, other: "Total") -> None:
         """Add the batches of another total, whose statistics are those of the same backend."""
-        parts = [moments for moments in (self.moments(backend), other.moments(backend)) if moments is not None]
+        moments = other.moments(backend)
+        if moments is not None:
+            self._parts = self._with(backend, other.num_batches, moments)
         self.num_batches += other.num_batches
-        self._parts = [(self.num_batches, reduce(partial(_merged, backend), parts))] if parts else []
+
+    def _with(self, backend: Backend, size: int, moments: Moments) -> list[tuple[int, Moments]]:
+        """Return the parts with another, which is merged with those of as few batches: so no part has many merges."""
+        parts = list(self._parts)
+        while parts and parts[-1][0] <= size:
+            other_size, other = parts.pop()
+            moments, size = _merged(backend, other, moments), size + other_size
+        return [*parts, (size, moments)]
 
     def share(self, backend: Backend, settings: Settings, device: Any, replicas: Any) -> None:
         """Add the batches of all other replicas; the result has the same bits on each."""
