@@ -267,14 +267,14 @@ def test_gradients_that_one_rank_does_not_compute_raise_on_the_others(world, tar
 
 @pytest.mark.parametrize(
     ("other", "found"),
-    [({"num_features": C + 1}, f"{C + 1} channels, float32"), ({"dtype": "float64"}, f"{C} channels, float64")],
+    [({"num_features": C + 1}, f"{C + 1} channels in float32"), ({"dtype": "float64"}, f"{C} channels in float64")],
     ids=["channels", "dtype"],
 )
 def test_layers_that_differ_between_ranks_raise_on_all(world, target, other, found):
     arguments = {"num_features": C, "dtype": "float32"} | (other if RANK == LAST else {})
     bn = target.layer(group=world, **arguments)
     before = target.snapshot(bn)
-    with pytest.raises(mbn.ReplicaError, match=rf"rank 0 is at .*{C} channels, float32.*rank {LAST} is at .*{found}"):
+    with pytest.raises(mbn.ReplicaError, match=rf"rank 0 is at .*{C} channels in float32.*rank {LAST} is at .*{found}"):
         bn(rows(channels=arguments["num_features"]))
     assert_same(before, target.snapshot(bn))
 
