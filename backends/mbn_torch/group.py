@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.autograd import Function
 
 from mbn.contract import LIVE, Group, Kernels, Moments, Needs, check_total
-from mbn_torch.private import gather_all
+from mbn_torch.private import assumed_constant, gather_all
 
 _GRACE, _PAUSE = 2.0, 0.02
 """Seconds in which other processes say that they have waited too, and between two looks."""
@@ -230,7 +230,7 @@ def operate_by(backend: Any) -> None:
     _backends[:] = [backend]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@assumed_constant
 def number_of_replicas(key: str) -> int:
     """Return the number of replicas of a layer, by the key of its membership."""
     exchange = _resumed(key)

@@ -4,7 +4,7 @@ A version of Torch that moves a private part breaks this file and no other. Unde
 be traced except ``torch.compiler.is_compiling``, which Dynamo takes for a constant.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -102,6 +102,12 @@ def is_zero_tensor(value: torch.Tensor) -> bool:
 def copy_all(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
     """Copy tensors to others in one call of Torch, so that an interrupt comes before or after all copies."""
     torch._foreach_copy_(list(targets), list(sources))
+
+
+def assumed_constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a function as ``torch.compiler.assume_constant_result`` does, which would import the compiler for it."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def gather_all(group: Any, rows: torch.Tensor, vector: torch.Tensor) -> None:
