@@ -48,7 +48,7 @@ class Agreement:
         """Begin without any; ``name`` is the layer's, for messages."""
         self.name = name
         self._settings: Settings | None = None
-        self._identity = 2 * crc32(name.encode())
+        self._identity = 2 * crc32(f"{name} ".encode())
         self.number = -1
         """The number by which all replicas know the layer, from its first step on."""
         self.steps = 0
@@ -62,15 +62,20 @@ class Agreement:
         """Return a hash of the layer's name and settings, an even number."""
         if settings is not self._settings:
             self._settings = settings
-            self._identity = 2 * crc32(self.described(settings).encode())
+            self._identity = 2 * crc32(f"{self.name} {_shown(settings)}".encode())
         return self._identity
 
     def described(self, settings: Settings | None) -> str:
         """Return the layer's name and settings as text."""
-        name = repr(self.name) if self.name else "a layer" if self.number < 0 else f"layer {self.number}"
-        if settings is None:
-            return name
-        return f"{name} (eps={settings.eps}, momentum={settings.momentum}, correction={settings.correction})"
+        name = f"the layer {self.name!r}" if self.name else "a layer" if self.number < 0 else f"layer {self.number}"
+        return name if settings is None else f"{name} ({_shown(settings)})"
+
+
+def _shown(settings: Settings | None) -> str:
+    """Return the settings that all replicas have to have in common, as text."""
+    if settings is None:
+        return ""
+    return f"eps={settings.eps}, momentum={settings.momentum}, correction={settings.correction}"
 
 
 class _Header(NamedTuple):

@@ -184,7 +184,7 @@ def test_read_only_unaligned_and_strided_arrays_compile_nothing_more(shape):
     compiled = [
         numba_loops.train,
         numba_loops.pull_back,
-        numba_loops.evaluate,
+        numba_loops.normalize_by,
         numba_loops.shifted_sums,
         numba_loops.normalize,
         numba_loops.input_gradient,

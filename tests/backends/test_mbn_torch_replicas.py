@@ -181,7 +181,7 @@ def test_a_gradient_refused_on_one_rank_is_an_error_of_all(world: Callable[[int]
 
 @pytest.mark.parametrize("kind", ["channels", "dtype"])
 def test_layers_that_differ_are_refused_by_all(world: Callable[[int], World], kind: str) -> None:
-    words = {"channels": "(4 channels, float32)", "dtype": "(3 channels, float64)"}[kind]
+    words = {"channels": "4 channels in float32", "dtype": "3 channels in float64"}[kind]
     for *errors, count in world(3).run(steps.differ, [kind] * 3):
         for error in errors:
             assert error.startswith("ReplicaError: the replicas do not compute the same step: rank 0 is at")
@@ -339,7 +339,7 @@ def test_compiled_steps_fail_together() -> None:
         first, second = world.run(steps.compiled_faults)
     assert "failed elsewhere, and changed nothing: rank 1: ValueError: x has shape (4, 2)" in first[0]
     for error in (first[1], second[1]):
-        assert "step 1 (compiled or transformed) of layer" in error
+        assert "step 1 (compiled or transformed), 3 channels in float32, of layer" in error
     assert "rank 0: rank 1 did not come" in first[2]
 
 
