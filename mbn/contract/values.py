@@ -110,7 +110,8 @@ class Capabilities(NamedTuple):
     any_size: bool = False
     """Values, parameters and statistics may have any magnitude: extreme outliers, or squares beyond every dtype."""
     replicas: bool = False
-    """Several processes can share the statistics of their batches: the kernels have ``to_vectors``."""
+    """Replicas can share the statistics of their batches: in processes, for which the kernels have ``to_vectors``, or
+    along the axes of a program that the framework traces."""
     out: bool = False
     """Outputs can be written to an array of the caller's: the kernels take ``out``."""
 
