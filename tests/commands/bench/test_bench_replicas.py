@@ -72,7 +72,13 @@ def test_processes_that_take_too_long_are_ended(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--device", "cpu"), ("--modes", "eval"), ("--backends", "numpy:cpu"), ("--plot", "x.png")]
+    "arguments",
+    [
+        ("--device", "cpu"),
+        ("--modes", "eval"),
+        ("--backends", "numpy:cpu"),
+        pytest.param(("--plot", "x.png"), marks=pytest.mark.matplotlib),
+    ],
 )
 def test_options_that_do_not_go_with_replicas_are_refused(arguments, capsys):
     assert bench(*arguments) == 2
