@@ -479,7 +479,7 @@ def test_a_missing_replica_is_a_timeout_that_names_layer_and_rank(target: Target
 
 def test_pullback_beside_a_plain_call_is_an_error_instead_of_a_wait(target: Target) -> None:
     if target.capabilities.autograd:
-        pytest.skip(f"{target.backend.name} records plain calls, which can take part in a backward pass")
+        pytest.skip(f"{target.backend.name} declares autograd, so a plain call can take part in a backward pass")
     group = ThreadGroup(2)
     layers = replicas(target, group, 2)
     x, dy = map(target.array, data("float32"))
