@@ -179,14 +179,14 @@ def _run(
     chosen = registry.get_backend(backend) if backend is not None else registry.chosen_backend()
     training = checks.flag("training", training)
     arguments = params, state, training, momentum, eps, axis, correction, masking
-    if group is None or not training:
+    if group is not None and training:
+        registry.check_uncompiled("a function with a group, instead of a layer,")
+    member = Membership.of(group if training else None, None, "functional.batch_norm")
+    if member is None:
         return _run_alone(run, x, *arguments, chosen or registry.owner_of(x))
-    registry.check_uncompiled("a function with a group, instead of a layer,")
-    member = Membership.of(group, None, "functional.batch_norm")
-    assert member is not None  # noqa: S101 - there is a group
-    teller = chosen or member.backend_for(x)
-    device = teller.device(x) if teller.owns(x) else None
-    with member.exchange(teller, None, device) as replicas:
+    sender = chosen or member.backend_for(x)
+    device = sender.device(x) if sender.owns(x) else None
+    with member.exchange(sender, None, device) as replicas:
         return _run_alone(partial(run, replicas=replicas), x, *arguments, chosen or registry.owner_of(x))
 
 

@@ -217,6 +217,14 @@ def is_compiling() -> bool:
     return torch is not None and torch.compiler.is_compiling()
 
 
+def backend_of_package(module: str) -> Backend | None:
+    """Return the built-in backend whose framework a module belongs to, ``cupyx`` to CuPy; None without one."""
+    package = module.partition(".")[0]
+    framework = "cupy" if package == "cupyx" else package
+    name = next((name for name, known in _BUILT_IN.items() if known.framework == framework), None)
+    return None if name is None else get_backend(name)
+
+
 def check_uncompiled(operation: str) -> None:
     """Refuse an operation by way of NumPy, which a compiler cannot follow.
 

@@ -65,17 +65,17 @@ class Membership:
         return cls(given, name)
 
     def backend_for(self, x: Any) -> Backend:
-        """Return the backend of ``x``, the input of an open layer or a function; of the group, if no backend takes it.
+        """Return the backend of the group's framework, or else of ``x``, the input of an open layer or a function.
 
-        So the other replicas hear of an input that is refused.
+        The result is a backend even if ``x`` is refused, so that the other replicas hear of it.
         """
-        package = type(self.given).__module__.partition(".")[0]
-        if package == "torch":
-            return registry.get_backend("torch")
+        of_group = registry.backend_of_package(type(self.given).__module__)
+        if of_group is not None:
+            return of_group
         try:
             return registry.owner_of(x)
         except Exception:  # noqa: BLE001 - the input is refused later, by the same error
-            return registry.get_backend("cupy" if package == "cupyx" else "numpy")
+            return registry.get_backend()
 
     def exchange(
         self, backend: Backend, settings: Settings | None, device: Any, kind: Kind = Kind.STEP

@@ -10,7 +10,7 @@ import torch_replica_steps as steps
 from torch_world import Died, World
 
 GRACE = 6.0
-"""Seconds beyond the timeout of the group: two to find who is missing, and four for a busy machine."""
+"""Seconds beyond the timeout of the group: two in which the missing rank is found, and four for a busy machine."""
 
 
 def flaws(kind: str, number: int) -> list[str]:
