@@ -35,6 +35,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "processes: starts processes of its own")
     for framework in frameworks.FRAMEWORKS:
         config.addinivalue_line("markers", f"{framework}: needs {framework}")
+    # JAX adds a note to errors, which doctest compares instead of the message before Python 3.11.4.
+    os.environ.setdefault("JAX_TRACEBACK_FILTERING", "off")
     if hasattr(config, "cache") and not hasattr(config, "workerinput"):
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
