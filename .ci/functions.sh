@@ -28,7 +28,7 @@ browser() {
 # fail below either floor. Left out are tests of processes that may write no file: coverage writes one at their end.
 coverage_with_floors() {
     coverage erase || return
-    coverage run -m pytest -n auto --dist worksteal tests/{commands,contract,interop,replicas,state,step} \
+    coverage run -m pytest -n auto --dist worksteal tests/{chunked,commands,contract,interop,replicas,state,step} \
         tests/test_{array_api,convert,handing_over,hooks,layer,public_api,registry,threads}.py \
         tests/backends/test_{mbn_cpu,mbn_numba,mpi_replicas,replicas}.py -k "not full_disk_leads and not works_without_the_cache" || return
     coverage run -m mbn conform numpy -n auto || return

@@ -29,6 +29,7 @@ _MOST_FEATURES = 2**60 - 1
 _MOST_DEVICES = 2**31
 _INT64 = range(-(2**63), 2**63)
 
+_COMPUTE_SIZES = "Let Dask compute the sizes of its chunks before: x.compute_chunk_sizes()."
 SHAPELESS = (
     "x has no shape, as a nested tensor has none. Make one array of it, x.to_padded_tensor(0.0), and give lengths=."
 )
@@ -46,6 +47,8 @@ def num_features(value: Any) -> int | None:
     if value is None:
         return None
     count = _index(value)
+    if _is_unknown(value):
+        raise ValueError(f"x has an unknown number of channels. {_COMPUTE_SIZES}")
     if count is None:
         raise TypeError(f"num_features is an int or None (taken from the first input), not {shown(value)}.")
     if not 0 < count <= _MOST_FEATURES:
@@ -201,6 +204,21 @@ def batch(
         raise ValueError(message)
 
 
+def lazy(*, training: bool, vjp: bool, out: Any) -> None:
+    """Check that a step of a lazy array is evaluation alone."""
+    if training:
+        raise TypeError(
+            "x is a Dask array, which is lazy, and training takes the statistics of all its values at once. Set the "
+            "running statistics by bn.fit(x), and normalise by them: eval(), freeze() or training=False; or train on a "
+            "batch in memory, x.compute()."
+        )
+    if vjp or out is not None:
+        raise TypeError(
+            f"x is a Dask array, which is lazy, and has no {'pullback' if vjp else 'out'} here. Give an array in "
+            "memory, x.compute(), or each block: x.map_blocks(...)."
+        )
+
+
 def out(backend: Backend, array: Any, x: Array) -> None:
     """Check that the output of ``x``, an array of ``backend``, can be written to an array of the caller's."""
     if not backend.capabilities.out:
@@ -328,7 +346,7 @@ def wrong_mask_dtype(name: str, kind: str) -> str:
 
 def readable(backend: Backend, name: str, array: Array) -> None:
     """Check that a backend can read an array of its own: a sparse one does not have all its values in memory."""
-    flaw = backend.flaw(name, array)
+    flaw = backend.flaw(name, array) if backend.owns(array) else None  # a lazy array is none of the backend's own
     if flaw is not None:
         raise TypeError(flaw)
 
@@ -407,7 +425,9 @@ def _wrong_channels(shape: tuple[int, ...], settings: Settings) -> str:
     axis, other = settings.axis, -settings.axis
     needed = settings.num_features
     message = f"x has shape {tuple(shape)}, so {shape[axis]} channels on axis {axis}; num_features is {needed}."
-    if len(shape) == 3 and shape[other] == needed:
+    if _is_unknown(shape[axis]):
+        message += f" {_COMPUTE_SIZES}"
+    elif len(shape) == 3 and shape[other] == needed:
         message += f" For channels on axis {other}, make the layer with axis={other}."
     return message
 
@@ -421,6 +441,11 @@ def _wrong_dtype(name: str, given: str, dtype: str, backend: Backend) -> str:
         )
     hint = "" if given.lower().startswith(("str", "bytes")) else f" Convert {name}, for example to float32."
     return f"{name} {held(given)}; {backend.name} takes {', '.join(usable)}.{hint}"
+
+
+def _is_unknown(size: Any) -> bool:
+    """Tell whether Dask does not know the size of an axis."""
+    return isinstance(size, float) and math.isnan(size)
 
 
 def _index(value: Any) -> int | None:

@@ -22,7 +22,7 @@ def asarray(x: Any, dtype: Any = None, *, backend: str | Backend | None = None, 
     """Convert an array of any known framework to an array of a backend.
 
     Args:
-        x: an array of any known framework, nested lists or a scalar.
+        x: an array of any known framework, nested lists or a scalar. An array of Dask is computed.
         dtype: the new dtype, of any framework or by name; by default that of ``x``.
         backend: the new backend; by default the chosen one, or that of ``x`` where none is chosen.
         device: the new device; by default that of ``x`` where the framework can reach it (its own arrays, and those on
@@ -38,7 +38,7 @@ def asarray(x: Any, dtype: Any = None, *, backend: str | Backend | None = None, 
         ValueError: the backend has no such device.
     """
     checks.device_index(device)
-    owner = registry.owner_of(x)
+    x, owner = _computed(x), registry.owner_of(x)
     target = registry.get_backend(backend) if backend is not None else registry.chosen_backend() or owner
     host_or_own = x if target is owner else native(x) if registry.is_host_data(x) else _handed_over(x, owner, target)
     return target.asarray(host_or_own, None if dtype is None else dtype_name(dtype), device)
@@ -59,13 +59,17 @@ def _handed_over(x: Any, owner: Backend, target: Backend) -> Array | np.ndarray:
     return owner.to_numpy(x)
 
 
+def _computed(x: Any) -> Array:
+    return x.compute() if registry.is_lazy(x) else x
+
+
 def to_numpy(x: Any) -> np.ndarray:
     """Return an array of any known framework, nested lists or a scalar as a NumPy array, perhaps in the same memory.
 
     Raises:
         TypeError: ``x`` is an array of no known backend.
     """
-    return registry.owner_of(x).to_numpy(x)
+    return registry.owner_of(x).to_numpy(_computed(x))
 
 
 def received(backend: Backend, name: str, x: Any, dtype: str, device: Any) -> Array:
@@ -79,7 +83,7 @@ def received(backend: Backend, name: str, x: Any, dtype: str, device: Any) -> Ar
         if x.dtype.kind in "fiu":
             with np.errstate(over="ignore"):  # beyond float32 it is inf, as in an array
                 x = x.astype(dtype)
-    if is_own(backend, name, x, device):
+    if is_own(backend, name, x, device) or type(x) in registry.LAZY:  # of a lazy array, each block is converted
         return x
     if dtype_name(x.dtype) not in backend.capabilities.dtypes:
         return x  # unconverted: the checks refuse its dtype, with the same message for every backend
@@ -163,6 +167,11 @@ def dtype_and_device_of(backend: Backend, params: Params, state: State, dtype: s
     return dtype, device
 
 
+def device_of(backend: Backend, x: Array) -> Any:
+    """Return the device of an array of ``backend``; None for a lazy one, whose blocks may be on any device."""
+    return None if type(x) in registry.LAZY else backend.device(x)
+
+
 def is_own(backend: Backend, name: str, x: Any, device: Any) -> bool:
     """Tell whether ``x`` is an array of ``backend`` or host data, and refuse anything else.
 
@@ -172,7 +181,7 @@ def is_own(backend: Backend, name: str, x: Any, device: Any) -> bool:
     """
     owner = registry.owner_of(x)
     if owner is backend:
-        if device is not None:
+        if device is not None and type(x) not in registry.LAZY:
             given = backend.device(x)
             checks.device(name, given, device, () if given is not None else backend.devices(x))
         return True

@@ -11,7 +11,7 @@ import numpy as np
 
 from mbn import checks, registry
 from mbn.contract import Array, Backend, Params, Pullback, Settings, State, dtype_name, layer_dtype
-from mbn.convert import received, received_vectors
+from mbn.convert import device_of, received, received_vectors
 from mbn.layer import BatchNorm1d
 from mbn.replicas import Membership
 from mbn.step import folding
@@ -53,7 +53,8 @@ def batch_norm(
 
     Args:
         x: (N, C) or (N, C, L); with ``axis=-1`` (N, C) or (N, L, C). float16, bfloat16 or float32, and float64 where
-            the statistics and parameters are float64.
+            the statistics and parameters are float64. In evaluation also an array of Dask, see
+            :meth:`mbn.BatchNorm1d.__call__`.
         running_mean, running_var: (C,), both or neither; float32 or float64, as are ``weight`` and ``bias``.
         weight, bias: (C,) or None.
         training: normalise by the mean and biased variance of ``x``, and return running statistics moved towards the
@@ -155,7 +156,7 @@ def fold_linear(weight: Any, bias: Any, bn: BatchNorm1d) -> tuple[Array, Array]:
     backend, device = (registry.owner_of(weight), None) if bn.backend is None else (bn._storage.backend, bn.device)
     weight = received(backend, "weight", weight, dtype, device)
     if bias is None:
-        bias = backend.asarray(np.zeros(state.running_mean.shape), dtype_name(weight.dtype), backend.device(weight))
+        bias = backend.asarray(np.zeros(state.running_mean.shape), dtype_name(weight.dtype), device_of(backend, weight))
     bias = received(backend, "bias", bias, dtype, device)
     checks.linear(backend, weight, bias, bn.num_features, dtype)
     return folding.fold_linear(bn._evaluated, params, state, weight, bias)
@@ -211,7 +212,7 @@ def _run_alone(
     dtype = _statistics_dtype(state.running_mean, state.running_var, *params, x)
     x = received(chosen, "x", x, dtype, None)
     checks.rank(x.shape, axis)
-    params, state = received_vectors(chosen, params, state, x.shape[axis], dtype, chosen.device(x))
+    params, state = received_vectors(chosen, params, state, x.shape[axis], dtype, device_of(chosen, x))
     checks.running_statistics(state, needed=not training)
     settings = Settings(
         num_features=x.shape[axis],

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from mbn import checks, registry
+from mbn.chunked import dask
 from mbn.contract import Array, Backend, Params, Pullback, Replicas, Settings, State
 from mbn.convert import asarray, dtype_and_device_of, received, received_vectors
 from mbn.replicas import Exchange, Kind, Membership
@@ -268,7 +269,7 @@ class BatchNorm1d:
         Args:
             x: (N, C) or (N, C, L); with ``axis=-1`` (N, C) or (N, L, C). An array of the layer's backend, or host data
                 (a NumPy array, nested lists), which is converted to one. float16, bfloat16 or float32; float64 too
-                where the layer's dtype is float64.
+                where the layer's dtype is float64. In evaluation also an array of Dask.
             mask: True where x has a value: bool, (N,) or (N, L).
             lengths: how many values each sequence has, from its start: integers from 0 to L, (N,).
             sample_weight: how often a value counts in mean, variance and n: real numbers of at least 0, (N,) or (N, L).
@@ -279,11 +280,14 @@ class BatchNorm1d:
         has no variance: the running statistics are kept.
 
         Returns:
-            An array of the layer's backend with the shape, dtype, device and memory order of ``x``.
+            An array of the layer's backend with the shape, dtype, device and memory order of ``x``. Of an array of Dask
+            another one, which is lazy: its blocks are those of ``x``, of the same library, and have the bits of a call
+            on the whole array. Later changes of the layer do not change it. mask, lengths and sample_weight may be
+            arrays of Dask, too.
 
         Raises:
-            TypeError: another framework's array, an x whose dtype is not floating or would lose precision, or a wrong
-                dtype of mask, lengths or weights.
+            TypeError: another framework's array, one of Dask in training, an x whose dtype is not floating or would lose
+                precision, or a wrong dtype of mask, lengths or weights.
             ValueError: a wrong shape or device, one value per channel in training, a length beyond L, a weight that is
                 negative or not finite. The layer is unchanged.
             RuntimeError: the new statistics are traced, and the layer would keep them after the trace has ended.
@@ -460,9 +464,10 @@ class BatchNorm1d:
 
         Args:
             batches: the data set as one array, of the shape of an input: it counts as one batch, and is read in slices
-                along its first axis, so that a ``numpy.memmap`` takes the memory of a slice. Or an iterable of inputs
-                as in a call, of any number of samples; of a tuple or list of arrays, as a DataLoader gives, the first
-                is the input.
+                along its first axis, so that a ``numpy.memmap`` takes the memory of a slice. An array of Dask is
+                computed block by block on the current scheduler; the statistics have the same bits on every scheduler.
+                Or an iterable of inputs as in a call, of any number of samples; of a tuple or list of arrays, as a
+                DataLoader gives, the first is the input.
             group: the processes that have batches of the data set, each its own and perhaps none: all layers then have
                 the statistics of all batches, the same bits. See :attr:`group`; a name of an axis is none of these. By
                 default the batches are those of this process alone, even if the layer has a group.
@@ -493,20 +498,21 @@ class BatchNorm1d:
             return self._fit(batches, progress, replicas)
 
     def _fit(self, batches: Any, progress: bool, replicas: Exchange | None = None) -> Self:
-        storage, is_one = self._storage, hasattr(batches, "shape")
+        storage, is_one, is_lazy = self._storage, hasattr(batches, "shape"), registry.is_lazy(batches)
         if is_one:
-            batches = population.Slices(batches, storage.settings)
+            batches = [batches] if is_lazy else population.Slices(batches, storage.settings)
         # A layer without a backend or num_features stays so until there are statistics. Others may change meanwhile,
         # in their settings for example.
         is_open = not storage.is_bound or storage.settings.num_features is None
         total = population.Total()
-        with closing(population.inputs(batches, progress=progress)) as inputs:
+        inputs = population.inputs(batches, progress=progress and not is_lazy)
+        with dask.progress(shown=progress and is_lazy), closing(inputs):
             for batch in inputs:
                 before = storage if is_open else self._storage
                 storage, entries, x = before.met(batch)
                 if storage is not before:
                     storage = self._trial(storage, entries)._storage
-                total.add(storage.backend, x, storage.settings)
+                total.add(storage.backend, x, storage.settings, storage.device)
                 del batch, x  # so that they are freed before the next batch is made
         if not is_open:
             storage = self._storage

@@ -12,7 +12,10 @@ from typing import Any, NoReturn
 
 import pytest
 
-FRAMEWORKS = ("numba", "torch", "jax", "triton", "flax", "keras", "onnx", "matplotlib", "mpi4py", "strict")
+FRAMEWORKS = (
+    *("numba", "torch", "jax", "triton", "flax", "keras", "onnx", "matplotlib", "mpi4py", "strict"),
+    *("dask", "distributed"),
+)
 """``strict`` is the plug-in tests/plugin. CuPy is none: a stand-in compiles its kernels for the host."""
 _MODULES = {"strict": "mbn_strict"}
 

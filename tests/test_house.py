@@ -25,17 +25,18 @@ FRONTEND = {
     "checks": {"contract"},
     "registry": {"array_api", "contract", "threads"},
     "convert": {"checks", "contract", "registry"},
-    "step": {"checks", "contract", "convert", "registry"},
+    "chunked": {"checks", "contract", "convert", "registry"},
+    "step": {"checks", "chunked", "contract", "convert", "registry"},
     "replicas": {"checks", "contract", "convert", "registry", "step"},
     "state": {"checks", "contract", "convert", "registry", "replicas"},
-    "layer": {"checks", "contract", "convert", "registry", "replicas", "state", "step"},
+    "layer": {"checks", "chunked", "contract", "convert", "registry", "replicas", "state", "step"},
     "functional": {"checks", "contract", "convert", "layer", "registry", "replicas", "step"},
     "interop": {"checks", "contract", "layer", "mbn_torch.module", "registry", "state"},
     "conformance": {"contract", "mbn", "state"},
     "commands": {"conformance", "contract", "mbn", "registry", "state"},
     "__main__": {"commands"},
 }
-"""The parts of mbn, and the parts that each may import; ``mbn`` itself may import any of the first eleven."""
+"""The parts of mbn, and the parts that each may import; ``mbn`` itself may import any of the first twelve."""
 BACKENDS = {"mbn_common", "mbn_cpu", "mbn_cupy", "mbn_jax", "mbn_numba", "mbn_numpy", "mbn_torch"}
 SHARED = {"mbn_common", "mbn_cpu"}
 """Packages of shared kernels, which are no backends."""

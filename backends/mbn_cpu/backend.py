@@ -25,8 +25,9 @@ class HostBackend(Backend):
     kernels: HostKernels
     step_kernels: HostKernels
     """Kernels with fused steps."""
-    suits_steps: Callable[[np.ndarray, np.ndarray | None, np.ndarray | None], bool]
-    """Tell whether fused steps suit x, its sample weights and another array in its shape: a function below."""
+    suits_steps: Callable[[np.ndarray, np.ndarray | None, np.ndarray | None, int | None], bool]
+    """Tell whether fused steps suit x, its sample weights, another array in its shape and the size of the whole array
+    or None: a function below."""
 
     capabilities = Capabilities(
         dtypes=frozenset({"float16", "float32", "float64"} | ({"bfloat16"} if find_spec("ml_dtypes") else set())),
@@ -76,9 +77,16 @@ class HostBackend(Backend):
         return given if isinstance(given, Group) else mpi_group(self.name, given)
 
     def kernels_for(
-        self, operation: Operation, batch: Batch, other: np.ndarray | None = None, vectors: tuple[Any, ...] = ()
+        self,
+        operation: Operation,
+        batch: Batch,
+        other: np.ndarray | None = None,
+        vectors: tuple[Any, ...] = (),
+        size: int | None = None,
     ) -> tuple[Kernels, Batch]:
         """Return the kernels for a call, and its batch as it is.
+
+        NumPy's two kernels differ in bits, so the size of the whole array decides between them; Numba's do not.
 
         | kernels | gains of training and evaluation over the passes of the same backend |
         |---|---|
@@ -86,7 +94,7 @@ class HostBackend(Backend):
         | Numba's fused steps | (32, 64): 4.8 and 4.2 times as fast; (1024, 256): 1.8 and 1.5 times |
         | passes | all other batches |
         """
-        fits = self.suits_steps(batch.x, batch.sample_weight, other)
+        fits = self.suits_steps(batch.x, batch.sample_weight, other, size)
         if operation == "train":
             fits = fits and batch.dtype == "float32"
         elif operation == "pullback":
@@ -100,12 +108,16 @@ class HostBackend(Backend):
         return forward, partial(_rounded, pullback)
 
 
-def suits_numpy_steps(x: np.ndarray, weights: np.ndarray | None, other: np.ndarray | None) -> bool:
+def suits_numpy_steps(
+    x: np.ndarray, weights: np.ndarray | None, other: np.ndarray | None, size: int | None = None
+) -> bool:
     """Tell whether NumPy's fused steps are faster, since a call of NumPy takes longer than its arithmetic."""
-    return weights is None and x.size <= _FEW_FOR_NUMPY and x.dtype.char != "d"
+    return weights is None and (size or x.size) <= _FEW_FOR_NUMPY and x.dtype.char != "d"
 
 
-def suits_numba_steps(x: np.ndarray, weights: np.ndarray | None, other: np.ndarray | None) -> bool:
+def suits_numba_steps(
+    x: np.ndarray, weights: np.ndarray | None, other: np.ndarray | None, size: int | None = None
+) -> bool:
     """Tell whether Numba's fused steps support the arrays, and are faster on one thread than passes on several."""
     if weights is not None or x.size > _FEW_FOR_NUMBA or x.dtype != np.float32:
         return False

@@ -170,7 +170,12 @@ class TorchBackend(Backend):
             raise ValueError(_NO_VALUES)
 
     def kernels_for(
-        self, operation: Operation, batch: Batch, other: torch.Tensor | None = None, vectors: tuple[Any, ...] = ()
+        self,
+        operation: Operation,
+        batch: Batch,
+        other: torch.Tensor | None = None,
+        vectors: tuple[Any, ...] = (),
+        size: int | None = None,
     ) -> tuple[Kernels, Any]:
         """Return the kernels for a call, and the batch in the type that they read.
 
@@ -187,7 +192,7 @@ class TorchBackend(Backend):
         else:
             where = common_device(batch.x, batch.sample_weight, *_read(operation, other, vectors))
             if where == CPU:
-                return _on_cpu(operation, batch, other, vectors)
+                return _on_cpu(operation, batch, other, vectors, size)
             # A recorded graph must hold for every batch, and contain only operations that exporters know.
             elsewhere = TRACEABLE if is_scripted() else EAGER
             kernels = elsewhere if where is None else _on_gpu(where) or EAGER
@@ -310,13 +315,13 @@ def _read(operation: Operation, other: torch.Tensor | None, vectors: tuple[Any, 
 
 
 def _on_cpu(
-    operation: Operation, batch: Batch, other: torch.Tensor | None, vectors: tuple[Any, ...]
+    operation: Operation, batch: Batch, other: torch.Tensor | None, vectors: tuple[Any, ...], size: int | None
 ) -> tuple[Kernels, ArrayBatch]:
     own, prepared = fastest(), ArrayBatch.of(batch)
     if operation == "pullback":
         vectors = tuple(map(as_array, vectors))
     array = None if other is None else as_array(computed_output(other))
-    kernels, _ = own.kernels_for(operation, prepared.arrays, array, vectors)
+    kernels, _ = own.kernels_for(operation, prepared.arrays, array, vectors, size)
     return CpuKernels.of(own, kernels), prepared
 
 

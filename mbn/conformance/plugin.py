@@ -20,7 +20,7 @@ from mbn.state import outputs
 
 AREAS = (
     *("semantics", "accuracy", "errors", "state", "files", "population", "folding", "modules"),
-    *("dtypes", "masks", "out", "gradients", "transforms", "replicas", "agreement"),
+    *("dtypes", "masks", "out", "gradients", "transforms", "replicas", "chunked", "agreement"),
 )
 
 settings.register_profile(

@@ -47,12 +47,19 @@ class Backend(Arrays, Integration):
         return backend
 
     def kernels_for(
-        self, operation: Operation, batch: Batch, other: Array | None = None, vectors: tuple[Any, ...] = ()
+        self,
+        operation: Operation,
+        batch: Batch,
+        other: Array | None = None,
+        vectors: tuple[Any, ...] = (),
+        size: int | None = None,
     ) -> tuple[Kernels, Batch]:
         """Return the kernels for one call, and its batch prepared for them.
 
         ``other`` is the other array in x's shape: ``out`` of a forward pass, if any, or ``dy``. ``vectors`` are the
-        other operands: ``(params, state)``, or ``(weight, stats)`` of a pullback.
+        other operands: ``(params, state)``, or ``(weight, stats)`` of a pullback. ``size`` is the number of values of
+        the array that x is a block of, or None: in evaluation a block has the bits of the whole array, so this size
+        decides between kernels that differ in bits.
         """
         return self.kernels, batch
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Self
 
 from mbn import checks, registry
 from mbn.contract import Backend, Settings, State
-from mbn.convert import received
+from mbn.convert import device_of, received
 from mbn.step.population import Total
 
 
@@ -59,9 +59,9 @@ class Population:
             checks.rank(x.shape, settings.axis)
             settings = settings._replace(num_features=checks.num_features(int(x.shape[settings.axis])))
         total = copy.copy(self._total)  # a total changes its lists by replacing them
-        total.add(backend, x, settings)
+        total.add(backend, x, settings, device)
         self._total = total
-        self._source = _Source(backend, settings, backend.device(x) if device is None else device)
+        self._source = _Source(backend, settings, device_of(backend, x) if device is None else device)
         return self
 
     def merge(self, other: "Population") -> Self:

@@ -12,7 +12,7 @@ import numpy as np
 
 from mbn import checks, registry
 from mbn.contract import Array, Backend, Params, Settings, State, dtype_name
-from mbn.convert import asarray, owned, received, to_numpy
+from mbn.convert import asarray, device_of, owned, received, to_numpy
 from mbn.replicas import Membership
 from mbn.state.keys import IncompatibleKeys, batch_norms, compare_keys, to_dict
 
@@ -79,7 +79,7 @@ class Storage(NamedTuple):
         storage, entries = self, dict[str, Array]()
         if not self.is_bound:
             backend = registry.owner_of(x)
-            storage, entries = self.moved(backend, backend.device(x) if self.device is None else self.device)
+            storage, entries = self.moved(backend, device_of(backend, x) if self.device is None else self.device)
         x = received(storage.backend, "x", x, storage.settings.dtype, storage.device)
         if storage.settings.num_features is None:
             checks.rank(x.shape, storage.settings.axis)

@@ -3,15 +3,20 @@
 It contains everything that all backends share: the checks that need x, empty batches, and channels that come last.
 """
 
+import math
 from functools import partial
 from typing import Any
 
-from mbn import checks
+import numpy as np
+
+from mbn import checks, registry
+from mbn.chunked import dask
 from mbn.contract import (
     Array,
     Backend,
     Batch,
     Needs,
+    Operation,
     Params,
     Replicas,
     Settings,
@@ -21,6 +26,7 @@ from mbn.contract import (
     dtype_name,
     transposed,
 )
+from mbn.convert import asarray, received, received_vectors
 from mbn.step.empty import emptied, stand_in
 from mbn.step.masks import Masking
 from mbn.step.pullback import StepPullback
@@ -38,15 +44,19 @@ def forward(
     out: Any = None,
     replicas: Replicas | None = None,
     vjp: bool = False,
+    size: int | None = None,
 ) -> tuple[Any, State]:
     """Check ``x``, an array of ``backend``, and its mask, and normalise it, to ``out`` if given.
 
     All other arguments have been checked. With ``training`` the statistics of ``x`` normalise it, else the running
-    ones.
+    ones. ``size`` is that of the whole array if ``x`` is a block.
 
     Returns:
         The output, or with ``vjp`` the output and its :class:`mbn.contract.Pullback`; and the new state.
     """
+    if type(x) in registry.LAZY:
+        checks.lazy(training=training, vjp=vjp, out=out)
+        return _of_blocks(backend, x, params, state, settings, masking), state
     try:
         shape = x.shape
     except RuntimeError as error:
@@ -66,7 +76,8 @@ def forward(
         swap = settings.has_channels_last(len(shape))
         batch = Batch(transposed(x) if swap else x, sample_weight, settings.dtype)
         target = transposed(out) if swap and out is not None else out
-        kernels, batch = backend.kernels_for("train" if training else "evaluate", batch, target, (params, state))
+        operation: Operation = "train" if training else "evaluate"
+        kernels, batch = backend.kernels_for(operation, batch, target, (params, state), size)
         y, state, stats = backend.forward(kernels, batch, params, state, settings, training, target, vjp, replicas)
         y = transposed(y) if swap else y
         if vjp and not training:  # the running statistics may be written to, too
@@ -78,6 +89,44 @@ def forward(
 
 
 forward_vjp = partial(forward, vjp=True)
+
+
+def _of_blocks(
+    backend: Backend, x: Any, params: Params, state: State, settings: Settings, masking: Masking | None
+) -> Any:
+    """Return the lazy output of a lazy array: a task for each block, with copies of the parameters and statistics."""
+    checks.batch(backend, x.shape, dtype_name(x.dtype), settings, state, training=False)
+    if masking is not None:
+        checks.masks(backend)
+    vectors = [None if vector is None else np.array(backend.to_numpy(vector)) for vector in (*params, *state[:2])]
+    device = next(backend.device(vector) for vector in state[:2])
+    size = math.prod(x.shape)
+    evaluated = partial(_of_block, backend, device, settings, None if math.isnan(size) else size)
+    is_converted = registry.owner_of(x) is not backend
+    return dask.map_blocks(evaluated, x, settings.axis, vectors, masking or (None, None, None), is_converted)
+
+
+def _of_block(
+    backend: Backend,
+    device: Any,
+    settings: Settings,
+    size: int | None,
+    block: Array,
+    weight: np.ndarray | None,
+    bias: np.ndarray | None,
+    mean: np.ndarray,
+    var: np.ndarray,
+    mask: Array | None,
+    sample_weight: Array | None,
+) -> Array:
+    """Return the output of a block as an array of the block's own kind."""
+    x = received(backend, "x", block, settings.dtype, device)
+    settings = settings._replace(num_features=x.shape[settings.axis])
+    vectors = Params(weight, bias), State(mean, var, None)
+    params, state = received_vectors(backend, *vectors, x.shape[settings.axis], settings.dtype, backend.device(x))
+    masking = Masking.of(mask, None, sample_weight)
+    y, _ = forward(backend, x, params, state, settings, training=False, masking=masking, size=size)
+    return asarray(y, backend=registry.owner_of(block))
 
 
 def _without_values(

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from mbn import checks
-from mbn.contract import Array, Backend, Batch, Moments, Settings, dtype_name, transposed
+from mbn import checks, registry
+from mbn.chunked import dask
+from mbn.contract import Array, Backend, Batch, Kernels, Moments, Settings, dtype_name, transposed
+from mbn.convert import received
 from mbn.step.empty import stand_in
 
 
@@ -31,26 +33,21 @@ class Total:
         self._parts: list[tuple[int, Moments]] = []
         """Pairs of a number of batches and their statistics, in decreasing order of the numbers."""
 
-    def add(self, backend: Backend, x: Array, settings: Settings) -> None:
-        """Add a batch ``x``, an array of ``backend``; only its statistics are kept.
+    def add(self, backend: Backend, x: Array, settings: Settings, device: Any = None) -> None:
+        """Add a batch ``x``, an array of ``backend`` or a lazy one; only its statistics are kept.
+
+        Blocks of a lazy array are received on ``device``.
 
         Raises:
             TypeError, ValueError: ``x`` is refused as in a call.
         """
-        try:
-            shape = x.shape
-        except RuntimeError as error:
-            raise TypeError(checks.SHAPELESS) from error
-        checks.batch(backend, shape, dtype_name(x.dtype), settings, None, training=False)
-        if 0 in x.shape:
-            self.num_batches += 1
-            return
-        x = backend.constant(x)
-        batch = Batch(transposed(x) if settings.has_channels_last(x.ndim) else x, None, settings.dtype)
-        kernels, batch = backend.kernels_for("moments", batch)
-        moments = kernels.moments(batch)
-        backend.finish(*moments)  # before that, lazy results keep the batch in memory
-        self._parts, self.num_batches = self._with(backend, 1, moments), self.num_batches + 1
+        if type(x) in registry.LAZY:
+            moments = _moments_of_blocks(backend, x, settings, device)
+        else:
+            moments = _moments(backend, settings, x)
+        if moments is not None:
+            self._parts = self._with(backend, 1, moments)
+        self.num_batches += 1
 
     def merge(self, backend: Backend, other: "Total") -> None:
         """Add the batches of another total, whose statistics are those of the same backend."""
@@ -103,6 +100,48 @@ class Total:
             "running_mean": _vector(backend, moments.mean, settings, device),
             "running_var": _vector(backend, backend.kernels.variance(moments, settings.correction), settings, device),
         }
+
+
+def _moments(backend: Backend, settings: Settings, x: Array) -> Moments | None:
+    """Check a batch, and return its statistics; None without a value."""
+    try:
+        shape = x.shape
+    except RuntimeError as error:
+        raise TypeError(checks.SHAPELESS) from error
+    checks.batch(backend, shape, dtype_name(x.dtype), settings, None, training=False)
+    if 0 in shape:
+        return None
+    x = backend.constant(x)
+    batch = Batch(transposed(x) if settings.has_channels_last(x.ndim) else x, None, settings.dtype)
+    kernels, batch = backend.kernels_for("moments", batch)
+    moments = kernels.moments(batch)
+    backend.finish(*moments)  # before that, lazy results keep the batch in memory
+    return moments
+
+
+def _moments_of_blocks(backend: Backend, x: Any, settings: Settings, device: Any) -> Moments | None:
+    """Compute the statistics of a lazy array, block by block."""
+    checks.batch(backend, x.shape, dtype_name(x.dtype), settings, None, training=False)
+    kernels = backend.kernels
+    has_vectors = type(kernels).to_vectors is not Kernels.to_vectors
+    if x.numblocks[settings.axis] > 1 and not has_vectors:
+        x = x.rechunk({settings.axis: -1})
+    of_block, merge = partial(_moments_of_block, backend, settings, device), partial(_merged_blocks, backend)
+    first: Moments | None
+    first, *others = dask.reduced(x, settings.axis, of_block, merge)
+    if first is None or not others:
+        return first
+    parts = [kernels.to_vectors(moments, settings.dtype) for moments in (first, *others)]
+    return kernels.from_vectors(first.count, tuple(map(backend.concatenated, zip(*parts, strict=True))))
+
+
+def _moments_of_block(backend: Backend, settings: Settings, device: Any, block: Array) -> Moments | None:
+    x = received(backend, "x", block, settings.dtype, device)
+    return _moments(backend, settings._replace(num_features=x.shape[settings.axis]), x)
+
+
+def _merged_blocks(backend: Backend, a: Moments | None, b: Moments | None) -> Moments | None:
+    return a if b is None else b if a is None else _merged(backend, a, b)
 
 
 _SLICE = 1 << 25

@@ -1,0 +1,1 @@
+"""Arrays that need not fit into memory, since they consist of parts."""
