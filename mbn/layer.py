@@ -136,6 +136,11 @@ class BatchNorm1d:
             """Say for a name of torch's modules how a layer does the same; only names that are missing come here."""
             return missing(self, name)
 
+    @property
+    def __name__(self) -> str:
+        """The name of the layer's class, by which Dask and JAX call a layer that they use as a function."""
+        return type(self).__qualname__
+
     weight = Entry("The scale, (C,), or None. Set it to an array or to one number for all channels.")
     bias = Entry("The shift, (C,), or None. Set it to an array or to one number for all channels.")
     running_mean = Entry("The running mean, (C,), or None. Set it to an array or to one number for all channels.")

@@ -335,3 +335,10 @@ def test_settings_and_steps_in_several_threads_are_not_lost() -> None:
         sys.setswitchinterval(interval)
     assert int(bn.num_batches_tracked) == steps
     assert bn.eps == steps - 1
+
+
+def test_layer_has_the_name_of_its_class_as_a_function_would() -> None:
+    class Own(mbn.BatchNorm1d): ...
+
+    assert mbn.BatchNorm1d(4).__name__ == mbn.BatchNorm1d.__name__ == "BatchNorm1d"
+    assert Own(4).__name__.endswith("Own")
