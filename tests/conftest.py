@@ -20,6 +20,7 @@ EXPECTED_SKIPS = {
     r"the GPU has too little memory free": "it may be in use",
     r"this processor rounds differently": "the recorded bits are those of processors with FMA3 and AVX2",
     r"compiled for one card": "the others differ in nothing that the test looks at",
+    r"ray is not installed": "it has no package for some versions of Python",
     r"this is no repository": "the tests of a wheel run away from the source",
     r"(jax|strict) has no arrays that are not contiguous": "a workload of mbn bench that is none for them",
     r"(jax takes no float64|strict takes no float16) here": "the same",
