@@ -59,7 +59,10 @@ def _run(cls, method):
     benchmark = cls()
     cached = [benchmark.setup_cache()] if hasattr(cls, "setup_cache") else []
     benchmark.setup(*cached, *arguments)
-    return getattr(benchmark, method)(*cached, *arguments)
+    result = getattr(benchmark, method)(*cached, *arguments)
+    if hasattr(benchmark, "teardown"):
+        benchmark.teardown(*cached, *arguments)
+    return result
 
 
 @pytest.fixture
@@ -72,6 +75,7 @@ def few(monkeypatch):
     monkeypatch.setattr(measurement, "ROUNDS", 1)
     monkeypatch.setattr(replicas, "ROUNDS", 1)
     monkeypatch.setattr(MODULES["replicas"], "NAMES", ["numpy", "nowhere"])
+    monkeypatch.setattr(MODULES["larger"], "DATA", MODULES["_sources"].Data(2**16, 2**14))
 
 
 @pytest.mark.usefixtures("few")
@@ -104,6 +108,25 @@ def test_subject_that_did_not_run_is_not_measured():
     benchmark = MODULES["side_by_side"].Time()
     with pytest.raises(NotImplementedError, match="there is no backend 'nowhere'"):
         benchmark.setup(benchmark.setup_cache(), "nowhere", "train", "(32, 64)")
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize(
+    ("kind", "source", "package"),
+    [
+        ("Fit", "memmap", "numpy"),
+        ("Fit", "zarr", "zarr"),
+        ("Fit", "hdf5", "h5py"),
+        ("Fit", "dask", "dask.array"),
+        ("Evaluate", "dask", "dask.array"),
+    ],
+)
+def test_benchmark_runs_on_source(kind, source, package):
+    pytest.importorskip(package)
+    benchmark = getattr(MODULES["larger"], kind)()
+    benchmark.setup(source)
+    assert benchmark.track_peak() >= 0
+    benchmark.teardown(source)
 
 
 @pytest.fixture
