@@ -10,6 +10,7 @@ those of the rounds. With ``--cold`` the second call reads from the disk again.
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -34,6 +35,8 @@ CHUNKS = 1000
 OFFSET = 1e6
 OFFSET_STEP = Fraction(1, 16)
 """The distance of float32 numbers at the offset."""
+PATIENCE = 600
+"""Seconds that a task may take."""
 _MIB = 2**20
 _SAME_MIB = 64
 """MiB that may be needed beside chunks."""
@@ -163,7 +166,8 @@ def _call(source: str, action: str, folder: Path, data: Data) -> Call:
     if action == "read":
         return lambda: _read(x, data)
     lazy = source.startswith("dask")
-    target = _Nowhere() if action == "drop" else np.zeros((data.rows, CHANNELS), np.float32)
+    # The target is written to once before, so that its pages do not count as memory of the call.
+    target = _Nowhere() if action == "drop" else np.ones((data.rows, CHANNELS), np.float32)
     if lazy:
         return lambda: needed("dask.array").store(bn(x), target, lock=False)
     return (lambda: target.__setitem__((), bn(x))) if action == "store" else (lambda: bn(x) is None)
@@ -286,9 +290,16 @@ def ask(name: str, folder: Path, data: Data, *options: str) -> Any:
     """Return what a process of its own finds in a task, or the last line of its error."""
     sizes = "--gib", str(data.nbytes / 2**30), "--chunk-mib", str(data.chunk_bytes / _MIB)
     command = sys.executable, str(Path(__file__)), "--task", name, "--folder", str(folder), *sizes, *options
-    child = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = (child.stdout if child.returncode == 0 else child.stderr).splitlines() or ["it died"]
-    return json.loads(lines[-1]) if child.returncode == 0 else lines[-1]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as child:
+        try:
+            out, error = child.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            return f"it has not ended after {PATIENCE} s"
+        finally:
+            if child.poll() is None:  # after an interrupt, too
+                os.killpg(child.pid, signal.SIGKILL)  # and its workers
+    return json.loads(out.splitlines()[-1]) if child.returncode == 0 else (error.splitlines() or ["it died"])[-1]
 
 
 def ratio(figures: Sequence[Figures], others: Sequence[Figures]) -> float:

@@ -93,8 +93,15 @@ def test_tasks_take_turns_and_one_that_fails_is_not_repeated(monkeypatch, tmp_pa
     assert [row[3] for row in rows] == ["-", "1.00"]
 
 
+@pytest.mark.processes
 def test_error_of_a_process_is_its_last_line(tmp_path):
     assert larger.ask("nothing: fit", tmp_path, DATA) == "ValueError: nothing"
+
+
+@pytest.mark.processes
+def test_task_that_does_not_end_is_ended(monkeypatch, tmp_path):
+    monkeypatch.setattr(larger, "PATIENCE", 0.01)
+    assert larger.ask("numpy: fit", tmp_path, DATA) == "it has not ended after 0.01 s"
 
 
 def test_unknown_part_is_refused(capsys):
