@@ -291,8 +291,8 @@ class BatchNorm1d:
             arrays of Dask, too.
 
         Raises:
-            TypeError: another framework's array, one of Dask in training, or a wrong dtype: of an x that is not floating or
-                would lose precision, of mask, lengths or weights.
+            TypeError: another framework's array, one of Dask in training, an x whose dtype is not floating or loses
+                precision, or a wrong dtype of mask, lengths or weights.
             ValueError: a wrong shape or device, one value per channel in training, a length beyond L, a weight that is
                 negative or not finite. The layer is unchanged.
             RuntimeError: the new statistics are traced, and the layer would keep them after the trace has ended.
