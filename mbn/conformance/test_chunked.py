@@ -92,6 +92,20 @@ def test_fit_takes_blocks_of_unknown_sizes(target: Target) -> None:
     assert_same(target.snapshot(bn), target.snapshot(target.layer(6).fit(blocks, progress=False)))
 
 
+def test_blocks_may_be_arrays_of_the_backend(target: Target) -> None:
+    x = sample((60, 6))
+    try:
+        blocks = lazy(x, (25, 6)).map_blocks(target.array, dtype=x.dtype, meta=target.array(x[:0]))
+    except (TypeError, AttributeError) as error:
+        pytest.skip(f"{target.backend.name} declares no arrays that Dask can hold: {type(error).__name__}")
+    bn = mbn.BatchNorm1d(6, device=target.device).fit(blocks, progress=False)
+    assert bn.backend == mbn.registry.owner_of(target.array(x)).name
+    assert_same(target.snapshot(bn), target.snapshot(target.layer(6).fit(lazy(x, (25, 6)), progress=False)))
+    bn.eval()
+    parts = dask.compute(*bn(blocks).to_delayed().ravel(), scheduler="synchronous")
+    np.testing.assert_array_equal(np.concatenate([*map(target.numpy, parts)]), target.numpy(bn(target.array(x))))
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize(("shape", "chunks", "axis"), CUTS)
 def test_lazy_output_has_the_bits_of_the_whole_call(
