@@ -65,7 +65,8 @@ class Pair:
 
     def __rtruediv__(self, other: float) -> "Pair":
         """Return ``other / self``."""
-        return Pair(0 * self.hi + other) / self
+        dividend = _pair(other)
+        return Pair(0 * self.hi + dividend.hi, dividend.lo) / self
 
 
 Number: TypeAlias = Array | Pair
@@ -80,7 +81,14 @@ class Mean(NamedTuple):
 
 
 class ArrayAPIKernels(Kernels):
-    """Kernels that operate on arrays, in the namespace of their arguments."""
+    """Kernels that operate on arrays, in the namespace of their arguments.
+
+    All operations on values that count are differentiable, so a library with autograd needs :meth:`constant` alone.
+    """
+
+    def constant(self, x: Array) -> Array:
+        """Return x as a constant to differentiation; a library with autograd overrides this method."""
+        return x
 
     def moments(self, batch: Batch) -> Moments:
         """Return the statistics of each channel.
@@ -92,22 +100,27 @@ class ArrayAPIKernels(Kernels):
         x, sample_weight, _ = batch
         xp = _namespace(x)
         rows = _each(_rows, _wide(x))
+        # The shift cancels out, so no derivative passes through it.
+        constant, counts = _each(self.constant, rows), None
         if sample_weight is None:
-            count = x.size // x.shape[1]
-            counts = xp.ones((1, count), dtype=_dtype_of(rows), device=x.device)
+            count, shift = x.size // x.shape[1], _exact(_leading(constant)[:, 0])
         else:
             counts = _each(lambda part: xp.reshape(part, (1, -1)), _wide(sample_weight))
             count = _each(lambda part: part[0], _sum(counts))
-        is_value = _leading(counts) > 0
-        largest = xp.max(xp.where(is_value, _leading(rows), -xp.inf), axis=1)  # a value that counts
-        shift = _exact(xp.where(xp.any(is_value), largest, 0.0))
+            is_value = _leading(counts) > 0
+            largest = xp.max(xp.where(is_value, _leading(constant), -xp.inf), axis=1)  # a value that counts
+            shift = _exact(xp.where(xp.any(is_value), largest, 0.0))
 
-        def deviations(shift: Number) -> Number:
-            return _where(is_value, rows - _each(lambda part: part[:, None], shift), 0.0)
+        def deviations(rows: Number, shift: Number) -> Number:
+            d = rows - _each(lambda part: part[:, None], shift)
+            return d if counts is None else _where(is_value, d, 0.0)
 
-        shift = shift + _ratio(_sum(deviations(shift) * counts), count)
-        d = deviations(shift)
-        once = d * counts
+        def weighted(values: Number) -> Number:
+            return values if counts is None else values * counts
+
+        shift = shift + _ratio(_sum(weighted(deviations(constant, shift))), count)
+        d = deviations(rows, shift)
+        once = weighted(d)
         total = _sum(once)
         return Moments(count, Mean(shift, _ratio(total, count)), _sum(d * once) - _ratio(total * total, count))
 
@@ -148,14 +161,20 @@ class ArrayAPIKernels(Kernels):
         def aligned(values: Array) -> Array:
             return xp.reshape(values, (*values.shape, *[1] * (len(shape) - values.ndim)))
 
-        weights = xp.ones(shape, dtype=getattr(xp, dtype), device=given.device)
+        weights = xp.ones(shape, dtype=getattr(xp, dtype), **_place(given))
         if sample_weight is not None:
-            weights = weights * aligned(xp.astype(sample_weight, weights.dtype))
+            is_weight = (sample_weight >= 0) & (sample_weight < xp.inf)  # a traced one has not been checked
+            weights = weights * aligned(xp.astype(xp.where(is_weight, sample_weight, xp.nan), weights.dtype))
         if mask is not None:
             weights = xp.where(aligned(mask), weights, 0.0)
         if lengths is not None:
-            positions = xp.arange(shape[1], dtype=lengths.dtype, device=given.device)
+            positions = xp.arange(shape[1], dtype=lengths.dtype, **_place(given))
             weights = xp.where(positions < aligned(lengths), weights, 0.0)
+            is_length = aligned((lengths >= 0) & (lengths <= shape[1]))
+            weights = xp.where(is_length, weights, xp.nan)
+        if not has_float64(xp, _device(weights)):  # sums and products of pairs have the range of float32
+            is_large = xp.any(weights > 2.0**100)
+            weights = xp.where(is_large & (weights > 0), weights * 2.0**-40 + 2.0**-100, weights)
         return weights
 
     def merge(self, first: Moments, second: Moments) -> Moments:
@@ -183,12 +202,12 @@ class ArrayAPIKernels(Kernels):
         step = 1 / _wide(num_batches_tracked) if momentum is None else momentum
         if isinstance(count, int | float):  # a float is the count of replicas without a value
             return step if isinstance(count, int) or count > correction else 0.0
-        has_variance = _leading(count) > correction
-        return _where(has_variance, 0.0 * count + step, 0.0)
+        lacks_variance = _leading(count) <= correction  # not so if it is NaN
+        return _where(~lacks_variance, 0.0 * count + step, 0.0)
 
     def lerp(self, start: Array, end: Any, step: Any) -> Array:
         xp = _namespace(start)
-        end = end.hi + end.lo if isinstance(end, Mean) else _wide(end)
+        end = _each(self.constant, end.hi + end.lo if isinstance(end, Mean) else _wide(end))
         moved = _narrow(_wide(start) * (1 - step) + end * step, start.dtype)
         if isinstance(step, int | float):
             return xp.asarray(start, copy=True) if step == 0 else moved
@@ -262,14 +281,13 @@ class ArrayAPIBackend(Backend):
 
     def concatenated(self, parts: Sequence[Any]) -> Array:
         xp = self.namespace
-        device = next(part.device for part in parts if self.owns(part))
+        device = self.device(next(part for part in parts if self.owns(part)))
         wide = (
-            xp.astype(part, xp.float64) if self.owns(part) else xp.asarray(part, dtype=xp.float64, device=device)
-            for part in parts
+            xp.astype(part, xp.float64) if self.owns(part) else self.asarray(part, "float64", device) for part in parts
         )
         return xp.concat([xp.reshape(part, (-1,)) for part in wide])
 
-    def within(self, values: Array, low: float, high: float) -> bool:
+    def within(self, values: Array, low: float, high: float) -> bool | None:
         values = _leading(_wide(values))
         return bool(self.namespace.all((low <= values) & (values < high)))
 
@@ -278,8 +296,19 @@ def _namespace(x: Array) -> Any:
     return x.__array_namespace__()
 
 
+def _device(x: Array) -> Any:
+    """Return the device that computes on x."""
+    return x.device if hasattr(x, "device") else _namespace(x).__array_namespace_info__().default_device()
+
+
+def _place(x: Array) -> dict[str, Any]:
+    """Return the arguments that create an array on the device of x."""
+    return {"device": x.device} if hasattr(x, "device") else {}
+
+
 @cache
-def _has_float64(xp: Any, device: Any) -> bool:
+def has_float64(xp: Any, device: Any) -> bool:
+    """Tell whether a device of a library has float64."""
     return "float64" in xp.__array_namespace_info__().dtypes(device=device, kind="real floating")
 
 
@@ -288,12 +317,12 @@ def _wide(x: Number) -> Number:
     if isinstance(x, Pair):
         return x
     xp = _namespace(x)
-    return xp.astype(x, xp.float64) if _has_float64(xp, x.device) else Pair(xp.astype(x, xp.float32))
+    return xp.astype(x, xp.float64) if has_float64(xp, _device(x)) else Pair(xp.astype(x, xp.float32))
 
 
 def _exact(x: Array) -> Number:
     """Return numbers of the widest dtype as they are, or as pairs where there is no float64."""
-    return x if _has_float64(_namespace(x), x.device) else Pair(x)
+    return x if has_float64(_namespace(x), _device(x)) else Pair(x)
 
 
 def _narrow(x: Number, dtype: Any) -> Array:
@@ -315,7 +344,7 @@ def _each(function: Any, x: Number) -> Number:
     return Pair(function(x.hi), function(x.lo + 0 * x.hi)) if isinstance(x, Pair) else function(x)
 
 
-def _where(condition: Array, x: Number, other: float) -> Number:
+def _where(condition: Array, x: Number, other: Array | float) -> Number:
     xp = _namespace(condition)
     if isinstance(x, Pair):
         return Pair(xp.where(condition, x.hi, other), xp.where(condition, x.lo + 0 * x.hi, 0.0))
@@ -323,7 +352,11 @@ def _where(condition: Array, x: Number, other: float) -> Number:
 
 
 def _pair(x: "Number | float") -> Pair:
-    return x if isinstance(x, Pair) else Pair(x)
+    """Return a number of Python, which has the digits of float64, or an array of float32 as a pair."""
+    if not isinstance(x, int | float):
+        return x if isinstance(x, Pair) else Pair(x)
+    hi = float(np.float32(x))
+    return Pair(hi, x - hi if np.isfinite(hi) else 0.0)
 
 
 def _two_sum(a: Array, b: Array | float) -> tuple[Array, Array]:
@@ -344,6 +377,9 @@ def _two_product(a: Array, b: Array | float) -> tuple[Array, Array]:
 
 
 def _halves(a: Array | float) -> tuple[Any, Any]:
+    if isinstance(a, int | float):  # its halves are those of a float32, too
+        hi, lo = _halves(np.asarray(a, np.float32))
+        return float(hi), float(lo)
     large = _SPLIT * a
     hi = large - (large - a)
     return hi, a - hi
@@ -367,7 +403,8 @@ def _xhat(batch: Batch, stats: Stats, eps: float) -> Number:
 def _invstd(var: Number, eps: float) -> Number:
     spread = _wide(var) + eps
     is_spread = _leading(spread) != 0
-    return _where(is_spread, 1 / _sqrt(_where(is_spread, spread, 1.0)), 0.0)
+    numerator = _exact(_namespace(is_spread).astype(is_spread, _dtype_of(spread)))
+    return numerator / _sqrt(_where(is_spread, spread, 1.0))
 
 
 def _sqrt(x: Number) -> Number:
@@ -382,9 +419,11 @@ def _sqrt(x: Number) -> Number:
 
 
 def _masked(values: Number, batch: Batch) -> Number:
-    """Return values, (N, C) or (N, C, L), with 0 where the weight of a sample is 0."""
-    weight = batch.sample_weight
-    return values if weight is None else _where(_leading(_against(weight)) > 0, values, 0.0)
+    """Return values, (N, C) or (N, C, L), with 0 where the weight of a sample is 0, and NaN where it is NaN."""
+    if batch.sample_weight is None:
+        return values
+    weight = _leading(_against(batch.sample_weight))
+    return _where(weight > 0, values, 0.0 * weight)
 
 
 def _against(weight: Number) -> Number:
@@ -396,8 +435,8 @@ def _ratio(total: Number, count: Any) -> Number:
     """Return total / count, and 0 where the count is too small for a mean or a variance: 0 or less."""
     if isinstance(count, int | float):
         return total / count if count > 0 else total * 0.0
-    is_positive = _leading(count) > 0
-    return _where(is_positive, total, 0.0) / _where(is_positive, count, 1.0)
+    has_values = ~(_leading(count) <= 0)  # so it is if the count is NaN
+    return _where(has_values, total, 0.0) / _where(has_values, count, 1.0)
 
 
 def _sum(rows: Number) -> Number:

@@ -230,4 +230,4 @@ def owned(
         limit = np.iinfo(dtype_name(own.dtype)).max  # int32's, if the framework has no int64
         if registry.owner_of(array).within(array, 0, limit) is False and int(array) != limit:
             raise ValueError(f"{name} counts batches and is at least 0 and at most {limit}, not {array}.")
-    return own + backend.asarray(np.zeros(shape, dtype), dtype, device) if is_filling and shape else own
+    return backend.copy(own + backend.asarray(np.zeros(shape, dtype), dtype, device)) if is_filling and shape else own

@@ -56,6 +56,9 @@ _BUILT_IN = {
         "cupy",
         "pip install cupy-cuda13x (or cupy-cuda12x, to match the CUDA driver)",
     ),
+    "mlx": Known(
+        "mbn_mlx.backend:MlxBackend", "built in", "mlx", "pip install 'mlx>=0.32.2' (on Linux 'mlx[cpu]>=0.32.2')"
+    ),
     "numba": Known("mbn_numba.backend:NumbaBackend", "built in", "numba", "pip install 'numba>=0.61'"),
 }
 _HOST = "numpy"

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import pytest
 
 FRAMEWORKS = (
-    *("numba", "torch", "jax", "triton", "flax", "keras", "onnx", "matplotlib", "mpi4py", "strict"),
+    *("numba", "torch", "jax", "mlx", "triton", "flax", "keras", "onnx", "matplotlib", "mpi4py", "strict"),
     *("dask", "distributed", "joblib", "ray", "xarray"),
 )
 """``strict`` is the plug-in tests/plugin. CuPy is none: a stand-in compiles its kernels for the host."""

@@ -37,13 +37,13 @@ FRONTEND = {
     "__main__": {"commands"},
 }
 """The parts of mbn, and the parts that each may import; ``mbn`` itself may import any of the first twelve."""
-BACKENDS = {"mbn_common", "mbn_cpu", "mbn_cupy", "mbn_jax", "mbn_numba", "mbn_numpy", "mbn_torch"}
+BACKENDS = {"mbn_common", "mbn_cpu", "mbn_cupy", "mbn_jax", "mbn_mlx", "mbn_numba", "mbn_numpy", "mbn_torch"}
 SHARED = {"mbn_common", "mbn_cpu"}
 """Packages of shared kernels, which are no backends."""
 FOR_BACKENDS = {"mbn.array_api", "mbn.contract", "mbn.threads"}
 """The parts of mbn that a backend may import."""
 TOO_MUCH = (
-    *("torch", "jax", "cupy", "numba", "flax", "keras", "onnx", "rich", "safetensors"),
+    *("torch", "jax", "cupy", "numba", "mlx", "flax", "keras", "onnx", "rich", "safetensors"),
     *("mbn.interop", "mbn.commands", "mbn.conformance"),
 )
 """Packages that `import mbn` must not load; backends are forbidden too."""

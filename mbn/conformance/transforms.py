@@ -95,4 +95,15 @@ def _of_jax() -> Transforms:
     )
 
 
-_BUILT_IN = {"torch": _of_torch, "jax": _of_jax}
+def _of_mlx() -> Transforms:
+    import mlx.core as mx
+
+    return Transforms(
+        grad=mx.grad,
+        jvp=lambda function, x, tangent: mx.jvp(function, [x], [tangent])[1][0],
+        vmap=mx.vmap,
+        jit=mx.compile,
+    )
+
+
+_BUILT_IN = {"torch": _of_torch, "jax": _of_jax, "mlx": _of_mlx}
