@@ -29,7 +29,7 @@ browser() {
 coverage_with_floors() {
     coverage erase || return
     coverage run -m pytest -n auto --dist worksteal tests/{chunked,commands,contract,interop,replicas,state,step} \
-        tests/test_{array_api,convert,handing_over,hooks,layer,public_api,registry,threads}.py \
+        tests/test_{array_api,array_libraries,convert,handing_over,hooks,layer,public_api,registry,threads}.py \
         tests/backends/test_{mbn_cpu,mbn_numba,mpi_replicas,replicas}.py -k "not full_disk_leads and not works_without_the_cache" || return
     coverage run -m mbn conform numpy -n auto || return
     coverage run -m mbn conform numba -n auto || return

@@ -256,7 +256,7 @@ class ArrayAPIBackend(Backend):
     def asarray(self, x: Any, dtype: str | None = None, device: Any = None) -> Array:
         xp = self.namespace
         info = xp.__array_namespace_info__()
-        if dtype not in (None, "int64") and dtype not in (known := info.dtypes()):
+        if dtype not in (None, "int64") and dtype not in (known := info.dtypes(kind=None)):
             raise TypeError(f"{self.name} has no dtype {dtype}; it has {', '.join(known)}.")
         if isinstance(device, str):
             devices = {self.device_name(known): known for known in info.devices()}
@@ -266,7 +266,7 @@ class ArrayAPIBackend(Backend):
         x = x.hi if isinstance(x, Pair) else x
         given = dtype or (dtype_name(x.dtype) if hasattr(x, "dtype") else None)
         where = x.device if device is None and self.owns(x) else device
-        if given == "int64" and given not in info.dtypes(device=where):
+        if given == "int64" and given not in info.dtypes(device=where, kind=None):
             dtype = "int32"  # a count, where the library has no larger integers
         return xp.asarray(x, dtype=None if dtype is None else getattr(xp, dtype), device=device)
 
