@@ -15,6 +15,7 @@ EXTRAS = {
     "torch": "dev,torch,numba,onnx,triton",
     "jax": "dev,jax,flax",
     "cupy": "dev,nvrtc",
+    "mlx": "dev,mlx",
     "strict": "dev",
 }
 """The extras that each backend's tests need."""

@@ -81,7 +81,7 @@ def test_named_sessions_exist():
 def test_named_backends_exist():
     named = re.findall(r"nox -s backend -- (\w+)", "\n".join(commands()))
     assert named
-    assert set(named) <= {"numpy", "numba", "torch", "jax", "cupy"}
+    assert set(named) <= {"numpy", "numba", "torch", "jax", "mlx", "cupy"}
 
 
 def test_named_extras_exist():

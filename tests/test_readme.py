@@ -22,10 +22,10 @@ def dtypes_in_the_table() -> dict[str, list[str]]:
 
 
 def test_table_has_every_built_in_backend() -> None:
-    assert list(dtypes_in_the_table()) == ["numpy", "torch", "jax", "cupy", "numba"]
+    assert list(dtypes_in_the_table()) == ["numpy", "torch", "jax", "cupy", "numba", "mlx"]
 
 
-@pytest.mark.parametrize("name", ["numpy", "torch", "jax", "cupy"])
+@pytest.mark.parametrize("name", ["numpy", "torch", "jax", "cupy", "mlx"])
 def test_table_has_the_declared_dtypes(name: str) -> None:
     environment = {
         "JAX_ENABLE_X64": "1",  # the footnote on float64
