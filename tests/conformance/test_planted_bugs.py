@@ -66,6 +66,7 @@ def test_suite_finds_planted_bugs(names: list[str], conform: Conform) -> None:
         "replica_bugs",
         pytest.param("chunked_bugs", marks=pytest.mark.dask),
         pytest.param("jax_bugs", marks=pytest.mark.jax),
+        pytest.param("mlx_bugs", marks=pytest.mark.mlx),
         pytest.param("derivative_bugs", marks=[pytest.mark.torch, pytest.mark.jax]),
     ],
 )
