@@ -14,6 +14,7 @@ _DISTRIBUTIONS = (
     "cupy-cuda12x",
     "cupy-cuda13x",
     "numba",
+    "mlx",
     "flax",
     "keras",
     "onnx",
