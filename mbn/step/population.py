@@ -211,7 +211,9 @@ def _input(batch: Any) -> Any:
 
 def _merged(backend: Backend, a: Moments, b: Moments) -> Moments:
     """Return the statistics of both, merged in the order of ``Kernels.merge``: the larger first."""
-    return backend.kernels.merge(a, b) if a.count >= b.count else backend.kernels.merge(b, a)
+    merged = backend.kernels.merge(a, b) if a.count >= b.count else backend.kernels.merge(b, a)
+    backend.finish(*merged)  # another thread may merge the result, and cannot evaluate it
+    return merged
 
 
 def _vector(backend: Backend, statistic: Any, settings: Settings, device: Any) -> Array:
