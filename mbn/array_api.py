@@ -8,6 +8,7 @@ Source: the Python array API standard, https://data-apis.org/array-api/latest.
 
 from collections.abc import Sequence
 from functools import cache, cached_property
+from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -188,11 +189,12 @@ class ArrayAPIKernels(Kernels):
         return Moments(total, Mean(mean, rest), m2 + (more_m2 + difference * step * count))
 
     def to_vectors(self, moments: Moments, dtype: str) -> tuple[Array, ...]:
-        (hi, lo), m2 = moments.mean, moments.m2
-        return hi, lo, m2
+        numbers = [_each(lambda part: part, number) for number in (*moments.mean, moments.m2)]
+        return tuple(chain(*((number.hi, number.lo) if isinstance(number, Pair) else (number,) for number in numbers)))
 
     def from_vectors(self, count: Any, vectors: tuple[Array, ...]) -> Moments:
-        hi, lo, m2 = vectors
+        is_pairs = len(vectors) == 6
+        hi, lo, m2 = map(Pair, vectors[::2], vectors[1::2]) if is_pairs else vectors
         return Moments(count, Mean(hi, lo), m2)
 
     def variance(self, moments: Moments, correction: int) -> Number:
@@ -281,10 +283,9 @@ class ArrayAPIBackend(Backend):
 
     def concatenated(self, parts: Sequence[Any]) -> Array:
         xp = self.namespace
-        device = self.device(next(part for part in parts if self.owns(part)))
-        wide = (
-            xp.astype(part, xp.float64) if self.owns(part) else self.asarray(part, "float64", device) for part in parts
-        )
+        own = next(part for part in parts if self.owns(part))
+        dtype = "float64" if has_float64(xp, _device(own)) else "float32"
+        wide = (self.asarray(part, dtype, None if self.owns(part) else self.device(own)) for part in parts)
         return xp.concat([xp.reshape(part, (-1,)) for part in wide])
 
     def within(self, values: Array, low: float, high: float) -> bool | None:

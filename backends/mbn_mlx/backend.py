@@ -1,6 +1,7 @@
 """MLX's border, and what MLX needs of ``mbn.array_api``: in float64 on the CPU, in pairs of float32 on a GPU."""
 
 import copyreg
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, ClassVar
 
@@ -20,8 +21,9 @@ class MlxKernels(ArrayAPIKernels):
         return mx.stop_gradient(x)
 
     def from_vectors(self, count: Any, vectors: tuple[Any, ...]) -> Moments:
-        count = count if isinstance(count, int) else float(count)
-        return super().from_vectors(count, tuple(_in_float64(vector) for vector in vectors))
+        if isinstance(vectors[0], np.ndarray):
+            vectors, count = tuple(map(_in_float64, vectors)), count if isinstance(count, int) else float(count)
+        return super().from_vectors(count, vectors)
 
 
 class MlxBackend(integration.LazyEvaluation, ArrayAPIBackend):
@@ -62,7 +64,10 @@ class MlxBackend(integration.LazyEvaluation, ArrayAPIBackend):
     def copy(self, x: mx.array) -> mx.array:
         return self.evaluated(super().copy(x))
 
-    concatenated = Arrays.concatenated  # on the host, where there is float64
+    def concatenated(self, parts: Sequence[Any]) -> Any:
+        if not array_api.has_float64(mx, mx.default_device()):
+            return super().concatenated(parts)
+        return Arrays.concatenated(self, parts)  # on the host, since engines take no arrays of MLX
 
     def within(self, values: mx.array, low: float, high: float) -> bool | None:
         return None if integration.is_traced(values) else super().within(values, low, high)
