@@ -5,18 +5,22 @@ There is one number for the process. It changes no framework's configuration, an
 
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 ENVIRONMENT_VARIABLE = "MBN_NUM_THREADS"
 
 _num_threads: int | None = None
+_limit: ContextVar[int | None] = ContextVar("mbn.threads.limited", default=None)
 
 
 def get_num_threads() -> int:
     """Return how many threads one call may use, the caller's included.
 
     It is the number of :func:`set_num_threads`, else that of the environment variable ``MBN_NUM_THREADS``, else the
-    number of processors that this process may run on; never more than these processors.
+    number of processors that this process may run on; never more than these processors, nor than :func:`limited` says.
 
     Raises:
         ValueError: the environment variable is no integer of at least 1.
@@ -24,7 +28,19 @@ def get_num_threads() -> int:
     global _num_threads
     if _num_threads is None:
         _num_threads = _from_environment()
-    return _num_threads
+    limit = _limit.get()
+    return _num_threads if limit is None else min(limit, _num_threads)
+
+
+@contextmanager
+def limited(num_threads: int) -> Iterator[None]:
+    """Use at most ``num_threads`` within a ``with`` block: those that the caller's framework or scheduler allows."""
+    outer = _limit.get()
+    token = _limit.set(num_threads if outer is None else min(num_threads, outer))
+    try:
+        yield
+    finally:
+        _limit.reset(token)
 
 
 def check_environment() -> None:

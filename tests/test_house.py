@@ -26,7 +26,7 @@ FRONTEND = {
     "registry": {"array_api", "contract", "threads"},
     "convert": {"checks", "contract", "registry"},
     "chunked": {"checks", "contract", "convert", "registry"},
-    "step": {"checks", "chunked", "contract", "convert", "registry"},
+    "step": {"checks", "chunked", "contract", "convert", "registry", "threads"},
     "replicas": {"checks", "contract", "convert", "registry", "step"},
     "state": {"checks", "contract", "convert", "registry", "replicas"},
     "layer": {"checks", "chunked", "contract", "convert", "registry", "replicas", "state", "step"},

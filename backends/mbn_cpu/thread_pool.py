@@ -8,26 +8,14 @@ the caller executes all tasks itself. Tasks have to release the interpreter's lo
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor, Future, wait
-from contextlib import contextmanager
-from contextvars import ContextVar, copy_context
+from contextvars import copy_context
 from typing import Any
 
 from mbn.threads import get_num_threads, num_processors
 
 _pool: Executor | None = None
-_limit: ContextVar[int | None] = ContextVar("mbn_cpu.thread_pool.limited", default=None)
-
-
-@contextmanager
-def limited(num_threads: int) -> Iterator[None]:
-    """Use at most ``num_threads`` within a ``with`` block, the limit of the caller's framework."""
-    token = _limit.set(num_threads)
-    try:
-        yield
-    finally:
-        _limit.reset(token)
 
 
 def run_tasks(task: Callable[[int], object], count: int, at_least: int = 1) -> None:
@@ -41,7 +29,7 @@ def run_tasks(task: Callable[[int], object], count: int, at_least: int = 1) -> N
     Raises:
         BaseException: the first error of a task; tasks that have not begun are then not executed.
     """
-    num_helpers = min(_num_threads(), count // at_least) - 1
+    num_helpers = min(get_num_threads(), count // at_least) - 1
     if num_helpers <= 0:
         for i in range(count):
             task(i)
@@ -88,11 +76,6 @@ def _next(waiting: deque[int]) -> int | None:
         return waiting.popleft()
     except IndexError:  # another thread took the last
         return None
-
-
-def _num_threads() -> int:
-    limit = _limit.get()
-    return get_num_threads() if limit is None else min(limit, get_num_threads())
 
 
 def _handed_in(*call: Any) -> bool:

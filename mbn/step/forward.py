@@ -30,6 +30,7 @@ from mbn.convert import asarray, received, received_vectors
 from mbn.step.empty import emptied, stand_in
 from mbn.step.masks import Masking
 from mbn.step.pullback import StepPullback
+from mbn.threads import limited
 
 
 def forward(
@@ -125,7 +126,8 @@ def _of_block(
     vectors = Params(weight, bias), State(mean, var, None)
     params, state = received_vectors(backend, *vectors, x.shape[settings.axis], settings.dtype, backend.device(x))
     masking = Masking.of(mask, None, sample_weight)
-    y, _ = forward(backend, x, params, state, settings, training=False, masking=masking, size=size)
+    with limited(1):  # the scheduler has a thread for each processor that it may use
+        y, _ = forward(backend, x, params, state, settings, training=False, masking=masking, size=size)
     return asarray(y, backend=registry.owner_of(block))
 
 

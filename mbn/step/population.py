@@ -17,6 +17,7 @@ from mbn.chunked import dask
 from mbn.contract import Array, Backend, Batch, Kernels, Moments, Settings, dtype_name, transposed
 from mbn.convert import received
 from mbn.step.empty import stand_in
+from mbn.threads import limited
 
 
 class Total:
@@ -136,8 +137,9 @@ def _moments_of_blocks(backend: Backend, x: Any, settings: Settings, device: Any
 
 
 def _moments_of_block(backend: Backend, settings: Settings, device: Any, block: Array) -> Moments | None:
-    x = received(backend, "x", block, settings.dtype, device)
-    return _moments(backend, settings._replace(num_features=x.shape[settings.axis]), x)
+    with limited(1):  # the scheduler has a thread for each processor that it may use
+        x = received(backend, "x", block, settings.dtype, device)
+        return _moments(backend, settings._replace(num_features=x.shape[settings.axis]), x)
 
 
 def _merged_blocks(backend: Backend, a: Moments | None, b: Moments | None) -> Moments | None:

@@ -13,6 +13,7 @@ import pytest
 
 import mbn
 from mbn.conformance import oracle, strategies, ulp
+from mbn.threads import limited
 from mbn_cpu import thread_pool
 
 BACKENDS = ["numpy", "numba"]
@@ -231,7 +232,7 @@ def test_small_calls_start_no_thread():
 class TestThreads:
     @pytest.fixture(autouse=True)
     def many(self, monkeypatch):
-        monkeypatch.setattr(thread_pool, "get_num_threads", lambda: 4)
+        monkeypatch.setattr(mbn.threads, "_num_threads", 4)
         monkeypatch.setattr(thread_pool, "num_processors", lambda: 4)
         monkeypatch.setattr(thread_pool, "_pool", None)
         yield
@@ -280,7 +281,7 @@ class TestThreads:
 
     def test_limited_caps_the_number_of_threads(self):
         names = set()
-        with thread_pool.limited(1):
+        with limited(1):
             thread_pool.run_tasks(lambda _: names.add(threading.current_thread().name), 100)
         assert names == {threading.current_thread().name}
 

@@ -45,7 +45,11 @@ IN_64_BITS = {"JAX_ENABLE_X64": "1"}
         ("cupy", {"PYTHONPATH": _before(gpus.STANDINS)}, None),
         ("numba", {}, None),
         ("mlx", {}, None),
-        ("mlx", MLX_ON_GPU, "test_accuracy or test_masks or test_gradients or test_transforms or test_population or test_chunked"),
+        (
+            "mlx",
+            MLX_ON_GPU,
+            "test_accuracy or test_masks or test_gradients or test_transforms or test_population or test_chunked",
+        ),
         ("strict", {}, None),
     ],
     ids=[

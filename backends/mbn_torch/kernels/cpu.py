@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from mbn.contract import Batch, Group, Kernels, Moments, Params, Settings, State, Stats
+from mbn.threads import limited
 from mbn_common.channel_stats import Pair, Scaled
-from mbn_cpu import memory, thread_pool
+from mbn_cpu import memory
 from mbn_cpu.backend import HostBackend
 from mbn_torch.channel_stats import ConcreteKernels
 from mbn_torch.private import to_dlpack
@@ -205,7 +206,7 @@ def tensors(stats: Stats) -> Stats:
 
 
 def _limited() -> AbstractContextManager[None]:
-    return thread_pool.limited(torch.get_num_threads())
+    return limited(torch.get_num_threads())
 
 
 def as_array(value: Any) -> Any:
