@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from mbn import checks, registry
-from mbn.chunked import dask
+from mbn.chunked import dask, reading
 from mbn.contract import Array, Backend, Params, Pullback, Replicas, Settings, State
 from mbn.convert import asarray, dtype_and_device_of, received, received_vectors
 from mbn.replicas import Exchange, Kind, Membership
@@ -468,11 +468,12 @@ class BatchNorm1d:
         batches. There is never more than one batch in memory.
 
         Args:
-            batches: the data set as one array, of the shape of an input: it counts as one batch, and is read in slices
-                along its first axis, so that a ``numpy.memmap`` takes the memory of a slice. An array of Dask is
-                computed block by block on the current scheduler; the statistics have the same bits on every scheduler.
-                Or an iterable of inputs as in a call, of any number of samples; of a tuple or list of arrays, as a
-                DataLoader gives, the first is the input.
+            batches: the data set as one array, of the shape of an input, which counts as one batch. It may be larger
+                than memory: a ``numpy.memmap`` is read in slices along its first axis, and an array of zarr or h5py, or
+                any other with shape, dtype and slices, by its chunks, the next one while the last is added up. An array
+                of Dask is computed block by block on the current scheduler; its statistics have the same bits on every
+                scheduler. Or an iterable of inputs as in a call, of any number of samples; of a tuple or list of
+                arrays, as a DataLoader gives, the first is the input.
             group: the processes that have batches of the data set, each its own and perhaps none: all layers then have
                 the statistics of all batches, the same bits. See :attr:`group`; a name of an axis is none of these. By
                 default the batches are those of this process alone, even if the layer has a group.
@@ -480,7 +481,8 @@ class BatchNorm1d:
 
         Raises:
             TypeError, ValueError: an input is refused as in a call; the layer has no running statistics; there are
-                ``correction`` values per channel or fewer. The layer is then unchanged, as after an interrupt.
+                ``correction`` values per channel or fewer; an array in a file changes meanwhile. The layer is then
+                unchanged, as after an interrupt.
             ReplicaError, TimeoutError: another process failed, or is missing. The layer is unchanged.
         """
         checks.tracked(self.track_running_stats, "fit")
@@ -503,21 +505,24 @@ class BatchNorm1d:
             return self._fit(batches, progress, replicas)
 
     def _fit(self, batches: Any, progress: bool, replicas: Exchange | None = None) -> Self:
-        storage, is_one, is_lazy = self._storage, hasattr(batches, "shape"), registry.is_lazy(batches)
-        if is_one:
-            batches = [batches] if is_lazy else population.Slices(batches, storage.settings)
+        storage, is_one, is_lazy = self._storage, reading.is_array(batches), registry.is_lazy(batches)
+        if is_lazy:
+            batches = [batches]
+        elif is_one:
+            batches = reading.Pieces(batches, storage.settings, splits_channels=replicas is None)
         # A layer without a backend or num_features stays so until there are statistics. Others may change meanwhile,
         # in their settings for example.
         is_open = not storage.is_bound or storage.settings.num_features is None
         total = population.Total()
         inputs = population.inputs(batches, progress=progress and not is_lazy)
         with dask.progress(shown=progress and is_lazy), closing(inputs):
-            for batch in inputs:
+            for batch, channels in inputs:
                 before = storage if is_open else self._storage
                 storage, entries, x = before.met(batch)
                 if storage is not before:
                     storage = self._trial(storage, entries)._storage
-                total.add(storage.backend, x, storage.settings, storage.device)
+                settings = population.narrowed(storage.settings, channels)
+                total.of(channels).add(storage.backend, x, settings, storage.device)
                 del batch, x  # so that they are freed before the next batch is made
         if not is_open:
             storage = self._storage

@@ -14,7 +14,7 @@ import pytest
 
 FRAMEWORKS = (
     *("numba", "torch", "jax", "mlx", "triton", "flax", "keras", "onnx", "matplotlib", "mpi4py", "strict"),
-    *("dask", "distributed", "joblib", "ndonnx", "ray", "sparse", "xarray"),
+    *("dask", "distributed", "h5py", "joblib", "ndonnx", "ray", "sparse", "xarray", "zarr"),
 )
 """``strict`` is the plug-in tests/plugin. CuPy is none: a stand-in compiles its kernels for the host."""
 _MODULES = {"strict": "mbn_strict"}

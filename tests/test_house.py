@@ -27,13 +27,13 @@ FRONTEND = {
     "convert": {"checks", "contract", "registry"},
     "chunked": {"checks", "contract", "convert", "registry"},
     "step": {"checks", "chunked", "contract", "convert", "registry", "threads"},
-    "replicas": {"checks", "contract", "convert", "registry", "step"},
+    "replicas": {"checks", "chunked", "contract", "convert", "registry", "step"},
     "state": {"checks", "contract", "convert", "registry", "replicas"},
     "layer": {"checks", "chunked", "contract", "convert", "registry", "replicas", "state", "step"},
     "functional": {"checks", "contract", "convert", "layer", "registry", "replicas", "step"},
     "interop": {"checks", "contract", "layer", "mbn_torch.module", "registry", "state"},
     "conformance": {"contract", "mbn", "state"},
-    "commands": {"conformance", "contract", "mbn", "registry", "state"},
+    "commands": {"chunked", "conformance", "contract", "mbn", "registry", "state"},
     "__main__": {"commands"},
 }
 """The parts of mbn, and the parts that each may import; ``mbn`` itself may import any of the first twelve."""

@@ -1,1 +1,4 @@
-"""Arrays that need not fit into memory, since they consist of parts."""
+"""Arrays in chunks, most of which are not in memory.
+
+Each chunk is used once, and few of them are in memory at a time.
+"""

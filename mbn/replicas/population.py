@@ -1,9 +1,11 @@
 """The statistics of a data set whose batches are spread over processes, for any scheduler."""
 
 import copy
+from contextlib import closing
 from typing import Any, NamedTuple, Self
 
 from mbn import checks, registry
+from mbn.chunked import reading
 from mbn.contract import Backend, Settings, State
 from mbn.convert import device_of, received
 from mbn.step.population import Total
@@ -49,20 +51,35 @@ class Population:
     def update(self, x: Any) -> Self:
         """Add a batch, (N, C) or (N, C, L), or (N, L, C) with ``axis=-1``; return the population.
 
+        It may be an array in a file, of zarr or h5py for example, which is read by its chunks. Where these divide the
+        channels, the memory is that of a row of chunks. An array of Dask is computed block by block.
+
         Raises:
             TypeError, ValueError: ``x`` is refused as in a call of a layer; the population is unchanged.
         """
-        backend, settings, device = self._source
+        source = self._source
+        total = copy.copy(self._total)  # a total changes its lists by replacing them
+        if reading.is_array(x) and not hasattr(x, "__dlpack__") and not registry.is_lazy(x):
+            with closing(iter(reading.Pieces(x, source.settings, splits_channels=False))) as pieces:
+                for piece in pieces:
+                    source = self._add(total, piece.values, source)
+            total.num_batches = self._total.num_batches + 1
+        else:
+            source = self._add(total, x, source)
+        self._total, self._source = total, source
+        return self
+
+    @staticmethod
+    def _add(total: Total, x: Any, source: _Source) -> _Source:
+        """Add an input to a total, and return the kind of batches that it then has."""
+        backend, settings, device = source
         backend = backend or registry.owner_of(x)
         x = received(backend, "x", x, settings.dtype, device)
         if settings.num_features is None:
             checks.rank(x.shape, settings.axis)
             settings = settings._replace(num_features=checks.num_features(int(x.shape[settings.axis])))
-        total = copy.copy(self._total)  # a total changes its lists by replacing them
         total.add(backend, x, settings, device)
-        self._total = total
-        self._source = _Source(backend, settings, device_of(backend, x) if device is None else device)
-        return self
+        return _Source(backend, settings, device_of(backend, x) if device is None else device)
 
     def merge(self, other: "Population") -> Self:
         """Add the batches of another population, which is unchanged; return this one.

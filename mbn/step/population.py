@@ -3,8 +3,8 @@
 They must not depend on the sizes of the batches, and no more than one batch may be in memory.
 """
 
-import math
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import closing, nullcontext
 from functools import partial, reduce
 from numbers import Number
 from operator import length_hint
@@ -14,6 +14,7 @@ import numpy as np
 
 from mbn import checks, registry
 from mbn.chunked import dask
+from mbn.chunked.reading import Pieces
 from mbn.contract import Array, Backend, Batch, Kernels, Moments, Settings, dtype_name, transposed
 from mbn.convert import received
 from mbn.step.empty import stand_in
@@ -33,6 +34,12 @@ class Total:
         self.num_batches = 0
         self._parts: list[tuple[int, Moments]] = []
         """Pairs of a number of batches and their statistics, in decreasing order of the numbers."""
+        self._sections: dict[range, Total] = {}
+        """Of an array in pieces that have some of the channels alone: the totals of these, in increasing order."""
+
+    def of(self, channels: range | None) -> "Total":
+        """Return the total to add a piece of an array to, which has these channels, or all of them where None."""
+        return self if channels is None else self._sections.setdefault(channels, Total())
 
     def add(self, backend: Backend, x: Array, settings: Settings, device: Any = None) -> None:
         """Add a batch ``x``, an array of ``backend`` or a lazy one; only its statistics are kept.
@@ -90,6 +97,15 @@ class Total:
         Raises:
             ValueError: there are too few values for a variance.
         """
+        if self._sections:
+            parts = [
+                total.statistics(backend, narrowed(settings, channels), device)
+                for channels, total in self._sections.items()
+            ]
+            return {
+                name: backend.asarray(np.concatenate([backend.to_numpy(part[name]) for part in parts]), None, device)
+                for name in parts[0]
+            }
         moments = self.moments(backend)
         n = 0 if moments is None else moments.count
         if moments is None or n <= settings.correction:
@@ -146,36 +162,16 @@ def _merged_blocks(backend: Backend, a: Moments | None, b: Moments | None) -> Mo
     return a if b is None else b if a is None else _merged(backend, a, b)
 
 
-_SLICE = 1 << 25
-"""Bytes of a slice of an array, or those of one row if a row has more."""
+def narrowed(settings: Settings, channels: range | None) -> Settings:
+    """Return the settings for a piece of an array that has these channels, or all of them where None."""
+    return settings if channels is None else settings._replace(num_features=len(channels))
 
 
-class Slices:
-    """An array in slices along its first axis, of which one at a time has to be in memory.
+def inputs(batches: Iterable[Any] | Pieces, *, progress: bool) -> Generator[tuple[Any, range | None]]:
+    """Iterate over the inputs of batches, or the pieces of an array with their channels, and keep no reference to them.
 
-    A framework's array is one slice: all of it is in memory already, perhaps on several devices.
+    ``progress`` shows a bar on standard error.
     """
-
-    def __init__(self, array: Any, settings: Settings) -> None:
-        self._array, shape = array, tuple(array.shape)
-        checks.rank(shape, settings.axis)
-        row = math.prod(shape[1:]) * getattr(array.dtype, "itemsize", 8) if hasattr(array, "dtype") else 0
-        self._is_read = not hasattr(array, "__dlpack__")  # a dataset of a file, for example: slicing reads it
-        is_framework = not isinstance(array, np.ndarray) and not self._is_read
-        self._step = shape[0] or 1 if is_framework else max(_SLICE // max(row, 1), 1)
-        self._starts = range(0, shape[0] or 1, self._step)
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __iter__(self) -> Iterator[Any]:
-        if len(self) == 1 and not self._is_read:
-            return iter((self._array,))
-        return (self._array[start : start + self._step] for start in self._starts)
-
-
-def inputs(batches: Iterable[Any], *, progress: bool) -> Generator[Any]:
-    """Iterate over the inputs of batches, and keep no reference to them; ``progress`` shows a bar on standard error."""
     if (
         batches is None
         or isinstance(batches, Mapping | str | bytes)
@@ -183,16 +179,37 @@ def inputs(batches: Iterable[Any], *, progress: bool) -> Generator[Any]:
     ):
         raise TypeError(f"batches is an array, or an iterable of inputs, not {type(batches).__name__}.")
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
-    columns = "fit", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    pieces = batches if isinstance(batches, Pieces) else None
+    size = (
+        (MofNCompleteColumn(),) if pieces is None else (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    )
+    total = length_hint(batches) if pieces is None else pieces.nbytes
     # Without redirect_stdout, the output of the caller's iterator goes to standard output as usual.
-    with Progress(*columns, console=Console(stderr=True), disable=not progress, redirect_stdout=False) as bar:
-        task = bar.add_task("", total=length_hint(batches) or None)
-        for batch in batches:
-            yield _input(batch)
+    with (
+        Progress(
+            *("fit", BarColumn(), *size, TimeElapsedColumn()),
+            console=Console(stderr=True),
+            disable=not progress,
+            redirect_stdout=False,
+        ) as bar,
+        nullcontext() if pieces is None else closing(iter(pieces)) as read,
+    ):
+        task = bar.add_task("", total=total or None)
+        for batch in batches if read is None else read:
+            yield (_input(batch), None) if read is None else (batch.values, batch.channels)
+            done = 1 if read is None else batch.nbytes
             del batch  # so that it is freed before the next one is made
-            bar.advance(task)
+            bar.advance(task, done)
 
 
 def _input(batch: Any) -> Any:

@@ -221,7 +221,7 @@ class Rows:
 @pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
 @pytest.mark.parametrize("longest", [3, len(X)])
 def test_fit_reads_an_array_in_a_file_by_slices(longest: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mbn.step.population._SLICE", longest * X[0].nbytes + 1)
+    monkeypatch.setattr("mbn.chunked.reading._PIECE", longest * X[0].nbytes + 1)
     rows = Rows(X)
     bn = mbn.BatchNorm1d(4, backend=backend).fit(rows, progress=False)
     assert rows.longest == longest
@@ -233,7 +233,7 @@ def test_fit_reads_an_array_in_a_file_by_slices(longest: int, backend: str, monk
 def test_fit_on_a_mapped_file_takes_the_memory_of_a_slice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = np.random.default_rng(3).standard_normal((1 << 16, 16)).astype(np.float32)
     np.save(tmp_path / "x.npy", data)
-    monkeypatch.setattr("mbn.step.population._SLICE", 1 << 16)
+    monkeypatch.setattr("mbn.chunked.reading._SLICE", 1 << 16)
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     bn = mbn.BatchNorm1d(16, backend="numpy")
     bn.fit(mapped[:4096], progress=False)
