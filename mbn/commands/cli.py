@@ -15,6 +15,8 @@ from mbn.commands import options
 from mbn.commands.bench import command as bench
 from mbn.commands.bench.workloads import MODES, PULLBACK
 from mbn.commands.compare import command as compare
+from mbn.commands.normalize import command as normalize
+from mbn.commands.normalize import stores
 from mbn.commands.options import DTYPES, UsageError
 from mbn.commands.output import checked_output
 from mbn.registry import BackendNotFoundError, BackendUnavailableError
@@ -53,6 +55,25 @@ shown beside a bare gather: NumPy and Numba over MPI, Torch over gloo. Every pro
 train and backward.
 """
 _BENCH_EXITS = "exit codes: 0 measured; 1 measured, but a subject failed; 2 bad usage, or no backend could run"
+_NORMALIZE = """\
+Normalise an array that may be larger than memory, chunk by chunk, and write it to a new file: with --fit (the default)
+by the mean and variance of its own values, with --layer by the running statistics, weight and bias of a saved layer.
+
+IN and OUT are each, by suffix:
+  x.npy          a file of np.save
+  x.npz:NAME     an array in a file of np.savez
+  x.zarr:PATH    an array in a zarr store; x.zarr.zip:PATH in one that is an archive
+  x.h5:PATH      a dataset in an HDF5 file; x.hdf5:PATH
+Without NAME or PATH, IN is the only array of the file. The array is (N, C) or (N, C, L), of floating-point numbers.
+
+OUT has the shape, dtype and chunks of IN and, where both are of one kind, its compression, fill value, attributes and
+names of dimensions. OUT is written whole or not at all: after an error, an interrupt, a full disk or SIGTERM nothing of
+it is there, and a file that it was to replace is as before. The memory is that of a few chunks.
+"""
+_NORMALIZE_EXITS = (
+    "exit codes: 0 written; 1 IN could not be read, or OUT not be written, after all; 2 bad usage. After 1 and 2 "
+    "nothing has been written, and the same command can be run again"
+)
 _CONFORM = """\
 Hold a backend to the contract: run the conformance suite that every backend of mbn must pass. All other options go to
 pytest: `mbn conform numpy -x -k float16`.
@@ -100,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_compare(commands)
     _add_bench(commands)
+    _add_normalize(commands)
     _add_backends(commands)
     _add_conform(commands)
     return parser
@@ -155,6 +177,34 @@ def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     _add_files(parser, "draw the times")
     parser.set_defaults(run=bench.run)
+
+
+def _add_normalize(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "normalize",
+        help="normalise an array in a file, which may be larger than memory",
+        description=_NORMALIZE,
+        epilog=_NORMALIZE_EXITS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("input", type=_array, metavar="IN", help="the array to read")
+    parser.add_argument("output", type=_array, metavar="OUT", help="the array to write, in a new file")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--fit", action="store_true", help="normalise by the mean and variance of IN (the default)")
+    source.add_argument("--layer", type=_file, metavar="FILE", help="normalise by a layer of BatchNorm1d.save")
+    parser.add_argument("--axis", type=int, choices=(1, -1), help="with --fit, the axis of the channels (default: 1)")
+    parser.add_argument("--eps", type=float, metavar="EPS", help="with --fit, added to the variance (default: 1e-5)")
+    parser.add_argument(
+        "--correction", type=int, choices=(0, 1), help="with --fit, 1 for the unbiased variance, 0 for the biased one"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "float64"), help="with --fit, of the statistics (default: float64 for float64)"
+    )
+    parser.add_argument("--save-layer", type=_file, metavar="FILE", help="save the layer too, for --layer")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT, with all arrays of its file")
+    parser.add_argument("--backend", metavar="NAME", help="the backend (default: numba if it can run, else numpy)")
+    parser.add_argument("--quiet", action="store_true", help="show no progress and no result")
+    parser.set_defaults(run=normalize.run)
 
 
 def _add_backend_option(parser: argparse.ArgumentParser) -> None:
@@ -268,6 +318,13 @@ def _file(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("'' is no file: it needs a name")
     return Path(text)
+
+
+def _array(text: str) -> stores.Spec:
+    try:
+        return stores.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _png(text: str) -> Path:

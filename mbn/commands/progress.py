@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.filesize import decimal
+from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from mbn.commands.output import console
@@ -18,11 +19,16 @@ _ENOUGH = 0.03
 
 
 class Steps:
-    """The steps of a command, each with a guess of its seconds. The guesses have to be right in proportion alone."""
+    """The steps of a command, each with a guess of its seconds, or with its bytes.
 
-    def __init__(self) -> None:
+    The guesses have to be right in proportion alone.
+    """
+
+    def __init__(self, *, in_bytes: bool = False) -> None:
         out = console(stderr=True)
-        columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), _Left(self)
+        self._in_bytes = in_bytes
+        size = (DownloadColumn(),) if in_bytes else ()
+        columns = TextColumn("{task.description}"), BarColumn(), *size, TimeElapsedColumn(), _Left(self)
         self.bar = Progress(*columns, console=out, disable=not out.is_terminal, transient=True)
         self._task = self.bar.add_task("start", total=None)
         self._start = self._planned = self._advanced = time.monotonic()
@@ -61,13 +67,14 @@ class Steps:
         (task,) = self.bar.tasks
         percentage = f"{task.percentage:.0f} % after " if self._done else ""
         line = f"{task.description}: {percentage}{time.monotonic() - self._start:.0f} s"
-        return ", ".join([line, *[self.left()] * bool(self.left())])
+        size = f"{decimal(int(self._done))} of {decimal(int(self._total))}"
+        return ", ".join([line, *[size] * self._in_bytes, *[self.left()] * bool(self.left())])
 
 
 @contextmanager
-def progress() -> Iterator[Steps]:
+def progress(*, in_bytes: bool = False) -> Iterator[Steps]:
     """Return a context in which standard error shows how far the work is, and about how long the rest takes."""
-    steps, done = Steps(), threading.Event()
+    steps, done = Steps(in_bytes=in_bytes), threading.Event()
 
     def write_lines() -> None:
         while not done.wait(_PERIOD):

@@ -11,6 +11,7 @@ import json
 import os
 import reprlib
 import secrets
+import shutil
 import stat
 import zlib
 from collections.abc import Iterator, Mapping
@@ -33,6 +34,8 @@ except ModuleNotFoundError:  # Windows
 KEY = "mbn.BatchNorm1d"
 """The key of the only entry of the metadata, whose value is JSON: with more entries, their order would not be fixed."""
 VERSION = 1
+_OLD = ".old"
+"""The name of a replaced folder, within the temporary one."""
 
 _DESCRIPTION = {"version": (int,), "checksum": (int,), "arguments": (dict,), "training": (bool,), "frozen": (bool,)}
 _ARGUMENTS = {
@@ -198,7 +201,65 @@ def replace(path: str | PathLike[str], data: bytes) -> None:
             file.close()  # on Windows, which has no fcntl, open files cannot be renamed
         temporary.replace(path)
     with contextlib.suppress(OSError):  # not every system opens folders, and the file is written in any case
-        _sync_folder(path.parent)
+        _sync(path.parent)
+
+
+@contextlib.contextmanager
+def replacing(path: str | PathLike[str]) -> Iterator[Path]:
+    """Return a context with the path for a new file or folder, which takes the name ``path`` at its end.
+
+    Until then it is in a temporary folder beside ``path``, which is removed in any case. After an error ``path`` is as
+    it was.
+
+    Raises:
+        OSError: the folder of ``path`` cannot be written to; nothing has changed.
+    """
+    path = Path(os.path.realpath(Path(path)))
+    _clear_up_folders(path)
+    folder = path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}.tmp")
+    new, old = folder / path.name, folder / _OLD
+    folder.mkdir()
+    descriptor = None
+    try:
+        if fcntl is not None:
+            descriptor = os.open(folder, os.O_RDONLY)
+            _lock(descriptor)
+        yield new
+        for file in [new] if new.is_file() else new.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        if path.is_file() and new.is_file():
+            new.chmod(stat.S_IMODE(path.stat().st_mode))
+        elif path.exists():  # a folder is moved out of the way first, since no file system replaces one
+            path.rename(old)
+        new.replace(path)
+        with contextlib.suppress(OSError):
+            _sync(path.parent)
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+        _remove(folder, path)
+
+
+def _remove(folder: Path, path: Path) -> None:
+    """Remove a temporary folder; a former ``path`` in it gets its name again, if no other has taken it."""
+    if (folder / _OLD).exists() and not path.exists():
+        (folder / _OLD).rename(path)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _clear_up_folders(path: Path) -> None:
+    """Remove the temporary folders for ``path`` that killed processes have left; those in use are locked."""
+    if fcntl is None:
+        return
+    for leftover in path.parent.glob(f"{_prefix(path)}*.tmp"):
+        with contextlib.suppress(OSError):  # it is locked, is a file, or belongs to another user
+            descriptor = os.open(leftover, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(leftover, path)
+            finally:
+                os.close(descriptor)
 
 
 def check_replaceable(path: str | PathLike[str], size: int) -> None:
@@ -273,8 +334,8 @@ def _mode(path: Path) -> int | None:
     return stat.S_IMODE(mode)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -1,0 +1,1 @@
+"""``mbn normalize``: normalise an array in a file, chunk by chunk, to a new file."""
