@@ -22,7 +22,7 @@ EXPECTED_SKIPS = {
     r"compiled for one card": "the others differ in nothing that the test looks at",
     r"ray is not installed": "it has no package for some versions of Python",
     r"this is no repository": "the tests of a wheel run away from the source",
-    r"(jax|strict) has no arrays that are not contiguous": "a workload of mbn bench that is none for them",
+    r"(jax|mlx|strict) has no arrays that are not contiguous": "a workload of mbn bench that is none for them",
     r"(jax takes no float64|strict takes no float16) here": "the same",
     r"(torch\.nn\.BatchNorm1d|the formula) takes no masks": "the same, for the peers",
     r"no step of nnx\.BatchNorm with a mask or float64 is measured": "the same",

@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy as np
 
-_DTYPE_NAMES: dict[tuple[type, Hashable], str] = {}
+_DTYPE_NAMES: dict[type, dict[Hashable, str]] = {}
+"""By the type of dtypes: their names. Equal dtypes of two frameworks may refuse to be compared, and torch.compile can hash
+no dtype but Torch's."""
 
 
 def dtype_name(dtype: Any) -> str:
@@ -13,14 +15,14 @@ def dtype_name(dtype: Any) -> str:
 
     ``dtype`` is a dtype of any framework, a NumPy scalar type or a name.
     """
-    key = type(dtype), dtype  # equal dtypes of two frameworks may refuse to be compared
-    name = _DTYPE_NAMES.get(key)
+    names = _DTYPE_NAMES.get(type(dtype))
+    name = None if names is None else names.get(dtype)
     if name is None:
         try:
             name = np.dtype(dtype).name
         except TypeError:  # torch.float32, array_api_strict.float32, "bfloat16": the name is the last word
             name = str(dtype).rpartition(".")[2]
-        _DTYPE_NAMES[key] = name
+        _DTYPE_NAMES.setdefault(type(dtype), {})[dtype] = name
     return name
 
 

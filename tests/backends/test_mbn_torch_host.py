@@ -165,11 +165,11 @@ def test_kernels_use_the_number_of_threads_of_torch(num_threads, monkeypatch):
     run = thread_pool.run_tasks
 
     def watched(*args, **kwargs):
-        seen.append(thread_pool._num_threads())
+        seen.append(mbn.threads.get_num_threads())
         run(*args, **kwargs)
 
     monkeypatch.setattr(thread_pool, "run_tasks", watched)
-    monkeypatch.setattr(thread_pool, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(mbn.threads, "_num_threads", 2)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(num_threads)
