@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 _DTYPE_NAMES: dict[type, dict[Hashable, str]] = {}
-"""By the type of dtypes: their names. Equal dtypes of two frameworks may refuse to be compared, and torch.compile can hash
-no dtype but Torch's."""
+"""By the type of dtypes: their names. Dtypes of two frameworks may refuse to be compared, and torch.compile can hash no
+dtype but Torch's."""
 
 
 def dtype_name(dtype: Any) -> str:

@@ -154,3 +154,12 @@ def test_output_agrees_with_the_layer_of_mlx(shape: tuple[int, ...]) -> None:
     expected = theirs(mx.array(np.moveaxis(x, 1, -1)))
     bn = mbn.BatchNorm1d(4, backend="mlx")
     np.testing.assert_allclose(np.moveaxis(np.array(bn(mx.array(x))), 1, -1), np.array(expected), 1e-4, 1e-5)
+
+
+def test_layers_of_torch_compile_after_a_use_of_mlx():
+    torch = pytest.importorskip("torch")
+    mbn.BatchNorm1d(3, backend="mlx")(np.eye(3, dtype=np.float32))
+    bn = mbn.BatchNorm1d(3, backend="torch")
+    x = torch.eye(3)
+    y = torch.compile(lambda x: bn(x), fullgraph=True, backend="eager")(x)
+    torch.testing.assert_close(y, mbn.BatchNorm1d(3, backend="torch")(x))
