@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+import mbn
 
 pytestmark = pytest.mark.processes
 
@@ -71,6 +74,19 @@ def test_layer_over_xarray(in_folder):
     pytest.importorskip("xarray")
     pytest.importorskip("dask")
     in_folder("python with_xarray.py")
+
+
+def test_layer_over_small_blocks_of_xarray_has_the_bits_of_the_whole_call_and_of_this_moment():
+    pytest.importorskip("dask.array")
+    xarray = pytest.importorskip("xarray")
+    x = np.random.default_rng(0).standard_normal((2000, 64)).astype(np.float32)
+    bn = mbn.BatchNorm1d(64).fit(x, progress=False).eval()
+    blocks = xarray.DataArray(x, dims=("time", "band")).chunk({"time": 100})
+    dims = {"input_core_dims": [["band"]], "output_core_dims": [["band"]]}
+    whole, y = bn(x), xarray.apply_ufunc(bn, blocks, dask="allowed", **dims)
+    assert y.chunks == blocks.chunks
+    bn.reset_running_stats()
+    np.testing.assert_array_equal(y.values, whole)
 
 
 @pytest.mark.parametrize("name", sorted(PROGRAMS))
