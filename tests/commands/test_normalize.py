@@ -449,7 +449,8 @@ def test_layer_that_cannot_be_saved_after_all_is_told(
 
 
 ENDED = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may inherit that it is ignored
 from mbn.commands import cli
 from mbn.commands.normalize import command
 def wait(*_):
