@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Iterator
@@ -491,3 +492,43 @@ def test_progress_is_in_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     monkeypatch.setattr(command, "_evaluated", lambda *args: time.sleep(0.005) or evaluated(*args))
     assert main(["normalize", save(str(tmp_path / "x.npy")), str(tmp_path / "y.npy"), "--backend", "numpy"]) == 0
     assert " of 576.0 kB" in capsys.readouterr().err
+
+
+def test_saved_layer_is_not_written_over_the_input(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    source = save(str(tmp_path / "x.npy"))
+    line = refused(capsys, source, tmp_path / "y.npy", "--save-layer", source)
+    assert f"--save-layer {source} is, or is within, the input {source}: name another file." in line
+    np.testing.assert_array_equal(np.load(source), X)
+
+
+def test_output_that_is_no_regular_file_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "y.npy")
+    line = refused(capsys, save(str(tmp_path / "x.npy")), tmp_path / "y.npy", "--overwrite")
+    assert "y.npy is no regular file: name another file." in line
+
+
+def test_backend_that_cannot_run_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "mbn_jax.backend", None)
+    monkeypatch.setattr(mbn.registry, "_loaded", {})
+    line = refused(capsys, save(str(tmp_path / "x.npy")), tmp_path / "y.npy", "--backend", "jax")
+    assert "backend 'jax'" in line
+    assert left(tmp_path) == ["x.npy"]
+
+
+def test_numpy_is_the_backend_where_numba_cannot_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mbn_numba.backend", None)
+    monkeypatch.setattr(mbn.registry, "_loaded", {})
+    assert command._default_backend().name == "numpy"
+
+
+def test_command_runs_in_a_thread_that_gets_no_signals(tmp_path: Path) -> None:
+    source, found = save(str(tmp_path / "x.npy")), []
+    thread = threading.Thread(
+        target=lambda: found.append(main(["normalize", source, str(tmp_path / "y.npy"), "--quiet"]))
+    )
+    thread.start()
+    thread.join(60)
+    assert found == [0]
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy").shape, X.shape)
