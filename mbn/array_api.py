@@ -7,7 +7,7 @@ Source: the Python array API standard, https://data-apis.org/array-api/latest.
 """
 
 from collections.abc import Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
@@ -17,6 +17,8 @@ from mbn.contract import Array, Backend, Batch, Capabilities, Kernels, Moments, 
 
 _SPLIT = 4097.0
 """2**12 + 1, the factor by which the digits of a float32 are split into two halves."""
+_HAVE_FLOAT64: dict[tuple[Any, str], bool] = {}
+"""By library and device: whether it has float64."""
 
 
 class Pair:
@@ -307,10 +309,12 @@ def _place(x: Array) -> dict[str, Any]:
     return {"device": x.device} if hasattr(x, "device") else {}
 
 
-@cache
 def has_float64(xp: Any, device: Any) -> bool:
     """Tell whether a device of a library has float64."""
-    return "float64" in xp.__array_namespace_info__().dtypes(device=device, kind="real floating")
+    key = xp, str(device)  # equal devices of MLX have different hashes
+    if key not in _HAVE_FLOAT64:
+        _HAVE_FLOAT64[key] = "float64" in xp.__array_namespace_info__().dtypes(device=device, kind="real floating")
+    return _HAVE_FLOAT64[key]
 
 
 def _wide(x: Number) -> Number:

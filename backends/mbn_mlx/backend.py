@@ -35,7 +35,7 @@ class MlxBackend(integration.LazyEvaluation, ArrayAPIBackend):
 
     @property
     def capabilities(self) -> Capabilities:
-        return _capabilities(mx.default_device())
+        return _capabilities(mx.default_device().type.name)
 
     def owns(self, x: object) -> bool:
         return isinstance(x, mx.array)
@@ -74,11 +74,11 @@ class MlxBackend(integration.LazyEvaluation, ArrayAPIBackend):
 
 
 @cache
-def _capabilities(device: mx.Device) -> Capabilities:
-    has_float64 = array_api.has_float64(mx, device)
+def _capabilities(device: str) -> Capabilities:
+    has_float64 = array_api.has_float64(mx, mx.default_device())
     return Capabilities(
         dtypes=frozenset({"float16", "bfloat16", "float32"} | ({"float64"} if has_float64 else set())),
-        devices=(device.type.name,),
+        devices=(device,),
         mutable=True,
         strided=False,
         masks=True,

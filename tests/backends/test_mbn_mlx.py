@@ -163,3 +163,12 @@ def test_layers_of_torch_compile_after_a_use_of_mlx():
     x = torch.eye(3)
     y = torch.compile(lambda x: 2 * bn(x), fullgraph=True, backend="eager")(x)
     torch.testing.assert_close(y, 2 * mbn.BatchNorm1d(3, backend="torch")(x))
+
+
+def test_devices_are_looked_up_once():
+    bn = mbn.BatchNorm1d(4, backend="mlx")
+    bn(X)
+    before = len(array_api._HAVE_FLOAT64)
+    for _ in range(20):
+        bn(X)
+    assert len(array_api._HAVE_FLOAT64) == before

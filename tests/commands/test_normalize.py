@@ -532,3 +532,7 @@ def test_command_runs_in_a_thread_that_gets_no_signals(tmp_path: Path) -> None:
     thread.join(60)
     assert found == [0]
     np.testing.assert_array_equal(np.load(tmp_path / "y.npy").shape, X.shape)
+
+
+def test_folder_may_end_with_a_slash() -> None:
+    assert stores.parse("x.zarr/") == stores.parse("x.zarr")

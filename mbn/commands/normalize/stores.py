@@ -54,7 +54,7 @@ def parse(text: str) -> Spec:
     Raises:
         ValueError: the text names no file of a known kind.
     """
-    found = _SPEC.fullmatch(text)
+    found = _SPEC.fullmatch(text.rstrip("/"))  # a shell completes the name of a folder with a slash
     if found is None:
         raise ValueError(f"{text!r} names no array: give x.npy, x.npz:NAME, x.zarr:PATH, x.zarr.zip:PATH or x.h5:PATH")
     path, suffix, name = found.groups()
@@ -295,7 +295,7 @@ class _Disk(io.FileIO):
     The first error is kept, and nothing is written any more.
     """
 
-    error: OSError | None = None
+    error: BaseException | None = None
 
     def write(self, data: Any) -> int:
         """Write all of ``data``, unless there has been an error."""
@@ -303,7 +303,7 @@ class _Disk(io.FileIO):
         try:
             while rest and self.error is None:
                 rest = rest[super().write(rest) :]
-        except OSError as error:
+        except BaseException as error:  # noqa: BLE001 - a signal's too
             self.error = error
         return len(data)
 
@@ -311,7 +311,7 @@ class _Disk(io.FileIO):
         """Change the length, unless there has been an error."""
         try:
             return self.tell() if self.error else super().truncate(size)
-        except OSError as error:
+        except BaseException as error:  # noqa: BLE001 - a signal's too
             self.error = error
             return self.tell()
 
