@@ -144,12 +144,12 @@ def _moments_of_blocks(backend: Backend, x: Any, settings: Settings, device: Any
     if x.numblocks[settings.axis] > 1 and not has_vectors:
         x = x.rechunk({settings.axis: -1})
     of_block, merge = partial(_moments_of_block, backend, settings, device), partial(_merged_blocks, backend)
-    first: Moments | None
-    first, *others = dask.reduced(x, settings.axis, of_block, merge)
-    if first is None or not others:
-        return first
-    parts = [kernels.to_vectors(moments, settings.dtype) for moments in (first, *others)]
-    return kernels.from_vectors(first.count, tuple(map(backend.concatenated, zip(*parts, strict=True))))
+    # None is the result of blocks without a value, and of a range without channels.
+    found: list[Moments] = [part for part in dask.reduced(x, settings.axis, of_block, merge) if part is not None]
+    if len(found) <= 1:
+        return found[0] if found else None
+    parts = [kernels.to_vectors(moments, settings.dtype) for moments in found]
+    return kernels.from_vectors(found[0].count, tuple(map(backend.concatenated, zip(*parts, strict=True))))
 
 
 def _moments_of_block(backend: Backend, settings: Settings, device: Any, block: Array) -> Moments | None:

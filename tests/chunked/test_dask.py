@@ -92,6 +92,11 @@ def test_blocks_may_have_another_byte_order(backend: str) -> None:
     np.testing.assert_array_equal(y.compute(), whole, strict=True)
 
 
+def test_fit_takes_chunks_without_a_channel() -> None:
+    for channels in ((3, 0, 4), (7, 0), (0, 7)):
+        np.testing.assert_array_equal(fitted(lazy((77, channels))).running_mean, fitted(lazy((77, 7))).running_mean)
+
+
 def test_population_and_fit_take_several_lazy_arrays() -> None:
     halves = lazy(x=X[:300]), lazy(x=X[300:])
     of_arrays = mbn.Population(backend="numpy").update(X[:300]).update(X[300:]).statistics()
