@@ -65,7 +65,7 @@ def checked_output() -> Iterator[None]:
 
 def console(*, stderr: bool = False) -> Console:
     """Return a console that prints text unchanged."""
-    return Console(stderr=stderr, markup=False, highlight=False)
+    return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
 
 
 def table(*columns: str, numbers: Iterable[str] = ()) -> Table:
