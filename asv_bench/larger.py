@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-# What a process of its own does.
+# The tasks, each in a process of its own.
 
 
 def task(name: str, folder: Path, data: Data, *, cold: bool) -> Any:
@@ -248,7 +248,7 @@ def _in_chunks(source: str, x: np.ndarray, chunk: int, folder: Path) -> Any:
     return [x[start : start + chunk] for start in range(0, len(x), chunk)]
 
 
-# What the program does with these processes.
+# The program, which starts these processes.
 
 
 def compared(

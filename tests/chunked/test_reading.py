@@ -231,7 +231,7 @@ def test_fit_reads_by_itself_where_no_thread_can_be_started(monkeypatch: pytest.
     assert set(array.threads) == {threading.get_ident()}
 
 
-# What is refused.
+# Refusals.
 
 
 @pytest.mark.parametrize(
