@@ -33,7 +33,7 @@ FRONTEND = {
     "functional": {"checks", "contract", "convert", "layer", "registry", "replicas", "step"},
     "interop": {"checks", "contract", "layer", "mbn_torch.module", "registry", "state"},
     "conformance": {"contract", "mbn", "state"},
-    "commands": {"chunked", "conformance", "contract", "mbn", "registry", "state"},
+    "commands": {"chunked", "conformance", "contract", "mbn", "registry", "state", "step"},
     "__main__": {"commands"},
 }
 """The parts of mbn, and the parts that each may import; ``mbn`` itself may import any of the first twelve."""

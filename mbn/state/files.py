@@ -13,8 +13,9 @@ import reprlib
 import secrets
 import shutil
 import stat
+import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -36,6 +37,8 @@ KEY = "mbn.BatchNorm1d"
 VERSION = 1
 _OLD = ".old"
 """The name of a replaced folder, within the temporary one."""
+_TRIES = 50
+"""How often a folder is removed, a tenth of a second apart, while other threads may still write to it."""
 
 _DESCRIPTION = {"version": (int,), "checksum": (int,), "arguments": (dict,), "training": (bool,), "frozen": (bool,)}
 _ARGUMENTS = {
@@ -190,7 +193,7 @@ def replace(path: str | PathLike[str], data: bytes) -> None:
     """
     path = Path(os.path.realpath(Path(path)))
     mode = _mode(path)
-    _clear_up(path)
+    _clear_up(path, Path.unlink)
     with _temporary(path, mode) as (temporary, file):
         if mode is not None:
             temporary.chmod(mode)  # the mode of the old file, unchanged by the umask
@@ -215,7 +218,7 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
         OSError: the folder of ``path`` cannot be written to; nothing has changed.
     """
     path = Path(os.path.realpath(Path(path)))
-    _clear_up_folders(path)
+    _clear_up(path, partial(_remove, path=path), folders=True)
     folder = path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}.tmp")
     new, old = folder / path.name, folder / _OLD
     folder.mkdir()
@@ -245,21 +248,11 @@ def _remove(folder: Path, path: Path) -> None:
     """Remove a temporary folder; a former ``path`` in it gets its name again, if no other has taken it."""
     if (folder / _OLD).exists() and not path.exists():
         (folder / _OLD).rename(path)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _clear_up_folders(path: Path) -> None:
-    """Remove the temporary folders for ``path`` that killed processes have left; those in use are locked."""
-    if fcntl is None:
-        return
-    for leftover in path.parent.glob(f"{_prefix(path)}*.tmp"):
-        with contextlib.suppress(OSError):  # it is locked, is a file, or belongs to another user
-            descriptor = os.open(leftover, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove(leftover, path)
-            finally:
-                os.close(descriptor)
+    for _ in range(_TRIES):  # threads of zarr may still write to it after an interrupt
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
 
 
 def check_replaceable(path: str | PathLike[str], size: int) -> None:
@@ -292,16 +285,17 @@ def _temporary(path: Path, mode: int | None) -> Iterator[tuple[Path, BinaryIO]]:
             raise
 
 
-def _clear_up(path: Path) -> None:
-    """Remove the temporary files for ``path`` that killed processes have left; those still written to are locked."""
+def _clear_up(path: Path, remove: Callable[[Path], object], *, folders: bool = False) -> None:
+    """Remove the temporary files or folders for ``path`` that killed processes have left; those in use are locked."""
     if fcntl is None:
         return
+    flags = os.O_RDONLY | os.O_DIRECTORY if folders else os.O_RDWR | os.O_NONBLOCK
     for leftover in path.parent.glob(f"{_prefix(path)}*.tmp"):
-        with contextlib.suppress(OSError):  # it is locked, has been renamed, or belongs to another user
-            descriptor = os.open(leftover, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
+        with contextlib.suppress(OSError):  # it is locked, of the other kind, renamed, or belongs to another user
+            descriptor = os.open(leftover, flags | os.O_NOFOLLOW)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                leftover.unlink()
+                remove(leftover)
             finally:
                 os.close(descriptor)
 

@@ -107,7 +107,7 @@ def _of_blocks(
     return dask.map_blocks(evaluated, x, settings.axis, vectors, masking or (None, None, None), is_converted)
 
 
-def _of_block(
+def evaluate_block(
     backend: Backend,
     device: Any,
     settings: Settings,
@@ -117,18 +117,27 @@ def _of_block(
     bias: np.ndarray | None,
     mean: np.ndarray,
     var: np.ndarray,
-    mask: Array | None,
-    sample_weight: Array | None,
+    mask: Array | None = None,
+    sample_weight: Array | None = None,
+    out: Array | None = None,
 ) -> Array:
-    """Return the output of a block as an array of the block's own kind."""
+    """Return the output of a block of an array with ``size`` values, with the bits of the call on the whole array.
+
+    The block may have some of the channels alone, and the vectors are theirs. The output is an array of the block's
+    own library, or ``out``.
+    """
     x = received(backend, "x", block, settings.dtype, device)
     settings = settings._replace(num_features=x.shape[settings.axis])
     vectors = Params(weight, bias), State(mean, var, None)
     params, state = received_vectors(backend, *vectors, x.shape[settings.axis], settings.dtype, backend.device(x))
     masking = Masking.of(mask, None, sample_weight)
-    with limited(1):  # the scheduler has a thread for each processor that it may use
-        y, _ = forward(backend, x, params, state, settings, training=False, masking=masking, size=size)
+    y, _ = forward(backend, x, params, state, settings, training=False, masking=masking, out=out, size=size)
     return asarray(y, backend=registry.owner_of(block))
+
+
+def _of_block(*arguments: Any) -> Array:
+    with limited(1):  # the scheduler has a thread for each processor that it may use
+        return evaluate_block(*arguments)
 
 
 def _without_values(

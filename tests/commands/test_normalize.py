@@ -108,7 +108,6 @@ def test_output_has_the_bits_of_one_call(
     chunks: tuple[int, ...], dtype: str, axis: str, backend: str, tmp_path: Path
 ) -> None:
     x = (X / 100).astype(dtype)
-    assert x.size >= command._FEW
     source = save(str(tmp_path / "x.h5"), x, tuple(map(min, chunks, x.shape)))
     arguments = ["--axis", axis, "--eps", "0.01", "--save-layer", str(tmp_path / "bn"), "--backend", backend, "--quiet"]
     assert main(["normalize", source, str(tmp_path / "y.h5"), *arguments]) == 0
@@ -536,3 +535,103 @@ def test_command_runs_in_a_thread_that_gets_no_signals(tmp_path: Path) -> None:
 
 def test_folder_may_end_with_a_slash() -> None:
     assert stores.parse("x.zarr/") == stores.parse("x.zarr")
+
+
+def test_small_output_has_the_bits_of_one_call(tmp_path: Path) -> None:
+    pytest.importorskip("h5py", reason="h5py is not installed")
+    x = np.ascontiguousarray(X[:20])
+    source = save(str(tmp_path / "x.h5"), x, (7, 2, 3))
+    assert main(["normalize", source, str(tmp_path / "y.h5"), "--backend", "numpy", "--quiet"]) == 0
+    bn = mbn.BatchNorm1d(6, backend="numpy").fit(x, progress=False).eval()
+    np.testing.assert_array_equal(load(str(tmp_path / "y.h5")), bn(x))
+
+
+def test_environment_chooses_the_backend(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setenv("MBN_BACKEND", "numpy")
+    assert command._default_backend().name == "numpy"
+    monkeypatch.setenv("MBN_BACKEND", "numpi")
+    assert "MBN_BACKEND is 'numpi'" in refused(capsys, save(str(tmp_path / "x.npy")), tmp_path / "y.npy")
+
+
+def test_existing_layer_is_kept_without_overwrite(tmp_path: Path, capsys: Any) -> None:
+    source, layer = save(str(tmp_path / "x.npy")), tmp_path / "notes.csv"
+    layer.write_text("mine")
+    assert f"{layer} is there already" in refused(capsys, source, tmp_path / "y.npy", "--save-layer", layer)
+    assert layer.read_text() == "mine"
+    assert main(["normalize", source, str(tmp_path / "y.npy"), "--save-layer", str(layer), "--overwrite"]) == 0
+    assert mbn.BatchNorm1d.load(layer).num_features == 6
+
+
+def test_output_that_appears_meanwhile_is_kept(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    source, target = save(str(tmp_path / "x.npy")), tmp_path / "y.npy"
+    evaluated = command._evaluated
+    monkeypatch.setattr(command, "_evaluated", lambda *args: target.write_text("theirs") and evaluated(*args))
+    assert "y.npy is there already" in refused(capsys, source, target, "--backend", "numpy")
+    assert target.read_text() == "theirs"
+    assert left(tmp_path) == ["x.npy", "y.npy"]
+
+
+def test_store_that_a_killed_command_had_moved_away_is_kept(tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("zarr", reason="zarr is not installed")
+    target = tmp_path / "y.zarr"
+    folder = tmp_path / f"{files._prefix(target)}0.tmp"
+    save(str(target), X[:5])
+    folder.mkdir()
+    target.rename(folder / files._OLD)
+    assert "y.zarr is there already" in refused(capsys, save(str(tmp_path / "x.npy")), target)
+    np.testing.assert_array_equal(load(str(target)), X[:5])
+    assert left(tmp_path) == ["x.npy", "y.zarr"]
+
+
+def test_output_is_no_file_that_the_input_links_to(tmp_path: Path, capsys: Any) -> None:
+    h5py = pytest.importorskip("h5py", reason="h5py is not installed")
+    data = save(str(tmp_path / "data.h5"))
+    with h5py.File(tmp_path / "link.h5", "w") as file:
+        file["linked"] = h5py.ExternalLink("data.h5", "/x")
+        layout = h5py.VirtualLayout(X.shape, X.dtype)
+        with h5py.File(data) as source:
+            layout[...] = h5py.VirtualSource(source["x"])
+        file.create_virtual_dataset("virtual", layout)
+    before = Path(data).read_bytes()
+    for name in ("linked", "virtual"):
+        line = refused(capsys, f"{tmp_path}/link.h5:{name}", f"{tmp_path}/data.h5:y", "--overwrite")
+        assert "data.h5 is, or is within, " in line
+    assert Path(data).read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["y.npz:../y", "y.zarr:../y", "y.h5:a/../../y"])
+def test_name_within_a_file_stays_within_it(name: str, tmp_path: Path, capsys: Any) -> None:
+    assert "has no '..'" in refused(capsys, save(str(tmp_path / "x.npy")), tmp_path / name)
+
+
+def test_result_line_names_the_output_as_it_is(tmp_path: Path, capsys: Any) -> None:
+    target = f"{tmp_path}/y.npz:train"
+    assert main(["normalize", save(str(tmp_path / "x.npy")), target, "--backend", "numpy"]) == 0
+    assert f"{target}: (1200, 6, 10), float32" in capsys.readouterr().out
+
+
+def test_signal_has_no_effect_once_the_output_takes_its_name(tmp_path: Path, monkeypatch: Any) -> None:
+    source, layer = save(str(tmp_path / "x.npy")), tmp_path / "bn"
+    replace = Path.replace
+
+    def interrupted(self: Path, target: Path) -> Path:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    arguments = ["normalize", source, str(tmp_path / "y.npy"), "--save-layer", str(layer), "--quiet"]
+    assert main([*arguments, "--backend", "numpy"]) == 0
+    assert left(tmp_path) == ["bn", "x.npy", "y.npy"]
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_termination_during_the_import_of_a_backend_is_one(tmp_path: Path, monkeypatch: Any) -> None:
+    def terminated(*_: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(mbn.registry, "_loaded", {})
+    monkeypatch.setattr(mbn.registry, "_import", terminated)
+    assert main(["normalize", save(str(tmp_path / "x.npy")), str(tmp_path / "y.npy"), "--backend", "numpy"]) == 143
+    assert left(tmp_path) == ["x.npy"]

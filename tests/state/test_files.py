@@ -279,7 +279,7 @@ def test_save_starts_again_if_its_temporary_file_is_removed(path: Path, monkeypa
 
     def clear_up_before(descriptor: int, operation: int) -> None:
         if not operation & fcntl.LOCK_NB and next(first, False):
-            files._clear_up(path)
+            files._clear_up(path, Path.unlink)
         flock(descriptor, operation)
 
     first = iter([True])

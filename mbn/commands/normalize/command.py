@@ -8,6 +8,7 @@ import argparse
 import math
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
@@ -23,12 +24,11 @@ from mbn.commands.options import UsageError
 from mbn.commands.output import console
 from mbn.commands.progress import Steps, progress
 from mbn.contract import Settings, dtype_name, layer_dtype
-from mbn.registry import BackendUnavailableError, get_backend
+from mbn.registry import BackendUnavailableError, chosen_backend, get_backend
 from mbn.state import files, outputs
+from mbn.step.forward import evaluate_block
 
 _WRITTEN, _FAILED = 0, 1
-_FEW = 1 << 16
-"""Values from which on kernels are the same for every number of them; NumPy's for fewer round otherwise."""
 _OF_FIT = ("axis", "eps", "correction", "dtype")
 """The options of a layer that is fitted."""
 _OF_ZARR = ("zarr.json", ".zarray", ".zgroup")
@@ -51,19 +51,30 @@ def run(args: argparse.Namespace) -> int:
     _check_paths(args)
     outputs.check_files({"--save-layer": args.save_layer}, given=args.layer)
     try:
-        with _terminable(), stores.opened(source) as array:
-            bn = _layer(args, array)
-            with _replacing(target.path) as path:
-                try:
-                    _normalize(args, bn, array, path)
-                except UsageError:
-                    raise
-                except Exception as error:  # a file, a disk or a library may have anything raised
-                    raise _FailureError(stores.reason(error)) from error
+        with _signals() as complete:
+            return _write(args, complete)
+    except _TerminatedError:
+        return 128 + signal.SIGTERM
     except _FailureError as failure:
         print(f"mbn normalize: {failure} Nothing has been written; run the same command again.", file=sys.stderr)
         return _FAILED
-    written = f"{target}: {tuple(array.shape)}, {np.dtype(array.dtype).name}"
+
+
+def _write(args: argparse.Namespace, complete: Callable[[], None]) -> int:
+    """Write the output, and then the layer if asked to; ``complete`` is called before the first takes its name."""
+    source, target = args.input, args.output
+    with stores.opened(source) as array:
+        for path in stores.files_of(array):
+            _check_apart(f"which {source} reads", path, target.path)
+        bn = _layer(args, array)
+        with _replacing(args, complete) as path:
+            try:
+                _normalize(args, bn, array, path)
+            except UsageError:
+                raise
+            except Exception as error:  # a file, a disk or a library may have anything raised
+                raise _FailureError(stores.reason(error)) from error
+        written = f"{target}: {tuple(array.shape)}, {np.dtype(array.dtype).name}"
     if args.save_layer:
         try:
             bn.save(args.save_layer)
@@ -80,37 +91,51 @@ class _FailureError(Exception):
     """The input cannot be read, or the output not be written, after all."""
 
 
-class _TerminatedError(SystemExit):
-    """The process was told to end."""
+class _TerminatedError(KeyboardInterrupt):
+    """The process was told to end; like an interrupt, no import of a backend may take it for an error of its own."""
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """Return a context in which SIGTERM is an exception, so that nothing is left behind."""
+def _signals() -> Iterator[Callable[[], None]]:
+    """Return a context in which SIGTERM is an exception, so that nothing is left behind.
+
+    Its value is a function after whose call SIGTERM and SIGINT have no effect until the end of the context.
+    """
 
     def end(number: int, _: FrameType | None) -> None:
-        raise _TerminatedError(128 + number)
+        raise _TerminatedError
 
-    try:
-        before = signal.signal(signal.SIGTERM, end)
-    except ValueError:  # this is not the main thread, which alone gets signals
-        yield
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield lambda: None
         return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def ignore() -> None:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+
+    signal.signal(signal.SIGTERM, end)
     try:
-        yield
+        yield ignore
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def _replacing(args: argparse.Namespace, complete: Callable[[], None]) -> Iterator[Path]:
+    """Return a context with the path of the new file, which takes the name of the output at its end."""
+    path = args.output.path
     replacing = files.replacing(path)
     try:
         new = replacing.__enter__()
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {stores.reason(error)}") from error
     try:
+        _check_new(path, args)  # there may be again what a command that was killed had moved away
         yield new
+        _check_new(path, args)
+        complete()
     except BaseException:
         replacing.__exit__(*sys.exc_info())
         raise
@@ -128,18 +153,29 @@ def _check_paths(args: argparse.Namespace) -> None:
     """
     source, target = args.input.path, args.output.path
     for option, path in {"the input": source, "--layer": args.layer, "--save-layer": args.save_layer}.items():
-        if path is not None and _are_one(path, target):
-            raise UsageError(f"the output {target} is, or is within, {path}, {option}: name another file.")
+        if path is not None:
+            _check_apart(option, path, target)
     if args.save_layer and _are_one(source, args.save_layer):
         raise UsageError(f"--save-layer {args.save_layer} is, or is within, the input {source}: name another file.")
+    if args.save_layer and args.save_layer.is_file():
+        _check_new(args.save_layer, args)
+    _check_new(target, args)
     if not target.exists():
         return
-    if not args.overwrite:
-        raise UsageError(f"{target} is there already: name another file, or give --overwrite to replace all of it.")
     if target.is_dir() and not any((target / name).exists() for name in _OF_ZARR):
         raise UsageError(f"{target} is a folder and no store of zarr, so it is not replaced: name another file.")
     if not target.is_dir() and not target.is_file():
         raise UsageError(f"{target} is no regular file: name another file.")
+
+
+def _check_apart(what: str, path: Path, target: Path) -> None:
+    if _are_one(path, target):
+        raise UsageError(f"the output {target} is, or is within, {path}, {what}: name another file.")
+
+
+def _check_new(path: Path, args: argparse.Namespace) -> None:
+    if path.exists() and not args.overwrite:
+        raise UsageError(f"{path} is there already: name another file, or give --overwrite to replace all of it.")
 
 
 def _are_one(one: Path, other: Path) -> bool:
@@ -183,7 +219,7 @@ def _layer(args: argparse.Namespace, array: Any) -> mbn.BatchNorm1d:
 
 def _default_backend() -> mbn.contract.Backend:
     try:
-        return get_backend("numba")
+        return chosen_backend() or get_backend("numba")
     except BackendUnavailableError:
         return get_backend("numpy")
 
@@ -198,14 +234,15 @@ def _normalize(args: argparse.Namespace, bn: mbn.BatchNorm1d, array: Any, path: 
             steps.begin("statistics")
             bn.fit(_Watched(array, steps.advance), progress=False)
         steps.begin("output")
-        with stores.created(args.output, path, array) as target:
-            unit = target.unit if size >= _FEW else tuple(array.shape)
-            with closing(iter(Pieces(array, _settings(bn), unit=unit))) as pieces:
-                for values, count, box, channels in pieces:
-                    if count:
-                        target.write(box, _evaluated(bn, values, channels, size))
-                        steps.advance(count)
-                    del values  # so that it is freed before the next piece is read
+        with (
+            stores.created(args.output, path, array) as target,
+            closing(iter(Pieces(array, _settings(bn), unit=target.unit))) as pieces,
+        ):
+            for values, count, box, channels in pieces:
+                if count:
+                    target.write(box, _evaluated(bn, values, channels, size))
+                    steps.advance(count)
+                del values  # so that it is freed before the next piece is read
 
 
 def _settings(bn: mbn.BatchNorm1d) -> Settings:
@@ -218,15 +255,13 @@ def _evaluated(bn: mbn.BatchNorm1d, x: np.ndarray, channels: range | None, size:
     Its own memory is used where that is possible.
     """
     part = slice(None) if channels is None else slice(channels.start, channels.stop)
-    mean, var, weight, bias = (None if vector is None else vector[part] for vector in (*bn.state[:2], *bn.params))
-    rows = len(x)
-    if x.size < _FEW <= size:
-        x = np.tile(x, (math.ceil(_FEW / x.size), *[1] * (x.ndim - 1)))
+    vectors: list[Any] = [None if given is None else mbn.to_numpy(given)[part] for given in (*bn.params, *bn.state[:2])]
+    weight, bias, mean, var = vectors
     is_own = bn.backend in {"numpy", "numba"} and x.flags.writeable and x.dtype.isnative
-    out = x if is_own else None
-    given = bn.backend
-    y = mbn.functional.batch_norm(x, mean, var, weight, bias, eps=bn.eps, axis=bn.axis, backend=given, out=out).output
-    return mbn.to_numpy(y)[:rows]
+    y: np.ndarray = evaluate_block(
+        get_backend(bn.backend), bn.device, _settings(bn), size, x, weight, bias, mean, var, out=x if is_own else None
+    )
+    return y
 
 
 class _Watched:

@@ -59,6 +59,8 @@ def parse(text: str) -> Spec:
         raise ValueError(f"{text!r} names no array: give x.npy, x.npz:NAME, x.zarr:PATH, x.zarr.zip:PATH or x.h5:PATH")
     path, suffix, name = found.groups()
     spec = Spec(Path(path), _KINDS[suffix.lower()], (name or "").strip("/"))
+    if ".." in spec.name.split("/"):
+        raise ValueError(f"{text!r}: the name of an array within a file has no '..'")
     if spec.kind == "npy" and spec.name:
         raise ValueError(f"{text!r}: a .npy file has one array, without a name: give {path}")
     return spec
@@ -95,6 +97,15 @@ def opened(spec: Spec) -> Iterator[Any]:
         yield array
     finally:
         opening.__exit__(None, None, None)
+
+
+def files_of(array: Any) -> list[Path]:
+    """Return the files that an array of h5py is in, which links, virtual and external datasets choose; else none."""
+    if not _is_of(array, "h5py"):
+        return []
+    names = [array.file.filename, *(name for name, *_ in array.external or ())]
+    names += [source.file_name for source in array.virtual_sources()] if array.is_virtual else []
+    return [Path(array.file.filename).parent / name for name in names if name != "."]  # "." is the same file
 
 
 class Target(NamedTuple):
