@@ -71,8 +71,8 @@ names of dimensions. OUT is written whole or not at all: after an error, an inte
 it is there, and a file that it was to replace is as before. The memory is that of a few chunks.
 """
 _NORMALIZE_EXITS = (
-    "exit codes: 0 written; 1 IN could not be read, or OUT not be written, after all; 2 bad usage. After 1 and 2 "
-    "nothing has been written, and the same command can be run again"
+    "exit codes: 0 written; 1 IN could not be read, or OUT not be written, after all; 2 bad usage; 130 interrupted; "
+    "143 ended by SIGTERM. After all but 0 nothing of OUT has been written, unless the message says that it was"
 )
 _CONFORM = """\
 Hold a backend to the contract: run the conformance suite that every backend of mbn must pass. All other options go to
@@ -198,11 +198,19 @@ def _add_normalize(commands: "argparse._SubParsersAction[argparse.ArgumentParser
         "--correction", type=int, choices=(0, 1), help="with --fit, 1 for the unbiased variance, 0 for the biased one"
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "float64"), help="with --fit, of the statistics (default: float64 for float64)"
+        "--dtype",
+        choices=("float32", "float64"),
+        help="with --fit, of the statistics (default: float64 for float64); float64 for large means too",
     )
-    parser.add_argument("--save-layer", type=_file, metavar="FILE", help="save the layer too, for --layer")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT, with all arrays of its file")
-    parser.add_argument("--backend", metavar="NAME", help="the backend (default: numba if it can run, else numpy)")
+    parser.add_argument("--save-layer", type=_file, metavar="FILE", help="save the layer too, after OUT, for --layer")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace OUT, with all arrays of its file, and the file of --save-layer",
+    )
+    parser.add_argument(
+        "--backend", metavar="NAME", help="the backend (default: MBN_BACKEND, else numba if it can run, else numpy)"
+    )
     parser.add_argument("--quiet", action="store_true", help="show no progress and no result")
     parser.set_defaults(run=normalize.run)
 
