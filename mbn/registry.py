@@ -366,6 +366,8 @@ def _way_in(x: object) -> str:
     for method in ("to_numpy", "to_dense", "toarray", "todense"):  # of data frames, and of sparse arrays
         if hasattr(x, method):
             return f"give x.{method}()"
+    if hasattr(x, "shape") and hasattr(x, "chunks"):  # of zarr and h5py
+        return "an array in a file goes to bn.fit(x) as it is, and by parts to all else, x[:1000]"
     return "convert it, for example by np.asarray(x)"
 
 

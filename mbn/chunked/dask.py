@@ -45,6 +45,11 @@ def reduced(x: Any, axis: int, of_block: Callable[[Array], Any], merge: Callable
         dtype=x.dtype,
         meta=np.empty(0, np.float32),  # without it, Dask would call the functions on an empty array
     )
+    if not hasattr(result, "to_delayed"):
+        raise TypeError(
+            "x is a Dask array made under query planning, an experiment of Dask's, which has no single blocks. Set "
+            "dask.config.set({'array.query-planning': False}) before the first import of dask.array."
+        )
     return list(compute(*result.to_delayed().ravel()))
 
 

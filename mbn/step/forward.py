@@ -127,9 +127,9 @@ def evaluate_block(
     own library, or ``out``.
     """
     x = received(backend, "x", block, settings.dtype, device)
-    settings = settings._replace(num_features=x.shape[settings.axis])
+    settings = settings._replace(num_features=len(mean))
     vectors = Params(weight, bias), State(mean, var, None)
-    params, state = received_vectors(backend, *vectors, x.shape[settings.axis], settings.dtype, backend.device(x))
+    params, state = received_vectors(backend, *vectors, len(mean), settings.dtype, backend.device(x))
     masking = Masking.of(mask, None, sample_weight)
     y, _ = forward(backend, x, params, state, settings, training=False, masking=masking, out=out, size=size)
     return asarray(y, backend=registry.owner_of(block))

@@ -143,6 +143,8 @@ def _moments_of_blocks(backend: Backend, x: Any, settings: Settings, device: Any
     has_vectors = type(kernels).to_vectors is not Kernels.to_vectors
     if x.numblocks[settings.axis] > 1 and not has_vectors:
         x = x.rechunk({settings.axis: -1})
+    if x.numblocks[settings.axis] > 1:
+        settings = settings._replace(num_features=None)  # each block has its own number
     of_block, merge = partial(_moments_of_block, backend, settings, device), partial(_merged_blocks, backend)
     # None is the result of blocks without a value, and of a range without channels.
     found: list[Moments] = [part for part in dask.reduced(x, settings.axis, of_block, merge) if part is not None]
@@ -155,7 +157,9 @@ def _moments_of_blocks(backend: Backend, x: Any, settings: Settings, device: Any
 def _moments_of_block(backend: Backend, settings: Settings, device: Any, block: Array) -> Moments | None:
     with limited(1):  # the scheduler has a thread for each processor that it may use
         x = received(backend, "x", block, settings.dtype, device)
-        return _moments(backend, settings._replace(num_features=x.shape[settings.axis]), x)
+        if settings.num_features is None:
+            settings = settings._replace(num_features=x.shape[settings.axis])
+        return _moments(backend, settings, x)
 
 
 def _merged_blocks(backend: Backend, a: Moments | None, b: Moments | None) -> Moments | None:

@@ -3,6 +3,8 @@
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -139,6 +141,32 @@ def test_fit_rejects_bad_lazy_arrays(x: Any, error: type[Exception], message: st
     if "batches" not in message:
         with pytest.raises(error, match=message):
             bn.eval()(x)
+
+
+def test_block_with_other_channels_than_x_is_refused() -> None:
+    x = lazy((77, 7)).map_blocks(lambda block: block[:, :5], dtype=X.dtype, meta=np.empty((0, 0), X.dtype))
+    bn = mbn.BatchNorm1d(7, backend="numpy")
+    before, wrong = bits(bn), r"x has shape \(\d+, 5\), so 5 channels on axis 1; num_features is 7"
+    with pytest.raises(ValueError, match=wrong):
+        bn.fit(x, progress=False)
+    assert bits(bn) == before
+    with pytest.raises(ValueError, match=wrong):
+        bn.eval()(x).compute()
+
+
+@pytest.mark.processes
+def test_arrays_of_query_planning_are_refused() -> None:
+    program = """
+import dask
+dask.config.set({"array.query-planning": True})
+import dask.array, mbn
+try:
+    mbn.BatchNorm1d(3).fit(dask.array.ones((9, 3), chunks=4, dtype="float32"), progress=False)
+except TypeError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout.startswith("x is a Dask array made under query planning"), result
 
 
 def test_fit_of_unknown_channels_is_an_error() -> None:

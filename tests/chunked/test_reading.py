@@ -255,6 +255,12 @@ def test_array_is_refused_before_it_is_read(values: Any, error: type[Exception],
     assert (bn.backend, bn.num_features) == (None, None)
 
 
+def test_call_of_an_array_in_a_file_points_to_fit_and_slices() -> None:
+    for call in (fitted(X).eval(), lambda x: fitted([x])):
+        with pytest.raises(TypeError, match=r"an array in a file goes to bn.fit\(x\) as it is, .* x\[:1000\]"):
+            call(Stored(X))
+
+
 def test_wrong_number_of_channels_is_refused_before_anything_is_read() -> None:
     array = Stored(X, (10, 2, 10))
     with pytest.raises(ValueError, match="6 channels on axis 1; num_features is 5"):

@@ -371,7 +371,7 @@ def test_full_disk_leaves_nothing(
     files_before = left(tmp_path)
     with largest_file(200_000):
         line = refused(capsys, source, tmp_path / target, "--overwrite", "--backend", "numpy", code=1)
-    assert line.endswith("Nothing has been written; the same command can be run again.")
+    assert line.endswith("Nothing has been written: once that is mended, run it again.")
     assert left(tmp_path) == files_before
     if there:
         np.testing.assert_array_equal(load(str(tmp_path / target) + ":x" * ("npz" in target)), before)

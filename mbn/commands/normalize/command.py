@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     except _TerminatedError:
         return 128 + signal.SIGTERM
     except _FailureError as failure:
-        print(f"mbn normalize: {failure} Nothing has been written; the same command can be run again.", file=sys.stderr)
+        print(f"mbn normalize: {failure} Nothing has been written: once that is mended, run it again.", file=sys.stderr)
         return _FAILED
 
 
