@@ -41,13 +41,16 @@ coverage_with_floors() {
     coverage report --include '*/backends/*' --fail-under 95
 }
 
+# Two backends, on a small and on a large input.
+quick="Step.*'(numpy|numba)'.*'\((32, 64|65536, 256)\)'"
+
 quick_check() {
-    asv --config asv.numpy.json continuous --factor 2 -a rounds=2 --bench "Step.*'numpy'.*\(32, 64\)" HEAD~1 HEAD
+    asv --config asv.quick.json continuous --factor 1.5 --interleave-rounds -a rounds=3 --bench "$quick" HEAD~1 HEAD
 }
 
 # Succeed if the commit $1 can run the benchmarks of the quick check.
 can_be_measured() {
-    asv --config asv.numpy.json run --quick --bench "Step.*'numpy'.*\(32, 64\)" "$1^!"
+    asv --config asv.quick.json run --quick --bench "$quick" "$1^!"
 }
 
 # Fail if HEAD is slower than the commit before it, or cannot be measured. asv returns 1 if HEAD is slower, and 2 if

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -118,12 +119,13 @@ def head() -> str:
 
 def describe_machine() -> dict[str, str]:
     """Return what asv keeps of a machine, under a name that says what it is."""
-    arch, cores = platform.machine(), str(os.cpu_count())
+    arch, cores, processor = platform.machine(), str(os.cpu_count()), _processor()
+    kind = re.sub(r"\W+", "-", processor.partition("@")[0]).strip("-").lower()
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIBIBYTE
     return {
-        "machine": f"{arch}-{cores}core",
+        "machine": "-".join(filter(None, (arch, f"{cores}core", kind))),
         "arch": arch,
-        "cpu": _processor(),
+        "cpu": processor,
         "num_cpu": cores,
         "os": platform.system(),
         "ram": f"{ram:.0f} GiB",

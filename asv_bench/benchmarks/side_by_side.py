@@ -10,6 +10,7 @@ from mbn.commands.bench.workloads import MODES, SHAPES, Workload
 from ._backends import NAMES
 
 SUBJECTS = [*NAMES, *peers.PEERS]
+_SHAPES = [str(shape) for shape in SHAPES]
 
 
 class _SideBySide:
@@ -28,11 +29,24 @@ class _SideBySide:
 class Time(_SideBySide):
     """Median time of a step, forward or forward and backward."""
 
-    params = (SUBJECTS, list(MODES), [str(shape) for shape in SHAPES])
+    params = (SUBJECTS, list(MODES), _SHAPES)
     unit = "seconds"
 
     def track_step(self, _: object, __: str, mode: str, ___: str) -> float:
         return self._timed.median(mode)
+
+
+class Copies(_SideBySide):
+    """The same as a multiple of the time of a copy of x in the same round.
+
+    On another machine, or beside other work, both change; where this figure changes, the code has.
+    """
+
+    params = ([subject for subject in SUBJECTS if subject != measurement.LIMIT], list(MODES), _SHAPES)
+    unit = "copies"
+
+    def track_step(self, measurements: dict[str, Measurement], _: str, mode: str, shape: str) -> float:
+        return self._timed.ratio(mode, measurements[shape].timed[measurement.LIMIT])
 
 
 class Memory(_SideBySide):
