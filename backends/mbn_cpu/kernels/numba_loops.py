@@ -56,6 +56,14 @@ They are less than half of the last digit of the largest number.
 """
 _FEW = 4
 """The number of rows that are added up before their sums are split into multiples of a unit and rests."""
+_NEAR = 1 << 17
+"""The most values of a chunk that is likely to be in a cache of one processor."""
+_BLOCK, _PAGE = 64, 1024
+"""Between these, the values of a row that is added by itself if it comes from memory.
+
+The processor fetches memory ahead along one sequence of addresses, page by page. It does so for several rows if they
+follow each other within a few cache lines, or if each has pages of its own.
+"""
 
 
 @loop
@@ -88,7 +96,7 @@ def _channel_sums(dy, x, w, last, c, length, partials, shift, sums):
     elif w.size:
         _add_weighted_planes(dy, x, w, c, length, partials, shift, total, products)
     else:
-        _add_planes(dy, x, c, length, partials, shift, total, products)
+        _add_planes(dy, x, c, length, partials, center, total, products)
     _collapse(total, partials, inner, sums[0])
     _collapse(products, partials, inner, sums[1])
 
@@ -132,7 +140,7 @@ def parted_sums(x, w, last, c, length, partials, shift, units, sums):
                         None, values, w[position + start :], 1, values.size, partials, k, total, squares
                     )
                 else:
-                    _add_planes(None, values, 1, values.size, partials, k, total, squares)
+                    _add_planes(None, values, 1, values.size, partials, center[partial:], total, squares)
                 _take_apart(total[:partials], of_total[partial:], parts[0][partial:], parts[1][partial:])
                 _take_apart(squares[:partials], of_squares[partial:], parts[2][partial:], parts[3][partial:])
     for i in range(4):
@@ -426,20 +434,13 @@ def _collapse(row, partials, inner, out):
 @loop
 def _normalize_rows(x, y, width, center, scale, shift):
     """Normalise rows of ``width`` values without weights; center, scale and shift have ``width`` numbers."""
-    full = x.size // (4 * width) * (4 * width)
-    for b in range(0, full, 4 * width):  # four rows at a time, so that the vectors are read once for four rows
-        x0, x1 = x[b:][:width], x[b + width :][:width]
-        x2, x3 = x[b + 2 * width :][:width], x[b + 3 * width :][:width]
-        y0, y1 = y[b:][:width], y[b + width :][:width]
-        y2, y3 = y[b + 2 * width :][:width], y[b + 3 * width :][:width]
-        for k in range(width):
-            c, s, t = center[k], scale[k], shift[k]
-            y0[k], y1[k] = (x0[k] - c) * s + t, (x1[k] - c) * s + t
-            y2[k], y3[k] = (x2[k] - c) * s + t, (x3[k] - c) * s + t
-    for b in range(full, x.size, width):
+    full = x.size - x.size % width
+    for b in range(0, full, width):
         values, out = x[b:][:width], y[b:][:width]
-        for k in range(values.size):
+        for k in range(width):  # not values.size, so that the compiler knows the size of all five arrays
             out[k] = (values[k] - center[k]) * scale[k] + shift[k]
+    for k in range(x.size - full):
+        y[full + k] = (x[full + k] - center[k]) * scale[k] + shift[k]
 
 
 @loop
@@ -454,12 +455,13 @@ def _add_rows(  # noqa: C901 - only one of the two branches is compiled
     samples, rows, rest = x.size // sample, sample // width, sample % width
     if rest == 0:  # the rows of all samples follow each other without a gap
         samples, rows, sample = 1, samples * rows, x.size
+    is_alone = x.size > _NEAR and _BLOCK < width < _PAGE
     for n in range(samples):
         first = n * sample
         # Several rows at a time: the sums are read and written once for all of them, in the same order of additions.
         if dy is None:
-            together = 4
-            for r in range(0, rows - rows % 4, 4):
+            several = 0 if is_alone else rows - rows % 4
+            for r in range(0, several, 4):
                 b = first + r * width
                 x0, x1 = x[b:][:width], x[b + width :][:width]
                 x2, x3 = x[b + 2 * width :][:width], x[b + 3 * width :][:width]
@@ -468,14 +470,14 @@ def _add_rows(  # noqa: C901 - only one of the two branches is compiled
                     total[k] = (((total[k] + d0) + d1) + d2) + d3
                     products[k] = (((products[k] + d0 * d0) + d1 * d1) + d2 * d2) + d3 * d3
         else:
-            together = 2
-            for r in range(0, rows - rows % 2, 2):
+            several = 0 if is_alone else rows - rows % 2
+            for r in range(0, several, 2):
                 b = first + r * width
                 g0, g1, x0, x1 = dy[b:][:width], dy[b + width :][:width], x[b:][:width], x[b + width :][:width]
                 for k in range(width):
                     total[k] = (total[k] + g0[k]) + g1[k]
                     products[k] = (products[k] + g0[k] * (x0[k] - center[k])) + g1[k] * (x1[k] - center[k])
-        for r in range(rows - rows % together, rows):
+        for r in range(several, rows):
             _add_row(dy, x, first + r * width, width, center, total, products)
     if rest:
         for n in range(samples):
@@ -499,32 +501,21 @@ def _add_row(dy, x, first, size, center, total, products):
 
 
 @loop
-def _add_planes(dy, x, c, length, partials, shift, total, products):
+def _add_planes(dy, x, c, length, partials, center, total, products):
     """Add the values of long sequences to the partial sums of their channels, and at the end the incomplete rows.
 
-    ``shift`` is (C,); ``total`` and ``products`` are rows of sums, C x partials. The incomplete row of each sequence
-    comes after the full rows of all sequences, as with channels last.
+    ``center``, ``total`` and ``products`` are rows of sums, C x partials. The incomplete row of each sequence comes
+    after the full rows of all sequences, as with channels last.
     """
     full = length - length % partials
-    for begin, end in ((0, full), (full, length)):
-        for row in range(x.size // length):
-            k, sums, other = (
-                shift[row % c],
-                total[row % c * partials :][:partials],
-                products[row % c * partials :][:partials],
-            )
-            for start in range(row * length + begin, row * length + end, partials):
-                block = x[start : row * length + end][:partials]
-                if dy is None:
-                    for i in range(block.size):
-                        d = block[i] - k
-                        sums[i] += d
-                        other[i] += d * d
-                else:
-                    gradient = dy[start : row * length + end][:partials]
-                    for i in range(block.size):
-                        sums[i] += gradient[i]
-                        other[i] += gradient[i] * (block[i] - k)
+    for begin, size in ((0, full), (full, length - full)):
+        for row in range(x.size // length if size else 0):
+            first, channel = row * length + begin, row % c * partials
+            own = center[channel:][:partials], total[channel:][:partials], products[channel:][:partials]
+            if dy is None:
+                _add_rows(None, x[first:][:size], min(partials, size), size, *own)
+            else:
+                _add_rows(dy[first:][:size], x[first:][:size], min(partials, size), size, *own)
 
 
 # The same loops with weights. A value of weight 0 may be NaN, so its terms are replaced by 0, not multiplied by it.
