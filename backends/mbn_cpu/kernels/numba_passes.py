@@ -268,7 +268,8 @@ def _each(
     dtype, else copies.
     """
     layout, compute = Layout.for_values(x), compute_dtype(x)
-    chunks = layout.chunks(_CHUNK)
+    # From the end: the pass for sums has just read the last chunks, so that these are still in the last cache.
+    chunks = layout.chunks(_CHUNK)[::-1]
 
     def fill(i: int) -> None:
         chunk = chunks[i]

@@ -227,8 +227,11 @@ def _add_halves(rows: np.ndarray, out: np.ndarray) -> np.ndarray:
 
 
 def _each(task: Callable[..., None], layout: Layout, *arrays: np.ndarray | None) -> None:
-    """Call ``task(scratch, tile, *tiles of the arrays)`` for each tile; all arrays have the same shape."""
-    _execute(task, [views for row in _rows(layout, *arrays) for views in row])
+    """Call ``task(scratch, tile, *tiles of the arrays)`` for each tile; all arrays have the same shape.
+
+    It begins at the end: the pass for sums has just read the last tiles, so that these are still in the last cache.
+    """
+    _execute(task, [views for row in _rows(layout, *arrays) for views in row][::-1])
 
 
 def _execute(task: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> None:
