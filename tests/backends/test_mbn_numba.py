@@ -12,9 +12,11 @@ import mbn
 from mbn_cpu import installed
 
 numba = pytest.importorskip("numba")
+ml_dtypes = pytest.importorskip("ml_dtypes")
 
-from mbn_cpu.kernels import numba_compilation, numba_float16, numba_loops
+from mbn_cpu.kernels import numba_compilation, numba_halves, numba_loops
 
+HALVES = [np.float16, ml_dtypes.bfloat16]
 _STEP = """
 import logging, sys
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
@@ -231,26 +233,36 @@ def test_values_of_weight_0_are_left_out_of_every_loop(shape, dtype, order, *, t
         np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance * np.abs(other).max())
 
 
-def test_widen_is_exact_for_every_half():
+@pytest.mark.parametrize("dtype", HALVES)
+def test_widen_is_exact_for_every_half(dtype):
     bits = np.arange(1 << 16, dtype=np.uint16)
     values = np.empty(bits.size, np.float32)
-    numba_float16.widen(bits, values.view(np.uint32), values)
-    np.testing.assert_array_equal(values, bits.view(np.float16).astype(np.float32))
-    numbers = ~np.isnan(values)
+    numba_halves.of(np.dtype(dtype)).widen(bits, values)
+    expected = bits.view(dtype).astype(np.float32)
+    np.testing.assert_array_equal(values, expected)
+    numbers = ~np.isnan(expected)
     np.testing.assert_array_equal(np.signbit(values[numbers]), bits[numbers] >= 1 << 15)
 
 
+@pytest.mark.parametrize("dtype", HALVES)
 @np.errstate(over="ignore", under="ignore", invalid="ignore")
-def test_narrow_rounds_to_nearest_even():
+def test_narrow_rounds_to_nearest_even(dtype):
     # Every half, every midpoint of two, and the neighbours of both.
     points = np.arange(1 << 20, dtype=np.uint32)[:, None] << 12
     bits = (points + np.array([-1, 0, 1]).astype(np.uint32)).reshape(-1)
     rounded = np.empty(bits.size, np.uint16)
-    numba_float16.narrow(bits, rounded)
-    expected = bits.view(np.float32).astype(np.float16)
-    np.testing.assert_array_equal(rounded.view(np.float16), expected)
+    numba_halves.of(np.dtype(dtype)).narrow(bits.view(np.float32), rounded)
+    expected = bits.view(np.float32).astype(dtype)
+    np.testing.assert_array_equal(rounded.view(dtype).astype(np.float32), expected.astype(np.float32))
     numbers = ~np.isnan(expected)
     np.testing.assert_array_equal(rounded[numbers], expected.view(np.uint16)[numbers])
+
+
+@pytest.mark.parametrize(("features", "converts"), [("+avx,+f16c", True), ("+avx", False), ("", False)])
+def test_float16_is_converted_by_numpy_without_instructions(features, converts, monkeypatch):
+    monkeypatch.setattr(numba.core.config, "CPU_FEATURES", features)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert (numba_halves.of.__wrapped__(np.dtype("float16")) is not None) is converts
 
 
 @pytest.mark.parametrize("backend", ["numpy", "numba"])

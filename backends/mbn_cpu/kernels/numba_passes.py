@@ -47,7 +47,7 @@ from mbn_cpu.channel_stats import (
     projection,
     units,
 )
-from mbn_cpu.kernels import numba_float16, numba_loops
+from mbn_cpu.kernels import numba_halves, numba_loops
 from mbn_cpu.kernels.numpy_tiles import Scratch
 
 _CHUNK = 1 << 18
@@ -289,20 +289,20 @@ def _piece(scratch: Scratch, part: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Return a part of an array as one axis in a dtype: its own memory, or a copy in the scratch."""
     if _is_plain(part, dtype):
         return readable(part.reshape(-1))
-    if part.dtype != np.float16:
+    if (conversions := numba_halves.of(part.dtype)) is None:
         return scratch.copy(part, dtype).reshape(-1)
     values = scratch.empty((part.size,), dtype)
     bits = part if _is_plain(part, part.dtype) else scratch.copy(part, part.dtype)
-    numba_float16.widen(readable(bits.reshape(-1).view(np.uint16)), values.view(np.uint32), values)
+    conversions.widen(readable(bits.reshape(-1).view(np.uint16)), values)
     return values
 
 
 def _store(scratch: Scratch, values: np.ndarray, part: np.ndarray) -> None:
     """Write computed values, one axis in float32 or float64, to a part of an array."""
-    if part.dtype == np.float16:
+    if (conversions := numba_halves.of(part.dtype)) is not None:
         is_plain = _is_plain(part, part.dtype)
         rounded = part.reshape(-1) if is_plain else scratch.empty((part.size,), part.dtype)
-        numba_float16.narrow(values.view(np.uint32), rounded.view(np.uint16))
+        conversions.narrow(values, rounded.view(np.uint16))
         if is_plain:
             return
         values = rounded
