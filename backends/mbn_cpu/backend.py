@@ -17,6 +17,8 @@ from mbn_cpu.kernels.host import HostKernels, fits_float64
 _FEW_FOR_NUMPY = 1 << 14
 _FEW_FOR_NUMBA = 1 << 19
 """The largest numbers of values of x for which fused steps are faster."""
+_ONE_CHUNK = 1 << 18
+"""The most values that Numba's passes sum in one chunk, so that fused steps with weights have the same bits."""
 
 
 class HostBackend(Backend):
@@ -119,7 +121,11 @@ def suits_numba_steps(
     x: np.ndarray, weights: np.ndarray | None, other: np.ndarray | None, size: int | None = None
 ) -> bool:
     """Tell whether Numba's fused steps support the arrays, and are faster on one thread than passes on several."""
-    if weights is not None or x.size > _FEW_FOR_NUMBA or x.dtype != np.float32:
+    if x.size > _FEW_FOR_NUMBA or x.dtype != np.float32:
+        return False
+    if weights is not None and not (
+        x.size <= _ONE_CHUNK and weights.dtype == np.float32 and weights.flags.c_contiguous
+    ):
         return False
     is_one_piece = x.flags.c_contiguous or (x.ndim == 3 and x.swapaxes(1, 2).flags.c_contiguous)
     return (

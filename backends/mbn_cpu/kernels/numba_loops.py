@@ -227,43 +227,72 @@ def input_gradient(dy, x, w, dx, last, c, length, center, slope, average, scale)
 
 
 @compiled
-def train(x, y, last, c, length, partials, weight, bias, running, share, eps, correction):
-    """Compute a step of training on a batch without weights: write the output to y, and return three results.
+def train(x, w, y, last, c, length, partials, weight, bias, mean, var, share, eps, correction, new, stats):
+    """Compute a step of training: write the output to y, and return the number of values of a channel.
 
-    They are the new running statistics, (2, C) as ``running``; the statistics of the batch, (3, C), of which the first
-    two rows add up to the mean and the third is the biased variance; and whether a channel is beyond the range of
-    float32. If one is, y is not written, and the caller uses the passes instead.
+    ``new``, (2, C), becomes the new running mean and variance, and ``stats``, (3, C), the statistics of the batch: its
+    first two rows add up to the mean, and the third is the biased variance. If a channel is beyond the range of
+    float32, the result is negative and y is not written; the caller uses the passes instead.
 
-    ``weight`` and ``bias``, (C,), and ``running``, (2, C) with mean and variance, are empty if absent. ``share`` is the
-    weight of the batch in the running statistics, and ``correction`` is subtracted from the count for their variance.
+    ``w`` has the weights as the layer's dtype has them, not in float64. ``weight``, ``bias``, and ``mean`` and ``var``
+    together, the running statistics, are empty if absent. ``share`` is the weight of the batch in the running
+    statistics, and ``correction`` is subtracted from the count for their variance.
     """
-    stats = moments(x, last, c, length, partials)
+    count = moments(x, w, last, c, length, partials, stats)
     hi, lo, m2 = stats[0], stats[1], stats[2]
-    new, m2[:] = advance(hi, lo, m2, x.size // c, running, share, correction)
-    is_beyond = normalize_by(x, y, last, c, length, weight, bias, hi, lo, m2, eps)
-    return new, stats, is_beyond
+    advance(hi, lo, m2, count, w.size != 0, mean, var, share, correction, new, m2)
+    return -1.0 if normalize_by(x, w, y, last, c, length, weight, bias, hi, lo, m2, eps) else count
 
 
 @compiled
-def moments(x, last, c, length, partials):
-    """Return the statistics of a batch without weights, (3, C): the high and the low part of the mean, and m2."""
-    n = x.size // c
-    no_weights = np.empty(0)
-    stats, sums = np.empty((3, c)), np.empty((2, c))
-    # Sums around the first value of each channel; if one of these is an outlier, again around the means.
+def moments(x, w, last, c, length, partials, stats):
+    """Write the statistics of a batch to ``stats``, (3, C): high and low part of the mean, and m2; return the count.
+
+    ``w`` is as of ``train``. The operations are those of ``numba_passes.moments``, and so are the bits.
+    """
+    weights, sums, cell, divisor = w.astype(np.float64), np.empty((2, c)), 0, float(x.size // c)
+    count = divisor
+    if w.size:
+        cell, count = _heaviest(weights), _total(weights)
+        divisor = count if count != 0 else 1.0
+    # Sums around one value of each channel; if one of these is an outlier, again around the means.
+    first = cell * c if last else cell // length * c * length + cell % length
     for channel in range(c):
-        stats[0, channel] = x[channel] if last else x[channel * length]
-    shifted_sums(x, no_weights, last, c, length, partials, stats[0], sums)
-    if _is_far(sums, n):
+        value = x[first + channel] if last else x[first + channel * length]
+        stats[0, channel] = value if not w.size or weights[cell] > 0 else 0
+    shifted_sums(x, weights, last, c, length, partials, stats[0], sums)
+    if _is_far(sums, divisor):
         for channel in range(c):
-            stats[0, channel] += sums[0, channel] / n
-        shifted_sums(x, no_weights, last, c, length, partials, stats[0], sums)
+            stats[0, channel] += sums[0, channel] / divisor
+        shifted_sums(x, weights, last, c, length, partials, stats[0], sums)
     for channel in range(c):
-        value, mean = stats[0, channel], sums[0, channel] / n
+        value, mean = stats[0, channel], sums[0, channel] / divisor
         hi = value + mean
         stats[0, channel], stats[1, channel] = hi, mean - (hi - value)  # as in mbn_cpu.channel_stats.added
         stats[2, channel] = sums[1, channel] - sums[0, channel] * mean
-    return stats
+    return count
+
+
+@compiled
+def _heaviest(weights):
+    """Return the index of the largest weight, the first of several."""
+    found = 0
+    for cell in range(weights.size):
+        if weights[cell] > weights[found]:
+            found = cell
+    return found
+
+
+@compiled
+def _total(weights):
+    """Return the sum of weights as a tree, as ``channel_stats.fold_rows`` does."""
+    values, n = weights.copy(), weights.size
+    while n > 1:
+        half = (n + 1) // 2
+        for k in range(n - half):
+            values[k] += values[half + k]
+        n = half
+    return values[0]
 
 
 @compiled
@@ -286,25 +315,28 @@ def merge(hi, lo, m2, count, other_hi, other_lo, more_m2, more):
 
 
 @compiled
-def advance(hi, lo, m2, n, running, share, correction):
-    """Return new running statistics, (2, C), as of ``train``, and the biased variance of n values, (C,)."""
-    new, var = np.empty_like(running), np.empty_like(m2)
+def advance(hi, lo, m2, count, is_weighted, mean, var, share, correction, new, biased):
+    """Write the new running statistics to ``new``, (2, C), as of ``train``, and the biased variance to ``biased``, (C,).
+
+    ``biased`` may be ``m2``. A weighted batch whose count is ``correction`` or less has no variance.
+    """
+    if is_weighted and count <= correction:
+        share = 0.0
+    for channel in range(mean.size):
+        new[0, channel], new[1, channel] = mean[channel], var[channel]
+        if share != 0:
+            new[0, channel] = (1 - share) * mean[channel] + share * (hi[channel] + lo[channel])
+            new[1, channel] = (1 - share) * var[channel] + share * (m2[channel] / (count - correction))
     for channel in range(m2.size):
-        var[channel] = m2[channel] / n
-        if running.size:
-            new[0, channel], new[1, channel] = running[0, channel], running[1, channel]
-            if share != 0:
-                new[0, channel] = (1 - share) * running[0, channel] + share * (hi[channel] + lo[channel])
-                new[1, channel] = (1 - share) * running[1, channel] + share * (m2[channel] / (n - correction))
-    return new, var
+        biased[channel] = m2[channel] / count if count > 0 else 0.0
 
 
 @compiled
-def normalize_by(x, y, last, c, length, weight, bias, hi, lo, var, eps):
+def normalize_by(x, w, y, last, c, length, weight, bias, hi, lo, var, eps):
     """Write the output by a mean of hi + lo and a variance to y, and return whether a channel is beyond the range.
 
-    Vectors are (C,); ``lo``, ``weight`` and ``bias`` are empty if absent. If a channel is beyond the range of float32,
-    y is not written.
+    Vectors are (C,); ``lo``, ``weight`` and ``bias`` are empty if absent, and ``w`` is as of ``train``. If a channel is
+    beyond the range of float32, y is not written.
     """
     # The line to normalise by, in the dtype of x: its center is the rounded mean, and its shift contains the rounding
     # error.
@@ -318,36 +350,35 @@ def normalize_by(x, y, last, c, length, weight, bias, hi, lo, var, eps):
         shift[channel] = (center[channel] - mean - rest) * factor + (bias[channel] if bias.size else 0.0)
         is_beyond |= _is_beyond(center[channel], factor, scale[channel], shift[channel])
     if not is_beyond:
-        normalize(x, np.empty(0), y, last, c, length, center, scale, shift)
+        normalize(x, w.astype(np.float64), y, last, c, length, center, scale, shift)
     return is_beyond
 
 
 @compiled
-def pull_back(dy, x, dx, last, c, length, partials, weight, hi, lo, var, count, eps, result):
+def pull_back(dy, x, w, dx, last, c, length, partials, weight, hi, lo, var, count, eps, result):
     """Write the gradient of x to dx, and those of bias and weight, the sums of dy and dy * xhat, to ``result``, (2, C).
 
     The mean is hi + lo, with ``lo`` empty for a plain vector. ``count`` is 0 if mean and variance are constants.
-    ``weight`` is empty if absent.
+    ``weight`` is empty if absent, and ``w`` is as of ``train``.
     """
-    sums = grad_sums(dy, x, last, c, length, partials, hi, lo, var, eps)
-    grad_input(dy, x, dx, last, c, length, weight, hi, lo, var, count, eps, sums[0], sums[1])
+    sums = np.empty((2, c))
+    grad_sums(dy, x, w, last, c, length, partials, hi, lo, var, eps, sums)
+    grad_input(dy, x, w, dx, last, c, length, weight, hi, lo, var, count, eps, sums[0], sums[1])
     result[:] = sums
 
 
 @compiled
-def grad_sums(dy, x, last, c, length, partials, hi, lo, var, eps):
-    """Return the sums of dy and dy * xhat, (2, C), for a mean of hi + lo and a variance as in ``pull_back``."""
-    sums = np.empty((2, c))
-    gradient_sums(dy, x, np.empty(0), last, c, length, partials, hi.astype(np.float64), sums)
+def grad_sums(dy, x, w, last, c, length, partials, hi, lo, var, eps, sums):
+    """Write the sums of dy and dy * xhat to ``sums``, (2, C), for a mean of hi + lo and a variance as in ``pull_back``."""
+    gradient_sums(dy, x, w.astype(np.float64), last, c, length, partials, hi.astype(np.float64), sums)
     # The deviations were from hi: the sum of products is corrected by lo times the sum of dy.
     for channel in range(c):
         rest = lo[channel] if lo.size else 0.0
         sums[1, channel] = (sums[1, channel] - rest * sums[0, channel]) * _invstd(np.float64(var[channel]), eps)
-    return sums
 
 
 @compiled
-def grad_input(dy, x, dx, last, c, length, weight, hi, lo, var, count, eps, sum_dy, sum_dy_xhat):
+def grad_input(dy, x, w, dx, last, c, length, weight, hi, lo, var, count, eps, sum_dy, sum_dy_xhat):
     """Write the gradient of x to dx, given the sums of dy and dy * xhat; other arguments as of ``pull_back``."""
     center, scale, slope, average = hi.astype(np.float64), np.empty(c), np.empty(c), np.empty(c)
     for channel in range(c):
@@ -358,7 +389,7 @@ def grad_input(dy, x, dx, last, c, length, weight, hi, lo, var, count, eps, sum_
             average[channel] = sum_dy[channel] / count - rest * slope[channel]
     if not count:
         center = np.empty(0)
-    input_gradient(dy, x, np.empty(0), dx, last, c, length, center, slope, average, scale)
+    input_gradient(dy, x, w.astype(np.float64), dx, last, c, length, center, slope, average, scale)
 
 
 @compiled
@@ -414,14 +445,26 @@ def _spread(vector, width, inner):
 def _collapse(row, partials, inner, out):
     """Write the sums of the channels to ``out``, (C,), from a row of sums.
 
-    In the row, groups of ``inner`` numbers are of one channel. The partial sums of a channel are added as a tree, the
-    second half to the first, until one is left.
+    In the row, which is overwritten, groups of ``inner`` numbers are of one channel. The partial sums of a channel are
+    added as a tree, the second half to the first, until one is left.
     """
+    if inner == 1:  # rows of channels: the same trees, all channels at a time
+        c, n = out.size, partials
+        while n > 1:
+            half = (n + 1) // 2
+            first, second = row[: (n - half) * c], row[half * c : n * c]
+            for k in range(first.size):
+                first[k] += second[k]
+            n = half
+        out[:] = row[:c]
+        return
     values = np.empty(partials)
     for channel in range(out.size):
         # Gather the channel's: a group of ``inner`` numbers of each channel, then the next group of each channel.
-        for partial in range(partials):
-            values[partial] = row[(partial // inner * out.size + channel) * inner + partial % inner]
+        for start in range(0, partials, inner):
+            group, own = values[start:][:inner], row[start * out.size + channel * inner :][:inner]
+            for k in range(group.size):
+                group[k] = own[k]
         n = partials
         while n > 1:
             half = (n + 1) // 2

@@ -97,11 +97,9 @@ class Layout(NamedTuple):
 
         ``finer`` is a factor for the number of partial sums. That number depends on the shape alone, not on the memory.
         """
-        n, c, length = shape = x.shape if x.ndim == 3 else (*x.shape, 1)
-        is_long, together = length > 2 * finer * _PARTIALS, max(1, min(n, finer * _ROW // (c * length)))
-        partials = finer * _PARTIALS if is_long else length * together
+        _, _, length = shape = x.shape if x.ndim == 3 else (*x.shape, 1)
         is_last = length == 1 or (not x.flags.c_contiguous and x.swapaxes(1, 2).flags.c_contiguous)
-        return cls(is_last, shape, partials)
+        return cls(is_last, shape, partials_of(shape, finer))
 
     @classmethod
     def for_values(cls, x: np.ndarray) -> "Layout":
@@ -153,6 +151,13 @@ class Layout(NamedTuple):
     def sizes(self, chunk: Chunk) -> tuple[int, int]:
         """Return C and the L of a chunk."""
         return self.shape[1], chunk.positions.stop - chunk.positions.start
+
+
+def partials_of(shape: tuple[int, ...], finer: int = 1) -> int:
+    """Return the number of partial sums for an (N, C) or (N, C, L); see ``Layout.of``."""
+    n, c, length = (*shape, 1)[:3]
+    is_long, together = length > 2 * finer * _PARTIALS, max(1, min(n, finer * _ROW // (c * length)))
+    return finer * _PARTIALS if is_long else length * together
 
 
 def _multiple(number: int, of: int) -> int:
