@@ -121,16 +121,19 @@ def suits_numba_steps(
     x: np.ndarray, weights: np.ndarray | None, other: np.ndarray | None, size: int | None = None
 ) -> bool:
     """Tell whether Numba's fused steps support the arrays, and are faster on one thread than passes on several."""
-    if x.size > _FEW_FOR_NUMBA or x.dtype != np.float32:
+    if x.size > few_for_numba(weights) or x.dtype != np.float32:
         return False
-    if weights is not None and not (
-        x.size <= _ONE_CHUNK and weights.dtype == np.float32 and weights.flags.c_contiguous
-    ):
+    if weights is not None and not (weights.dtype == np.float32 and weights.flags.c_contiguous):
         return False
     is_one_piece = x.flags.c_contiguous or (x.ndim == 3 and x.swapaxes(1, 2).flags.c_contiguous)
     return (
         is_one_piece and x.flags.aligned and (other is None or (other.strides == x.strides and other.dtype == x.dtype))
     )
+
+
+def few_for_numba(weights: Any) -> int:
+    """Return the most values of x for Numba's fused steps, with sample weights or None."""
+    return _FEW_FOR_NUMBA if weights is None else _ONE_CHUNK
 
 
 def _rounded(pullback: Callable[..., Any], kernels: Kernels, dy: Any, batch: Batch, weight: Any, *rest: Any) -> Any:

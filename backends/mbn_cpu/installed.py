@@ -17,10 +17,12 @@ class WithNumpy(HostBackend):
     version = np.__version__
     kernels, step_kernels = HostKernels(numpy_passes), StepKernels(numpy_passes, numpy_steps)
     suits_steps = staticmethod(suits_numpy_steps)
+    takes_addresses = False
+    """Whether the fused steps take arrays by their addresses."""
 
 
 @cache
-def fastest() -> HostBackend:
+def fastest() -> WithNumpy:
     """Return the backend, with Numba's kernels if Numba can be imported. The first call takes long for that import."""
     try:
         from mbn_cpu.kernels import numba_passes, numba_steps
@@ -34,5 +36,6 @@ def fastest() -> HostBackend:
     class WithNumba(WithNumpy):
         kernels, step_kernels = HostKernels(numba_passes), StepKernels(numba_passes, numba_steps)
         suits_steps = staticmethod(suits_numba_steps)
+        takes_addresses = True
 
     return WithNumba()

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, cached_property
-from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
@@ -32,7 +31,7 @@ from mbn_cpu.installed import fastest
 from mbn_torch import integration, memory_overlap
 from mbn_torch.group import Differentiable, distributed_group, number_of_replicas, operate_by
 from mbn_torch.integration import NOT_REGISTERED
-from mbn_torch.kernels.cpu import ArrayBatch, CpuKernels, as_array, computed_output
+from mbn_torch.kernels.cpu import AddressKernels, ArrayBatch, CpuKernels, as_array, computed_output, suit_addresses
 from mbn_torch.kernels.eager import EAGER
 from mbn_torch.kernels.traceable import TRACEABLE
 from mbn_torch.module import BatchNorm1d
@@ -160,7 +159,10 @@ class TorchBackend(Backend):
             return None
         if not values.is_floating_point():
             values = values.to(torch.int64)
-        return bool(((values >= low) & (values < high)).all())
+        if values.numel() == 0:
+            return True
+        least, most = torch.stack(values.aminmax()).tolist()  # both are NaN if a value is
+        return bool(low <= least and most < high)
 
     def constant(self, x: torch.Tensor) -> torch.Tensor:
         return x.detach()
@@ -311,13 +313,16 @@ def _read(operation: Operation, other: torch.Tensor | None, vectors: tuple[Any, 
     """Return the tensors that a call reads beside those of its batch."""
     if operation == "pullback":
         return other, vectors[0]
-    return tuple(chain.from_iterable(vectors))
+    params, state = vectors or ((), ())
+    return *params, *state
 
 
 def _on_cpu(
     operation: Operation, batch: Batch, other: torch.Tensor | None, vectors: tuple[Any, ...], size: int | None
 ) -> tuple[Kernels, ArrayBatch]:
-    own, prepared = fastest(), ArrayBatch.of(batch)
+    own, prepared = fastest(), ArrayBatch(batch)
+    if own.takes_addresses and operation != "moments" and suit_addresses(operation, batch, other, vectors):
+        return AddressKernels.of(own, own.step_kernels), prepared
     if operation == "pullback":
         vectors = tuple(map(as_array, vectors))
     array = None if other is None else as_array(computed_output(other))

@@ -241,7 +241,8 @@ class TorchFormulas(Formulas):
         A traced weight below 0, or a length out of range, gives NaN: an error cannot depend on a traced value.
         """
         if lengths is sample_weight is None and mask is not None:
-            return _fitted(mask, shape).to(getattr(torch, dtype)).expand(shape)
+            result = mask.to(getattr(torch, dtype))
+            return result if result.ndim == len(shape) else result[:, None].expand(shape)
         given = next(array for array in (mask, lengths, sample_weight) if array is not None)
         result = torch.ones((), dtype=getattr(torch, dtype), device=given.device)
         if sample_weight is not None:

@@ -18,6 +18,12 @@ _OWN = torch.Tensor, torch.nn.Parameter
 """Classes without ``__torch_function__`` or ``__torch_dispatch__`` of their own."""
 CPU = -1
 """The number of the CPU among the indices of GPUs."""
+_dispatch_keys = torch._C._dispatch_keys
+with torch.inference_mode():
+    _ON_CPU = {_dispatch_keys(torch.empty(0, device="cpu")).raw_repr()}
+with torch.inference_mode(mode=False):
+    _ON_CPU.add(_dispatch_keys(torch.empty(0, device="cpu")).raw_repr())
+"""The properties by which Torch dispatches plain tensors in host memory: those of inference mode, and all others."""
 _HAS_VERSIONS = hasattr(torch._C, "_to_dlpack_versioned")  # Torch 2.9 and later
 
 
@@ -30,7 +36,11 @@ def is_transformed() -> bool:
 
 def is_recorded(*values: Any) -> bool:
     """Tell whether autograd records operations on one of these values; None is ignored."""
-    return torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in values)
+    if torch.is_grad_enabled():
+        for value in values:  # a loop, as below
+            if value is not None and value.requires_grad:
+                return True
+    return False
 
 
 def is_traced(value: torch.Tensor | None) -> bool:
@@ -76,13 +86,16 @@ def common_device(*values: torch.Tensor | None) -> int | None:
     for value in values:  # a loop, since every call runs it and a generator is slower
         if value is None:
             continue
-        if type(value) not in _OWN or value.layout is not torch.strided:
+        if type(value) not in _OWN:
             return None
-        if value.is_neg() or is_zero_tensor(value):
-            return None
-        if is_functorch_wrapped_tensor(value) or is_legacy_batchedtensor(value):
-            return None
-        own = CPU if value.is_cpu else value.get_device() if value.is_cuda else None
+        if _dispatch_keys(value).raw_repr() in _ON_CPU:  # all of the following at once
+            own: int | None = CPU
+        else:
+            if value.layout is not torch.strided or value.is_neg() or is_zero_tensor(value):
+                return None
+            if is_functorch_wrapped_tensor(value) or is_legacy_batchedtensor(value):
+                return None
+            own = CPU if value.is_cpu else value.get_device() if value.is_cuda else None
         if own is None or own != (own if found is None else found):
             return None
         found = own

@@ -322,7 +322,7 @@ def test_scaled_statistics_pass_between_kernels():
     batch = Batch(x, None, "float64")
     on_host, prepared = backend.kernels_for("moments", batch)
     assert isinstance(on_host, host.CpuKernels)
-    other = on_host.moments(host.ArrayBatch.of(batch._replace(x=3 * x)))
+    other = on_host.moments(host.ArrayBatch(batch._replace(x=3 * x)))
     for kernels, own in ((EAGER, batch), (on_host, prepared)):
         moments = kernels.moments(own)
         residuals = mbn.contract.Stats(moments.mean, kernels.variance(moments, 0), moments.count)

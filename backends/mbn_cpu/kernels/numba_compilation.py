@@ -13,8 +13,9 @@ from time import perf_counter
 from typing import Any
 
 import numba
-from numba.core import event
+from numba.core import cgutils, event
 from numba.core.caching import FunctionCache
+from numba.extending import intrinsic
 
 logger = logging.getLogger("mbn.numba")
 _modules: set[str] = set()
@@ -40,6 +41,19 @@ loop = partial(compiled, fastmath={"contract"})
 
 Functions on vectors have no FMA, so that their bits are NumPy's.
 """
+
+
+def _pointer(_: Any, address: Any) -> Any:
+    """Return the type of an address as a pointer, and the function that generates the code for it."""
+
+    def generate(_: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return numba.types.voidptr(address), generate
+
+
+pointer: Any = intrinsic(_pointer)
+"""In compiled code ``pointer(address)``, an integer as a pointer for ``numba.carray``."""
 
 
 class _Cache(FunctionCache):
@@ -103,8 +117,8 @@ def _is_own(event: event.Event) -> bool:
 
 
 def _name(event: event.Event) -> str:
-    x, *_ = event.data["args"]
-    return f"{event.data['dispatcher'].py_func.__name__} for {x.dtype}"
+    first, *_ = event.data["args"]  # an array, or a number of a function that takes addresses of float32
+    return f"{event.data['dispatcher'].py_func.__name__} for {getattr(first, 'dtype', 'float32')}"
 
 
 _REPORTER = _Reporter()

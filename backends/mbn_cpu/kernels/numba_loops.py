@@ -41,9 +41,10 @@ the last full row at the end. ``_collapse`` adds up the partial sums of a channe
 """
 
 import numpy as np
+from numba import carray  # type: ignore[attr-defined]
 
 from mbn_cpu.channel_stats import FAR_SQUARE, LEAST, MOST
-from mbn_cpu.kernels.numba_compilation import compiled, loop
+from mbn_cpu.kernels.numba_compilation import compiled, loop, pointer
 
 _WIDTH = 256
 """The least number of values of a row, in loops without sums."""
@@ -295,6 +296,40 @@ def _total(weights):
     return values[0]
 
 
+# The fused steps of arrays that are given by their addresses, 0 for an absent one: a framework's arrays need no
+# conversion then. All are in float32 and in one piece, x of ``size`` values. Other arguments are as of the steps above.
+
+
+@compiled
+def train_at(size, x, w, y, last, c, length, partials, weight, bias, mean, var, share, eps, correction, new, stats):
+    """Compute ``train``."""
+    arrays = _at(x, size), _at(w, size // c), _at(y, size)
+    vectors = _at(weight, c), _at(bias, c), _at(mean, c), _at(var, c)
+    return train(*arrays, last, c, length, partials, *vectors, share, eps, correction, new, stats)
+
+
+@compiled
+def normalize_at(size, x, w, y, last, c, length, weight, bias, mean, var, eps):
+    """Compute ``normalize_by`` by running statistics."""
+    arrays = _at(x, size), _at(w, size // c), _at(y, size)
+    return normalize_by(
+        *arrays, last, c, length, _at(weight, c), _at(bias, c), _at(mean, c), np.empty(0), _at(var, c), eps
+    )
+
+
+@compiled
+def pull_back_at(size, dy, x, w, dx, last, c, length, partials, weight, hi, lo, var, count, eps, result):
+    """Compute ``pull_back`` by statistics in arrays."""
+    arrays = _at(dy, size), _at(x, size), _at(w, size // c), _at(dx, size)
+    pull_back(*arrays, last, c, length, partials, _at(weight, c), hi, lo, var, count, eps, result)
+
+
+@compiled
+def _at(address, size):
+    """Return the ``size`` numbers at an address as an array in float32, which is empty for an address of 0."""
+    return carray(pointer(address), size if address != 0 else 0, np.float32)
+
+
 @compiled
 def merge(hi, lo, m2, count, other_hi, other_lo, more_m2, more):
     """Return the statistics of two batches together, (3, C), and whether all m2 have kept their digits.
@@ -316,7 +351,7 @@ def merge(hi, lo, m2, count, other_hi, other_lo, more_m2, more):
 
 @compiled
 def advance(hi, lo, m2, count, is_weighted, mean, var, share, correction, new, biased):
-    """Write the new running statistics to ``new``, (2, C), as of ``train``, and the biased variance to ``biased``, (C,).
+    """Write the new running statistics to ``new``, as of ``train``, and the biased variance to ``biased``, (C,).
 
     ``biased`` may be ``m2``. A weighted batch whose count is ``correction`` or less has no variance.
     """
@@ -369,7 +404,7 @@ def pull_back(dy, x, w, dx, last, c, length, partials, weight, hi, lo, var, coun
 
 @compiled
 def grad_sums(dy, x, w, last, c, length, partials, hi, lo, var, eps, sums):
-    """Write the sums of dy and dy * xhat to ``sums``, (2, C), for a mean of hi + lo and a variance as in ``pull_back``."""
+    """Write the sums of dy and dy * xhat to ``sums``, (2, C); other arguments as of ``pull_back``."""
     gradient_sums(dy, x, w.astype(np.float64), last, c, length, partials, hi.astype(np.float64), sums)
     # The deviations were from hi: the sum of products is corrected by lo times the sum of dy.
     for channel in range(c):

@@ -8,16 +8,17 @@ operations. The statistics of a training step stay arrays until other kernels re
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from mbn.contract import Batch, Group, Kernels, Moments, Params, Settings, State, Stats
+from mbn.contract import Batch, Group, Kernels, Moments, Operation, Params, Settings, State, Stats
 from mbn.threads import limited
 from mbn_common.channel_stats import Pair, Scaled
 from mbn_cpu import memory
-from mbn_cpu.backend import HostBackend
+from mbn_cpu.backend import HostBackend, few_for_numba
+from mbn_cpu.channel_stats import counted
 from mbn_torch.channel_stats import ConcreteKernels
 from mbn_torch.private import to_dlpack
 
@@ -41,22 +42,25 @@ class _Shared:
         return 1, 0  # the CPU
 
 
-class ArrayBatch(NamedTuple):
-    """A batch of tensors, with the same values as arrays."""
+class ArrayBatch:
+    """A batch of tensors, and when kernels ask for it the same values as arrays."""
 
-    x: torch.Tensor
-    sample_weight: torch.Tensor | None
-    dtype: str
-    arrays: Batch
-    """The batch as arrays that share its memory; halves are copied to float32."""
+    __slots__ = ("_arrays", "dtype", "sample_weight", "wide", "x")
 
-    @classmethod
-    def of(cls, batch: Batch) -> "ArrayBatch":
-        """Return a batch of tensors with its arrays."""
-        x, sample_weight, dtype = batch
-        # Detach, so that autograd does not record the conversion.
-        values = as_array(_wide(x.detach() if x.requires_grad else x))
-        return cls(x, sample_weight, dtype, Batch(values, as_array(sample_weight), dtype))
+    def __init__(self, batch: Batch) -> None:
+        """Keep the tensors of a batch; halves are copied to float32."""
+        self.x, self.sample_weight, self.dtype = batch
+        self.wide = _wide(self.x)
+        self._arrays: Batch | None = None
+
+    @property
+    def arrays(self) -> Batch:
+        """The batch as arrays that share the memory of ``wide`` and of the weights."""
+        if self._arrays is None:
+            # Detach, so that autograd does not record the conversion.
+            x = self.wide.detach() if self.wide.requires_grad else self.wide
+            self._arrays = Batch(as_array(x), as_array(self.sample_weight), self.dtype)
+        return self._arrays
 
 
 class CpuKernels(ConcreteKernels):
@@ -176,6 +180,97 @@ class CpuKernels(ConcreteKernels):
         with nullcontext() if self._is_at_once else _limited():
             dx, *sums = self._own.pullback(self._kernels, *arguments, _OnArrays(replicas, self._own))
         return None if dx is None else _arranged(dx, batch.x), *map(_tensor, sums)
+
+
+class AddressKernels(CpuKernels):
+    """Kernels whose fused steps give Numba the addresses of tensors: to make arrays takes longer than a small step."""
+
+    def __init__(self, own: HostBackend, kernels: Any) -> None:
+        """Wrap the fused steps of Numba."""
+        super().__init__(own, kernels)
+        self._steps, self._loops = kernels.steps, kernels.steps.numba_loops
+
+    def train(
+        self, batch: ArrayBatch, params: Params, state: State, settings: Settings, out: torch.Tensor | None
+    ) -> tuple[torch.Tensor, State, Stats]:
+        (mean, var, tracked), weights = state, batch.sample_weight
+        sizes, y = self._sizes(batch), _like(batch.x) if out is None else out
+        wide_y = computed_output(y)
+        if tracked is not None:
+            tracked = torch.from_numpy(np.array(counted(tracked.item()), np.int64))
+        new, found = np.empty((2, sizes[1]), np.float32), np.empty((3, sizes[1]))
+        count = self._loops.train_at(
+            batch.wide.numel(),
+            batch.wide.data_ptr(),
+            _address(weights),
+            wide_y.data_ptr(),
+            *sizes,
+            *map(_address, (*params, mean, var)),
+            self._steps.share_of(settings.momentum, tracked),
+            settings.eps,
+            settings.correction,
+            new,
+            found,
+        )
+        if count < 0:
+            return super().train(batch, params, state, settings, y)
+        if mean is not None:
+            mean, var = torch.from_numpy(new[0]), torch.from_numpy(new[1])
+        return _narrow(wide_y, y), State(mean, var, tracked), self._steps.statistics_of(found, weights, count)
+
+    def evaluate(
+        self, batch: ArrayBatch, params: Params, state: State, settings: Settings, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        (mean, var, _), (last, c, length, _) = state, self._sizes(batch)
+        y = _like(batch.x) if out is None else out
+        wide_y = computed_output(y)
+        arrays = batch.wide.data_ptr(), _address(batch.sample_weight), wide_y.data_ptr()
+        vectors = map(_address, (*params, mean, var))
+        if self._loops.normalize_at(batch.wide.numel(), *arrays, last, c, length, *vectors, settings.eps):
+            return super().evaluate(batch, params, state, settings, y)
+        return _narrow(wide_y, y)
+
+    def pullback(
+        self, dy: torch.Tensor, batch: ArrayBatch, weight: torch.Tensor | None, stats: Stats, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        dy, dx, sizes = _wide(dy), _like(batch.x), self._sizes(batch)
+        wide_dx = computed_output(dx)
+        sums = np.empty((2, sizes[1]), np.float64 if weight is None else np.float32)
+        arrays = dy.data_ptr(), batch.wide.data_ptr(), _address(batch.sample_weight), wide_dx.data_ptr()
+        (hi, lo), var, count = stats
+        self._loops.pull_back_at(
+            batch.wide.numel(), *arrays, *sizes, _address(weight), hi, lo, var, float(count), eps, sums
+        )
+        return _narrow(wide_dx, dx), torch.from_numpy(sums[1]), torch.from_numpy(sums[0])
+
+    def _sizes(self, batch: ArrayBatch) -> tuple[bool, int, int, int]:
+        sizes: tuple[bool, int, int, int] = self._steps.sizes_of(batch.wide.shape, batch.wide.is_contiguous())
+        return sizes
+
+
+def suit_addresses(operation: Operation, batch: Batch, other: torch.Tensor | None, vectors: tuple[Any, ...]) -> bool:
+    """Tell whether fused steps can take tensors of the CPU by their addresses."""
+    (x, weights, dtype), read = batch, []
+    if operation == "pullback":
+        weight, stats = vectors
+        suit = isinstance(stats.mean, Pair) and isinstance(stats.mean.hi, np.ndarray)
+        read = [weights, weight]
+    else:
+        params, (mean, var, tracked) = vectors
+        suit = tracked is None or tracked.dtype is torch.int64
+        read = [weights, *params, mean, var]
+    if not suit or x.numel() > few_for_numba(weights) or dtype != "float32" or x.dtype is torch.float64:
+        return False
+    if not (x.is_contiguous() or (x.ndim == 3 and x.mT.is_contiguous())):
+        return False
+    for vector in read:  # faster than a generator
+        if vector is not None and not (vector.dtype is torch.float32 and vector.is_contiguous()):
+            return False
+    return other is None or (other.dtype is x.dtype and other.stride() == x.stride())
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 class _OnArrays:
