@@ -38,7 +38,7 @@ _ROW = 1 << 13
 """The most values of a row of folded samples: NumPy has a loop for each row, so rows should be long."""
 _WIDTH = 1 << 13
 """The most values of a sample in a tile. Larger samples are divided by channels, so that a tile has many samples."""
-_LONG = 256
+_LONG = _WIDTH
 """The least number of positions for which NumPy loops over positions alone; else over channels and samples too."""
 
 Tile: TypeAlias = tuple[slice, slice, slice, slice]
