@@ -15,6 +15,7 @@ from typing import Any
 import numba
 from numba.core import cgutils, event
 from numba.core.caching import FunctionCache
+from numba.core.runtime import rtsys
 from numba.extending import intrinsic
 
 logger = logging.getLogger("mbn.numba")
@@ -60,9 +61,15 @@ class _Cache(FunctionCache):
     """Numba's cache, whose errors end in a warning."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """Return the compiled function for a signature, or None."""
+        """Return the compiled function for a signature, or None.
+
+        Numba's own would first import all that a compilation needs, which takes as long as the rest of the first call.
+        """
+        found: Any = None
         try:
-            found = super().load_overload(sig, target_context)
+            rtsys.initialize(target_context)  # the memory of arrays that compiled code allocates
+            with self._guard_against_spurious_io_errors():
+                found = self._load_overload(sig, target_context)
             if found is None or found.signature.args == tuple(sig):
                 return found
             error: Exception = ValueError(f"its entry for {sig} is another's")  # two processes wrote at the same time
