@@ -28,12 +28,12 @@ from mbn.contract import (
 )
 from mbn.threads import Exclusive
 from mbn_cpu.installed import fastest
-from mbn_torch import integration, memory_overlap
+from mbn_torch import integration, memory_overlap, operators
 from mbn_torch.group import Differentiable, distributed_group, number_of_replicas, operate_by
 from mbn_torch.integration import NOT_REGISTERED
 from mbn_torch.kernels.cpu import AddressKernels, ArrayBatch, CpuKernels, as_array, computed_output, suit_addresses
 from mbn_torch.kernels.eager import EAGER
-from mbn_torch.kernels.traceable import TRACEABLE
+from mbn_torch.kernels.traceable import TRACEABLE, TraceableKernels
 from mbn_torch.module import BatchNorm1d
 from mbn_torch.private import (
     CPU,
@@ -72,6 +72,7 @@ class TorchBackend(Backend):
                 # Dynamo can read the cache of dtype names, but not fill it, and it recompiles when the cache grows.
                 dtype_name(dtype)
         operate_by(self)
+        operators.operate_by(self)
         _ = self.capabilities  # Dynamo cannot fill this cache either: a cached property takes a lock
 
     @cached_property
@@ -189,8 +190,10 @@ class TorchBackend(Backend):
         | Triton | one GPU: one launch per pass; its gain is not measured, for lack of a GPU |
         | EAGER | all other tensors; TRACEABLE would fail 21 tests of the suite there, by up to 11 ulp |
         """
-        if is_transformed() or _needs_traceable(operation, batch, other, vectors):
-            kernels: Kernels = TRACEABLE
+        if torch.compiler.is_compiling():
+            kernels: Kernels = _compiled(operation, batch, other, vectors)
+        elif is_transformed() or _needs_traceable(operation, batch, other, vectors):
+            kernels = TRACEABLE
         else:
             where = common_device(batch.x, batch.sample_weight, *_read(operation, other, vectors))
             if where == CPU:
@@ -198,7 +201,7 @@ class TorchBackend(Backend):
             # A recorded graph must hold for every batch, and contain only operations that exporters know.
             elsewhere = TRACEABLE if is_scripted() else EAGER
             kernels = elsewhere if where is None else _on_gpu(where) or EAGER
-        if kernels is TRACEABLE or kernels is EAGER:
+        if kernels is EAGER or isinstance(kernels, TraceableKernels):
             self._check_layouts(operation, batch.x, vectors)
         return kernels, batch
 
@@ -294,6 +297,14 @@ def _device(device: Any, usable: tuple[str, ...]) -> torch.device:
     if found is None or str(found) not in names or (isinstance(device, str) and str(found) != device):
         raise ValueError(f"Torch's devices here are {', '.join(usable)}, not {device!r}.")
     return found
+
+
+def _compiled(operation: Operation, batch: Batch, other: torch.Tensor | None, vectors: tuple[Any, ...]) -> Kernels:
+    """Return the kernels that a compiler traces."""
+    if operation == "moments" or (operation == "evaluate" and _needs_traceable(operation, batch, other, vectors)):
+        return TRACEABLE
+    read = _read(operation, other, vectors)
+    return operators.OPERATORS if operators.suit(batch.x, batch.sample_weight, *read) else TRACEABLE
 
 
 def _needs_traceable(operation: Operation, batch: Batch, other: torch.Tensor | None, vectors: tuple[Any, ...]) -> bool:

@@ -17,7 +17,7 @@ from mbn.contract import Batch, Kernels, Needs, Params, Replicas, Settings, Stat
 from mbn_torch.channel_stats import WIDE, variance
 from mbn_torch.group import Differentiable
 from mbn_torch.kernels.cpu import CpuKernels, tensors
-from mbn_torch.kernels.traceable import TRACEABLE
+from mbn_torch.kernels.traceable import TRACEABLE, TraceableKernels
 from mbn_torch.private import is_constant, is_recorded, is_scripted, is_transformed
 
 Needed: TypeAlias = tuple[bool, bool, bool]
@@ -49,7 +49,9 @@ def bind(
         replicas: Replicas | None = None,
     ) -> tuple[torch.Tensor, State, Stats]:
         x = batch.x
-        if kernels is TRACEABLE:
+        if isinstance(kernels, TraceableKernels):
+            if kernels.train is not None and replicas is None:  # operators, which have derivatives themselves
+                return forward(kernels, batch, params, state, settings, training, out)
             _check_registered(params)
             # Widen x once for all of its uses: autograd adds up the gradients of the uses in the dtype of their input.
             wide = batch._replace(x=x.to(WIDE))
@@ -82,8 +84,10 @@ def bind(
         needs: Needed = _ALL,
         replicas: Replicas | None = None,
     ) -> Gradients:
-        if kernels is TRACEABLE:
-            return _by_formulas(pullback, dy, batch, weight, stats, eps, needs, replicas)
+        if isinstance(kernels, TraceableKernels):
+            if kernels.pullback is not None and replicas is None:
+                return pullback(kernels, dy, batch, weight, stats, eps, needs)
+            return pull_back_by_formulas(pullback, dy, batch, weight, stats, eps, needs, replicas)
         if is_recorded(dy, batch.x, weight):
             return Pullback.apply(dy, batch.x, weight, kernels, batch, stats, eps, needs, replicas, pullback)
         return _of_values(pullback, kernels, dy, batch, weight, stats, eps, needs, replicas)
@@ -199,13 +203,13 @@ class Pullback(Function):
             # Differentiate by views: dy is often a function of x, and only direct uses of x count here.
             views: list[Any] = [tensor if tensor is None else tensor.view_as(tensor) for tensor in inputs]
             dy, x, weight = views
-            outputs = _by_formulas(pullback, dy, Batch(x, sample_weight, dtype), weight, stats, eps, needs, replicas)
+            outputs = pull_back_by_formulas(pullback, dy, Batch(x, sample_weight, dtype), weight, stats, eps, needs, replicas)
         is_needed = ctx.needs_input_grad[:3]
-        found = _vjp(outputs, list(compress(views, is_needed)), gradients)
+        found = vjp(outputs, list(compress(views, is_needed)), gradients)
         return *(next(found) if needed else None for needed in is_needed), None, None, None, None, None, None, None
 
 
-def _vjp(
+def vjp(
     outputs: Sequence[Any], inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]
 ) -> Iterator[torch.Tensor | None]:
     """Iterate over the gradients of the inputs, given those of the outputs; None stands for a gradient of 0."""
@@ -221,7 +225,7 @@ def _vjp(
     return iter(torch.autograd.grad(outputs, inputs, gradients, create_graph=create_graph, allow_unused=True))
 
 
-def _by_formulas(
+def pull_back_by_formulas(
     pullback: Callable[..., Gradients],
     dy: torch.Tensor,
     batch: Batch,

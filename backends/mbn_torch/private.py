@@ -5,6 +5,7 @@ be traced except ``torch.compiler.is_compiling``, which Dynamo takes for a const
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -29,9 +30,34 @@ _HAS_VERSIONS = hasattr(torch._C, "_to_dlpack_versioned")  # Torch 2.9 and later
 
 def is_transformed() -> bool:
     """Tell whether operations are compiled, transformed by ``torch.func``, or differentiated in forward mode."""
-    if torch.compiler.is_compiling() or peek_interpreter_stack() is not None:
-        return True
-    return forward_ad._current_level >= 0
+    return torch.compiler.is_compiling() or is_interpreted()
+
+
+def is_interpreted() -> bool:
+    """Tell whether operations are transformed by ``torch.func``, or differentiated in forward mode."""
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def is_exporting() -> bool:
+    """Tell whether ``torch.export`` traces the operations; its public predicate is true in all traced code before 2.13."""
+    return torch.compiler._is_exporting_flag
+
+
+def is_surely_below(size: int, limit: int) -> bool:
+    """Tell whether traced code knows that a size, which may be a symbol, is below a limit; the code stays general."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # compilers have imported it
+
+    return statically_known_true(size < limit)
+
+
+def is_plain(value: torch.Tensor) -> bool:
+    """Tell whether a tensor is of no class with rules of its own."""
+    return type(value) in _OWN
+
+
+def below_autograd() -> AbstractContextManager[None]:
+    """Return a context in which operators call their kernels, past autograd."""
+    return torch._C._AutoDispatchBelowAutograd()
 
 
 def is_recorded(*values: Any) -> bool:
