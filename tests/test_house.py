@@ -101,7 +101,13 @@ def test_backends_have_the_same_files() -> None:
         files = {module.removeprefix(f"{name}.").partition(".")[0] for module in FILES if part(module) == name}
         assert "backend" in files - {name}
         own = {"channel_stats", "group", "integration", "kernels", "module"}
-        assert files - {name, "backend", *own} <= {"compilation", "launches", "memory_overlap", "private"}, name
+        assert files - {name, "backend", *own} <= {
+            "compilation",
+            "launches",
+            "memory_overlap",
+            "operators",
+            "private",
+        }, name
 
 
 def _in_a_new_process(code: str) -> Any:

@@ -48,17 +48,9 @@ def bind(
         keep: bool = True,
         replicas: Replicas | None = None,
     ) -> tuple[torch.Tensor, State, Stats]:
-        x = batch.x
         if isinstance(kernels, TraceableKernels):
-            if kernels.train is not None and replicas is None:  # operators, which have derivatives themselves
-                return forward(kernels, batch, params, state, settings, training, out)
-            _check_registered(params)
-            # Widen x once for all of its uses: autograd adds up the gradients of the uses in the dtype of their input.
-            wide = batch._replace(x=x.to(WIDE))
-            shared = _sharing(replicas, x, params)
-            y, state, stats = forward(kernels, wide, params, state, settings, training, replicas=shared)
-            y = y.to(x.dtype)
-            return y if out is None else out.copy_(y), state, stats
+            return _traced(forward, kernels, batch, params, state, settings, training, out, replicas)
+        x = batch.x
         is_shared, run, anchor = False, forward, None
         if replicas is not None:  # others may need a gradient even if this one does not
             is_shared, run, anchor = _takes_part(replicas, x), partial(_together, forward), _ANCHOR
@@ -85,14 +77,38 @@ def bind(
         replicas: Replicas | None = None,
     ) -> Gradients:
         if isinstance(kernels, TraceableKernels):
-            if kernels.pullback is not None and replicas is None:
-                return pullback(kernels, dy, batch, weight, stats, eps, needs)
-            return pull_back_by_formulas(pullback, dy, batch, weight, stats, eps, needs, replicas)
+            is_operator = kernels.pullback is not None and replicas is None
+            run = partial(pullback, kernels) if is_operator else partial(_by_formulas, pullback)
+            return run(dy, batch, weight, stats, eps, needs, replicas)
         if is_recorded(dy, batch.x, weight):
             return Pullback.apply(dy, batch.x, weight, kernels, batch, stats, eps, needs, replicas, pullback)
         return _of_values(pullback, kernels, dy, batch, weight, stats, eps, needs, replicas)
 
     return step, differentiate
+
+
+def _traced(
+    forward: Callable[..., Any],
+    kernels: Kernels,
+    batch: Batch,
+    params: Params,
+    state: State,
+    settings: Settings,
+    training: bool,
+    out: torch.Tensor | None,
+    replicas: Replicas | None,
+) -> tuple[torch.Tensor, State, Stats]:
+    """Return a step by formulas that autograd differentiates, or by operators, which have derivatives themselves."""
+    if kernels.train is not None and replicas is None:
+        return forward(kernels, batch, params, state, settings, training, out)
+    _check_registered(params)
+    # Widen x once for all of its uses: autograd adds up the gradients of the uses in the dtype of their input.
+    x = batch.x
+    wide = batch._replace(x=x.to(WIDE))
+    shared = _sharing(replicas, x, params)
+    y, state, stats = forward(kernels, wide, params, state, settings, training, replicas=shared)
+    y = y.to(x.dtype)
+    return y if out is None else out.copy_(y), state, stats
 
 
 def _check_registered(params: Params) -> None:
@@ -203,7 +219,7 @@ class Pullback(Function):
             # Differentiate by views: dy is often a function of x, and only direct uses of x count here.
             views: list[Any] = [tensor if tensor is None else tensor.view_as(tensor) for tensor in inputs]
             dy, x, weight = views
-            outputs = pull_back_by_formulas(pullback, dy, Batch(x, sample_weight, dtype), weight, stats, eps, needs, replicas)
+            outputs = _by_formulas(pullback, dy, Batch(x, sample_weight, dtype), weight, stats, eps, needs, replicas)
         is_needed = ctx.needs_input_grad[:3]
         found = vjp(outputs, list(compress(views, is_needed)), gradients)
         return *(next(found) if needed else None for needed in is_needed), None, None, None, None, None, None, None
@@ -225,7 +241,7 @@ def vjp(
     return iter(torch.autograd.grad(outputs, inputs, gradients, create_graph=create_graph, allow_unused=True))
 
 
-def pull_back_by_formulas(
+def _by_formulas(
     pullback: Callable[..., Gradients],
     dy: torch.Tensor,
     batch: Batch,

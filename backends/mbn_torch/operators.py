@@ -6,11 +6,12 @@ A compiler calls an operator without a look into it: it knows the shapes of the 
     mbn::evaluate    y                                   derivative: mbn::pullback
     mbn::pullback    gradients of x, weight and bias     derivatives: those of the traceable formulas, to every order
 
-An operator runs the eager step, which chooses its kernels, so the bits are those of the eager call. Under ``torch.func``
-and in forward mode, in compiled code too, an operator stands for the traceable formulas. Exported programs contain the
-formulas and no operator, so that they run where there is no mbn or no Python.
+An operator runs the eager step, which chooses its kernels, so the bits are those of the eager call. Under
+``torch.func`` and in forward mode, in compiled code too, an operator stands for the traceable formulas. Exported
+programs contain the formulas and no operator, so that they run where there is no mbn or no Python.
 """
 
+import math
 from collections.abc import Callable
 from itertools import compress
 from typing import Any
@@ -19,22 +20,15 @@ import numpy as np
 import torch
 from torch.autograd import Function
 
-from mbn.contract import Backend, Batch, Params, Settings, State, Stats
+from mbn.contract import Backend, Batch, Operation, Params, Settings, State, Stats
 from mbn_common.channel_stats import Pair, Scaled
 from mbn_torch.channel_stats import WIDE, in_units, separate
-from mbn_torch.integration import Needed, pull_back_by_formulas, vjp
+from mbn_torch.integration import vjp
 from mbn_torch.kernels.cpu import as_array
 from mbn_torch.kernels.traceable import TRACEABLE, TraceableKernels
-from mbn_torch.private import (
-    below_autograd,
-    is_exporting,
-    is_interpreted,
-    is_plain,
-    is_recorded,
-    is_surely_below,
-)
+from mbn_torch.private import below_autograd, is_exporting, is_interpreted, is_plain, is_recorded, is_surely_below
 
-FEW = 1 << 14
+FEW = 1 << 16
 """The number of values of x below which the formulas are faster: a call of an operator takes 0.1 ms."""
 
 _library = torch.library.Library("mbn", "FRAGMENT")
@@ -47,7 +41,7 @@ def operate_by(backend: Backend) -> None:
 
 
 class OperatorKernels(TraceableKernels):
-    """Kernels for a compiler, whose steps are operators. Replicas exchange statistics within a step, which is traced."""
+    """Kernels for a compiler, whose steps are operators. A step with other replicas is traced: it is no operator."""
 
     def train(
         self, batch: Batch, params: Params, state: State, settings: Settings, out: torch.Tensor | None
@@ -56,7 +50,7 @@ class OperatorKernels(TraceableKernels):
         x, sample_weight, dtype = batch
         momentum = settings.momentum
         # A tensor, because a compiler takes a number for a constant, and compiles anew for another one.
-        share = None if momentum is None else torch.full((), momentum, dtype=WIDE, device="cpu")
+        share = None if momentum is None else torch.zeros((), dtype=WIDE, device="cpu") + momentum
         y, packed, *new = torch.ops.mbn.train.default(
             x, sample_weight, *params, *state, share, settings.eps, settings.correction, dtype
         )
@@ -105,8 +99,9 @@ def _packed(stats: Stats) -> torch.Tensor:
     if count is None:
         return torch.stack((mean, var))
     hi, lo, var, exponent = separate(mean, var)
-    rows = hi, lo, var, torch.zeros_like(hi) if exponent is None else exponent.to(WIDE)
-    return torch.stack([*rows, torch.zeros_like(hi) + count])
+    zero = torch.zeros_like(hi)
+    rows: tuple[Any, ...] = hi, lo, var, zero if exponent is None else exponent.to(WIDE), zero + count
+    return torch.stack(rows)
 
 
 def _unpacked(packed: torch.Tensor, batch: Batch) -> Stats:
@@ -129,7 +124,7 @@ def _unpacked_values(packed: torch.Tensor, batch: Batch) -> Stats:
     """Return statistics as the kernels read them: scaled only where units are needed."""
     rows = as_array(packed)
     if len(rows) == 2:
-        return Stats(*packed.unbind(), None)
+        return Stats(packed[0], packed[1], None)
     mean, var, exponent, count = Pair(rows[0], rows[1]), rows[2], rows[3], _count(rows[4], batch)
     if not exponent.any():
         return Stats(mean, var, count)
@@ -141,16 +136,22 @@ def _count(row: Any, batch: Batch) -> Any:
     return batch.x.numel() // batch.x.shape[1] if batch.sample_weight is None else row[0]
 
 
-# The operators. ``by_kernels`` and ``by_formulas`` compute the same, ``fake`` has the shapes. A vector that a layer does
-# not have, or that is not needed, is an empty result.
+# The operators. ``by_kernels`` and ``by_formulas`` compute the same, ``fake`` has the shapes. A vector that a layer
+# does not have, or that is not needed, is an empty result.
 
 
 def _step(kernels: Any, batch: Batch, params: Params, state: State, settings: Settings, *, training: bool) -> Any:
     """Return a step of the backend by the given kernels, or for None by those that it chooses."""
-    (backend,), prepared = _backends, batch
     if kernels is None:
-        kernels, prepared = backend.kernels_for("train" if training else "evaluate", batch, None, (params, state))
-    return backend.forward(kernels, prepared, params, state, settings, training)
+        kernels, batch = _chosen("train" if training else "evaluate", batch, None, (params, state))
+    return _backends[0].forward(kernels, batch, params, state, settings, training)
+
+
+def _chosen(operation: Operation, batch: Batch, other: Any, vectors: tuple[Any, ...]) -> tuple[Any, Any]:
+    """Return the kernels for a batch: the formulas for an invalid weight, NaN, which no error could refuse."""
+    if batch.sample_weight is not None and math.isnan(batch.sample_weight.sum()):
+        return TRACEABLE, batch
+    return _backends[0].kernels_for(operation, batch, other, vectors)
 
 
 class Train(Function):
@@ -185,8 +186,9 @@ class Train(Function):
         return y, _packed(stats), *(x.new_empty(0) if value is None else value for value in after)
 
     @staticmethod
-    def fake(x: Any, _: Any, weight: Any, bias: Any, *rest: Any) -> tuple[torch.Tensor, ...]:
-        state = (x.new_empty(0) if value is None else torch.empty_like(value) for value in rest[:3])
+    def fake(*inputs: Any) -> tuple[torch.Tensor, ...]:
+        x, _, _, _, *before = inputs[:7]
+        state = (x.new_empty(0) if value is None else torch.empty_like(value) for value in before)
         return torch.empty_like(x), x.new_empty((5, x.shape[1]), dtype=WIDE), *state
 
     @staticmethod
@@ -271,23 +273,24 @@ class Pullback(Function):
     def by_kernels(
         dy: Any, x: Any, sample_weight: Any, weight: Any, packed: Any, eps: float, needs: list[bool], dtype: str
     ) -> tuple[torch.Tensor, ...]:
-        (backend,), batch = _backends, Batch(x, sample_weight, dtype)
+        batch = Batch(x, sample_weight, dtype)
         stats = _unpacked_values(packed, batch)
-        kernels, prepared = backend.kernels_for("pullback", batch, dy, (weight, stats))
-        dx, *sums = backend.pullback(kernels, dy, prepared, weight, stats, eps, tuple(needs))
-        return _given(dx, x), *(_given(total, x, WIDE if weight is None else weight.dtype) for total in sums)
+        kernels, prepared = _chosen("pullback", batch, dy, (weight, stats))
+        if kernels is TRACEABLE:
+            return Pullback.by_formulas(dy, x, sample_weight, weight, packed, eps, needs, dtype)
+        return _needed(_backends[0].pullback(kernels, dy, prepared, weight, stats, eps, tuple(needs)), x, weight, needs)
 
     @staticmethod
     def by_formulas(
         dy: Any, x: Any, sample_weight: Any, weight: Any, packed: Any, eps: float, needs: list[bool], dtype: str
     ) -> tuple[torch.Tensor, ...]:
-        (backend,), batch = _backends, Batch(x, sample_weight, dtype)
-        stats = Stats(*packed.unbind(), None) if packed.shape[0] == 2 else _unpacked(packed, batch)
-        dx, *sums = backend.pullback(TRACEABLE, dy, batch, weight, stats, eps, tuple(needs))
-        return _given(dx, x), *(_given(total, x, WIDE if weight is None else weight.dtype) for total in sums)
+        batch = Batch(x, sample_weight, dtype)
+        stats = Stats(packed[0], packed[1], None) if packed.shape[0] == 2 else _unpacked(packed, batch)
+        return _needed(_backends[0].pullback(TRACEABLE, dy, batch, weight, stats, eps, tuple(needs)), x, weight, needs)
 
     @staticmethod
-    def fake(_: Any, x: Any, __: Any, weight: Any, ___: Any, ____: Any, needs: list[bool], *_____: Any) -> Any:
+    def fake(*inputs: Any) -> tuple[torch.Tensor, ...]:
+        _, x, _, weight, _, _, needs, _ = inputs
         sums = x.new_empty(x.shape[1], dtype=WIDE) if weight is None else torch.empty_like(weight)
         results = torch.empty_like(x), sums, torch.empty_like(sums)
         return tuple(value if needed else x.new_empty(0) for value, needed in zip(results, needs, strict=True))
@@ -306,7 +309,7 @@ class Pullback(Function):
         dy, x, sample_weight, weight, packed = ctx.saved_tensors
         with torch.enable_grad():
             # Differentiate by views: dy is often a function of x, and only direct uses of x count here.
-            views = [value if value is None else value.view_as(value) for value in (dy, x, weight)]
+            views: list[Any] = [value if value is None else value.view_as(value) for value in (dy, x, weight)]
             outputs = Pullback.by_formulas(views[0], views[1], sample_weight, views[2], packed, *ctx.rest)
         is_needed = [ctx.needs_input_grad[index] for index in Pullback.differentiable]
         found = vjp(outputs, list(compress(views, is_needed)), gradients)
@@ -314,8 +317,13 @@ class Pullback(Function):
         return of_dy, of_x, None, of_weight, *[None] * 4
 
 
-def _given(value: torch.Tensor | None, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    return x.new_empty(0) if value is None else value.to(dtype or x.dtype)
+def _needed(found: Any, x: torch.Tensor, weight: torch.Tensor | None, needs: list[bool]) -> tuple[torch.Tensor, ...]:
+    """Return the gradients that are needed in the dtypes of the operator's results, and empty ones for the others."""
+    of_sums = WIDE if weight is None else weight.dtype
+    dtypes = x.dtype, of_sums, of_sums
+    return tuple(
+        value.to(dtype) if needed else x.new_empty(0) for value, dtype, needed in zip(found, dtypes, needs, strict=True)
+    )
 
 
 def _differentiated(operator: Any, overload: Any) -> Callable[..., Any]:

@@ -39,7 +39,7 @@ def is_interpreted() -> bool:
 
 
 def is_exporting() -> bool:
-    """Tell whether ``torch.export`` traces the operations; its public predicate is true in all traced code before 2.13."""
+    """Tell whether ``torch.export`` traces the operations. Older Dynamos take the public predicate for True."""
     return torch.compiler._is_exporting_flag
 
 

@@ -487,3 +487,33 @@ def test_compiled_gradient_is_accurate(target: Target) -> None:
     gradient = target.transforms.compile(target.transforms.grad(lambda x: (case.output(x) * dy).sum()))
     exact = case.truth(DY.astype(np.float32), order=1)[0]
     target.assert_derivative(gradient(case.x), exact.dx, "float32", ulp.GRADIENT_BOUNDS["float32"])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_compiled_steps_of_large_batches_are_accurate(target: Target, *, masked: bool) -> None:
+    """For large batches a compiler may call kernels of which it traces nothing."""
+    target.require("compile")
+    case = Case.make(target, masked=masked)
+    shape = 4096, 3, 6
+    kind = strategies.maskings((4096, 6), seed=7)["all three"]
+    weights, names = (kind.weights, tuple(kind.arguments)) if masked else (None, ())
+
+    @target.transforms.compile
+    def step(mean: Array, var: Array, x: Array, dy: Array, *masks: Array) -> tuple[Array, ...]:
+        arguments = dict(zip(names, masks, strict=True))
+        vectors = mean, var, *case.bn.params
+        (y, *state), pullback = mbn.functional.batch_norm_vjp(
+            x, *vectors, training=True, eps=EPS, **arguments, backend=target.backend
+        )
+        return y, *state, *pullback(dy)
+
+    state: tuple[Array, ...] = case.bn.state[:2]
+    masks = [target.array(kind.arguments[name]) for name in names]
+    for seed in range(2):
+        before = case.held | {"running_mean": target.numpy(state[0]), "running_var": target.numpy(state[1])}
+        x, dy = np.random.default_rng(seed).normal(1, 2, (2, *shape)).astype(np.float32)
+        result = step(*state, target.array(kind.poisoned(x) if masked else x), target.array(dy), *masks)
+        assert_training_step(target, result, before, x, {"momentum": 0.1, "correction": 1, "weights": weights})
+        exact = derivatives.gradients(x, dy, before["weight"], eps=EPS, weights=weights)
+        target.assert_gradients(result[3:], exact, "float32")
+        state = result[1:3]

@@ -25,6 +25,7 @@ def _before(folder: Path) -> str:
 SUMS = "(test_accuracy or test_gradients or test_masks or test_population) and not (any_eps or any_size) or 5x3"
 """The tests that JAX's lowering for GPUs can fail, since it adds in another order."""
 GPU_LAYOUT = {"PYTEST_PLUGINS": "jax_gpu_layout", "PYTHONPATH": _before(HERE)}
+OPERATORS = {"PYTEST_PLUGINS": "torch_operators", "PYTHONPATH": _before(HERE)}
 MLX_ON_GPU = {"PYTEST_PLUGINS": "mlx_gpu_numbers", "PYTHONPATH": _before(HERE)}
 NARROW = "float32 or float16 or bfloat16"
 """The tests of one narrow dtype: a run in 32 bits has them."""
@@ -38,6 +39,7 @@ IN_64_BITS = {"JAX_ENABLE_X64": "1"}
     [
         ("numpy", {}, None),
         ("torch", {}, None),
+        ("torch", OPERATORS, "compiled or traced"),
         ("jax", {}, None),
         ("jax", IN_64_BITS, WIDE),
         ("jax", GPU_LAYOUT, f"({SUMS}) and ({NARROW})"),
@@ -53,7 +55,15 @@ IN_64_BITS = {"JAX_ENABLE_X64": "1"}
         ("strict", {}, None),
     ],
     ids=[
-        *("numpy", "torch", "jax", "jax in 64 bits", "jax's layout for GPUs", "the same in 64 bits"),
+        *(
+            "numpy",
+            "torch",
+            "torch's operators",
+            "jax",
+            "jax in 64 bits",
+            "jax's layout for GPUs",
+            "the same in 64 bits",
+        ),
         *("cupy's stand-in", "numba", "mlx", "mlx without float64", "the plug-in"),
     ],
 )

@@ -68,6 +68,7 @@ def test_suite_finds_planted_bugs(names: list[str], conform: Conform) -> None:
         pytest.param("chunked_bugs", marks=pytest.mark.dask),
         pytest.param("jax_bugs", marks=pytest.mark.jax),
         pytest.param("mlx_bugs", marks=pytest.mark.mlx),
+        pytest.param("torch_bugs", marks=pytest.mark.torch),
         pytest.param("derivative_bugs", marks=[pytest.mark.torch, pytest.mark.jax]),
     ],
 )
