@@ -15,7 +15,7 @@ from typing import Any
 import numba
 from numba.core import cgutils, event
 from numba.core.caching import FunctionCache
-from numba.core.runtime import rtsys
+from numba.core.runtime import rtsys  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 
 logger = logging.getLogger("mbn.numba")
