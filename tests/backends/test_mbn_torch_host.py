@@ -332,3 +332,30 @@ def test_scaled_statistics_pass_between_kernels():
         results.append((1e200 * dx, dweight, mean))
     for actual, expected in zip(*results, strict=True):
         assert relative_error(actual, expected) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4096, 160), (70_001, 16), (300, 5, 400)])
+@pytest.mark.parametrize("kind", ["ordinary", "masked", "channels last", "strided"])
+def test_large_halves_give_the_bits_of_copies_in_float32(dtype, shape, kind, monkeypatch):
+    pytest.importorskip("ml_dtypes")
+    torch.manual_seed(0)
+    x, dy = (torch.randn(shape) * 3 + 5).to(dtype), torch.randn(shape).to(dtype)
+    if kind == "channels last":
+        x = x.mT.contiguous().mT
+    elif kind == "strided":
+        x = x.repeat_interleave(2, 0)[::2]
+    masking = {"mask": torch.arange(x.numel() // shape[1]).reshape(shape[:1] + shape[2:]) % 3 > 0}
+
+    def results():
+        bn, leaf = mbn.BatchNorm1d(shape[1], backend="torch"), x.detach().requires_grad_()
+        y = bn(leaf, **(masking if kind == "masked" else {}))
+        y.backward(dy)
+        return y, leaf.grad, bn.running_mean, bn.running_var, bn.eval()(leaf)
+
+    given = results()
+    monkeypatch.setattr(host, "_is_computable", lambda x: x.dtype not in host._HALVES)
+    for one, other in zip(given, results(), strict=True):
+        assert one.dtype == other.dtype
+        assert one.stride() == other.stride()
+        assert torch.equal(one, other)

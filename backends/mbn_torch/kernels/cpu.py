@@ -1,9 +1,10 @@
 """The kernels of NumPy or Numba on Torch's tensors in host memory.
 
-Arrays share the memory of the tensors. Only halves are copied: Torch converts them to float32 and back much faster than
-NumPy. The arrays are made by DLPack, since ``Tensor.numpy`` would forbid for good to resize the tensor's storage. New
-tensors of x's size are allocated by Torch wherever a kernel can write to them, so that they support all of Torch's
-operations. The statistics of a training step stay arrays until other kernels read them.
+Arrays share the memory of the tensors. Only halves are copied, unless Numba's passes convert them chunk by chunk: Torch
+converts them to float32 and back much faster than NumPy. The arrays are made by DLPack, since ``Tensor.numpy`` would
+forbid for good to resize the tensor's storage. New tensors of x's size are allocated by Torch wherever a kernel can
+write to them, so that they support all of Torch's operations. The statistics of a training step stay arrays until other
+kernels read them.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -13,12 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from mbn.contract import Batch, Group, Kernels, Moments, Operation, Params, Settings, State, Stats
+from mbn.contract import Batch, Group, Kernels, Moments, Operation, Params, Settings, State, Stats, dtype_name
 from mbn.threads import limited
 from mbn_common.channel_stats import Pair, Scaled
 from mbn_cpu import memory
 from mbn_cpu.backend import HostBackend, few_for_numba
 from mbn_cpu.channel_stats import counted
+from mbn_cpu.installed import fastest
 from mbn_torch.channel_stats import ConcreteKernels
 from mbn_torch.private import to_dlpack
 
@@ -48,7 +50,7 @@ class ArrayBatch:
     __slots__ = ("_arrays", "dtype", "sample_weight", "wide", "x")
 
     def __init__(self, batch: Batch) -> None:
-        """Keep the tensors of a batch; halves are copied to float32."""
+        """Keep the tensors of a batch; halves are copied to float32, unless the kernels convert them."""
         self.x, self.sample_weight, self.dtype = batch
         self.wide = _wide(self.x)
         self._arrays: Batch | None = None
@@ -307,6 +309,8 @@ def _limited() -> AbstractContextManager[None]:
 def as_array(value: Any) -> Any:
     """Return a tensor, or the tensors of a statistic or of parameters, as arrays; return any other value as it is."""
     if isinstance(value, torch.Tensor):
+        if value.dtype is torch.bfloat16:  # DLPack has it, but NumPy has not
+            return as_array(value.view(torch.int16)).view(fastest().halves["bfloat16"])
         return np.from_dlpack(_Shared(value))
     if isinstance(value, _STATISTICS):
         return type(value)(*map(as_array, value))
@@ -327,7 +331,10 @@ def _tensor(value: Any) -> Any:
         return value
     if isinstance(value, _STATISTICS):
         return type(value)(*map(_tensor, value))
-    return torch.from_numpy(np.asarray(value))
+    array = np.asarray(value)
+    if array.dtype.kind == "V":  # bfloat16
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def _arranged(values: np.ndarray, x: torch.Tensor) -> torch.Tensor:
@@ -342,13 +349,20 @@ def _arranged(values: np.ndarray, x: torch.Tensor) -> torch.Tensor:
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
-    """Return x, or a copy in float32 if x is in a 16-bit dtype."""
-    return _like(x, torch.float32).copy_(x) if x.dtype in _HALVES else x
+    """Return x, or a copy in float32 if x is in a 16-bit dtype that the kernels do not convert."""
+    return x if _is_computable(x) else _like(x, torch.float32).copy_(x)
 
 
 def computed_output(y: torch.Tensor) -> torch.Tensor:
-    """Return the tensor that kernels write to: y, or one like it in float32 if y is in a 16-bit dtype."""
-    return _like(y, torch.float32) if y.dtype in _HALVES else y
+    """Return the tensor that kernels write to: y, or one like it in float32, as ``_wide``."""
+    return y if _is_computable(y) else _like(y, torch.float32)
+
+
+def _is_computable(x: torch.Tensor) -> bool:
+    """Tell whether the kernels for a tensor of x's size take its dtype: fused steps do not take halves."""
+    if x.dtype not in _HALVES:
+        return True
+    return x.numel() > few_for_numba(None) and dtype_name(x.dtype) in fastest().halves
 
 
 def _narrow(wide: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
