@@ -65,6 +65,7 @@ def test_suite_finds_planted_bugs(names: list[str], conform: Conform) -> None:
         "host_bugs",
         "replica_bugs",
         pytest.param("numba_bugs", marks=pytest.mark.numba),
+        pytest.param("address_bugs", marks=[pytest.mark.numba, pytest.mark.torch]),
         pytest.param("chunked_bugs", marks=pytest.mark.dask),
         pytest.param("jax_bugs", marks=pytest.mark.jax),
         pytest.param("mlx_bugs", marks=pytest.mark.mlx),
