@@ -20,6 +20,7 @@ from mbn_jax.integration import argument, eps_argument, widened
 from mbn_jax.kernels import own_statistics as own
 from mbn_jax.kernels import passes
 from mbn_jax.kernels.channel_sums import is_known
+from mbn_jax.kernels.layouts import Order
 from mbn_jax.kernels.pairs import Mean, Pair, Square, Variance, widest_dtype
 
 _ALIGNMENT = 16
@@ -128,20 +129,23 @@ class JaxBackend(Backend):
 class JaxKernels(Kernels):
     """Kernels that can be traced, each of them one compiled call."""
 
-    def __init__(self, group: AxisGroup | None = None) -> None:
-        """Make kernels of a group of replicas, over which derivatives are summed, or of one replica if it is None."""
-        self.group = group
+    def __init__(self, group: AxisGroup | None = None, order: Order | None = None) -> None:
+        """Make kernels of a group of replicas, over which derivatives are summed, or of one replica if it is None.
+
+        ``order`` is that of x in memory, if it is known.
+        """
+        self.group, self.order = group, order
 
     @classmethod
     @cache
-    def of(cls, group: AxisGroup) -> "JaxKernels":
-        """Return the kernels of a group, always the same instance, since JAX compiles anew for each."""
-        return cls(group)
+    def of(cls, group: AxisGroup | None, order: Order | None = None) -> "JaxKernels":
+        """Return the kernels of a group and order, always the same instance, since JAX compiles anew for each."""
+        return cls(group, order)
 
     def moments(self, batch: Batch) -> Moments:
         # No derivative here: ``own_statistics.py`` differentiates the statistics together with the normalisation.
         x = jax.lax.stop_gradient(widened(batch.x, batch.dtype))
-        moments = Moments(*passes.moments(x, passes.against(batch.sample_weight, x)))
+        moments = Moments(*passes.moments(x, passes.against(batch.sample_weight, x), self.order))
         n = x.size // x.shape[1]
         return moments._replace(count=n) if batch.sample_weight is None and is_known(n) else moments
 
@@ -149,13 +153,14 @@ class JaxKernels(Kernels):
         x, (mean, var, count), (weight, bias) = batch.x, stats, params
         weights = passes.against(batch.sample_weight, x)
         if count is None:
-            return passes.normalize(x, mean, var, weight, bias, eps_argument(eps), weights)
-        given = own.batch(x, mean, var, argument(count), eps_argument(eps), weights, self.group)
+            return passes.normalize(x, mean, var, weight, bias, eps_argument(eps), weights, self.order)
+        given = own.batch(x, mean, var, argument(count), eps_argument(eps), weights, self.group, self.order)
         return own.normalize(given, weight, bias)
 
     def grad_sums(self, dy: jax.Array, batch: Batch, stats: Stats, eps: float | Square) -> tuple[jax.Array, jax.Array]:
         x, (mean, var, _) = batch.x, stats
-        return own.grad_sums(dy, x, mean, var, eps_argument(eps), passes.against(batch.sample_weight, x))
+        weights = passes.against(batch.sample_weight, x)
+        return own.grad_sums(dy, x, mean, var, eps_argument(eps), weights, self.order)
 
     def grad_input(
         self,
@@ -178,7 +183,8 @@ class JaxKernels(Kernels):
         if count is None:
             return None
         weights = passes.against(batch.sample_weight, x)
-        return own.pullback(dy, own.batch(x, mean, var, argument(count), eps, weights, self.group), weight)
+        given = own.batch(x, mean, var, argument(count), eps, weights, self.group, self.order)
+        return own.pullback(dy, given, weight)
 
     def sample_weights(
         self,

@@ -9,6 +9,7 @@ import numpy as np
 
 from mbn.contract import Batch, Kernels, Params, Settings, State, Stats
 from mbn_jax.group import AxisGroup
+from mbn_jax.kernels.layouts import Order
 from mbn_jax.kernels.pairs import Square, number, squared, widest_dtype
 
 
@@ -26,10 +27,11 @@ def step(
 ) -> tuple[jax.Array, State, Stats | None]:
     """Compute ``mbn.step.compose.forward`` as one compiled program."""
     x, sample_weight, dtype = batch
+    order = Order(settings.has_channels_last(x.ndim) and isinstance(x, jax.core.Tracer))
     y, after, stats = compiled_step(
         *(x, sample_weight, params, state, eps_argument(settings.eps), argument(settings.momentum)),
         forward=forward,
-        kernels=_of_group(kernels, replicas),
+        kernels=_made_for(kernels, replicas, order),
         dtype=dtype,
         correction=settings.correction,
         training=training,
@@ -53,12 +55,18 @@ def differentiate(
     x, sample_weight, dtype = batch
     stats = stats._replace(count=argument(stats.count))
     arrays = dy, x, sample_weight, weight, stats, eps_argument(eps)
-    return _compiled_pullback(*arrays, pullback=pullback, kernels=_of_group(kernels, replicas), dtype=dtype)
+    order = None if isinstance(x, jax.core.Tracer) else Order(has_channels_last=False)
+    return _compiled_pullback(*arrays, pullback=pullback, kernels=_made_for(kernels, replicas, order), dtype=dtype)
 
 
-def _of_group(kernels: Any, replicas: AxisGroup | None) -> Kernels:
-    """Return kernels whose derivatives are summed over the replicas of the group, if there is one."""
-    return kernels if replicas is None else kernels.of(replicas)
+def _made_for(kernels: Any, replicas: AxisGroup | None, order: Order | None) -> Kernels:
+    """Return kernels for an order of x, whose derivatives are summed over the replicas of the group, if there is one.
+
+    A frontend that has channels last swaps the axes before it calls a step, and arrays that are not traced are then in
+    the new order.
+    """
+    made: Kernels = kernels.of(replicas, order)
+    return made
 
 
 @partial(jax.jit, static_argnames=("forward", "kernels", "dtype", "correction", "training", "keep"))

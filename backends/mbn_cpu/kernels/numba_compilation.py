@@ -5,6 +5,7 @@ of this project at INFO, and no load from the cache, which takes no time. If the
 or a crash has emptied its files, the function is compiled, with one warning, and no call fails.
 """
 
+import inspect
 import logging
 import threading
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from time import perf_counter
 from typing import Any
 
 import numba
-from numba.core import cgutils, event
+from numba import types
+from numba.core import ccallback, cgutils, event
 from numba.core.caching import FunctionCache
 from numba.core.runtime import rtsys  # type: ignore[attr-defined]
 from numba.extending import intrinsic
@@ -98,6 +100,42 @@ def _warn(where: str, error: Exception) -> None:
             "folder that can be written to, or delete the damaged files."
         )
         logger.warning(message, where, type(error).__name__, error)
+
+
+def callback(function: Callable[..., Any], *others: Any) -> int:
+    """Return the address of a C function of one word that returns a word, compiled for this process or loaded.
+
+    Its cache is renewed by a change of its own file, and of those of ``others``, the modules whose functions it
+    contains.
+    """
+    made: Any = ccallback.CFunc(function, ((types.intp,), types.intp), {}, {"nopython": True, "error_model": "numpy"})
+    try:
+        made._cache = _CallbackCache(function, others)  # noqa: SLF001 - as above
+    except Exception as error:  # noqa: BLE001 - as above
+        _warn("", error)
+    start = perf_counter()
+    made.compile()
+    if not made.cache_hits:
+        logger.info(
+            "Numba compiled %s in %.1f s, once for this machine.", function.__qualname__, perf_counter() - start
+        )
+    address: int = made.address
+    return address
+
+
+class _CallbackCache(_Cache):
+    """The cache of a C function, and of the functions of other modules in it."""
+
+    def __init__(self, function: Callable[..., Any], others: tuple[Any, ...]) -> None:
+        super().__init__(function)
+        index = self._cache_file
+        index._source_stamp = (index._source_stamp, *map(inspect.getsource, others))  # noqa: SLF001 - as above
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        return super().load_overload(sig.args, target_context)
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        super().save_overload(sig.args, data)
 
 
 class _Reporter(event.Listener):

@@ -23,6 +23,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +46,18 @@ def over(devices: int) -> Iterator[None]:
 def is_sharded() -> bool:
     """Tell whether the current trace is for several devices."""
     return _DEVICES.get() > 1
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Order:
+    """The order in which the memory of an (N, C, L) has its axes, an argument that compiled functions are made for.
+
+    XLA chooses it for its own operations, but code that it calls has to be told.
+    """
+
+    has_channels_last: bool
+    """Whether the axes are (N, L, C) in memory; else they are as given."""
 
 
 class Layout(NamedTuple):

@@ -10,6 +10,7 @@ sum. The derivatives in the direction v are
     of xhat: P(v) = s * (v - M(v) - xhat * M(xhat * v)),  of s: -s**2 * M(xhat * v).
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,9 +22,9 @@ from jax import lax
 from mbn.contract import summed
 from mbn_jax import channel_stats
 from mbn_jax.group import AxisGroup
-from mbn_jax.kernels import passes
+from mbn_jax.kernels import compiled_loops, passes
 from mbn_jax.kernels.channel_sums import column, once
-from mbn_jax.kernels.layouts import CPU, GPU, Layout
+from mbn_jax.kernels.layouts import CPU, GPU, Layout, Order
 from mbn_jax.kernels.linear_primitives import LinearPrimitive, Shape, are_transposes, channel_sum, spread
 from mbn_jax.kernels.pairs import Mean, Pair, Scaled, Square, Variance, as_pair, as_scaled, wide
 from mbn_jax.kernels.primitives import Arrays, WidePrimitive
@@ -40,6 +41,8 @@ class Batch(NamedTuple):
     """A ``Pair`` or None; typed as Any, since tuples have a method of this name."""
     group: AxisGroup | None = None
     """The replicas that share the statistics, if there are several."""
+    order: Order | None = None
+    """The order of x in memory, if it is known."""
 
 
 def batch(
@@ -50,20 +53,20 @@ def batch(
     eps: Square,
     weights: jax.Array | None,
     group: AxisGroup | None,
+    order: Order | None = None,
 ) -> Batch:
     """Return values with their own statistics, or with those of all replicas."""
     mean, var, count = lax.stop_gradient((mean, var, count))
     dtype = mean.unit.dtype
-    return Batch(
-        x, weights, mean, channel_stats.invstd(var, eps, dtype), channel_stats.divisor(as_pair(count, dtype)), group
-    )
+    divisor = channel_stats.divisor(as_pair(count, dtype))
+    return Batch(x, weights, mean, channel_stats.invstd(var, eps, dtype), divisor, group, order)
 
 
 @jax.custom_jvp
 def normalize(batch: Batch, weight: jax.Array | None, bias: jax.Array | None) -> jax.Array:
     """Return xhat * weight + bias in x's dtype."""
     x, weights, mean, invstd, *_ = batch
-    return passes.affine(x, mean, invstd, weight, bias, weights).astype(x.dtype)
+    return passes.affine(x, mean, invstd, weight, bias, weights, batch.order).astype(x.dtype)
 
 
 @normalize.defjvp
@@ -83,11 +86,17 @@ def pullback(dy: jax.Array, batch: Batch, weight: jax.Array | None) -> tuple[jax
 
 @jax.jit
 def grad_sums(
-    dy: jax.Array, x: jax.Array, mean: Mean, var: Variance, eps: Square, weights: jax.Array | None
+    dy: jax.Array,
+    x: jax.Array,
+    mean: Mean,
+    var: Variance,
+    eps: Square,
+    weights: jax.Array | None,
+    order: Order | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the sums of dy and dy * xhat for each channel, with xhat by any given statistics."""
     compute = passes.compute_dtype(x, mean)
-    given = Batch(x, weights, as_scaled(mean, compute), channel_stats.invstd(var, eps, compute), None)
+    given = Batch(x, weights, as_scaled(mean, compute), channel_stats.invstd(var, eps, compute), None, None, order)
     return _grad_sums(dy.astype(compute), given)
 
 
@@ -206,11 +215,19 @@ def _pull(layout: Layout, arrays: Arrays, residuals: tuple[Batch, jax.Array], sh
     (dy,), (batch, weight) = arrays, residuals
     rest, (dbias, dweight), sums = _sums(layout, dy, batch, None)
     constant, slope = (_share(total, batch) for total in sums)
+    gradients = [dweight.astype(dy.dtype), dbias.astype(dy.dtype)]
+    loops = _loops(compiled_loops.GRAD_INPUT, layout, dy, batch)
+    if loops is not None:
+        slope *= _units(batch)[1]
+        first, second = (wide(factor) for factor in channel_stats.factors(batch.invstd, weight))
+        vectors = _center(batch), slope, constant - rest * slope, first * second
+        dx = loops.grad_input(loops.in_order(dy), loops.in_order(batch.x), *vectors, batch.weights)
+        return [loops.in_order(dx), *gradients]
     explained = _line(constant, slope, rest, batch)
     if batch.weights is not None:
         explained *= wide(batch.weights)
     dx = _steepened(wide(dy) - explained, batch, weight)
-    return [passes.unmasked(dx, batch.weights).astype(dy.dtype), dweight.astype(dy.dtype), dbias.astype(dy.dtype)]
+    return [passes.unmasked(dx, batch.weights).astype(dy.dtype), *gradients]
 
 
 def _pull_derivative(
@@ -249,6 +266,10 @@ def _sums(
     """
     view, weights = layout.view, layout.view(batch.weights)
     unit, invstd = _units(batch)
+    loops = _loops(compiled_loops.GRAD_SUMS, layout, v, batch) if factor is None else None
+    if loops is not None:
+        drift, *own = loops.grad_sums(loops.in_order(v), loops.in_order(batch.x), _center(batch), batch.weights)
+        return _corrected(drift, own, invstd, batch)
     x, center = wide(view(batch.x)), layout.broadcast(once(_center(batch)), v.ndim)
     deviation = x - center if unit is None else passes.difference(x, center, layout.broadcast(once(unit), v.ndim))
     deviation = passes.unmasked(deviation, weights)
@@ -256,14 +277,34 @@ def _sums(
     if factor is not None:
         v *= view(factor)
     if batch.count is None:
-        own = every = layout.sums(v, v * deviation)
+        return _corrected(None, layout.sums(v, v * deviation), invstd, batch)
+    drift, *own = layout.sums(deviation if weights is None else deviation * weights, v, v * deviation)
+    return _corrected(drift, own, invstd, batch)
+
+
+def _corrected(
+    drift: jax.Array | None, own: Sequence[jax.Array], invstd: jax.Array, batch: Batch
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Return the results of ``_sums``, given the sums of x - center, of v and of v * (x - center) of this replica.
+
+    The first of them is not needed if the statistics are constants.
+    """
+    unit, _ = _units(batch)
+    if batch.count is None:
+        every = own
         rest = wide(batch.mean.pair.lo) * wide(batch.mean.unit) * (1 if unit is None else unit)
     else:
-        drift, *own = layout.sums(deviation if weights is None else deviation * weights, v, v * deviation)
         drift, *every = summed((drift, *own), batch.group)
         rest = _share(drift, batch)
     of_own, of_every = ((total, (product - rest * total) * invstd) for total, product in (own, every))
     return rest, of_own, of_every
+
+
+def _loops(number: int, layout: Layout, v: jax.Array, batch: Batch) -> compiled_loops.Loops | None:
+    """Return the compiled loops of a pass over values in the shape of x, or None."""
+    if layout is not CPU or {v.dtype, batch.mean.unit.dtype} != {np.dtype(np.float32)}:
+        return None
+    return compiled_loops.of(number, batch.x, batch.weights, batch.order)
 
 
 def _center(batch: Batch) -> jax.Array:

@@ -7,6 +7,7 @@ Weights are (N, 1) or (N, 1, L), to broadcast against x. Where a weight is 0, no
 not even by a product NaN * 0.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,9 +17,9 @@ import numpy as np
 from jax import lax
 
 from mbn_jax.channel_stats import divisor, factors, invstd, square_in_own_units
-from mbn_jax.kernels import gpu_sums
+from mbn_jax.kernels import compiled_loops, gpu_sums
 from mbn_jax.kernels.channel_sums import CHUNK, column, is_known, once
-from mbn_jax.kernels.layouts import CPU, GPU, Layout, is_sharded
+from mbn_jax.kernels.layouts import CPU, GPU, Layout, Order, is_sharded
 from mbn_jax.kernels.linear_primitives import channel_sum, spread
 from mbn_jax.kernels.pairs import (
     Mean,
@@ -61,18 +62,19 @@ def against(weights: jax.Array | None, x: jax.Array) -> jax.Array | None:
     return None if weights is None else lax.stop_gradient(weights).reshape(x.shape[0], 1, *x.shape[2:])
 
 
-def _moments(x: jax.Array, weights: jax.Array | None) -> list[jax.Array]:
+def _moments(x: jax.Array, weights: jax.Array | None, order: Order | None) -> list[jax.Array]:
     compute = compute_dtype(x)
     n = _divisor(x, weights, CPU)
     layout = CPU if is_known(x.size) and x.size <= LARGE else CPU._replace(sums=partial(CPU.sums, chunk=2 * CHUNK))
     first = wide(_first(x, weights, layout))
-    mean, m2, squares = _around(first, x, weights, n, layout)
+    around = partial(_around, x=x, weights=weights, n=n, layout=layout, order=order)
+    mean, m2, squares = around(first)
     unit = jnp.ones_like(m2)
     # The first of n values differs from the mean by at most sqrt(n - 1) standard deviations.
     n_known = x.size // x.shape[1]
     if compute == np.float64 or weights is not None or not is_known(n_known) or n_known > FAR:
         is_far = jnp.any(squares > (1 if compute == np.float64 else FAR) * m2)
-        again = partial(_around, x=x, weights=weights, n=n, layout=layout, careful=compute == np.float64)
+        again = partial(around, careful=compute == np.float64)
         mean, m2, _ = lax.cond(is_far, lambda: again(once(mean.hi)), lambda: (mean, m2, squares))
     if compute == np.float64:
         scaled = partial(_scaled, first, x, weights, n, layout)
@@ -82,7 +84,7 @@ def _moments(x: jax.Array, weights: jax.Array | None) -> list[jax.Array]:
     return _as_moments(mean, m2 / n, unit, compute)
 
 
-def _moments_on_gpu(x: jax.Array, weights: jax.Array | None) -> list[jax.Array]:
+def _moments_on_gpu(x: jax.Array, weights: jax.Array | None, order: Order | None) -> list[jax.Array]:
     """Return the same as ``_moments``, without branches on values, for which the host would have to wait.
 
     If one pass may not suffice, two are always made.
@@ -168,19 +170,24 @@ def _around(
     unit: jax.Array | None = None,
     *,
     careful: bool = False,
+    order: Order | None = None,
 ) -> tuple[Pair, jax.Array, jax.Array]:
     """Return the mean, m2, and the sum of squared deviations from a center.
 
     The last two are in units of ``unit**2``, a power of two per channel. A ``careful`` m2 is right to float64's last
     digits, if the center is the mean.
     """
-    weights, center_of_each = layout.view(weights), layout.broadcast(center, x.ndim)
-    deviation = wide(layout.view(x)) - center_of_each
-    if unit is not None:
-        deviation = difference(wide(layout.view(x)), center_of_each, layout.broadcast(1 / unit, x.ndim))
-    deviation = unmasked(deviation, weights)
-    term = deviation if weights is None else deviation * weights
-    total, squares = layout.sums(term, term * deviation, careful=careful)
+    loops = None if careful else compiled_loops.of(compiled_loops.MOMENTS, x, weights, order)
+    if loops is not None:
+        total, squares = loops.moments(loops.in_order(x), center, weights)
+    else:
+        weights, center_of_each = layout.view(weights), layout.broadcast(center, x.ndim)
+        deviation = wide(layout.view(x)) - center_of_each
+        if unit is not None:
+            deviation = difference(wide(layout.view(x)), center_of_each, layout.broadcast(1 / unit, x.ndim))
+        deviation = unmasked(deviation, weights)
+        term = deviation if weights is None else deviation * weights
+        total, squares = layout.sums(term, term * deviation, careful=careful)
     step = total / n
     mean = two_sum(center, step if unit is None else step * unit)
     return mean, jnp.maximum(squares - total * step, 0), squares
@@ -199,7 +206,7 @@ _MOMENTS = WidePrimitive("batch_norm_moments", _moments, _moments_on_gpu)
 
 @jax.custom_jvp
 @jax.jit
-def moments(x: jax.Array, weights: jax.Array | None) -> tuple[Pair, Scaled, Square]:
+def moments(x: jax.Array, weights: jax.Array | None, order: Order | None = None) -> tuple[Pair, Scaled, Square]:
     """Return the sum of the weights, and the mean and m2 of each channel of x, (N, C) or (N, C, L).
 
     m2 is divided by the sum of the weights.
@@ -207,17 +214,17 @@ def moments(x: jax.Array, weights: jax.Array | None) -> tuple[Pair, Scaled, Squa
     The deviations are from the first value, so that the results are exact for a constant channel. If a first value is
     far from the mean, they are computed again, from the mean.
     """
-    mean, rest, unit, m2, m2_rest, m2_unit = _MOMENTS(x, weights)
+    mean, rest, unit, m2, m2_rest, m2_unit = _MOMENTS(x, weights, order)
     return count(x, weights), Scaled(Pair(mean, rest), unit), Square(Pair(m2, m2_rest), m2_unit)
 
 
 @moments.defjvp
 def _moments_jvp(
-    primals: tuple[jax.Array, jax.Array | None], tangents: tuple[jax.Array, jax.Array | None]
+    primals: tuple[jax.Array, jax.Array | None, Order | None], tangents: tuple[jax.Array, jax.Array | None, Any]
 ) -> tuple[Any, Any]:
     """Differentiate the definitions of mean and m2, not the arithmetic in pairs."""
-    (x, weights), (dx, _) = primals, tangents
-    total_weight, mean, m2 = moments(x, weights)
+    (x, weights, _), (dx, *_) = primals, tangents
+    total_weight, mean, m2 = moments(*primals)
     deviation = _deviation(x, mean, weights)
     dx = unmasked(dx.astype(deviation.dtype), weights)
     if weights is not None:
@@ -240,10 +247,12 @@ def normalize(
     bias: jax.Array | None,
     eps: Square,
     weights: jax.Array | None,
+    order: Order | None = None,
 ) -> jax.Array:
     """Return (x - mean) / sqrt(var + eps) * weight + bias in x's dtype."""
     compute = compute_dtype(x, mean)
-    return affine(x, as_scaled(mean, compute), invstd(var, eps, compute), weight, bias, weights).astype(x.dtype)
+    given = as_scaled(mean, compute), invstd(var, eps, compute)
+    return affine(x, *given, weight, bias, weights, order).astype(x.dtype)
 
 
 def affine(
@@ -253,6 +262,7 @@ def affine(
     weight: jax.Array | None,
     bias: jax.Array | None,
     weights: jax.Array | None,
+    order: Order | None = None,
 ) -> jax.Array:
     """Return (x - mean) * invstd * weight + bias in the dtype of the arithmetic, with 0 where the weight is 0.
 
@@ -269,7 +279,7 @@ def affine(
     shift = -(rest / digit) * (large * early) * (second * (digit / early))
     if bias is not None:
         shift += bias.astype(center.dtype)
-    return _affine(x, *(once(vector) for vector in (center, first, second, shift)), weights)
+    return _affine(x, *(once(vector) for vector in (center, first, second, shift)), weights, order)
 
 
 def _center(mean: Scaled) -> tuple[jax.Array, jax.Array]:
@@ -285,13 +295,45 @@ def _affine(*operands: Any) -> jax.Array:
 
 
 def _affinely(
-    x: jax.Array, center: jax.Array, first: jax.Array, second: jax.Array, shift: jax.Array, weights: jax.Array | None
+    x: jax.Array,
+    center: jax.Array,
+    first: jax.Array,
+    second: jax.Array,
+    shift: jax.Array,
+    weights: jax.Array | None,
+    order: Order | None,
 ) -> list[jax.Array]:
+    vectors = center, first, second, shift
+    loops = compiled_loops.of(compiled_loops.NORMALIZE, x, weights, order)
+    if loops is None or center.dtype != x.dtype:
+        return [_affinely_by_xla(x, *vectors, weights, partial(column, ndim=x.ndim))]
+    is_ordinary = jnp.all(first == 1)
+    if weights is not None:
+        is_ordinary &= ~jnp.any(jnp.isnan(weights))
+    # Swap axes outside of the branches: XLA would copy their operands and results into another order.
+    x, by_cell = loops.in_order(x), None if weights is None else loops.in_order(weights)
+    broadcast = (lambda vector: vector) if loops.has_channels_last else partial(column, ndim=x.ndim)
+    y = lax.cond(
+        is_ordinary,
+        lambda: loops.normalize(x, center, second, shift, weights),
+        lambda: _affinely_by_xla(x, *vectors, by_cell, broadcast),
+    )
+    return [loops.in_order(y)]
+
+
+def _affinely_by_xla(
+    x: jax.Array,
+    center: jax.Array,
+    first: jax.Array,
+    second: jax.Array,
+    shift: jax.Array,
+    weights: jax.Array | None,
+    broadcast: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
     before, after = map(once, _before_and_after(center, first))
     start = once(center * before)
-    broadcast = partial(column, ndim=x.ndim)
     deviation = (_filled(x, broadcast(center), weights) * broadcast(before) - broadcast(start)) * broadcast(after)
-    return [unmasked(deviation * broadcast(second) + broadcast(shift), weights)]
+    return unmasked(deviation * broadcast(second) + broadcast(shift), weights)
 
 
 _AFFINE = WidePrimitive("affine", _affinely)
@@ -299,8 +341,8 @@ _AFFINE = WidePrimitive("affine", _affinely)
 
 @_affine.defjvp
 def _affine_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
-    x, center, first, second, _, weights = primals
-    dx, dcenter, _, dsecond, dshift, _ = tangents
+    x, center, first, second, _, weights, _ = primals
+    dx, dcenter, _, dsecond, dshift, *_ = tangents
     first, second, dcenter, dsecond, dshift = (
         spread(vector, x.shape) for vector in (first, second, dcenter, dsecond, dshift)
     )

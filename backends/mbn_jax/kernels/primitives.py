@@ -18,6 +18,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mbn_jax.kernels import compiled_loops
 from mbn_jax.kernels.layouts import over
 
 try:
@@ -103,7 +104,9 @@ class WidePrimitive:
 
     def _lower(self, function: Callable[..., Any], context: Any, *operands: Any, **parameters: Any) -> Any:
         sizes = [jax.core.ShapedArray((), jax.dtypes.canonicalize_dtype(np.int64)) for _ in context.dim_var_values]
-        with usual_rules(), over(_devices(context.module_context.axis_context)):
+        devices = _devices(context.module_context.axis_context)
+        allowed = compiled_loops.allowed(context, parameters["levels"], devices)
+        with usual_rules(), over(devices), allowed:
             apply = partial(self._apply, function)
             # Drop the operands' shardings: here XLA chooses shardings, even if the caller has explicit mesh axes.
             context = context.replace(
