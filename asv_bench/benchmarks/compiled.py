@@ -19,7 +19,7 @@ class Perceptron:
     def setup(self, layers: str, mode: str, batch: int) -> None:
         torch = needed("torch")
         torch.manual_seed(0)
-        torch._dynamo.reset()
+        torch.compiler.reset()
         model = torch.nn.Sequential(*(module for _ in range(3) for module in _layers(torch))).train(mode != "eval")
         if layers == "mbn":
             import mbn
