@@ -86,11 +86,11 @@ class ndarray:  # noqa: N801 - CuPy's name
     def clip(self, low, high):
         return call(np.clip, self, low, high)
 
-    def astype(self, dtype, *, copy=True):
+    def astype(self, dtype, order="K", *, copy=True):
         if not copy and dtype == self.dtype:
             return self
         with np.errstate(all="ignore"):  # a GPU does not warn
-            return call(np.ndarray.astype, self, dtype=dtype)
+            return call(np.ndarray.astype, self, dtype=dtype, order=order)
 
     def _result(self, host):
         """Return a view as an array that shares this one's memory, and a copy in memory of its own."""
