@@ -95,7 +95,7 @@ def _channel_sums(dy, x, w, last, c, length, partials, shift, sums):
         else:
             _add_rows(dy, x, width, sample, center, total, products)
     elif w.size:
-        _add_weighted_planes(dy, x, w, c, length, partials, shift, total, products)
+        _add_weighted_planes(dy, x, w, c, length, partials, center, total, products)
     else:
         _add_planes(dy, x, c, length, partials, center, total, products)
     _collapse(total, partials, inner, sums[0])
@@ -135,13 +135,13 @@ def parted_sums(x, w, last, c, length, partials, shift, units, sums):
             channel, position = row % c, row // c * length
             partial = channel * partials
             for start in range(0, length, _FEW * partials):
-                values, k = x[row * length :][start:length][: _FEW * partials], shift[channel:]
+                values, k = x[row * length :][start:length][: _FEW * partials], center[partial:]
                 if w.size:
                     _add_weighted_planes(
                         None, values, w[position + start :], 1, values.size, partials, k, total, squares
                     )
                 else:
-                    _add_planes(None, values, 1, values.size, partials, center[partial:], total, squares)
+                    _add_planes(None, values, 1, values.size, partials, k, total, squares)
                 _take_apart(total[:partials], of_total[partial:], parts[0][partial:], parts[1][partial:])
                 _take_apart(squares[:partials], of_squares[partial:], parts[2][partial:], parts[3][partial:])
     for i in range(4):
@@ -624,6 +624,26 @@ def _spread_weights(w, position, last, c, length, row):
 
 
 @loop
+def _add_weighted_sample(dy, x, weight, first, c, center, total, products):
+    """Add the c values of one weight, from the index ``first`` on, to sums of the channels."""
+    if weight == 0:
+        return
+    values = x[first:][:c]
+    if dy is None:
+        for k in range(c):
+            d = values[k] - center[k]
+            total[k] += weight * d
+            products[k] += weight * (d * d)
+    else:
+        # A factor of 1 that the compiler does not know: the product is rounded before it is added, as where each value
+        # has a choice between its product and 0.
+        once, gradient = weight / weight, dy[first:][:c]
+        for k in range(c):
+            total[k] += gradient[k]
+            products[k] += once * (gradient[k] * (values[k] - center[k]))
+
+
+@loop
 def _add_weighted_rows(dy, x, w, last, c, length, width, sample, center, total, products):
     """Add rows as ``_add_rows`` does, in the same order. Gradients of weight 0 are left out, others count once."""
     row, full = np.empty(width), sample - sample % width
@@ -631,6 +651,11 @@ def _add_weighted_rows(dy, x, w, last, c, length, width, sample, center, total, 
         for first in range(0, x.size, sample):
             for b in range(first + begin, first + end, width):
                 values = x[b : first + end][:width]
+                if last and c >= _BLOCK:
+                    for start in range(0, values.size, c):
+                        own = center[start:][:c], total[start:][:c], products[start:][:c]
+                        _add_weighted_sample(dy, x, w[(b + start) // c], b + start, c, *own)
+                    continue
                 weights = row[: values.size]
                 _spread_weights(w, b // c, last, c, length, weights)
                 if dy is None:
@@ -648,35 +673,79 @@ def _add_weighted_rows(dy, x, w, last, c, length, width, sample, center, total, 
 
 
 @loop
-def _add_weighted_planes(dy, x, w, c, length, partials, shift, total, products):
+def _add_weighted(dy, x, weights, width, center, total, products):
+    """Add rows of ``width`` values with a weight each, and at the end an incomplete row; several rows at a time."""
+    several = x.size - x.size % (4 * width)
+    for b in range(0, several, 4 * width):
+        x0, x1 = x[b:][:width], x[b + width :][:width]
+        x2, x3 = x[b + 2 * width :][:width], x[b + 3 * width :][:width]
+        w0, w1 = weights[b:][:width], weights[b + width :][:width]
+        w2, w3 = weights[b + 2 * width :][:width], weights[b + 3 * width :][:width]
+        if dy is None:
+            for k in range(width):
+                d0, d1, d2, d3 = x0[k] - center[k], x1[k] - center[k], x2[k] - center[k], x3[k] - center[k]
+                d0, d1 = d0 if w0[k] != 0 else 0.0, d1 if w1[k] != 0 else 0.0
+                d2, d3 = d2 if w2[k] != 0 else 0.0, d3 if w3[k] != 0 else 0.0
+                total[k] = (((total[k] + w0[k] * d0) + w1[k] * d1) + w2[k] * d2) + w3[k] * d3
+                products[k] = (((products[k] + w0[k] * (d0 * d0)) + w1[k] * (d1 * d1)) + w2[k] * (d2 * d2)) + w3[k] * (
+                    d3 * d3
+                )
+        else:
+            g0, g1 = dy[b:][:width], dy[b + width :][:width]
+            g2, g3 = dy[b + 2 * width :][:width], dy[b + 3 * width :][:width]
+            for k in range(width):
+                p0, p1 = g0[k] * (x0[k] - center[k]), g1[k] * (x1[k] - center[k])
+                p2, p3 = g2[k] * (x2[k] - center[k]), g3[k] * (x3[k] - center[k])
+                total[k] = (
+                    ((total[k] + (g0[k] if w0[k] != 0 else 0.0)) + (g1[k] if w1[k] != 0 else 0.0))
+                    + (g2[k] if w2[k] != 0 else 0.0)
+                ) + (g3[k] if w3[k] != 0 else 0.0)
+                products[k] = (
+                    ((products[k] + (p0 if w0[k] != 0 else 0.0)) + (p1 if w1[k] != 0 else 0.0))
+                    + (p2 if w2[k] != 0 else 0.0)
+                ) + (p3 if w3[k] != 0 else 0.0)
+    for b in range(several, x.size, width):
+        values, own = x[b:][:width], weights[b:][:width]
+        if dy is None:
+            for k in range(values.size):
+                weight, d = own[k], values[k] - center[k]
+                d = d if weight != 0 else 0.0
+                total[k] += weight * d
+                products[k] += weight * (d * d)
+        else:
+            gradient = dy[b:][:width]
+            for k in range(values.size):
+                g, d = gradient[k], values[k] - center[k]
+                total[k] += g if own[k] != 0 else 0.0
+                products[k] += g * d if own[k] != 0 else 0.0
+
+
+@loop
+def _add_weighted_planes(dy, x, w, c, length, partials, center, total, products):
     """Add values as ``_add_planes`` does, in the same order. Gradients of weight 0 are left out, others count once."""
     full = length - length % partials
-    for begin, end in ((0, full), (full, length)):
-        for row in range(x.size // length):
-            k, sums, other = (
-                shift[row % c],
-                total[row % c * partials :][:partials],
-                products[row % c * partials :][:partials],
-            )
-            for start in range(begin, end, partials):
-                values, weights = x[row * length :][start:end][:partials], w[row // c * length :][start:end][:partials]
-                if dy is None:
-                    for i in range(values.size):
-                        weight, d = weights[i], values[i] - k
-                        d = d if weight != 0 else 0.0
-                        sums[i] += weight * d
-                        other[i] += weight * (d * d)
-                else:
-                    gradient = dy[row * length :][start:end][:partials]
-                    for i in range(values.size):
-                        g, d = gradient[i], values[i] - k
-                        sums[i] += g if weights[i] != 0 else 0.0
-                        other[i] += g * d if weights[i] != 0 else 0.0
+    for begin, size in ((0, full), (full, length - full)):
+        for row in range(x.size // length if size else 0):
+            first, channel = row * length + begin, row % c * partials
+            weights = w[row // c * length + begin :][:size]
+            own = center[channel:][:partials], total[channel:][:partials], products[channel:][:partials]
+            if dy is None:
+                _add_weighted(None, x[first:][:size], weights, partials, *own)
+            else:
+                _add_weighted(dy[first:][:size], x[first:][:size], weights, partials, *own)
 
 
 @loop
 def _normalize_counted_rows(x, w, y, last, c, length, center, scale, shift):
     """Normalise rows as ``_normalize_rows`` does, and write 0 where the weight is 0."""
+    if last and c >= _BLOCK:
+        for b in range(0, x.size, c):
+            out = y[b:][:c]
+            if w[b // c] == 0:
+                out[:] = 0
+            else:
+                _normalize_rows(x[b:][:c], out, c, center, scale, shift)
+        return
     width = center.size
     row = np.empty(width)
     for b in range(0, x.size, width):
