@@ -1,4 +1,5 @@
-"""Bugs planted in JAX's backend: in its handling of range, and in its layout for GPUs, which is tried on the CPU.
+"""Bugs planted in JAX's backend: in its handling of range, in its layout for GPUs, which is tried on the CPU, and in
+the calls of compiled loops, which are made for arrays of every size.
 
 ``python jax_bugs.py FOLDER BUG...`` tries for each bug the test of the suite that must fail.
 """
@@ -24,6 +25,18 @@ def on_gpu(plant: Callable[[], None]) -> Callable[[], None]:
         plant()
 
     return select_layout_and_plant
+
+
+def in_loops(plant: Callable[[], None]) -> Callable[[], None]:
+    """Return a function that calls the compiled loops for arrays of every size, and plants a bug."""
+
+    def call_loops_and_plant() -> None:
+        import jax_compiled_loops
+
+        assert jax_compiled_loops.compiled_loops.LEAST == [0, 0, 0, 0]
+        plant()
+
+    return call_loops_and_plant
 
 
 def in_64_bits(plant: Callable[[], None]) -> Callable[[], None]:
@@ -141,6 +154,47 @@ def factors_in_any_order() -> None:
     passes._multiplied = lambda values, first, second: values * first * second
 
 
+def weights_left_out_of_loops() -> None:
+    from mbn_jax.kernels import compiled_loops
+
+    call = compiled_loops.Loops._call
+    compiled_loops.Loops._call = lambda loops, number, result, operands, weights: call(
+        loops, number, result, operands, None
+    )
+
+
+def loops_beyond_the_range() -> None:
+    from mbn_jax.kernels import passes
+
+    passes._are_ordinary = lambda first, weights: passes.jnp.all(first > 0)
+
+
+def loops_for_invalid_weights() -> None:
+    from mbn_jax.kernels import passes
+
+    passes._are_ordinary = lambda first, weights: passes.jnp.all(first == 1)
+
+
+def memory_in_another_order() -> None:
+    from mbn_jax.kernels import compiled_loops
+
+    compiled_loops.Loops.in_order = lambda loops, x: x.reshape(
+        (x.shape[0], *x.shape[:0:-1]) if loops.has_channels_last else x.shape
+    )
+
+
+def mean_rounded_to_its_center() -> None:
+    from mbn_jax.kernels import compiled_loops
+
+    sums = compiled_loops.Loops.grad_sums
+
+    def without_drift(loops, *operands):
+        drift, *others = sums(loops, *operands)
+        return [0 * drift, *others]
+
+    compiled_loops.Loops.grad_sums = without_drift
+
+
 BUGS = {
     "units of means": Bug(means_in_one_unit, "test_output_is_accurate_for_any_eps_and_weight[jax-float32-1e-33"),
     "units of variances": Bug(
@@ -159,6 +213,15 @@ BUGS = {
     "dropped": Bug(on_gpu(last_chunk_dropped), "test_long_channels"),
     "cancelled": Bug(on_gpu(deviations_from_nothing), "test_float32_is_accurate_with_a_large_mean"),
     "mixed up": Bug(on_gpu(channels_mixed_up), "test_training_is_accurate_where_the_first_values_are_masked"),
+    "loops without weights": Bug(in_loops(weights_left_out_of_loops), "test_masked_training_step_is_accurate"),
+    "loops beyond the range": Bug(
+        in_loops(loops_beyond_the_range), "test_output_is_accurate_for_any_eps_and_weight[jax-float32-1e-33"
+    ),
+    "loops for invalid weights": Bug(
+        in_loops(loops_for_invalid_weights), "test_invalid_traced_mask_arguments_give_nan"
+    ),
+    "another order": Bug(in_loops(memory_in_another_order), "test_running_statistics_have_no_derivative"),
+    "no drift": Bug(in_loops(mean_rounded_to_its_center), "test_float32_pullback_is_accurate_with_large_means"),
 }
 
 

@@ -307,18 +307,21 @@ def _affinely(
     loops = compiled_loops.of(compiled_loops.NORMALIZE, x, weights, order)
     if loops is None or center.dtype != x.dtype:
         return [_affinely_by_xla(x, *vectors, weights, partial(column, ndim=x.ndim))]
-    is_ordinary = jnp.all(first == 1)
-    if weights is not None:
-        is_ordinary &= ~jnp.any(jnp.isnan(weights))
     # Swap axes outside of the branches: XLA would copy their operands and results into another order.
     x, by_cell = loops.in_order(x), None if weights is None else loops.in_order(weights)
     broadcast = (lambda vector: vector) if loops.has_channels_last else partial(column, ndim=x.ndim)
     y = lax.cond(
-        is_ordinary,
+        _are_ordinary(first, weights),
         lambda: loops.normalize(x, center, second, shift, weights),
         lambda: _affinely_by_xla(x, *vectors, by_cell, broadcast),
     )
     return [loops.in_order(y)]
+
+
+def _are_ordinary(first: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """Tell whether (x - center) * second + shift is the output of ``_affine``: no range is left, no weight invalid."""
+    is_in_range = jnp.all(first == 1)
+    return is_in_range if weights is None else is_in_range & ~jnp.any(jnp.isnan(weights))
 
 
 def _affinely_by_xla(
