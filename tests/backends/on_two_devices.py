@@ -11,6 +11,7 @@ from jax_samples import assert_same, jax, jnp, new_layer, new_state
 
 import mbn
 from mbn.contract import Params, State
+from mbn_jax.kernels import compiled_loops
 
 SHARDED, SAME = PartitionSpec("data"), PartitionSpec()
 LAYER = new_layer()
@@ -154,6 +155,28 @@ def test_explicit_mesh_axes_give_the_results_of_one_device(name, has_mask, train
     assert jax.typeof(slope).sharding.spec == jax.typeof(on_mesh).sharding.spec
     assert_same(actual[0], expected[0], 2e-4)
     np.testing.assert_allclose(actual[1], expected[1], rtol=1e-3, atol=1e-3 * np.max(np.abs(expected[1])))
+
+
+def test_each_shard_takes_the_compiled_loops_and_a_sharded_array_does_not(monkeypatch):
+    pytest.importorskip("numba")
+    monkeypatch.setattr(compiled_loops, "LEAST", 4 * [0])
+    (x,) = sample("(N, C)")
+
+    def train(x):
+        return LAYER.apply(LAYER.params, new_state(3), x, training=True)[0]
+
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    of_shards = jax.jit(jax.shard_map(train, mesh=mesh, in_specs=SHARDED, out_specs=SHARDED))
+    assert {name for name in compiled_loops.TARGETS if f'"{name}"' in of_shards.lower(x).compile().as_text()} == {
+        "mbn_moments",
+        "mbn_normalize",
+    }
+    expected = jnp.concatenate([train(x[:4]), train(x[4:])])
+    assert_same(of_shards(x), expected, 1e-6)
+    assert_same(jax.pmap(train)(x.reshape(2, 4, 3)).reshape(x.shape), expected, 1e-6)
+    on_mesh = jax.jit(train).lower(sharded(x, "data")).compile()
+    assert not any(f'"{name}"' in on_mesh.as_text() for name in compiled_loops.TARGETS)
+    assert_same(on_mesh(sharded(x, "data")), train(x), 1e-6)
 
 
 MOVED = r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("

@@ -17,7 +17,7 @@ import mbn
 from mbn_jax import kernels
 from mbn_jax.kernels import compiled_loops
 
-pytest.importorskip("numba")
+numba = pytest.importorskip("numba")
 
 CASES = [
     *[((1100, 37), 1, False), ((300, 5, 29), 1, False), ((9, 5, 131), 1, False), ((9, 5, 131), -1, False)],

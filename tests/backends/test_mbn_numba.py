@@ -81,6 +81,30 @@ print(mbn.BatchNorm1d(3, eps=0, backend="torch").eval()(torch.full((2, 3), 3.0))
 """
 
 
+_CALLBACK = """
+import ctypes, logging, sys
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+import other
+from mbn_cpu.kernels.numba_compilation import callback
+
+def moved(address):
+    return address + other.distance()
+
+print(ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(callback(moved, other))(40))
+"""
+
+
+def test_callback_is_compiled_again_after_a_change_of_a_function_in_it(tmp_path):
+    (tmp_path / "program.py").write_text(_CALLBACK)
+    found = []
+    for distance in (1, 1, 2):
+        (tmp_path / "other.py").write_text(f"import numba\n\n@numba.njit\ndef distance():\n    return {distance}\n")
+        out, said = run([tmp_path / "program.py"], tmp_path)
+        *messages, result = out.splitlines()
+        found.append((int(result), [message.startswith("Numba compiled moved in ") for message in messages], said))
+    assert found == [(41, [True], ""), (41, [], ""), (42, [True], "")]
+
+
 def calls(folder, disk, *dtypes):
     """Return the output and the warnings of a process that calls a compiled function."""
     program = folder / "program.py"

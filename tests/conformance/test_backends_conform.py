@@ -24,6 +24,9 @@ def _before(folder: Path) -> str:
 
 SUMS = "(test_accuracy or test_gradients or test_masks or test_population) and not (any_eps or any_size) or 5x3"
 """The tests that JAX's lowering for GPUs can fail, since it adds in another order."""
+PASSES = "test_accuracy or test_gradients or test_masks"
+"""The tests of the passes over x, which JAX's programs on the CPU may leave to compiled loops for float32."""
+LOOPS = {"PYTEST_PLUGINS": "jax_compiled_loops", "PYTHONPATH": _before(HERE)}
 GPU_LAYOUT = {"PYTEST_PLUGINS": "jax_gpu_layout", "PYTHONPATH": _before(HERE)}
 OPERATORS = {"PYTEST_PLUGINS": "torch_operators", "PYTHONPATH": _before(HERE)}
 MLX_ON_GPU = {"PYTEST_PLUGINS": "mlx_gpu_numbers", "PYTHONPATH": _before(HERE)}
@@ -42,6 +45,8 @@ IN_64_BITS = {"JAX_ENABLE_X64": "1"}
         ("torch", OPERATORS, "compiled or traced"),
         ("jax", {}, None),
         ("jax", IN_64_BITS, WIDE),
+        ("jax", LOOPS, f"({PASSES}) and float32 or test_transforms"),
+        ("jax", LOOPS | IN_64_BITS, f"({PASSES}) and float32"),
         ("jax", GPU_LAYOUT, f"({SUMS}) and ({NARROW})"),
         ("jax", GPU_LAYOUT | IN_64_BITS, f"({SUMS}) and not ({NARROW})"),
         ("cupy", {"PYTHONPATH": _before(gpus.STANDINS)}, None),
@@ -61,6 +66,8 @@ IN_64_BITS = {"JAX_ENABLE_X64": "1"}
             "torch's operators",
             "jax",
             "jax in 64 bits",
+            "jax's loops",
+            "the loops in 64 bits",
             "jax's layout for GPUs",
             "the same in 64 bits",
         ),
