@@ -142,9 +142,18 @@ def _count(row: Any, batch: Batch) -> Any:
 
 def _step(kernels: Any, batch: Batch, params: Params, state: State, settings: Settings, *, training: bool) -> Any:
     """Return a step of the backend by the given kernels, or for None by those that it chooses."""
-    if kernels is None:
-        kernels, batch = _chosen("train" if training else "evaluate", batch, None, (params, state))
-    return _backends[0].forward(kernels, batch, params, state, settings, training)
+    if kernels is not None:
+        return _backends[0].forward(kernels, batch, params, state, settings, training)
+    x = batch.x
+    kernels, batch = _chosen("train" if training else "evaluate", batch, None, (params, state))
+    y, *rest = _backends[0].forward(kernels, batch, params, state, settings, training)
+    return (_ordered(y, x) if kernels is TRACEABLE else y), *rest
+
+
+def _ordered(value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return a result of the formulas in the memory order that ``fake`` promises and the kernels keep."""
+    like = torch.empty_like(x)
+    return value if value.stride() == like.stride() else like.copy_(value)
 
 
 def _chosen(operation: Operation, batch: Batch, other: Any, vectors: tuple[Any, ...]) -> tuple[Any, Any]:
@@ -277,7 +286,8 @@ class Pullback(Function):
         stats = _unpacked_values(packed, batch)
         kernels, prepared = _chosen("pullback", batch, dy, (weight, stats))
         if kernels is TRACEABLE:
-            return Pullback.by_formulas(dy, x, sample_weight, weight, packed, eps, needs, dtype)
+            dx, *sums = Pullback.by_formulas(dy, x, sample_weight, weight, packed, eps, needs, dtype)
+            return (_ordered(dx, x) if needs[0] else dx), *sums
         return _needed(_backends[0].pullback(kernels, dy, prepared, weight, stats, eps, tuple(needs)), x, weight, needs)
 
     @staticmethod

@@ -252,6 +252,21 @@ def test_invalid_weights_give_nan(name, training):
 
 
 @pytest.mark.usefixtures("for_all_sizes")
+@pytest.mark.parametrize("training", [True, False])
+def test_inductor_gives_nan_for_invalid_weights_in_any_memory_order(training):
+    bn = mbn.BatchNorm1d(3, backend="torch").train(training)
+    torch._dynamo.reset()
+    call = torch.compile(lambda x, weights: bn(x, sample_weight=weights), fullgraph=True)
+    for x in (sample(5, 3, 4).permute(2, 1, 0), sample(5, 4, 3).permute(1, 2, 0), sample(4, 5, 3).swapaxes(1, 2)):
+        x = x.requires_grad_()  # noqa: PLW2901
+        y = call(x, torch.tensor([1.0, 1, 1, -1])[:, None].expand(4, 5))
+        assert y[-1].isnan().all()
+        (dx,) = torch.autograd.grad(y, x, torch.ones(5, 3, 4).permute(2, 1, 0))
+        assert dx[-1].isnan().all()
+        assert dx.stride() == torch.empty_like(x).stride()
+
+
+@pytest.mark.usefixtures("for_all_sizes")
 def test_compiled_steps_with_out_write_to_it():
     bn = mbn.BatchNorm1d(3, backend="torch").eval()
     x = sample(40, 3)
