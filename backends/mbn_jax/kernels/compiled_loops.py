@@ -1,10 +1,10 @@
 """The passes over x by the loops of ``mbn_cpu``, which XLA's programs for the CPU call where Numba is installed.
 
-XLA's own form of a pass takes longer: it clears the pages of a new output one by one, converts to float64 in loops of
-its own, and a sum over L has no vector instructions. A pass decides when it is lowered, since the platform and the
-shape are known then. It calls the loops if all of this holds, and else computes XLA's form, by the same formulas:
+XLA's own form of a pass takes longer: the pages of a new output are cleared one by one, and sums in float64 are written
+to memory level by level of their tree. A pass decides when it is lowered, since the platform and the shape are known
+then. It calls the loops if all of this holds, and else computes XLA's form, by the same formulas:
 
-- x is in float32, and has at least ``LEAST`` values; a sample has at most ``LARGEST``;
+- x is in float32, and has at least ``LEAST`` values; a sample has at most ``LARGEST``; a sample weight is in float32;
 - the order of x in memory is known (:class:`Order`);
 - the program is for the CPU of this process: it is not exported;
 - XLA does not distribute it over devices (in a shard_map, each device has its own), and there is no vmap;
@@ -34,8 +34,12 @@ MOMENTS, GRAD_SUMS, NORMALIZE, GRAD_INPUT = range(4)
 """The passes, as in ``xla_handlers.PASSES``."""
 TARGETS = "mbn_moments", "mbn_grad_sums", "mbn_normalize", "mbn_grad_input"
 """The names of the passes in XLA's programs."""
-LEAST = [1 << 18, 1 << 18, 1 << 22, 1 << 18]
-"""The least number of values of x for each pass. Below, the loops are not faster, and Numba need not be imported."""
+LEAST = [1 << 18, 1 << 18, 1 << 23, 1 << 18]
+"""The least number of values of x for each pass. Below, the loops are not faster, and Numba need not be imported.
+
+The loops normalise faster because they request huge pages: an output of 32 MiB or more has new pages each time. With
+sample weights every pass has the bound of that one, since the weights of smaller arrays take the loops too long.
+"""
 LARGEST = 1 << 22
 """The most values of a sample: chunks are whole samples."""
 _CHUNK = 1 << 18
@@ -114,7 +118,11 @@ def of(number: int, x: jax.Array, weights: jax.Array | None, order: Order | None
     """Return the loops for a pass over x, (N, C) or (N, C, L), that is being lowered; None for XLA's form."""
     if not _ALLOWED.get() or x.dtype != _NARROW or (weights is not None and weights.dtype != _NARROW):
         return None
-    if x.size < LEAST[number] or x.size > LARGEST * x.shape[0] or (order is None and x.ndim == 3):
+    if (
+        x.size < LEAST[number if weights is None else NORMALIZE]
+        or x.size > LARGEST * x.shape[0]
+        or (order is None and x.ndim == 3)
+    ):
         return None
     return _planned(x.shape, order) if is_registered(number) else None
 

@@ -303,19 +303,21 @@ def _affinely(
     weights: jax.Array | None,
     order: Order | None,
 ) -> list[jax.Array]:
-    vectors = center, first, second, shift
-    loops = compiled_loops.of(compiled_loops.NORMALIZE, x, weights, order)
-    if loops is None or center.dtype != x.dtype:
-        return [_affinely_by_xla(x, *vectors, weights, partial(column, ndim=x.ndim))]
-    # Swap axes outside of the branches: XLA would copy their operands and results into another order.
-    x, by_cell = loops.in_order(x), None if weights is None else loops.in_order(weights)
-    broadcast = (lambda vector: vector) if loops.has_channels_last else partial(column, ndim=x.ndim)
-    y = lax.cond(
-        _are_ordinary(first, weights),
-        lambda: loops.normalize(x, center, second, shift, weights),
-        lambda: _affinely_by_xla(x, *vectors, by_cell, broadcast),
+    vectors, loops = (center, first, second, shift), compiled_loops.of(compiled_loops.NORMALIZE, x, weights, order)
+    # XLA would compute in the order (N, C, L), and copy the result to another order.
+    is_swapped = order is not None and order.has_channels_last and x.ndim == 3
+    by_cell = weights
+    if is_swapped:
+        x, by_cell = x.swapaxes(1, 2), None if weights is None else weights.swapaxes(1, 2)
+    by_xla = partial(
+        _affinely_by_xla, x, *vectors, by_cell, broadcast=partial(column, ndim=2 if is_swapped else x.ndim)
     )
-    return [loops.in_order(y)]
+    if loops is None or center.dtype != x.dtype:
+        y = by_xla()
+    else:
+        ordinary = partial(loops.normalize, x, center, second, shift, weights)
+        y = lax.cond(_are_ordinary(first, weights), ordinary, by_xla)
+    return [y.swapaxes(1, 2) if is_swapped else y]
 
 
 def _are_ordinary(first: jax.Array, weights: jax.Array | None) -> jax.Array:
