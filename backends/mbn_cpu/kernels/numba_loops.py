@@ -48,7 +48,7 @@ from mbn_cpu.kernels.numba_compilation import compiled, loop, pointer
 
 _WIDTH = 256
 """The least number of values of a row, in loops without sums."""
-_LEAST = float(np.finfo(np.float32).smallest_normal)
+_SMALLEST_NORMAL = float(np.finfo(np.float32).smallest_normal)
 """The least number with all digits of float32."""
 _FAR = 2.0**102
 """A bound of numbers that may be subtracted from any number of float32 without an overflow.
@@ -65,6 +65,8 @@ _BLOCK, _PAGE = 64, 1024
 The processor fetches memory ahead along one sequence of addresses, page by page. It does so for several rows if they
 follow each other within a few cache lines, or if each has pages of its own.
 """
+_SKIPPED = 64
+"""The least number of channels of a cell for which a test of its weight is faster than a choice for each value."""
 
 
 @loop
@@ -443,7 +445,7 @@ def _is_beyond(center, factor, scale, shift):
 
     ``factor`` is the scale in float64. A factor of 0 is exact, and NaN is in range, since it shows in the output.
     """
-    lost = ((abs(scale) < _LEAST) & (factor != 0)) | (abs(scale) == np.inf)
+    lost = ((abs(scale) < _SMALLEST_NORMAL) & (factor != 0)) | (abs(scale) == np.inf)
     return lost | (abs(center) >= _FAR) | (abs(shift) >= _FAR)  # no branch, so that the loop over channels vectorises
 
 
@@ -651,7 +653,7 @@ def _add_weighted_rows(dy, x, w, last, c, length, width, sample, center, total, 
         for first in range(0, x.size, sample):
             for b in range(first + begin, first + end, width):
                 values = x[b : first + end][:width]
-                if last and c >= _BLOCK:
+                if last and c >= _SKIPPED:
                     for start in range(0, values.size, c):
                         own = center[start:][:c], total[start:][:c], products[start:][:c]
                         _add_weighted_sample(dy, x, w[(b + start) // c], b + start, c, *own)
@@ -738,7 +740,7 @@ def _add_weighted_planes(dy, x, w, c, length, partials, center, total, products)
 @loop
 def _normalize_counted_rows(x, w, y, last, c, length, center, scale, shift):
     """Normalise rows as ``_normalize_rows`` does, and write 0 where the weight is 0."""
-    if last and c >= _BLOCK:
+    if last and c >= _SKIPPED:
         for b in range(0, x.size, c):
             out = y[b:][:c]
             if w[b // c] == 0:

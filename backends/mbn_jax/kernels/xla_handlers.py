@@ -378,10 +378,8 @@ def handler(address):
     job[_BUFFERS + _RESULT] = result
     if not is_sum:
         _request_huge_pages(result, 4 * n * c * length)
-    work, helpers = _words(_table(), _FIRST_WITHOUT_SUMS + 2)[kind], 0
-    if count > 1:
-        helpers = min(_num_threads(api, context), count) - 1
-    helpers = max(helpers, 0)
+    work = _words(_table(), _FIRST_WITHOUT_SUMS + 2)[kind]
+    helpers = max(min(_num_threads(api, context), count) - 1, 0)
     job[_USERS] = helpers + 2
     for _ in range(helpers):
         if not _is_scheduled(api, context, work, given):

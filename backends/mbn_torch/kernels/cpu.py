@@ -252,7 +252,7 @@ class AddressKernels(CpuKernels):
 
 def suit_addresses(operation: Operation, batch: Batch, other: torch.Tensor | None, vectors: tuple[Any, ...]) -> bool:
     """Tell whether fused steps can take tensors of the CPU by their addresses."""
-    (x, weights, dtype), read = batch, []
+    x, weights, dtype = batch
     if operation == "pullback":
         weight, stats = vectors
         suit = isinstance(stats.mean, Pair) and isinstance(stats.mean.hi, np.ndarray)
