@@ -178,9 +178,10 @@ class Formulas:
         self, shape: tuple[int, ...], dtype: str, mask: Array | None, lengths: Array | None, sample_weight: Array | None
     ) -> Array:
         """Return the sample weight (1 if None) where mask and lengths allow, else 0."""
-        only = mask if lengths is sample_weight is None else sample_weight if mask is lengths is None else None
-        if only is not None and only.shape == shape and dtype == "float32":
-            return only.astype(dtype, order="C")  # nothing but a copy is needed
+        if lengths is None and (mask is None or sample_weight is None):
+            only = sample_weight if mask is None else mask
+            if only is not None and only.shape == shape and dtype == "float32":
+                return only.astype(dtype, order="C")  # nothing but a copy is needed
         result = self.xp.ones(shape, dtype)
         if sample_weight is not None:
             result *= _row(sample_weight, len(shape))

@@ -302,7 +302,7 @@ def _corrected(
 
 def _loops(number: int, layout: Layout, v: jax.Array, batch: Batch) -> compiled_loops.Loops | None:
     """Return the compiled loops of a pass over values in the shape of x, or None."""
-    if layout is not CPU or {v.dtype, batch.mean.unit.dtype} != {np.dtype(np.float32)}:
+    if layout is not CPU or v.dtype != np.float32 or batch.mean.unit.dtype != np.float32:
         return None
     return compiled_loops.of(number, batch.x, batch.weights, batch.order)
 
