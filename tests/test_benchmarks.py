@@ -42,8 +42,8 @@ HISTORY = _modules("history")
 def _benchmarks():
     """Yield the benchmarks that asv finds, each as a function that runs it with its first parameters, and its name."""
     for module_name, module in MODULES.items():
-        if module_name == "gpu":
-            continue  # it does not measure NumPy: see test_gpu.py
+        if module_name in {"compiled", "gpu"}:
+            continue  # they do not measure NumPy: see below, and test_gpu.py
         for name, found in vars(module).items():
             if inspect.isclass(found) and hasattr(found, "params"):
                 for method in filter(IS_BENCHMARK, dir(found)):
@@ -108,6 +108,16 @@ def test_subject_that_did_not_run_is_not_measured():
     benchmark = MODULES["side_by_side"].Time()
     with pytest.raises(NotImplementedError, match="there is no backend 'nowhere'"):
         benchmark.setup(benchmark.setup_cache(), "nowhere", "train", "(32, 64)")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method:DeprecationWarning")  # Torch's own, in its compiler
+@pytest.mark.parametrize("layers", MODULES["compiled"].Perceptron.params[0])
+@pytest.mark.parametrize("mode", MODULES["compiled"].Perceptron.params[1])
+def test_compiled_model_runs_on_torch(layers, mode):
+    pytest.importorskip("torch")
+    benchmark = MODULES["compiled"].Perceptron()
+    benchmark.setup(layers, mode, 64)
+    benchmark.time_step()
 
 
 @pytest.mark.usefixtures("few")
