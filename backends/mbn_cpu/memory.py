@@ -20,7 +20,7 @@ _THRESHOLD = 1 << 17
 """The initial threshold, in bytes, above which freed blocks are returned to the system."""
 _FREED = 24 << 20
 """Bytes of the block that is freed to raise the threshold."""
-_LARGE = 1 << 22
+LARGE = 1 << 22
 """Bytes from which on huge pages are faster: NumPy's own limit."""
 
 
@@ -40,7 +40,7 @@ def advise(address: int, size: int) -> None:
     """Request huge pages for ``size`` bytes at ``address``, if these are many and the system has huge pages."""
     if size > _THRESHOLD:
         _raise_threshold()
-    if size < _LARGE or (madvise := _madvise()) is None:
+    if size < LARGE or (madvise := _madvise()) is None:
         return
     start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
     madvise(start, (address + size - start) // mmap.PAGESIZE * mmap.PAGESIZE, mmap.MADV_HUGEPAGE)

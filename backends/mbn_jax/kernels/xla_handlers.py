@@ -38,6 +38,7 @@ from numba.extending import intrinsic
 
 from mbn_cpu.kernels import numba_loops
 from mbn_cpu.kernels.numba_compilation import callback, pointer
+from mbn_cpu.memory import LARGE
 
 VERSION = 0, 3
 """The version of the interface, major and minor, that the layouts above are of."""
@@ -72,8 +73,6 @@ _FIRST_WITHOUT_SUMS = 2
 
 _HUGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", -1)
 _PAGE = mmap.PAGESIZE
-_LARGE = 1 << 22
-"""Bytes of an output from which on huge pages are faster, as in ``mbn_cpu.memory``."""
 _TABLE_NAME = "mbn_jax_passes"
 
 _built: Any = intrinsic
@@ -338,7 +337,7 @@ def _answer(frame):
 @_inlined
 def _request_huge_pages(address, size):
     """Request huge pages for an output, as ``mbn_cpu.memory`` does."""
-    if _HUGE_PAGES >= 0 and size >= _LARGE:
+    if _HUGE_PAGES >= 0 and size >= LARGE:
         start = -(-address // _PAGE) * _PAGE
         _madvise(start, (address + size - start) // _PAGE * _PAGE, _HUGE_PAGES)
 
