@@ -84,7 +84,7 @@ def _moments(x: jax.Array, weights: jax.Array | None, order: Order | None) -> li
     return _as_moments(mean, m2 / n, unit, compute)
 
 
-def _moments_on_gpu(x: jax.Array, weights: jax.Array | None, order: Order | None) -> list[jax.Array]:
+def _moments_on_gpu(x: jax.Array, weights: jax.Array | None, order: Order | None = None) -> list[jax.Array]:
     """Return the same as ``_moments``, without branches on values, for which the host would have to wait.
 
     If one pass may not suffice, two are always made.
