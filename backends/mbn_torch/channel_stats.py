@@ -240,7 +240,7 @@ class TorchFormulas(Formulas):
 
         A traced weight below 0, or a length out of range, gives NaN: an error cannot depend on a traced value.
         """
-        if lengths is sample_weight is None and mask is not None:
+        if mask is not None and lengths is None and sample_weight is None:
             result = mask.to(getattr(torch, dtype))
             return result if result.ndim == len(shape) else result[:, None].expand(shape)
         given = next(array for array in (mask, lengths, sample_weight) if array is not None)

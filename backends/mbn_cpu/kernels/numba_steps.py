@@ -69,7 +69,10 @@ def sizes_of(shape: tuple[int, ...], is_c_contiguous: bool) -> tuple[bool, int, 
 
 
 def share_of(momentum: float | None, num_batches_tracked: Any) -> float:
-    """Return the weight of a batch in the running statistics. It is 0 for some weighted batches, which Numba finds."""
+    """Return the weight of a batch in the running statistics, faster than ``channel_stats.step`` does.
+
+    A weighted batch that has no variance has a weight of 0, which the compiled step finds itself.
+    """
     if momentum is not None:
         return momentum
     return 0.0 if num_batches_tracked is None else 1 / int(num_batches_tracked)
