@@ -70,6 +70,20 @@ def test_operators_keep_the_rules_of_torch(dtype, options):
         torch.library.opcheck(torch.ops.mbn.pullback.default, inputs)
 
 
+def test_gradients_of_an_operator_share_no_memory(monkeypatch):
+    """The kernels in Triton return rows of one tensor, which Torch refuses as results of an operator."""
+    rows = sample(2, 3)
+    monkeypatch.setattr(backend, "pullback", lambda kernels, dy, *_: (dy.clone(), *rows))
+    arguments = train_arguments(torch.float32)
+    x, _, weight, *_ = (None if value is None else value.detach() for value in arguments[:3])
+    packed = torch.ops.mbn.train.default(*arguments, "float32")[1]
+    step = torch.compile(
+        lambda dy: torch.ops.mbn.pullback.default(dy, x, None, weight, packed, 1e-5, [True] * 3, "float32")
+    )
+    for found, row in zip(step(sample(*x.shape))[1:], rows, strict=True):
+        assert torch.equal(found, row)
+
+
 @pytest.mark.usefixtures("for_all_sizes")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
