@@ -245,6 +245,26 @@ class TestThreads:
         thread_pool.run_tasks(done.append, 1000)
         assert sorted(done) == list(range(1000))
 
+    @pytest.mark.parametrize(
+        ("backward", "own", "others"), [(False, [0, 1, 2], [5, 4, 3]), (True, [2, 1, 0], [3, 4, 5])]
+    )
+    def test_each_thread_has_the_same_tasks_in_every_call(self, backward, own, others):
+        barrier, done = threading.Barrier(2, timeout=30), {True: [], False: []}
+
+        def task(i):
+            barrier.wait()
+            done[threading.current_thread() is threading.main_thread()].append(i)
+
+        with limited(2):
+            thread_pool.run_tasks(task, 6, backward=backward)
+        assert done == {True: own, False: others}
+
+    def test_one_thread_can_go_backward(self):
+        done = []
+        with limited(1):
+            thread_pool.run_tasks(done.append, 4, backward=True)
+        assert done == [3, 2, 1, 0]
+
     def test_caller_executes_all_tasks_if_no_thread_starts(self, monkeypatch):
         def start(thread):
             raise RuntimeError(f"can't start new thread {thread.name}")

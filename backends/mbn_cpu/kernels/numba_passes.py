@@ -273,8 +273,7 @@ def _each(
     dtype, else copies.
     """
     layout, compute = Layout.for_values(x), compute_dtype(x)
-    # From the end: the pass for sums has just read the last chunks, so that these are still in the last cache.
-    chunks = layout.chunks(_CHUNK)[::-1]
+    chunks = layout.chunks(_CHUNK)
 
     def fill(i: int) -> None:
         chunk = chunks[i]
@@ -287,7 +286,8 @@ def _each(
             if not is_direct:
                 _store(scratch, filled, part)
 
-    thread_pool.run_tasks(fill, len(chunks), at_least=_SHARE)
+    # Backward: the pass for sums has just read the last chunks of each thread, which are still in its cache.
+    thread_pool.run_tasks(fill, len(chunks), at_least=_SHARE, backward=True)
 
 
 def _piece(scratch: Scratch, part: np.ndarray, dtype: np.dtype) -> np.ndarray:

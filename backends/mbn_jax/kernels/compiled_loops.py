@@ -34,11 +34,10 @@ MOMENTS, GRAD_SUMS, NORMALIZE, GRAD_INPUT = range(4)
 """The passes, as in ``xla_handlers.PASSES``."""
 TARGETS = "mbn_moments", "mbn_grad_sums", "mbn_normalize", "mbn_grad_input"
 """The names of the passes in XLA's programs."""
-LEAST = [1 << 18, 1 << 18, 1 << 23, 1 << 18]
-"""The least number of values of x for each pass. Below, the loops are not faster, and Numba need not be imported.
+LEAST = [1 << 18, 1 << 23]
+"""The least numbers of values of x, without and with sample weights.
 
-The loops normalise faster because they request huge pages: an output of 32 MiB or more has new pages each time. With
-sample weights every pass has the bound of that one, since the weights of smaller arrays take the loops too long.
+Below, the loops are not faster, and Numba need not be imported: the weights of smaller arrays take them too long.
 """
 LARGEST = 1 << 22
 """The most values of a sample: chunks are whole samples."""
@@ -118,11 +117,7 @@ def of(number: int, x: jax.Array, weights: jax.Array | None, order: Order | None
     """Return the loops for a pass over x, (N, C) or (N, C, L), that is being lowered; None for XLA's form."""
     if not _ALLOWED.get() or x.dtype != _NARROW or (weights is not None and weights.dtype != _NARROW):
         return None
-    if (
-        x.size < LEAST[number if weights is None else NORMALIZE]
-        or x.size > LARGEST * x.shape[0]
-        or (order is None and x.ndim == 3)
-    ):
+    if x.size < LEAST[weights is not None] or x.size > LARGEST * x.shape[0] or (order is None and x.ndim == 3):
         return None
     return _planned(x.shape, order) if is_registered(number) else None
 
