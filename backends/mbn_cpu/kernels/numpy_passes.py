@@ -227,21 +227,19 @@ def _add_halves(rows: np.ndarray, out: np.ndarray) -> np.ndarray:
 
 
 def _each(task: Callable[..., None], layout: Layout, *arrays: np.ndarray | None) -> None:
-    """Call ``task(scratch, tile, *tiles of the arrays)`` for each tile; all arrays have the same shape.
-
-    It begins at the end: the pass for sums has just read the last tiles, so that these are still in the last cache.
-    """
-    _execute(task, [views for row in _rows(layout, *arrays) for views in row][::-1])
+    """Call ``task(scratch, tile, *tiles of the arrays)`` for each tile; all arrays have the same shape."""
+    # Backward: the pass for sums has just read the last tiles of each thread, which are still in its cache.
+    _execute(task, [views for row in _rows(layout, *arrays) for views in row], backward=True)
 
 
-def _execute(task: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> None:
+def _execute(task: Callable[..., None], arguments: Sequence[tuple[Any, ...]], *, backward: bool = False) -> None:
     """Call ``task(scratch, *arguments[i])`` for each i, on several threads if these are many."""
 
     def execute(i: int) -> None:
         with Scratch.taken() as scratch:
             task(scratch, *arguments[i])
 
-    thread_pool.run_tasks(execute, len(arguments), at_least=_SHARE)
+    thread_pool.run_tasks(execute, len(arguments), at_least=_SHARE, backward=backward)
 
 
 def _rows(layout: Layout, *arrays: np.ndarray | None) -> list[list[TileViews]]:
