@@ -13,12 +13,11 @@ import numpy as np
 from mbn.contract import Backend, Batch, Capabilities, Group, Kernels, Operation, numpy_dtype, overlaps_itself
 from mbn_cpu.group import mpi_group
 from mbn_cpu.kernels.host import HostKernels, fits_float64
+from mbn_cpu.thread_pool import CHUNK
 
 _FEW_FOR_NUMPY = 1 << 14
 _FEW_FOR_NUMBA = 1 << 19
 """The largest numbers of values of x for which fused steps are faster."""
-_ONE_CHUNK = 1 << 18
-"""The most values that Numba's passes sum in one chunk, so that fused steps with weights have the same bits."""
 
 
 class HostBackend(Backend):
@@ -132,8 +131,11 @@ def suits_numba_steps(
 
 
 def few_for_numba(weights: Any) -> int:
-    """Return the most values of x for Numba's fused steps, with sample weights or None."""
-    return _FEW_FOR_NUMBA if weights is None else _ONE_CHUNK
+    """Return the most values of x for Numba's fused steps, with sample weights or None.
+
+    With sample weights it is one chunk, so that the sums have the bits of the passes.
+    """
+    return _FEW_FOR_NUMBA if weights is None else CHUNK
 
 
 def _rounded(pullback: Callable[..., Any], kernels: Kernels, dy: Any, batch: Batch, weight: Any, *rest: Any) -> Any:

@@ -16,6 +16,11 @@ from typing import Any
 
 from mbn.threads import get_num_threads, num_processors
 
+CHUNK = 1 << 18
+"""The number of values of x that Numba's loops take at a time: enough for a task of a thread.
+
+The sums of a chunk are added up on their own, so the bits of all sums depend on this number.
+"""
 _pool: Executor | None = None
 
 

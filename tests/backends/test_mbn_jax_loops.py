@@ -30,7 +30,7 @@ CASES = [
 def every_size(monkeypatch):
     """Call the loops for arrays of every size."""
     monkeypatch.setattr(compiled_loops, "LEAST", [0, 0])
-    monkeypatch.setattr(compiled_loops, "_CHUNK", 1 << 12)
+    monkeypatch.setattr(compiled_loops, "CHUNK", 1 << 12)
     compiled_loops._planned.cache_clear()
 
 
@@ -108,7 +108,7 @@ import hashlib, json
 import jax
 from test_mbn_jax_loops import called, compiled_loops, step
 compiled_loops.LEAST[:] = 2 * [0]
-compiled_loops._CHUNK = 1 << 12
+compiled_loops.CHUNK = 1 << 12
 hits = []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
 digests = []

@@ -50,8 +50,6 @@ from mbn_cpu.channel_stats import (
 from mbn_cpu.kernels import numba_halves, numba_loops
 from mbn_cpu.kernels.numpy_tiles import Scratch
 
-_CHUNK = 1 << 18
-"""Values of a chunk: enough for a task of a thread."""
 _SHARE = 2
 """The least number of chunks per thread: waking up a thread takes a good part of the time of one chunk."""
 _LARGE = 1 << 22
@@ -250,7 +248,7 @@ def _sums(
     compute = compute_dtype(x)
     finer = _PRECISION if compute == WIDE else 1
     layout = Layout.of(x, finer if loop is numba_loops.gradient_sums else 1)
-    chunks = layout.chunks(_CHUNK // finer)
+    chunks = layout.chunks(thread_pool.CHUNK // finer)
     partial = np.empty((len(chunks), 4 if loop is numba_loops.parted_sums else 2, layout.shape[1]))
 
     def add(i: int) -> None:
@@ -273,7 +271,7 @@ def _each(
     dtype, else copies.
     """
     layout, compute = Layout.for_values(x), compute_dtype(x)
-    chunks = layout.chunks(_CHUNK)
+    chunks = layout.chunks(thread_pool.CHUNK)
 
     def fill(i: int) -> None:
         chunk = chunks[i]

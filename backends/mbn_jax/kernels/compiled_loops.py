@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mbn_cpu.thread_pool import CHUNK
 from mbn_jax.kernels.layouts import Order
 
 MOMENTS, GRAD_SUMS, NORMALIZE, GRAD_INPUT = range(4)
@@ -41,8 +42,6 @@ Below, the loops are not faster, and Numba need not be imported: the weights of 
 """
 LARGEST = 1 << 22
 """The most values of a sample: chunks are whole samples."""
-_CHUNK = 1 << 18
-"""Values of a chunk, as in ``mbn_cpu``."""
 _WIDE, _NARROW = np.dtype(np.float64), np.dtype(np.float32)
 _ALLOWED = ContextVar("allowed", default=False)
 _LOCK = threading.Lock()
@@ -129,7 +128,7 @@ def _planned(shape: tuple[int, ...], order: Order | None) -> Loops:
     n, c, length = (*shape, 1)[:3]
     is_last = length == 1 or (order is not None and order.has_channels_last)
     layout = Layout(is_last, (n, c, length), partials_of(shape))
-    return Loops(layout.shape, is_last, layout.partials, layout.chunks(_CHUNK)[0].samples.stop)
+    return Loops(layout.shape, is_last, layout.partials, layout.chunks(CHUNK)[0].samples.stop)
 
 
 def is_registered(number: int) -> bool:
