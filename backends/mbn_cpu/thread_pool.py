@@ -27,8 +27,8 @@ _pool: Executor | None = None
 def run_tasks(task: Callable[[int], object], count: int, at_least: int = 1, *, backward: bool = False) -> None:
     """Call ``task(i)`` for each i below ``count``, in no particular order, in the context of the caller.
 
-    The caller begins at the first task and the other threads at the last, so that in the next call each finds the
-    values of its tasks in its own cache. Two threads end in the middle; a call backward begins there.
+    The caller begins at the first task and the other threads at the last, so that in the next call each finds most
+    values of its tasks in its own cache. Two threads meet in the middle; a call backward begins in the middle.
 
     Args:
         task: a function of the task's number.

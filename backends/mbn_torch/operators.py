@@ -330,13 +330,13 @@ class Pullback(Function):
 def _needed(found: Any, x: torch.Tensor, weight: torch.Tensor | None, needs: list[bool]) -> tuple[torch.Tensor, ...]:
     """Return the gradients that are needed in the dtypes of the operator's results, and empty ones for the others.
 
-    The sums are copied: those of some kernels are rows of one tensor, and no result of an operator may share memory.
+    The sums are copied: those of some kernels are rows of one tensor, and no results of an operator may share memory.
     """
-    of_sums = WIDE if weight is None else weight.dtype
-    kinds = (x.dtype, False), (of_sums, True), (of_sums, True)
+    of_sums, are_copied = WIDE if weight is None else weight.dtype, (False, True, True)
+    dtypes = x.dtype, of_sums, of_sums
     return tuple(
-        value.to(dtype, copy=copy) if needed else x.new_empty(0)
-        for value, (dtype, copy), needed in zip(found, kinds, needs, strict=True)
+        value.to(dtype, copy=is_copied) if needed else x.new_empty(0)
+        for value, dtype, is_copied, needed in zip(found, dtypes, are_copied, needs, strict=True)
     )
 
 

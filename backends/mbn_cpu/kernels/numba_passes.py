@@ -284,7 +284,7 @@ def _each(
             if not is_direct:
                 _store(scratch, filled, part)
 
-    # Backward: the pass for sums has just read the last chunks of each thread, which are still in its cache.
+    # Backward: in training the pass for sums has just read each thread's last chunks, which are still in its cache.
     thread_pool.run_tasks(fill, len(chunks), at_least=_SHARE, backward=True)
 
 

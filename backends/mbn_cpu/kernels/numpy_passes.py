@@ -228,7 +228,7 @@ def _add_halves(rows: np.ndarray, out: np.ndarray) -> np.ndarray:
 
 def _each(task: Callable[..., None], layout: Layout, *arrays: np.ndarray | None) -> None:
     """Call ``task(scratch, tile, *tiles of the arrays)`` for each tile; all arrays have the same shape."""
-    # Backward: the pass for sums has just read the last tiles of each thread, which are still in its cache.
+    # Backward: in training the pass for sums has just read each thread's last tiles, which are still in its cache.
     _execute(task, [views for row in _rows(layout, *arrays) for views in row], backward=True)
 
 

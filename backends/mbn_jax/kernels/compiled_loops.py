@@ -1,8 +1,8 @@
 """The passes over x by the loops of ``mbn_cpu``, which XLA's programs for the CPU call where Numba is installed.
 
-XLA's own form of a pass takes longer: the pages of a new output are cleared one by one, and sums in float64 are written
-to memory level by level of their tree. A pass decides when it is lowered, since the platform and the shape are known
-then. It calls the loops if all of this holds, and else computes XLA's form, by the same formulas:
+XLA's own form of a large pass takes longer: the pages of a new output are cleared one by one, and sums in float64 are
+written to memory level by level of their tree. A pass decides when it is lowered, since the platform and the shape are
+known then. It calls the loops if all of this holds, and else computes XLA's form, by the same formulas:
 
 - x is in float32, and has at least ``LEAST`` values; a sample has at most ``LARGEST``; a sample weight is in float32;
 - the order of x in memory is known (:class:`Order`);
@@ -36,9 +36,11 @@ MOMENTS, GRAD_SUMS, NORMALIZE, GRAD_INPUT = range(4)
 TARGETS = "mbn_moments", "mbn_grad_sums", "mbn_normalize", "mbn_grad_input"
 """The names of the passes in XLA's programs."""
 LEAST = [1 << 18, 1 << 23]
-"""The least numbers of values of x, without and with sample weights.
+"""The least numbers of values of x for the loops: for sums and gradients without sample weights, and for other passes.
 
-Below, the loops are not faster, and Numba need not be imported: the weights of smaller arrays take them too long.
+Below, the loops are not faster, and Numba need not be imported. XLA fuses its own form of an output with the operations
+around it, and not a loop; but from 32 MiB on an output has new pages each time, for which the loops request huge pages.
+Sample weights are first converted to float64, which takes the loops too long for smaller arrays.
 """
 LARGEST = 1 << 22
 """The most values of a sample: chunks are whole samples."""
@@ -116,7 +118,11 @@ def of(number: int, x: jax.Array, weights: jax.Array | None, order: Order | None
     """Return the loops for a pass over x, (N, C) or (N, C, L), that is being lowered; None for XLA's form."""
     if not _ALLOWED.get() or x.dtype != _NARROW or (weights is not None and weights.dtype != _NARROW):
         return None
-    if x.size < LEAST[weights is not None] or x.size > LARGEST * x.shape[0] or (order is None and x.ndim == 3):
+    if (
+        x.size < LEAST[number == NORMALIZE or weights is not None]
+        or x.size > LARGEST * x.shape[0]
+        or (order is None and x.ndim == 3)
+    ):
         return None
     return _planned(x.shape, order) if is_registered(number) else None
 

@@ -303,7 +303,8 @@ def _affinely(
     weights: jax.Array | None,
     order: Order | None,
 ) -> list[jax.Array]:
-    vectors, loops = (center, first, second, shift), compiled_loops.of(compiled_loops.NORMALIZE, x, weights, order)
+    vectors, is_narrow = (center, first, second, shift), center.dtype == x.dtype
+    loops = compiled_loops.of(compiled_loops.NORMALIZE, x, weights, order) if is_narrow else None
     # XLA would compute in the order (N, C, L), and copy the result to another order.
     is_swapped = order is not None and order.has_channels_last and x.ndim == 3
     by_cell = weights
@@ -312,7 +313,7 @@ def _affinely(
     by_xla = partial(
         _affinely_by_xla, x, *vectors, by_cell, broadcast=partial(column, ndim=2 if is_swapped else x.ndim)
     )
-    if loops is None or center.dtype != x.dtype:
+    if loops is None:
         y = by_xla()
     else:
         ordinary = partial(loops.normalize, x, center, second, shift, weights)

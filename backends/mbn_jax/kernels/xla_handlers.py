@@ -60,10 +60,9 @@ _LOW = 0xFFFFFFFF
 """A mask of the first of two 32-bit members of a word."""
 _MESSAGE = np.frombuffer(b"the interface of XLA is not the one that mbn's handlers were made for\0", np.uint8)
 
-_COUNT, _TAKEN, _FROM_START, _FROM_END, _DONE, _USERS, _MIDDLE, _PARTIAL, _JOB_PLAN, _BUFFERS = *range(9), 8 + PLAN
-"""The places in a job: of the number of chunks, of those that are taken, by XLA's thread and by helpers, and of those
-that are done; the uses of the job, the chunk at which threads begin, the address of the sums of the chunks, the plan,
-and the addresses of the buffers."""
+_NEXT, _COUNT, _DONE, _USERS, _PARTIAL, _JOB_PLAN, _BUFFERS = 0, 1, 2, 3, 4, 5, 5 + PLAN
+"""The places in a job: of the next chunk, the number of chunks, those that are done, the uses of the job, the address
+of the sums of the chunks, the plan, and the addresses of the buffers."""
 _WEIGHTS, _RESULT = 6, 7
 """The places among the buffers of a job."""
 _JOB = _BUFFERS + 8
@@ -181,103 +180,85 @@ def _sums(job, i):
     return _carray(pointer(job[_PARTIAL] + 8 * _SUMS * c * i), (_SUMS, c), dtype=np.float64)
 
 
-# A thread's share of a job. A *use* of a job is its address for XLA's thread, and the next number for a helper.
+# A thread's share of a job.
 
 
 @_inlined
-def _address(use):
-    """Return the address of a job."""
-    return use & -2
+def _next(address, job):
+    """Return the number of a chunk that no thread has taken; a negative number if there is none."""
+    # From the end: the pass for sums has read the last chunks, so that these are still in the last cache.
+    return job[_COUNT] - 1 - _fetch_add(address + 8 * _NEXT, 1)
 
 
 @_inlined
-def _next(use, job):
-    """Return the number of a chunk that no thread has taken; a negative number if there is none.
-
-    The order is that of ``mbn_cpu.thread_pool``: XLA's thread begins at the first chunk and the helpers at the last,
-    or backward both in the middle.
-    """
-    address, count, middle = _address(use), job[_COUNT], job[_MIDDLE]
-    if _fetch_add(address + 8 * _TAKEN, 1) >= count:
-        return -1
-    if use == address:
-        place = _fetch_add(address + 8 * _FROM_START, 1)
-    else:
-        place = count - 1 - _fetch_add(address + 8 * _FROM_END, 1)
-    if middle < 0:
-        return place
-    return middle - 1 - place if place < middle else middle + count - 1 - place
-
-
-@_inlined
-def _done(use):
+def _done(address):
     """Note that a chunk is done."""
-    _fetch_add(_address(use) + 8 * _DONE, 1)
+    _fetch_add(address + 8 * _DONE, 1)
 
 
 @_inlined
-def _drop(use):
+def _drop(address):
     """End the use of a job by a thread."""
-    if _fetch_add(_address(use) + 8 * _USERS, -1) == 1:
-        _free(_address(use))
+    if _fetch_add(address + 8 * _USERS, -1) == 1:
+        _free(address)
     return 0
 
 
-def moments(use):
+def moments(address):
     """Write sums of chunks: of x - center and of its squares. The arguments are x and center."""
-    job = _words(_address(use), _JOB)
+    job = _words(address, _JOB)
     (last, c, length), partials = _sizes(job), job[_JOB_PLAN + 5]
-    i = _next(use, job)
+    i = _next(address, job)
     while i >= 0:
         numba_loops.shifted_sums(
             _values(job, 0, i), _weights(job, i), last, c, length, partials, _vector(job, 1), _sums(job, i)
         )
-        _done(use)
-        i = _next(use, job)
-    return _drop(use)
+        _done(address)
+        i = _next(address, job)
+    return _drop(address)
 
 
-def grad_sums(use):
+def grad_sums(address):
     """Write sums of chunks: of dy, of dy * (x - center), and of x - center. The arguments are dy, x and center."""
-    job = _words(_address(use), _JOB)
+    job = _words(address, _JOB)
     (last, c, length), partials = _sizes(job), job[_JOB_PLAN + 5]
-    i = _next(use, job)
+    i = _next(address, job)
     while i >= 0:
         dy, x, w = _values(job, 0, i), _values(job, 1, i), _weights(job, i)
         center, sums, of_x = _vector(job, 2), _sums(job, i), np.empty((2, c))
         numba_loops.gradient_sums(dy, x, w, last, c, length, partials, center, sums)
         numba_loops.shifted_sums(x, w, last, c, length, partials, center, of_x)
         sums[2] = of_x[0]
-        _done(use)
-        i = _next(use, job)
-    return _drop(use)
+        _done(address)
+        i = _next(address, job)
+    return _drop(address)
 
 
-def normalize(use):
+def normalize(address):
     """Write the output of chunks, (x - center) * scale + shift. The arguments are x and these three vectors."""
-    job = _words(_address(use), _JOB)
+    job = _words(address, _JOB)
     last, c, length = _sizes(job)
-    i = _next(use, job)
+    i = _next(address, job)
     while i >= 0:
         vectors = _narrow_vector(job, 1), _narrow_vector(job, 2), _narrow_vector(job, 3)
         numba_loops.normalize(_values(job, 0, i), _weights(job, i), _values(job, _RESULT, i), last, c, length, *vectors)
-        _done(use)
-        i = _next(use, job)
-    return _drop(use)
+        _done(address)
+        i = _next(address, job)
+    return _drop(address)
 
 
-def grad_input(use):
+def grad_input(address):
     """Write the gradient of x of chunks. The arguments are dy, x and the four vectors of ``input_gradient``."""
-    job = _words(_address(use), _JOB)
+    job = _words(address, _JOB)
     last, c, length = _sizes(job)
-    i = _next(use, job)
+    i = _next(address, job)
     while i >= 0:
         arrays = _values(job, 0, i), _values(job, 1, i), _weights(job, i), _values(job, _RESULT, i)
         vectors = _vector(job, 2), _vector(job, 3), _vector(job, 4), _vector(job, 5)
         numba_loops.input_gradient(*arrays, last, c, length, *vectors)
-        _done(use)
-        i = _next(use, job)
-    return _drop(use)
+        _done(address)
+        i = _next(address, job)
+    return _drop(address)
 
 
 PASSES = moments, grad_sums, normalize, grad_input
@@ -398,11 +379,9 @@ def handler(address):
         _request_huge_pages(result, 4 * n * c * length)
     work = _words(_table(), _FIRST_WITHOUT_SUMS + 2)[kind]
     helpers = max(min(_num_threads(api, context), count) - 1, 0)
-    # Backward: the pass for sums has just read the last chunks of each thread, which are still in its cache.
-    job[_MIDDLE] = -1 if is_sum else (count // 2 if helpers else 0)
     job[_USERS] = helpers + 2
     for _ in range(helpers):
-        if not _is_scheduled(api, context, work, given + 1):
+        if not _is_scheduled(api, context, work, given):
             _drop(given)
     _call(work, given)
     while _fetch_add(given + 8 * _DONE, 0) < count:
