@@ -63,9 +63,8 @@ class Masking(NamedTuple):
             if isinstance(values, np.ndarray) and dtype == "float32":
                 with np.errstate(over="ignore"):  # a weight beyond float32 becomes infinite, and is refused below
                     values = owner.asarray(values, dtype)
-            elif (
-                dtype is not None or type(values) in registry.LAZY
-            ):  # without errstate, which torch.compile cannot trace
+            elif dtype is not None or type(values) in registry.LAZY:
+                # Lazy masks are computed here. Without errstate, which torch.compile cannot trace.
                 values = owner.asarray(values, dtype)
             seen = given if name == "lengths" else values
             # Host data is checked on the host, without waiting for a device.
